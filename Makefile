@@ -1,0 +1,33 @@
+# Every command makes its own environment in .venv first; PYTHON chooses the interpreter it is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: env test lint demo bench gpu-check clean
+
+env: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[deepspeed,bench,dev]'
+	touch $(READY)
+
+test: $(READY)  ## all tests this machine can run
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	cd tests && ../$(BIN)/mypy -p adax_triton --config-file ../pyproject.toml
+
+demo: $(READY)  ## train a small GPT through DeepSpeed with AdaX, against AdamW
+	$(BIN)/python examples/demo.py
+
+bench: $(READY)  ## step time against torch and DeepSpeed, interleaved in one run
+	$(BIN)/adax-triton bench step
+
+gpu-check:  ## needs only a GPU, torch, triton and pytest; no network, no installation
+	$(PYTHON) bench/gpu_check.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs
