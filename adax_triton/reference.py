@@ -1,0 +1,51 @@
+"""The update in plain PyTorch: the oracle of the tests, and what `cpu.py` compiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def adax_update(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step_size: float | Tensor,
+    one_minus_beta1: float | Tensor,
+    exp_avg_sq_weight: float | Tensor,
+    eps: float | Tensor,
+    decay: float | Tensor,
+    l2: float | Tensor,
+    grad_factor: float | Tensor,
+) -> None:
+    """Apply one update to `param`, `exp_avg` and `exp_avg_sq`, in place.
+
+        g' = grad_factor g + l2 p
+        m <- m + (1 - b1) (g' - m)
+        v <- v + w_t (g'^2 - v)
+        p <- p - decay p - step_size m / (sqrt(v) + eps)
+
+    The second moment is the normalised one: the paper's raw moment over its bias factor. Li et al. 2020,
+    arXiv:2004.09740, algorithm 1.
+
+    Args:
+        param: any shape, any float dtype and device.
+        grad: the shape of `param`, any float dtype; read only.
+        exp_avg: m; the shape of `param`, float.
+        exp_avg_sq: v; the shape of `param`, float.
+        step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor: the fields of
+            `schedule.StepScalars`, Python floats or 0-d tensors.
+
+    Arithmetic is done in float32, or in float64 when `param` is float64.
+    """
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    p, g, m, v = (tensor.to(dtype) for tensor in (param, grad, exp_avg, exp_avg_sq))
+    g = g * grad_factor + p * l2
+    m = m + (g - m) * one_minus_beta1
+    v = v + (g * g - v) * exp_avg_sq_weight
+    p = p - (p * decay + m / (v.sqrt() + eps) * step_size)
+    param.copy_(p)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)

@@ -1,0 +1,135 @@
+"""The scalars of one step, in float64 Python floats.
+
+Every rule is one recursion on the normalised second moment, `v += w_t (g^2 - v)` with `w_1 = 1`; they differ in `w_t`:
+
+    adax       w_t = b2 / ((1 + b2)^t - 1)      m as it is              Li et al. 2020, arXiv:2004.09740, algorithm 1
+    adam       w_t = (1 - b2) / (1 - b2^t)      m / (1 - b1^t)          Kingma & Ba 2015, arXiv:1412.6980
+    adafactor  w_t = t^-c, c = b2               m as it is              Shazeer & Stern 2018, arXiv:1804.04235, section
+    7.2
+
+The powers are taken as `expm1(t log1p(b2))`: a float32 power is wrong by 0.6 % after 350k steps, and the growing factor
+of AdaX leaves float32 at step 887k.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+SECOND_MOMENTS = ("adax", "adam", "adafactor")
+EPS_PLACEMENTS = ("normalized", "unnormalized")
+
+# Past this, exp(x) - 1 == exp(x) in float64, and a little further exp(x) overflows it.
+_EXPM1_IS_EXP = 100.0
+# An eps that underflowed would turn 0 / (0 + eps) of a never-touched weight into NaN in float32.
+_SMALLEST_NORMAL_FLOAT32 = 2.0**-126
+
+
+class StepScalars(NamedTuple):
+    """What one step needs to know of a parameter group; the order is that of the kernel's scalar row.
+
+    `m += one_minus_beta1 (g' - m)`, `v += exp_avg_sq_weight (g'^2 - v)`,
+    `p -= decay p + step_size m / (sqrt(v) + eps)`, with `g' = grad_factor g + l2 p`.
+    """
+
+    step_size: float  # lr, over 1 - b1^t where m is bias-corrected
+    one_minus_beta1: float
+    exp_avg_sq_weight: float  # w_t
+    eps: float
+    decay: float  # lr * weight_decay when decoupled, else 0
+    l2: float  # weight_decay when it is part of the gradient, else 0
+    grad_factor: float  # -1 to maximize, else 1
+
+
+def exp_avg_sq_weight(second_moment: str, beta2: float, step: int) -> float:
+    """Return `w_t`, the weight of the newest squared gradient in the normalised second moment.
+
+    Args:
+        second_moment: `"adax"`, `"adam"` or `"adafactor"`.
+        beta2: the rule's parameter; for `"adax"`, 0 is the limit `w_t = 1/t`, the plain average.
+        step: t, counted from 1.
+
+    Returns:
+        `w_t` in [0, 1]; it underflows to 0 rather than overflowing on the way.
+
+    Raises:
+        ValueError: the rule is unknown, or `step < 1`.
+    """
+    if step < 1:
+        raise ValueError(f"Invalid step: {step}; steps are counted from 1")
+    if step == 1:
+        return 1.0
+    if second_moment == "adax":
+        if beta2 == 0.0:
+            return 1.0 / step
+        growth = step * math.log1p(beta2)
+        return beta2 * math.exp(-growth) if growth > _EXPM1_IS_EXP else beta2 / math.expm1(growth)
+    if second_moment == "adam":
+        return (1.0 - beta2) / one_minus_power(beta2, step)
+    if second_moment == "adafactor":
+        return step**-beta2
+    raise ValueError(f"Invalid second_moment: {second_moment!r}; expected one of {SECOND_MOMENTS}")
+
+
+def one_minus_power(beta: float, step: int) -> float:
+    """Return `1 - beta^step` for `0 <= beta < 1` without cancellation."""
+    return 1.0 if beta == 0.0 else -math.expm1(step * math.log(beta))
+
+
+def effective_eps(eps: float, eps_placement: str, second_moment: str, beta2: float, step: int) -> float:
+    """Return the eps that stands beside the square root of the NORMALISED second moment.
+
+    `"normalized"` is `sqrt(v) + eps`. `"unnormalized"` is the released AdaX program, which adds eps to the root of the
+    raw moment `V = v * factor_t` and divides after: `eps / sqrt(factor_t)`, with `factor_t = (1+b2)^t - 1` for AdaX and
+    `1 - b2^t` for Adam.
+    """
+    if eps == 0.0:
+        return 0.0
+    if eps_placement == "unnormalized":
+        if second_moment == "adax":
+            growth = step * math.log1p(beta2)
+            root = math.exp(-0.5 * growth) if growth > _EXPM1_IS_EXP else 1.0 / math.sqrt(math.expm1(growth))
+        else:
+            root = 1.0 / math.sqrt(one_minus_power(beta2, step))
+        eps *= root
+    return max(eps, _SMALLEST_NORMAL_FLOAT32)
+
+
+def step_scalars(
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    second_moment: str,
+    eps_placement: str,
+    maximize: bool,
+) -> StepScalars:
+    """Return the scalars of step `step` of a group; see `StepScalars` for the update they enter.
+
+    Args:
+        step: t, counted from 1.
+        lr: learning rate of this step.
+        betas: b1, and the parameter of the rule.
+        eps: as the user gave it; see `effective_eps`.
+        weight_decay: coefficient; `p -= lr * weight_decay * p` when decoupled, else added to the gradient as L2.
+        decoupled_weight_decay: which of the two.
+        second_moment: the rule, see `exp_avg_sq_weight`.
+        eps_placement: see `effective_eps`.
+        maximize: follow the gradient up.
+
+    Raises:
+        ValueError: the rule is unknown, or `step < 1`.
+    """
+    beta1, beta2 = betas
+    return StepScalars(
+        step_size=lr / one_minus_power(beta1, step) if second_moment == "adam" else lr,
+        one_minus_beta1=1.0 - beta1,
+        exp_avg_sq_weight=exp_avg_sq_weight(second_moment, beta2, step),
+        eps=effective_eps(eps, eps_placement, second_moment, beta2, step),
+        decay=lr * weight_decay if decoupled_weight_decay else 0.0,
+        l2=0.0 if decoupled_weight_decay else weight_decay,
+        grad_factor=-1.0 if maximize else 1.0,
+    )
