@@ -1,0 +1,136 @@
+"""Contiguous storage for many tensors, and the tables by which one launch reaches tensors wherever they are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+# Elements. Every tensor of a buffer starts on a multiple, so that states of 1 byte and up are read 128 bits at a time.
+ALIGNMENT = 128
+_CHUNK_BITS = 32
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one run of memory without gap or overlap, in whatever order of dimensions."""
+    if tensor.numel() == 0:
+        return True
+    dims = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+    expected = 1
+    for stride, size in dims:
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def memory_run(tensor: Tensor) -> Tensor:
+    """Return the 1-D view of a dense tensor's elements in the order in which they lie in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+class FlatBuffer:
+    """One contiguous, zeroed tensor and a view into it for each of a list of tensors.
+
+    A view has the shape of its tensor, and its strides too where the tensor is dense (channels-last, transposed): the
+    same flat index is then the same element in both. Between views lie at most `ALIGNMENT - 1` elements that nothing
+    writes.
+
+    Args:
+        tensors: models for the shapes, strides and the device; all on one device.
+        dtype: element type of the buffer. Default: that of the tensors, which must then agree.
+
+    Attributes:
+        data: (total,) the storage.
+        views: one view per tensor, in order.
+        numel: elements in the views, without the padding.
+
+    Raises:
+        ValueError: the tensors are on several devices, or of several dtypes with none given.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
+        tensors = list(tensors)
+        devices = {tensor.device for tensor in tensors}
+        if len(devices) > 1:
+            raise ValueError(f"tensors: a flat buffer lies on one device, got {sorted(map(str, devices))}")
+        dtypes = {tensor.dtype for tensor in tensors} if dtype is None else {dtype}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"tensors: a flat buffer has one dtype, got {sorted(map(str, dtypes))}; name one with dtype="
+            )
+        padded = (-(-tensor.numel() // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+        *offsets, total = itertools.accumulate(padded, initial=0)
+        self.data = torch.zeros(total, dtype=next(iter(dtypes), None), device=next(iter(devices), None))
+        self.views = [self._view(tensor, offset) for tensor, offset in zip(tensors, offsets, strict=True)]
+        self.numel = sum(tensor.numel() for tensor in tensors)
+
+    def _view(self, tensor: Tensor, offset: int) -> Tensor:
+        run = self.data[offset : offset + tensor.numel()]
+        return run.as_strided(tensor.shape, tensor.stride()) if is_dense(tensor) else run.view(tensor.shape)
+
+    @classmethod
+    def flatten(cls, params: Iterable[Tensor]) -> FlatBuffer:
+        """Move parameters into one buffer, in place: each keeps its values and becomes a view of the storage.
+
+        No optimizer of this package needs it; it is for those who want to copy, send or offload all weights at once.
+
+        Args:
+            params: tensors of one device and dtype; their `data` is replaced.
+
+        Raises:
+            ValueError: several devices or dtypes.
+        """
+        params = list(params)
+        buffer = cls(params)
+        for param, view in zip(params, buffer.views, strict=True):
+            view.copy_(param.detach())
+            param.data = view
+        return buffer
+
+
+def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
+    """Return `tensor << 32 | chunk` for each run of `chunk_size` elements of each tensor, as 1-D int64 on the CPU."""
+    chunks = [
+        torch.arange(-(-numel // chunk_size), dtype=torch.int64) + (index << _CHUNK_BITS)
+        for index, numel in enumerate(numels)
+    ]
+    return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64)
+
+
+class AddressTable:
+    """The device copies of a launch's tables, uploaded only when they change.
+
+    Args:
+        device: where the kernel reads them.
+        chunk_size: elements per program, see `chunk_table`.
+    """
+
+    def __init__(self, device: torch.device, chunk_size: int) -> None:
+        self._device = device
+        self._chunk_size = chunk_size
+        self._numels: Sequence[int] | None = None
+        self._rows: Sequence[tuple[int, ...]] | None = None
+        self.tensors = torch.empty(0, dtype=torch.int64, device=device)
+        self.chunks = torch.empty(0, dtype=torch.int64, device=device)
+
+    def refresh(self, rows: Sequence[tuple[int, ...]], numels: Sequence[int]) -> None:
+        """Make the tables say `rows`, one tuple of integers per tensor, for tensors of `numels` elements."""
+        if numels != self._numels:
+            self.chunks = self.upload(chunk_table(numels, self._chunk_size))
+            self._numels = numels
+        if rows != self._rows:
+            self.tensors = self.upload(torch.tensor(rows, dtype=torch.int64))
+            self._rows = rows
+
+    def upload(self, host: Tensor) -> Tensor:
+        """Return a device copy of a small host tensor without waiting for it.
+
+        The pinned block and the device block come from PyTorch's caching allocators, which hand neither out again
+        before the copy, and the work queued after it on this stream, is done.
+        """
+        if self._device.type == "cpu":
+            return host
+        return host.pin_memory().to(self._device, non_blocking=True)
