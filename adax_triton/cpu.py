@@ -1,0 +1,97 @@
+"""The update on CPU tensors: the reference formula compiled into one vectorised, multi-threaded pass."""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .reference import adax_update
+from .schedule import StepScalars
+
+# Below this, one pass over the tensor is cheaper than the call of a compiled function, and compiling never pays.
+COMPILE_FROM_NUMEL = 32_768
+# Elements that the uncompiled formula takes at a time: its temporaries then stay in cache, and never reach the tensor's
+# size.
+EAGER_CHUNK = 65_536
+
+Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+
+
+def _update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor) -> None:
+    adax_update(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        step_size=scalars[0],
+        one_minus_beta1=scalars[1],
+        exp_avg_sq_weight=scalars[2],
+        eps=scalars[3],
+        decay=scalars[4],
+        l2=scalars[5],
+        grad_factor=scalars[6],
+    )
+
+
+def update_eager(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: StepScalars) -> None:
+    """Apply one update by the reference formula, in place, without temporaries of the tensors' size.
+
+    Args:
+        param, grad, exp_avg, exp_avg_sq: (n,) contiguous, any float dtype, on one device.
+        scalars: of this step.
+    """
+    for tensors in zip(*(tensor.split(EAGER_CHUNK) for tensor in (param, grad, exp_avg, exp_avg_sq)), strict=True):
+        adax_update(*tensors, **scalars._asdict())
+
+
+@functools.cache
+def _compiled_update(dtypes: tuple[torch.dtype, ...]) -> Update:
+    # Dynamo counts recompilations per code object and gives up after eight; each set of dtypes gets its own.
+    name = "_".join(["adax_update", *(str(dtype).removeprefix("torch.") for dtype in dtypes)])
+    function = types.FunctionType(_update.__code__.replace(co_name=name), _update.__globals__, name)
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+@functools.cache
+def compiler_problem() -> str | None:
+    """Return why CPU code cannot be compiled here, or None; found out once, by looking for the C++ compiler."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        return " ".join(str(error).split())
+    return None
+
+
+@functools.cache
+def _warn_uncompiled(problem: str) -> None:
+    warnings.warn(
+        f"adax_triton steps CPU tensors with uncompiled PyTorch, several times slower: {problem}. "
+        "Install a C++ compiler, such as g++, or name one in the environment variable CXX.",
+        stacklevel=2,
+    )
+
+
+def update_cpu(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: StepScalars) -> None:
+    """Apply one update to CPU tensors, in place; compiled for tensors of `COMPILE_FROM_NUMEL` elements and more.
+
+    Args:
+        param, grad, exp_avg, exp_avg_sq: (n,) contiguous, any float dtype.
+        scalars: of this step.
+    """
+    if param.numel() < COMPILE_FROM_NUMEL or torch.compiler.is_compiling():
+        return update_eager(param, grad, exp_avg, exp_avg_sq, scalars)
+    problem = compiler_problem()
+    if problem is not None:
+        _warn_uncompiled(problem)
+        return update_eager(param, grad, exp_avg, exp_avg_sq, scalars)
+    tensors = (param, grad, exp_avg, exp_avg_sq)
+    update = _compiled_update(tuple(tensor.dtype for tensor in tensors))
+    # The scalars go in as a tensor: as Python numbers each new value would be compiled for.
+    return update(*tensors, torch.tensor(scalars, dtype=torch.float64))

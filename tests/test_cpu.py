@@ -1,0 +1,114 @@
+"""The compiled CPU path. Oracle: the reference in float64, by the two-reference rule."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from adax_triton.cpu import COMPILE_FROM_NUMEL, EAGER_CHUNK, update_cpu, update_eager
+from adax_triton.reference import adax_update
+from adax_triton.schedule import StepScalars, step_scalars
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.float64, torch.float64),
+]
+
+
+def scalars_of(step: int) -> StepScalars:
+    return step_scalars(
+        step=step,
+        lr=1e-2,
+        betas=(0.9, 1e-4),
+        eps=1e-12,
+        weight_decay=0.1,
+        decoupled_weight_decay=True,
+        second_moment="adax",
+        eps_placement="normalized",
+        maximize=False,
+    )
+
+
+def make_tensors(numel: int, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    state = torch.float64 if param_dtype == torch.float64 else torch.float32
+    return [
+        torch.randn(numel, generator=generator).to(param_dtype),
+        torch.randn(numel, generator=generator).to(grad_dtype),
+        torch.randn(numel, generator=generator).to(state),
+        torch.rand(numel, generator=generator).to(state),
+    ]
+
+
+@pytest.mark.parametrize(("param_dtype", "grad_dtype"), DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_compiled_update_is_as_accurate_as_the_formula(param_dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    compiled = make_tensors(COMPILE_FROM_NUMEL + 13, param_dtype, grad_dtype)
+    formula = [tensor.clone() for tensor in compiled]
+    exact = [tensor.double() for tensor in compiled]
+    for step in (1, 2, 3):
+        update_cpu(*compiled, scalars_of(step))
+        adax_update(*formula, **scalars_of(step)._asdict())
+        adax_update(*exact, **scalars_of(step)._asdict())
+    for index in (0, 2, 3):
+        allowed = 2 * (formula[index].double() - exact[index]).abs().max() + 1e-15
+        assert (compiled[index].double() - exact[index]).abs().max() <= allowed
+    assert not torch.equal(compiled[0], make_tensors(COMPILE_FROM_NUMEL + 13, param_dtype, grad_dtype)[0])
+
+
+def test_new_scalars_and_sizes_do_not_compile_again() -> None:
+    tensors = make_tensors(4 * COMPILE_FROM_NUMEL, torch.float32, torch.float32)
+    update_cpu(*tensors, scalars_of(1))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step, numel in ((1, COMPILE_FROM_NUMEL), (2, COMPILE_FROM_NUMEL + 1), (16, 3 * COMPILE_FROM_NUMEL)):
+            update_cpu(*(tensor[:numel] for tensor in tensors), scalars_of(step)._replace(decay=0.0, step_size=1.0))
+
+
+def largest_allocation(update: object, tensors: list[torch.Tensor]) -> int:
+    update(*tensors, scalars_of(2))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        update(*tensors, scalars_of(3))
+    return max((event.cpu_memory_usage for event in profile.events()), default=0)
+
+
+def test_update_makes_no_temporary_of_the_tensors_size() -> None:
+    tensors = make_tensors(16 * EAGER_CHUNK, torch.float32, torch.float32)
+
+    def whole_formula(*tensors_and_scalars: object) -> None:
+        adax_update(*tensors_and_scalars[:4], **tensors_and_scalars[4]._asdict())
+
+    assert largest_allocation(whole_formula, tensors) >= tensors[0].nbytes  # the profiler does see temporaries
+    assert largest_allocation(update_cpu, tensors) < 4096
+    assert largest_allocation(update_eager, tensors) < tensors[0].nbytes // 4
+
+
+def test_eager_chunks_equal_the_whole_formula() -> None:
+    chunked = make_tensors(3 * EAGER_CHUNK + 5, torch.float32, torch.float32)
+    whole = [tensor.clone() for tensor in chunked]
+    update_eager(*chunked, scalars_of(1))
+    adax_update(*whole, **scalars_of(1)._asdict())
+    assert all(torch.equal(one, other) for one, other in zip(chunked, whole, strict=True))
+
+
+def test_missing_compiler_is_told_once_and_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    program = (
+        "import torch, warnings\n"
+        "from adax_triton import AdaXW\n"
+        f"p = torch.ones({COMPILE_FROM_NUMEL}, requires_grad=True)\n"
+        "p.grad = torch.ones_like(p)\n"
+        "o = AdaXW([p], weight_decay=0.0)\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    o.step(); o.step(); o.step()\n"
+        "ours = [str(w.message) for w in caught if 'adax_triton' in str(w.message)]\n"
+        "print(len(ours), 'no-such-compiler' in ours[0], float(p[0]))\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    count, names_compiler, weight = done.stdout.split()
+    assert (count, names_compiler) == ("1", "True")
+    # m of three equal gradients: 0.1, 0.19, 0.271; v is 1 throughout.
+    assert float(weight) == pytest.approx(1 - 5e-3 * (0.1 + 0.19 + 0.271), rel=1e-6)
