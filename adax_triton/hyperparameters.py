@@ -1,0 +1,98 @@
+"""What a parameter group may say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+
+from .schedule import EPS_PLACEMENTS, SECOND_MOMENTS
+
+# The rules read betas[1] differently, and each one's default lies far outside the others' sense.
+_LARGEST_ADAX_BETA2 = 0.1
+_SMALLEST_DECAY = 0.01
+
+
+def as_float(value: float | torch.Tensor, name: str) -> float:
+    """Return a hyper-parameter as a Python float; a tensor must have one element (a CUDA one makes the host wait).
+
+    Raises:
+        TypeError: not a number.
+        ValueError: a tensor of another size.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+        return float(value.item())
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"Invalid type of {name}: expected a number or a 1-element tensor, got {value!r}")
+    return float(value)
+
+
+def validate_group(group: Mapping[str, Any]) -> None:
+    """Check the hyper-parameters of a group whose defaults are filled in.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range, or one that has another meaning under the group's rule.
+    """
+    _check_non_negative(group["lr"], "lr", "learning rate")
+    _check_non_negative(group["eps"], "eps", "epsilon value")
+    _check_non_negative(group["weight_decay"], "weight_decay", "weight_decay value")
+    for name in ("decoupled_weight_decay", "maximize"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"Invalid type of {name}: expected True or False, got {group[name]!r}")
+    _check_choice(group["second_moment"], "second_moment", SECOND_MOMENTS)
+    _check_choice(group["eps_placement"], "eps_placement", EPS_PLACEMENTS)
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)):
+        raise TypeError(f"Invalid type of betas: expected a pair of numbers, got {betas!r}")
+    if len(betas) != 2:
+        raise ValueError(f"Invalid length of betas: expected a pair of numbers, got {betas!r}")
+    beta1, beta2 = (as_float(beta, f"betas[{index}]") for index, beta in enumerate(betas))
+    if not 0.0 <= beta1 < 1.0:
+        raise ValueError(f"Invalid beta parameter at index 0: {beta1}; expected 0 <= betas[0] < 1")
+    _check_beta2(beta2, group["second_moment"])
+    if group["eps_placement"] == "unnormalized":
+        if group["second_moment"] == "adafactor":
+            raise ValueError(
+                "Invalid eps_placement: 'unnormalized'; second_moment='adafactor' has no raw moment to add eps to"
+            )
+        if group["second_moment"] == "adax" and beta2 == 0.0:
+            raise ValueError("Invalid eps_placement: 'unnormalized'; at betas[1]=0.0 AdaX's bias factor is 0")
+
+
+def _check_non_negative(value: float | torch.Tensor, name: str, title: str) -> None:
+    number = as_float(value, name)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"Invalid {title}: {number}; expected {name} finite and >= 0")
+
+
+def _check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"Invalid type of {name}: expected one of {choices}, got {value!r}")
+    if value not in choices:
+        raise ValueError(f"Invalid {name}: {value!r}; expected one of {choices}")
+
+
+def _check_beta2(beta2: float, second_moment: str) -> None:
+    title = f"Invalid beta parameter at index 1: {beta2};"
+    if second_moment == "adax":
+        if not 0.0 <= beta2 <= _LARGEST_ADAX_BETA2:
+            raise ValueError(
+                f"{title} AdaX's betas[1] is the growth rate of its memory, 1e-4 by default and at most "
+                f"{_LARGEST_ADAX_BETA2}; a value like 0.999 is Adam's decay, for second_moment='adam'"
+            )
+    elif second_moment == "adam":
+        if not 0.0 <= beta2 < 1.0:
+            raise ValueError(f"{title} Adam's betas[1] is a decay, expected 0 <= betas[1] < 1")
+        if 0.0 < beta2 < _SMALLEST_DECAY:
+            raise ValueError(f"{title} Adam's betas[1] is a decay near 1, such as 0.999; 1e-4 is AdaX's growth rate")
+    elif not _SMALLEST_DECAY <= beta2 <= 1.0:
+        raise ValueError(
+            f"{title} for second_moment='adafactor' betas[1] is the exponent c of w_t = t^-c, expected "
+            f"{_SMALLEST_DECAY} <= c <= 1 (AdaFactor uses 0.8); 1e-4 is AdaX's growth rate"
+        )

@@ -1,0 +1,207 @@
+"""The optimizers: AdaX and AdaXW, and Adam and AdamW on the same kernel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .moment_optimizer import MomentOptimizer
+
+__all__ = ["AdaX", "AdaXW", "Adam", "AdamW"]
+
+
+class AdaX(MomentOptimizer):
+    r"""AdaX: Adam with exponential long-term memory; the weight decay is L2, part of the gradient.
+
+    .. math::
+        m_t &= m_{t-1} + (1 - \beta_1)(g_t - m_{t-1}) \\
+        v_t &= v_{t-1} + w_t (g_t^2 - v_{t-1}), \qquad w_t = \beta_2 / ((1 + \beta_2)^t - 1) \\
+        p_t &= p_{t-1} - lr \; m_t / (\sqrt{v_t} + \epsilon)
+
+    Adam forgets old gradients at a fixed rate; here the weight of a new one, :math:`w_t`, falls towards 0, so the step
+    size of each weight settles. `v` is the paper's second moment over its bias factor: the same numbers, bounded, where
+    the raw moment overflows float32 at step 887k. What matters is `betas[1] * steps`: past about 11 (110,000 steps at
+    1e-4) `v` no longer changes, so take `betas[1] = horizon / total_steps` for long runs.
+
+    Source: Li, Zhang, Wang, Luo 2020, arXiv:2004.09740, algorithm 1, and the program released with it, whose defaults
+    these are.
+
+    Args:
+        params: tensors, named tensors or parameter groups, of float32, bfloat16, float16, float64 or complex dtype.
+        lr: learning rate, >= 0; a number or a 1-element tensor, read at every step. Default: 1.5e-3.
+        betas: decay of the first moment, in [0, 1), and the parameter of the rule: the growth rate of AdaX's memory, in
+            [0, 0.1], not Adam's 0.999. Default: (0.9, 1e-4).
+        eps: added to the root of the second moment, >= 0. Default: 1e-12.
+        weight_decay: decay coefficient, >= 0. Default: 5e-4.
+        decoupled_weight_decay: take the decay from the weights, `p -= lr * weight_decay * p`, instead of adding it to
+            the gradient. Default: False.
+        second_moment: `"adax"`; `"adam"`, `w_t = (1 - b2) / (1 - b2^t)` with the first moment bias-corrected, exactly
+            Adam; or `"adafactor"`, `w_t = t^-c` with `c = betas[1]`. The latter two want their own `betas[1]`, such as
+            0.999 and 0.8. Default: `"adax"`.
+        eps_placement: `"normalized"`, `sqrt(v) + eps` as above; or `"unnormalized"`, as the released PyTorch program
+            has it, eps beside the root of the raw moment, that is `eps / sqrt((1 + b2)^t - 1)` here. Default:
+            `"normalized"`.
+        maximize: follow the gradient up. Default: False.
+
+    Raises:
+        TypeError: an argument or a parameter of the wrong type; the message names it.
+        ValueError: an argument out of range; the message names it and its value.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.5e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 1e-4),
+        eps: float = 1e-12,
+        weight_decay: float = 5e-4,
+        *,
+        decoupled_weight_decay: bool = False,
+        second_moment: str = "adax",
+        eps_placement: str = "normalized",
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            second_moment=second_moment,
+            eps_placement=eps_placement,
+            maximize=maximize,
+        )
+
+
+class AdaXW(AdaX):
+    """AdaX with decoupled weight decay, `p -= lr * weight_decay * p`: the variant its authors recommend.
+
+    Takes the place of `torch.optim.AdamW`. Everything but the defaults is `AdaX` with `decoupled_weight_decay=True`;
+    update, states and errors are described there.
+
+    Source: Li et al. 2020, arXiv:2004.09740, algorithm 2 (AdaX-W).
+
+    Args:
+        params: see `AdaX`.
+        lr: learning rate, >= 0. Default: 5e-3.
+        betas: see `AdaX`. Default: (0.9, 1e-4).
+        eps: see `AdaX`. Default: 1e-12.
+        weight_decay: decoupled decay coefficient, >= 0. Default: 5e-2.
+        second_moment: see `AdaX`. Default: `"adax"`.
+        eps_placement: see `AdaX`. Default: `"normalized"`.
+        maximize: follow the gradient up. Default: False.
+
+    Raises:
+        TypeError, ValueError: as `AdaX`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 5e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 1e-4),
+        eps: float = 1e-12,
+        weight_decay: float = 5e-2,
+        *,
+        second_moment: str = "adax",
+        eps_placement: str = "normalized",
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=True,
+            second_moment=second_moment,
+            eps_placement=eps_placement,
+            maximize=maximize,
+        )
+
+
+class Adam(MomentOptimizer):
+    r"""Adam on AdaX's kernel, with the numbers and defaults of `torch.optim.Adam`, to compare rules and not programs.
+
+    .. math::
+        w_t = (1 - \beta_2) / (1 - \beta_2^t), \qquad
+        p_t = p_{t-1} - lr \; \frac{m_t}{1 - \beta_1^t} / (\sqrt{v_t} + \epsilon)
+
+    `v` is torch's `exp_avg_sq` over `1 - betas[1]^step`; the rest is as in `AdaX`.
+
+    Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.
+
+    Args:
+        params: see `AdaX`.
+        lr: learning rate, >= 0. Default: 1e-3.
+        betas: decay of the first and of the second moment, each in [0, 1). Default: (0.9, 0.999).
+        eps: added to the root of the bias-corrected second moment, >= 0. Default: 1e-8.
+        weight_decay: decay coefficient, >= 0, added to the gradient as L2. Default: 0.
+        decoupled_weight_decay: take the decay from the weights instead. Default: False.
+        maximize: follow the gradient up. Default: False.
+
+    Raises:
+        TypeError, ValueError: as `AdaX`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            second_moment="adam",
+            eps_placement="normalized",
+            maximize=maximize,
+        )
+
+
+class AdamW(Adam):
+    """AdamW on AdaX's kernel, with the numbers and defaults of `torch.optim.AdamW`: `Adam` with decoupled weight decay.
+
+    Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
+
+    Args:
+        params: see `AdaX`.
+        lr: learning rate, >= 0. Default: 1e-3.
+        betas: decay of the first and of the second moment, each in [0, 1). Default: (0.9, 0.999).
+        eps: see `Adam`. Default: 1e-8.
+        weight_decay: decoupled decay coefficient, >= 0. Default: 1e-2.
+        maximize: follow the gradient up. Default: False.
+
+    Raises:
+        TypeError, ValueError: as `AdaX`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=True,
+            maximize=maximize,
+        )
