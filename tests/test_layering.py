@@ -1,0 +1,89 @@
+"""Who may import whom, read from the sources; and the rules of size and name that keep the tree readable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"adax_triton": "adax_triton", "kernels": "adax_triton.kernels", "integrations": "adax_triton.integrations"}
+FRAMEWORKS = {"deepspeed", "transformers", "accelerate", "lightning", "pytorch_lightning"}
+# What a module of the package may import of the package; what is missing here may import nothing of ours.
+ALLOWED = {
+    "adax_triton": {"flat_buffer", "optimizer", "reference", "schedule", "version"},
+    "adax_triton.optimizer": {"moment_optimizer"},
+    "adax_triton.moment_optimizer": {
+        *("backends", "checkpoint", "flat_buffer", "hyperparameters", "precision", "schedule"),
+    },
+    "adax_triton.backends": {"cpu", "flat_buffer", "schedule", "kernels.launch", "kernels.adax_step"},
+    "adax_triton.hyperparameters": {"schedule"},
+    "adax_triton.cpu": {"reference", "schedule"},
+    "adax_triton.kernels.adax_step": {"kernels.launch"},
+    "adax_triton.doctor": {"backends", "optimizer", "precision", "reference", "schedule", "integrations"},
+    "adax_triton.cli": {"doctor", "version", "bench"},
+    "adax_triton.integrations.deepspeed": {"", "moment_optimizer", "optimizer", "flat_buffer", "checkpoint"},
+}
+
+
+def sources() -> list[tuple[str, Path]]:
+    found = []
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).glob("*.py")):
+            found.append((package if path.stem == "__init__" else f"{package}.{path.stem}", path))
+    return found
+
+
+def imported(path: Path, module: str) -> set[str]:
+    """Absolute names of the modules a file imports, at the top or within functions."""
+    package = module if path.stem == "__init__" else module.rpartition(".")[0]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+            origin = f"{base}.{node.module}".rstrip(".") if node.level and node.module else node.module or base
+            whole_modules = node.module is None or origin in ("adax_triton.bench", "adax_triton.integrations")
+            names |= {f"{origin}.{alias.name}" for alias in node.names} if whole_modules else {origin}
+    return names
+
+
+@pytest.mark.parametrize(("module", "path"), sources(), ids=[name for name, _ in sources()])
+def test_module_imports_only_what_lies_below_it(module: str, path: Path) -> None:
+    ours = {name for name in imported(path, module) if name.split(".")[0] == "adax_triton"}
+    relative = {name.removeprefix("adax_triton").removeprefix(".") for name in ours}
+    allowed = ALLOWED.get(module, set())
+    assert not {name for name in relative if name not in allowed and name.split(".")[0] not in allowed}
+
+
+@pytest.mark.parametrize(("module", "path"), sources(), ids=[name for name, _ in sources()])
+def test_only_integrations_import_frameworks(module: str, path: Path) -> None:
+    roots = {name.split(".")[0] for name in imported(path, module)}
+    if not module.startswith("adax_triton.integrations."):
+        assert not roots & FRAMEWORKS
+    if not module.startswith("adax_triton.kernels"):
+        assert "triton" not in roots
+
+
+def test_reader_of_imports_sees_every_form() -> None:
+    path = ROOT / "adax_triton" / "backends.py"
+    assert {"os", "torch", "adax_triton.cpu", "adax_triton.kernels.launch"} <= imported(path, "adax_triton.backends")
+    path = ROOT / "adax_triton" / "cli.py"
+    assert {"adax_triton.bench.step_report", "adax_triton.doctor"} <= imported(path, "adax_triton.cli")
+
+
+def python_files() -> list[Path]:
+    folders = ("adax_triton", "kernels", "integrations", "bench", "tests", "examples")
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", python_files(), ids=[str(path.relative_to(ROOT)) for path in python_files()])
+def test_file_is_short_and_plainly_named(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    assert path.stem not in {"utils", "common", "helpers", "misc", "base", "config"}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            assert not body or node.end_lineno - body[0].lineno < 60, f"{node.name} is long"
+            assert path.parent.name == "tests" or node.args.kwarg is None, f"{node.name} swallows unknown arguments"

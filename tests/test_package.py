@@ -1,0 +1,71 @@
+"""The wheel holds exactly the tree's modules, and installs and imports where nothing else is installed."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {
+    "adax_triton": "adax_triton",
+    "kernels": "adax_triton/kernels",
+    "integrations": "adax_triton/integrations",
+    "bench": "adax_triton/bench",
+}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    subprocess.run(["git", "-C", str(ROOT), "checkout-index", "--all", f"--prefix={source}/"], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*command, str(source)], check=True, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_exactly_the_modules_of_the_tree(wheel: Path) -> None:
+    tracked = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", *FOLDERS], capture_output=True, text=True, check=True
+    ).stdout.split()
+    expected = {"adax_triton/py.typed"}
+    for name in tracked:
+        folder, _, rest = name.partition("/")
+        if rest.endswith(".py"):
+            expected.add(f"{FOLDERS[folder]}/{rest}")
+    assert expected > {"adax_triton/kernels/adax_step.py", "adax_triton/bench/step.py"}
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert packed == expected
+
+
+def test_wheel_states_its_licence_and_command(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
+    assert "adax-triton = adax_triton.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+
+
+def test_wheel_imports_without_triton_and_deepspeed(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    program = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('triton', 'deepspeed', 'matplotlib', 'tqdm'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        f"sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "import torch, adax_triton\n"
+        f"assert adax_triton.__file__.startswith({str(tmp_path)!r})\n"
+        "p = torch.ones(3, requires_grad=True); p.grad = torch.ones(3)\n"
+        "adax_triton.AdaXW([p]).step(); print(float(p[0]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0.99 < float(done.stdout) < 1.0
