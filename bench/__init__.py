@@ -1,0 +1,1 @@
+"""Benchmarks, reached through `adax-triton bench`."""
