@@ -1,0 +1,117 @@
+"""`adax-triton doctor`: what this machine can run and why, and whether the kernel is right on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+
+import torch
+
+from .backends import explain_backend, uses_kernel
+from .optimizer import AdaX, AdaXW
+from .precision import PARAM_DTYPES
+from .reference import adax_update
+from .schedule import step_scalars
+
+_CHECK_SIZES = (1, 1000, 4099)
+_CHECK_STEPS = 3
+# Three steps of lr 5e-3 on weights near 1, in float32.
+_CHECK_TOLERANCE = 1e-6
+
+
+def main() -> int:
+    """Print the findings; return 0 if the kernel's numbers are right and nothing that is installed is broken."""
+    print("versions")
+    for name, version in versions().items():
+        print(f"  {name:<12}{version or 'absent'}")
+    print("devices")
+    for device in devices():
+        print(f"  {device_name(device)}")
+        for dtype in PARAM_DTYPES:
+            backend, why = explain_backend(device, dtype)
+            print(f"    {str(dtype).removeprefix('torch.'):<12}{backend:<10}{why}")
+    # First, because DeepSpeed imports Triton, and only before that can the interpreter be chosen.
+    kernel_ok, finding = self_check()
+    print(f"self-check\n  {finding}")
+    deepspeed_ok, finding = deepspeed_finding()
+    print(f"DeepSpeed\n  {finding}")
+    return 0 if deepspeed_ok and kernel_ok else 1
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that matter here; None for one that is absent."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("adax-triton", "torch", "triton", "deepspeed"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def devices() -> list[torch.device]:
+    """Return the CPU and every accelerator PyTorch sees."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator else 0
+    return [torch.device("cpu"), *(torch.device(accelerator.type, index) for index in range(count) if accelerator)]
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device's name for people."""
+    if device.type == "cuda":
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    return f"{device}: {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+def deepspeed_finding() -> tuple[bool, str]:
+    """Return False where DeepSpeed is installed but does not see AdaX, else True; and a sentence."""
+    if versions()["deepspeed"] is None:
+        return True, 'not installed; pip install "adax-triton[deepspeed]" adds it'
+    try:
+        from adax_triton.integrations import deepspeed  # noqa: F401
+    except Exception as error:  # whatever stops the import is the finding
+        return False, f"installed, but the adapter does not load: {type(error).__name__}: {error}"
+    if getattr(torch.optim, "adax", None) is not AdaX:  # where DeepSpeed looks a lower-cased type up
+        return False, 'installed, but "type": "AdaX" does not resolve'
+    return True, '"optimizer": {"type": "AdaX"} works after `import adax_triton.integrations.deepspeed`'
+
+
+def self_check() -> tuple[bool, str]:
+    """Step tensors on the first GPU, else in Triton's interpreter, and compare with the reference in float64."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        # Only this process, and only before Triton is first imported.
+        os.environ["TRITON_INTERPRET"] = "1"
+    device = torch.device("cuda" if cuda else "cpu")
+    start = time.perf_counter()
+    try:
+        error = _largest_error(device)
+    except Exception as problem:  # whatever stops the kernel is the finding
+        return False, f"the kernel does not run on {device}: {type(problem).__name__}: {problem}"
+    verdict = "agrees" if error <= _CHECK_TOLERANCE else "DISAGREES"
+    where = device_name(device) if cuda else "cpu, in Triton's interpreter"
+    return error <= _CHECK_TOLERANCE, (
+        f"the kernel on {where} {verdict} with the float64 reference: largest error {error:.1e} after {_CHECK_STEPS} "
+        f"steps, tolerance {_CHECK_TOLERANCE:.0e}, {time.perf_counter() - start:.1f} s"
+    )
+
+
+def _largest_error(device: torch.device) -> float:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(size, generator=generator).to(device).requires_grad_() for size in _CHECK_SIZES]
+    exact = [param.detach().double() for param in params]
+    moments = [(torch.zeros_like(param), torch.zeros_like(param)) for param in exact]
+    optimizer = AdaXW(params)
+    if not uses_kernel(device, torch.float32):
+        raise RuntimeError(explain_backend(device, torch.float32)[1])
+    (group,) = optimizer.param_groups
+    hyperparameters = {key: value for key, value in group.items() if key != "params"}
+    for step in range(1, _CHECK_STEPS + 1):
+        scalars = step_scalars(step=step, **hyperparameters)
+        for param, target, moment in zip(params, exact, moments, strict=True):
+            param.grad = torch.randn(param.shape, generator=generator).to(device)
+            adax_update(target, param.grad.double(), *moment, **scalars._asdict())
+        optimizer.step()
+    return max((param.double() - target).abs().max().item() for param, target in zip(params, exact, strict=True))

@@ -1,0 +1,56 @@
+"""The command line, as a user runs it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from adax_triton import doctor
+
+PROGRAM = "import sys; from adax_triton.cli import main; sys.exit(main())"
+
+
+def adax_triton(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-c", PROGRAM, *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_doctor_reports_and_passes() -> None:
+    done = adax_triton("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in (
+        f"torch       {torch.__version__}",
+        "cpu",
+        "float32",
+        "agrees with the float64 reference",
+        "DeepSpeed",
+    ):
+        assert part in done.stdout
+    if not torch.cuda.is_available():
+        assert "compiled" in done.stdout
+        assert "interpreter agrees" in done.stdout
+
+
+def test_doctor_fails_when_the_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(doctor, "_largest_error", lambda device: 1e-3)
+    assert doctor.main() == 1
+    assert "DISAGREES" in capsys.readouterr().out
+
+
+def test_doctor_fails_when_the_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: torch.device) -> float:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(doctor, "_largest_error", broken)
+    good, finding = doctor.self_check()
+    assert not good
+    assert "RuntimeError: no driver" in finding
+
+
+def test_unknown_command_is_refused() -> None:
+    done = adax_triton("operate")
+    assert done.returncode == 2
+    assert "operate" in done.stderr
