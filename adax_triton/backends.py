@@ -87,47 +87,50 @@ class Stepper:
             steps: the tensors; each names its row of `scalars`.
             scalars: one row per (group, step).
         """
+        kernel: dict[tuple[torch.device, torch.dtype], bool] = {}
         buckets: dict[Bucket, list[TensorStep]] = defaultdict(list)
         copies: list[tuple[Tensor, Tensor]] = []
-        for step in steps:
-            run = _in_memory_order(step, copies)
-            if uses_kernel(step.param.device, step.param.dtype):
-                aligned = all(tensor.data_ptr() % _ALIGNED_BYTES == 0 for tensor in run.tensors)
-                buckets[Bucket(run.param.device, run.param.dtype, run.grad.dtype, aligned)].append(run)
+        for given in steps:
+            step = _laid_out_alike(given, copies)
+            kind = step.param.device, step.param.dtype
+            if kind not in kernel:
+                kernel[kind] = uses_kernel(*kind)
+            if kernel[kind]:
+                buckets[_bucket(step)].append(step)
             else:
-                update = update_cpu if run.param.device.type == "cpu" else update_eager
-                update(*run.tensors, scalars[run.scalar_row])
-        for bucket, runs in buckets.items():
-            self._launch(bucket, runs, scalars)
+                update = update_cpu if step.param.device.type == "cpu" else update_eager
+                update(*step.mapped(memory_run).tensors, scalars[step.scalar_row])
+        for bucket, alike in buckets.items():
+            self._launch(bucket, alike, scalars)
         for original, copy in copies:
             original.copy_(copy)
 
-    def _launch(self, bucket: Bucket, runs: list[TensorStep], scalars: list[StepScalars]) -> None:
+    def _launch(self, bucket: Bucket, steps: list[TensorStep], scalars: list[StepScalars]) -> None:
         from adax_triton.kernels.adax_step import adax_step, chunk_size
 
         rows = [
             (
-                run.param.data_ptr(),
-                run.grad.data_ptr(),
-                run.exp_avg.data_ptr(),
-                run.exp_avg_sq.data_ptr(),
-                run.param.numel(),
-                run.scalar_row,
+                step.param.data_ptr(),
+                step.grad.data_ptr(),
+                step.exp_avg.data_ptr(),
+                step.exp_avg_sq.data_ptr(),
+                step.param.numel(),
+                step.scalar_row,
             )
-            for run in runs
+            for step in steps
         ]
         table = self._table((bucket, rows[0][0]), chunk_size())
         table.refresh(rows, [row[4] for row in rows])
         adax_step(
             table.tensors,
             table.chunks,
-            table.upload(torch.tensor(scalars, dtype=torch.float32)),
+            table.upload(torch.tensor(scalars, dtype=torch.float32, device="cpu")),
             param_dtype=bucket.param_dtype,
             grad_dtype=bucket.grad_dtype,
             aligned=bucket.aligned,
         )
         # The kernel writes behind autograd's back; a backward that still needs the old values must fail, not mislead.
-        torch.autograd.graph.increment_version([run.param for run in runs])
+        torch.autograd.graph.increment_version([step.param for step in steps])
 
     def _table(self, key: tuple[Bucket, int], chunk_size: int) -> AddressTable:
         # ZeRO calls step() once per group, so several tables are live at once. One whose tensors have moved is never
@@ -139,23 +142,24 @@ class Stepper:
         return self._tables[key]
 
 
-def _in_memory_order(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> TensorStep:
-    """Return the step on 1-D runs of memory in which equal indices are equal elements.
+def _bucket(step: TensorStep) -> Bucket:
+    addresses = step.param.data_ptr() | step.grad.data_ptr() | step.exp_avg.data_ptr() | step.exp_avg_sq.data_ptr()
+    return Bucket(step.param.device, step.param.dtype, step.grad.dtype, addresses % _ALIGNED_BYTES == 0)
 
-    Dense tensors of equal strides are their own runs. Where they differ (a transposed gradient, a parameter with gaps),
+
+def _laid_out_alike(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> TensorStep:
+    """Return the step on dense tensors in which elements of equal indices lie at equal distances from the start.
+
+    Dense tensors of equal strides are so already. Where they differ (a transposed gradient, a parameter with gaps),
     contiguous copies stand in, and `copies` gets the pairs to copy back.
     """
     if all(tensor.is_contiguous() for tensor in step.tensors):
-        return step.mapped(_flat)
+        return step
     strides = step.param.stride()
     if is_dense(step.param) and all(tensor.stride() == strides for tensor in step.tensors):
-        return step.mapped(memory_run)
+        return step
     contiguous = step.mapped(Tensor.contiguous)
     for original, copy in zip(step.tensors, contiguous.tensors, strict=True):
         if original is not step.grad and copy.data_ptr() != original.data_ptr():
             copies.append((original, copy))
-    return contiguous.mapped(_flat)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.view(-1)
+    return contiguous

@@ -94,4 +94,4 @@ def update_cpu(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
     tensors = (param, grad, exp_avg, exp_avg_sq)
     update = _compiled_update(tuple(tensor.dtype for tensor in tensors))
     # The scalars go in as a tensor: as Python numbers each new value would be compiled for.
-    return update(*tensors, torch.tensor(scalars, dtype=torch.float64))
+    return update(*tensors, torch.tensor(scalars, dtype=torch.float64, device="cpu"))

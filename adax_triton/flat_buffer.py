@@ -94,10 +94,10 @@ class FlatBuffer:
 def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
     """Return `tensor << 32 | chunk` for each run of `chunk_size` elements of each tensor, as 1-D int64 on the CPU."""
     chunks = [
-        torch.arange(-(-numel // chunk_size), dtype=torch.int64) + (index << _CHUNK_BITS)
+        torch.arange(-(-numel // chunk_size), dtype=torch.int64, device="cpu") + (index << _CHUNK_BITS)
         for index, numel in enumerate(numels)
     ]
-    return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64)
+    return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 class AddressTable:
@@ -122,7 +122,7 @@ class AddressTable:
             self.chunks = self.upload(chunk_table(numels, self._chunk_size))
             self._numels = numels
         if rows != self._rows:
-            self.tensors = self.upload(torch.tensor(rows, dtype=torch.int64))
+            self.tensors = self.upload(torch.tensor(rows, dtype=torch.int64, device="cpu"))
             self._rows = rows
 
     def upload(self, host: Tensor) -> Tensor:
