@@ -1,0 +1,186 @@
+"""What the DeepSpeed adapter changes on import, what unregister takes back, and what check_config refuses."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from adax_triton import AdaX, AdaXW
+
+deepspeed = pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.deepspeed
+
+
+@pytest.fixture
+def adapter() -> Iterator[ModuleType]:
+    """The adapter, registered; unregistered afterwards so that no other test runs under its patches."""
+    from adax_triton.integrations import deepspeed as module
+
+    module.register()
+    yield module
+    module.unregister()
+
+
+def deepspeed_hooks() -> dict[str, Any]:
+    """Everything of DeepSpeed and torch that the adapter may change."""
+    engine = deepspeed.runtime.engine.DeepSpeedEngine
+    unfused = deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer
+    return {
+        "engine": dict(vars(engine)),
+        "unfused": dict(vars(unfused)),
+        "names": list(deepspeed.runtime.config.DEEPSPEED_OPTIMIZERS),
+        "zero": list(deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS),
+        "torch": dict(vars(torch.optim)),
+    }
+
+
+def config(optimizer_type: str = "AdaX", **sections: Any) -> dict[str, Any]:
+    return {"train_batch_size": 1, "optimizer": {"type": optimizer_type, "params": {"lr": 1e-3}}, **sections}
+
+
+def zero(stage: int = 2, **settings: Any) -> dict[str, Any]:
+    return {"stage": stage, **settings}
+
+
+def test_register_is_idempotent_and_unregister_restores_everything(adapter: ModuleType) -> None:
+    registered = deepspeed_hooks()
+    adapter.register()
+    assert deepspeed_hooks() == registered
+    adapter.unregister()
+    original = deepspeed_hooks()
+    adapter.unregister()
+    assert deepspeed_hooks() == original
+    for part, contents in registered.items():
+        assert contents != original[part], f"{part} is listed here but not changed by register"
+    assert not [name for name in original["names"] if "adax" in name]
+    adapter.register()
+    adapter.unregister()
+    assert deepspeed_hooks() == original
+
+
+def test_register_refuses_an_older_deepspeed_and_names_both_versions(
+    adapter: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter.unregister()
+    original = deepspeed_hooks()
+    monkeypatch.setattr(deepspeed, "__version__", "0.14.4")
+    with pytest.raises(ImportError, match=rf">= {adapter.OLDEST_DEEPSPEED}, found 0\.14\.4"):
+        adapter.register()
+    assert deepspeed_hooks() == original
+
+
+def test_register_does_not_replace_another_optimizer(adapter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter.unregister()
+    monkeypatch.setattr(torch.optim, "adaxw", torch.optim.SGD, raising=False)
+    original = deepspeed_hooks()
+    with pytest.raises(RuntimeError, match=r"torch\.optim\.adaxw already exists"):
+        adapter.register()
+    assert deepspeed_hooks() == original
+
+
+@pytest.mark.parametrize("optimizer_type", ["AdaX", "adaxw", "ADAXW"])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"zero_optimization": zero(0), "bf16": {"enabled": True}},
+        {"zero_optimization": zero(1), "fp16": {"enabled": True}},
+        {"zero_optimization": zero(3, offload_optimizer={"device": "cpu"}), "fp16": {"enabled": "auto"}},
+        {"optimizer": {"type": "AdaX"}},
+        {"optimizer": {"type": "AdaX", "params": {"lr": "auto", "betas": [0.9, 1e-4], "second_moment": "adam"}}},
+    ],
+)
+def test_check_config_accepts(adapter: ModuleType, optimizer_type: str, sections: dict[str, Any]) -> None:
+    assert adapter.check_config(config(optimizer_type, **sections)) is None
+
+
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
+    ({"fp16": {"enabled": True}}, ["fp16.enabled=true", "stage=0", "stage to 1"]),
+    ({"zero_optimization": zero(zenflow={}), "bf16": {"enabled": True}}, ["zenflow", "Adam", "remove"]),
+    (
+        {"zero_optimization": zero(3, offload_optimizer={"device": "cpu", "super_offload": True})},
+        ["super_offload=true", "Adam", "remove"],
+    ),
+    (
+        {"zero_optimization": zero(3, offload_optimizer={"device": "cpu", "ratio": 0.5})},
+        ["ratio=0.5", "CPU Adam", "1.0"],
+    ),
+]
+
+
+@pytest.mark.parametrize("optimizer_type", ["AdaX", "ADAXW"])
+@pytest.mark.parametrize(("sections", "words"), REFUSED, ids=["fp16-stage-0", "zenflow", "super-offload", "ratio"])
+def test_check_config_refuses_and_names_the_remedy(
+    adapter: ModuleType, optimizer_type: str, sections: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        adapter.check_config(config(optimizer_type, **sections))
+    for word in words:
+        assert word in str(caught.value)
+    # The same settings are DeepSpeed's business when the optimizer is not ours.
+    adapter.check_config(config("AdamW", **sections))
+
+
+@pytest.mark.parametrize("sections", [sections for sections, _ in REFUSED])
+def test_check_config_refuses_for_a_client_optimizer(adapter: ModuleType, sections: dict[str, Any]) -> None:
+    optimizer = AdaX([torch.nn.Parameter(torch.ones(1))])
+    forced = {"zero_force_ds_cpu_optimizer": False}
+    with pytest.raises(ValueError, match="AdaX"):
+        adapter.check_config({**sections, **forced}, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("offload", "refused"),
+    [
+        ({"offload_optimizer": {"device": "cpu"}}, True),
+        ({"offload_optimizer": {"device": "nvme"}}, True),
+        ({"offload_optimizer": {"device": "none"}}, False),
+        ({}, False),
+    ],
+)
+def test_check_config_names_the_flag_for_an_offloaded_client_optimizer(
+    adapter: ModuleType, offload: dict[str, Any], refused: bool
+) -> None:
+    optimizer = AdaXW([torch.nn.Parameter(torch.ones(1))])
+    settings = {"zero_optimization": zero(2, **offload)}
+    adapter.check_config({**settings, "zero_force_ds_cpu_optimizer": False}, optimizer)
+    if not refused:
+        adapter.check_config(settings, optimizer)
+        return
+    with pytest.raises(ValueError, match=r'AdaXW.*"zero_force_ds_cpu_optimizer": false'):
+        adapter.check_config(settings, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_type", "accepted"),
+    [
+        ("adax", "lr, betas, eps, weight_decay, decoupled_weight_decay, second_moment, eps_placement, maximize"),
+        ("AdaXW", "lr, betas, eps, weight_decay, second_moment, eps_placement, maximize"),
+    ],
+)
+def test_unknown_params_are_all_named_with_the_accepted_ones(
+    adapter: ModuleType, optimizer_type: str, accepted: str
+) -> None:
+    settings = config(optimizer_type)
+    settings["optimizer"]["params"] |= {"amsgrad": False, "betaz": [0.9, 1e-4], "max_grad_norm": 1.0, "params": []}
+    with pytest.raises(ValueError) as caught:
+        adapter.check_config(settings)
+    message = str(caught.value)
+    assert "amsgrad, betaz, max_grad_norm, params; accepted are: " + accepted in message
+    assert "gradient_clipping" in message
+
+
+def test_check_config_does_not_change_the_configuration(adapter: ModuleType) -> None:
+    settings = config(zero_optimization=zero(2, cpu_offload=True), fp16={"enabled": True})
+    before = repr(settings)
+    adapter.check_config(settings)
+    assert repr(settings) == before
+
+
+def test_package_itself_does_not_import_deepspeed() -> None:
+    code = "import sys, adax_triton; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0
