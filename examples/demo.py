@@ -1,0 +1,110 @@
+"""Train a small GPT through DeepSpeed with AdaX, then with AdamW on the same data and seed, and draw both loss curves.
+
+    python examples/demo.py                                # the standard library's source, three minutes on two cores
+    python examples/demo.py --data notes/ --steps 2000     # any text file or folder
+    python examples/demo.py --config my_deepspeed.json --optimizer AdaXW
+
+Two processes on a CPU, one per GPU where there are some. Kill it and start it again: it goes on where it was.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from loss_plot import Curve, draw_losses
+from run_plan import Plan, add_run_arguments, load_config, make_plan
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+TRAIN_GPT = Path(__file__).resolve().parent / "train_gpt.py"
+NOT_OF_A_RUN = {"against", "processes"}
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    """Return the parsed command line, and the parser for later complaints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_arguments(parser)
+    parser.add_argument("--against", default="AdamW", help="the optimizer to compare with (default: AdamW)")
+    parser.add_argument("--processes", type=int, help="default: the number of GPUs, or 2 on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs and of loss.png")
+    args = parser.parse_args(argv)
+    if args.processes is None:
+        args.processes = torch.cuda.device_count() or 2
+    elif args.processes < 1:
+        parser.error(f"--processes must be at least 1, got {args.processes}")
+    return args, parser
+
+
+def plan_runs(args: argparse.Namespace) -> list[tuple[argparse.Namespace, Plan]]:
+    """Return the runs to make, each with its own folder below `--out`; ValueError before anything is started."""
+    runs: list[tuple[argparse.Namespace, Plan]] = []
+    for optimizer in (args.optimizer, args.against):
+        folder = args.out / load_config(args.config, optimizer)["optimizer"]["type"].lower()
+        if folder not in (run.out for run, _ in runs):
+            run = argparse.Namespace(**vars(args) | {"optimizer": optimizer, "lr": None, "out": folder})
+            runs.append((run, make_plan(run, args.processes)))
+    return runs
+
+
+def launch(run: argparse.Namespace, processes: int) -> None:
+    """Train one run in `processes` processes of this interpreter, and wait for it."""
+    flags = []
+    for name, value in vars(run).items():
+        if name in NOT_OF_A_RUN or value is None or value is False:
+            continue
+        flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    # The name of a machine without a network may not resolve: everything stays on the loopback address.
+    local = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
+    torchrun([*local, str(TRAIN_GPT), *flags])
+
+
+def report(plans: list[Plan], data: Path | None, picture: Path, seconds: float) -> None:
+    """Draw the curves and print what came out."""
+    curves = [Curve(plan.config["optimizer"]["type"], plan.folder.records()) for plan in plans]
+    settings = plans[0].settings
+    text = f"'{data.name}'" if data else "Python's standard library"
+    title = f"{' against '.join(curve.label for curve in curves)}: byte-level GPT on {text}"
+    subtitle = (
+        f"{settings['layers']} layers of width {settings['width']}, DeepSpeed on {settings['ranks']} processes; "
+        "same data, order and initial weights"
+    )
+    draw_losses(curves, picture, title, subtitle)
+    print(f"\n{'':8}{'validation loss':>16}{'bits per byte':>15}{'ms/step':>9}{'tokens/s':>10}")
+    for curve, plan in zip(curves, plans, strict=True):
+        loss, speed = curve.final_validation_loss, plan.folder.result()
+        times = f"{speed['milliseconds_per_step']:9.0f}{speed['tokens_per_second']:10,.0f}" if speed else ""
+        print(f"{curve.label:8}{loss:16.4f}{loss / math.log(2):15.4f}{times}")
+    if len(curves) == 2:
+        better, worse = sorted(curves, key=lambda curve: curve.final_validation_loss)
+        gap = worse.final_validation_loss - better.final_validation_loss
+        print(f"{better.label} is lower by {gap:.4f} nats per byte after {settings['steps']} steps.")
+    print(f"Loss curves: {picture}    ({seconds:.0f} s in total)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the demonstration."""
+    start = time.perf_counter()
+    args, parser = parse_arguments(argv)
+    try:
+        runs = plan_runs(args)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        for run, _ in runs:
+            launch(run, args.processes)
+    except (KeyboardInterrupt, SignalException):
+        sys.exit("\ndemo.py: stopped; the same command goes on from the last checkpoint")
+    except ChildFailedError:
+        sys.exit("demo.py: training failed, its error is above")
+    report([plan for _, plan in runs], args.data, args.out / "loss.png", time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()

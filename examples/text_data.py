@@ -1,0 +1,100 @@
+"""Bytes of a text file or a folder of them, and batches that are a pure function of (seed, step, rank)."""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
+HELD_OUT_EVERY = 20  # one block in twenty is held out: 5% for validation
+HELD_OUT_BLOCK = 65536  # bytes; long enough that a block is not finished by the text just before it
+
+
+def read_text(path: Path | None, max_bytes: int) -> bytes:
+    """Read up to `max_bytes` bytes of text, in an order that depends on names only.
+
+    Args:
+        path: a file, or a folder whose files are joined in sorted order; None is the source (*.py) of this
+            Python's standard library. In a folder hidden files, installed packages and binary files are skipped.
+        max_bytes: where to stop.
+
+    Raises:
+        ValueError: `path` does not exist or holds no text.
+    """
+    root = Path(sysconfig.get_path("stdlib")) if path is None else path
+    if not root.exists():
+        raise ValueError(f"--data {str(root)!r}: no such file or folder")
+    files = [root] if root.is_file() else _text_files(root, suffix=".py" if path is None else "")
+    parts, size = [], 0
+    for file in files:
+        content = file.read_bytes()
+        if b"\0" in content:  # binary
+            continue
+        parts.append(content)
+        size += len(content)
+        if size >= max_bytes:
+            break
+    if not size:
+        raise ValueError(f"--data {str(root)!r}: holds no text")
+    return b"".join(parts)[:max_bytes]
+
+
+def _text_files(root: Path, suffix: str) -> Iterator[Path]:
+    for file in sorted(root.rglob(f"*{suffix}")):
+        folders = file.relative_to(root).parts
+        if SKIPPED_FOLDERS.isdisjoint(folders) and not any(name.startswith(".") for name in folders) and file.is_file():
+            yield file
+
+
+class TextData:
+    """A text cut into a training part and a held-out part, served as windows of `context` bytes.
+
+    Batches have no hidden position: the one of any step can be made again, so a resumed run sees the data of
+    an unbroken one.
+
+    Args:
+        text: the bytes.
+        context: length of a window.
+        seed: another seed, another order.
+
+    Raises:
+        ValueError: the text is too short for one window in each part.
+    """
+
+    def __init__(self, text: bytes, context: int, seed: int) -> None:
+        block = max(1, min(HELD_OUT_BLOCK, len(text) // HELD_OUT_EVERY))
+        blocks = [text[start : start + block] for start in range(0, len(text), block)]
+        held_out = b"".join(blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+        if len(held_out) <= context:
+            raise ValueError(
+                f"--data: {len(text)} bytes are too few: the held-out part, {len(held_out)} bytes, "
+                f"must be longer than --context {context}"
+            )
+        del blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        self.train = torch.frombuffer(bytearray(b"".join(blocks)), dtype=torch.uint8)
+        self.validation = torch.frombuffer(bytearray(held_out), dtype=torch.uint8)
+        self.context = context
+        self.seed = seed
+        self.digest = hashlib.sha256(text).hexdigest()
+
+    def batch(self, step: int, rank: int, ranks: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return (inputs, targets), each (size, context) int64: the part of `rank` in the global batch of `step`."""
+        # The CPU generator uses 32 bits of its seed.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**32)
+        starts = torch.randint(len(self.train) - self.context, (ranks * size,), generator=generator)
+        return self._windows(self.train, starts[rank * size : (rank + 1) * size])
+
+    def held_out(self, rank: int, ranks: int, size: int, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield `batches` batches of this rank's share of windows spread evenly over the held-out part."""
+        count = ranks * size * batches
+        last = len(self.validation) - self.context - 1
+        starts = torch.arange(count) * last // max(1, count - 1)
+        for chosen in starts[rank::ranks].split(size):
+            yield self._windows(self.validation, chosen)
+
+    def _windows(self, text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        windows = text[starts[:, None] + torch.arange(self.context + 1)].long()
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -1,0 +1,215 @@
+"""The main job, with two real CPU processes; the oracle of a killed and resumed run is the unbroken one."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+STEPS = 60
+TINY: list[object] = ["--steps", STEPS, "--warmup", 5, "--layers", 1, "--width", 16, "--heads", 2, "--context", 16]
+TINY += ["--save-every", 10, "--validate-every", 20, "--processes", 2]
+
+needs_deepspeed = [
+    pytest.mark.deepspeed,
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in ("deepspeed", "matplotlib", "tqdm", "psutil")),
+        reason="needs deepspeed, matplotlib, tqdm and psutil",
+    ),
+]
+
+
+def demo(*arguments: object) -> list[str]:
+    return [sys.executable, str(EXAMPLES / "demo.py"), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    # On the CPU on every machine, and with the compiled code there, not Triton's interpreter.
+    dropped = {"TRITON_INTERPRET", "WORLD_SIZE", "RANK", "LOCAL_RANK", "OMP_NUM_THREADS"}
+    return {name: value for name, value in os.environ.items() if name not in dropped} | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(demo(*arguments), env=environment(), capture_output=True, text=True, timeout=240)
+
+
+def write_text(file: Path, lines: range) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"line {number} of a text\n" for number in lines))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose text is that of `<folder>.txt`: files in sorted order, what is no text left out."""
+    folder = tmp_path_factory.mktemp("corpus") / "text"
+    write_text(folder / "a.txt", range(300))
+    write_text(folder / "b" / "c.txt", range(300, 600))
+    write_text(folder / ".hidden" / "d.txt", range(5))
+    (folder / "binary").write_bytes(b"text\0binary")
+    write_text(folder.with_suffix(".txt"), range(600))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Both runs of the demonstration, on a folder, never interrupted."""
+    out = tmp_path_factory.mktemp("unbroken")
+    finished = run(*TINY, "--data", corpus, "--out", out)
+    assert finished.returncode == 0, finished.stderr
+    return out, finished.stdout
+
+
+class TestDemo:
+    pytestmark = needs_deepspeed
+
+    def test_both_optimizers_learn_from_the_same_start(self, unbroken: tuple[Path, str]) -> None:
+        out, printed = unbroken
+        adax, adamw = (read_log(out / name) for name in ("adax", "adamw"))
+        assert [record["step"] for record in adax] == [record["step"] for record in adamw] == list(range(1, STEPS + 1))
+        assert adax[0]["loss"] == adamw[0]["loss"]
+        assert adax[-1] != adamw[-1]
+        for name, log in (("AdaX", adax), ("AdamW", adamw)):
+            assert log[-1]["validation_loss"] < adax[0]["loss"] - 0.5
+            assert f"\n{name:8}{log[-1]['validation_loss']:16.4f}" in printed
+        assert "adax_triton.optimizer.AdaX inside DeepSpeedZeroOptimizer, 2 processes" in printed
+
+    def test_picture_shows_two_curves(self, unbroken: tuple[Path, str]) -> None:
+        import matplotlib.image
+
+        picture = matplotlib.image.imread(unbroken[0] / "loss.png")[..., :3]
+        assert picture.shape[0] >= 500 and picture.shape[1] >= 800
+        for colour in ("#c2410c", "#1d4ed8"):
+            curve = abs(picture - matplotlib.colors.to_rgb(colour)).max(axis=-1) < 0.02
+            assert curve.any(axis=0).mean() > 0.5, f"{colour} spans too little of the picture"
+
+    def test_killed_run_resumes_as_if_unbroken(self, unbroken: tuple[Path, str], corpus: Path, tmp_path: Path) -> None:
+        # From the file where the unbroken run had the folder: the same bytes.
+        arguments = [*TINY, "--data", corpus.with_suffix(".txt"), "--against", "AdaX", "--out", tmp_path]
+        kill_after_checkpoint(arguments, tmp_path / "adax")
+        killed = read_log(tmp_path / "adax")
+        assert 10 <= len(killed) < STEPS, "the kill missed the run"
+        leave_what_a_kill_can_leave(tmp_path / "adax")
+
+        resumed = run(*arguments)
+
+        assert resumed.returncode == 0, resumed.stderr
+        assert "AdaX: resuming after step" in resumed.stdout
+        assert (tmp_path / "adax" / "loss.jsonl").read_text() == (unbroken[0] / "adax" / "loss.jsonl").read_text()
+        assert [folder.name for folder in (tmp_path / "adax" / "checkpoints").glob("step*")] == [f"step{STEPS:07d}"]
+
+
+@pytest.fixture
+def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+@pytest.mark.usefixtures("examples_on_path")
+class TestRefusals:
+    pytestmark = needs_deepspeed
+
+    @pytest.mark.parametrize("flag", ["--optimizer", "--against"])
+    def test_unknown_optimizer_is_named(self, flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "optimizer 'AdaZ' is unknown: expected one of ['adamw', 'adax', 'adaxw']" in refusal(
+            capsys, flag, "AdaZ", "--out", tmp_path
+        )
+        assert not any(tmp_path.iterdir())
+
+    def test_other_settings_are_not_mixed_into_a_run(
+        self, unbroken: tuple[Path, str], corpus: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        message = refusal(capsys, *TINY, "--data", corpus, "--out", unbroken[0], "--seed", 1)
+        assert "holds a run with seed=0, now seed=1: give --fresh to replace it" in message
+
+    def test_data_must_exist_and_be_long_enough(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        missing, short = tmp_path / "missing", tmp_path / "short.txt"
+        assert f"--data {str(missing)!r}: no such file or folder" in refusal(capsys, "--data", missing)
+        short.write_text("too short")
+        assert "9 bytes are too few" in refusal(capsys, "--data", short)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Return what the demonstration says when it refuses its arguments, before it starts any process."""
+    import demo as demonstration
+
+    with pytest.raises(SystemExit) as stopped:
+        demonstration.main(list(map(str, arguments)))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_configs_differ_in_nothing_but_the_optimizer() -> None:
+    configs = [json.loads(file.read_text()) for file in EXAMPLES.glob("zero2_*.json")]
+    assert len(configs) >= 3
+    types = {config.pop("optimizer")["type"] for config in configs}
+    assert {"AdaX", "AdaXW", "AdamW"} <= types
+    assert all(config == configs[0] for config in configs)
+    assert configs[0]["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.usefixtures("examples_on_path")
+def test_batches_depend_on_step_and_place_in_the_global_batch_only() -> None:
+    from text_data import TextData
+
+    text = bytes(range(256)) * 400
+    data, again, other = TextData(text, 16, seed=0), TextData(text, 16, seed=0), TextData(text, 16, seed=1)
+    again.batch(0, rank=0, ranks=1, size=8)
+    whole = data.batch(3, rank=0, ranks=1, size=8)[0]
+    halves = [again.batch(3, rank=rank, ranks=2, size=4)[0] for rank in (0, 1)]
+    assert whole.equal(torch.cat(halves))
+    assert not whole.equal(data.batch(4, rank=0, ranks=1, size=8)[0])
+    assert not whole.equal(other.batch(3, rank=0, ranks=1, size=8)[0])
+
+
+@pytest.mark.usefixtures("examples_on_path")
+def test_held_out_text_is_a_twentieth_and_never_trained_on() -> None:
+    from text_data import TextData
+
+    text = b"".join(bytes([block]) * 100 for block in range(20))
+    data = TextData(text, 16, seed=0)
+    assert data.validation.unique().tolist() == [19]
+    assert data.train.unique().tolist() == list(range(19))
+    inputs, targets = zip(*data.held_out(rank=1, ranks=2, size=4, batches=3), strict=True)
+    assert len(inputs) == len(targets) == 3
+    assert all(batch.shape == (4, 16) for batch in (*inputs, *targets))
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "loss.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def kill_after_checkpoint(arguments: list[object], folder: Path) -> None:
+    """Start the demonstration and SIGKILL all its processes soon after the first complete checkpoint of `folder`."""
+    import psutil
+
+    process = subprocess.Popen(
+        demo(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "checkpoints" / "latest").exists():
+            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.005)
+    finally:
+        # Workers have process groups of their own, so the children are looked up, deepest last.
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            member.send_signal(signal.SIGKILL)
+        process.wait()
+        psutil.wait_procs(family, timeout=30)
+
+
+def leave_what_a_kill_can_leave(folder: Path) -> None:
+    """Add half a checkpoint and half a line of the log, newer than the last complete checkpoint."""
+    half = folder / "checkpoints" / f"step{STEPS - 1:07d}"
+    half.mkdir()
+    (half / "mp_rank_00_model_states.pt").write_bytes(b"PK")
+    with (folder / "loss.jsonl").open("a") as log:
+        log.write('{"step": 11, "lo')
