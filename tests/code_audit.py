@@ -1,0 +1,232 @@
+"""Compile the step kernel for GPUs that need not be there, and read facts from the code; see test_code_audit.py.
+
+Usage, with TRITON_INTERPRET unset: python code_audit.py TARGET
+Prints a JSON list of one dictionary per variant (parameter dtype, gradient dtype, aligned).
+"""
+
+import bisect
+import inspect
+import itertools
+import json
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from adax_triton.kernels import adax_step as step_module
+from adax_triton.kernels.adax_step import adax_step, adax_step_kernel
+from adax_triton.kernels.launch import launch_shape
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import driver
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+PARAM_DTYPES = ("float32", "bfloat16", "float16")
+GRAD_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+LOCATION = re.compile(r"\.loc\s.*?adax_step\.py:(\d+):\d+(?: @\[ adax_step\.py:(\d+):)?")
+PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)\s")
+AMD_ACCESS = re.compile(r"^\s+(?:global|buffer|flat)_(load|store)_(\w+)")
+AMD_BITS = {"ubyte": 8, "ushort": 16, "short": 16, "short_d16": 16, "short_d16_hi": 16, "dword": 32}
+SASS_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", re.MULTILINE)
+STREAM = re.compile(r"tl\.(?:load|store)\((\w+?)_ptr")
+
+
+class Launch(NamedTuple):
+    """What Triton was asked to compile, and the key under which it would keep the result."""
+
+    key: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+
+class AbsentDevice:
+    """Answers what a launch asks the driver before it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+def record_launches(param_dtype: str, grad_dtype: str, aligned: bool) -> list[Launch]:
+    """Call `adax_step` on tables of several sizes and contents, and return what it would have compiled for each."""
+    launches = []
+
+    def record(*, compile: dict[str, Any], **_: Any) -> bool:
+        options = {name: compile[name] for name in ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")}
+        launches.append(
+            Launch(compile["key"], compile["signature"], compile["constants"], compile["configs"][0], options)
+        )
+        return True  # neither compile nor launch
+
+    triton.knobs.runtime.jit_cache_hook = record
+    for tensors, chunks, value in ((1, 1, 0.0), (1, 16, 1.0), (2, 3, 1e-3), (16, 4096, float("nan"))):
+        adax_step(
+            torch.full((tensors, 6), 16 * tensors),
+            torch.arange(chunks),
+            torch.full((tensors, 7), value),
+            param_dtype=getattr(torch, param_dtype),
+            grad_dtype=getattr(torch, grad_dtype),
+            aligned=aligned,
+        )
+    return launches
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    source = ASTSource(adax_step_kernel, launch.signature, launch.constants, launch.attributes)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+def read_accesses(code: str) -> list[tuple[str, str, str, int]]:
+    """Return (region, "load" or "store", stream, bits) of each vector access of PTX or AMD assembly, in order.
+
+    The region is "tile", "tail", or "table" for what lies outside `_update_tile`. It and the stream come from the
+    source line to which the compiler ascribes the access.
+    """
+    source = Path(inspect.getsourcefile(adax_step_kernel.fn)).read_text().splitlines()
+    calls = [number for number, line in enumerate(source, start=1) if re.match(r"\s+_update_tile\(", line)]
+    assert len(calls) == 2, "one call for the tile, then one for the tail"
+    accesses = []
+    location = None
+    for line in code.splitlines():
+        location = LOCATION.search(line) or location
+        if match := PTX_ACCESS.search(line):
+            kind, bits = {"ld": "load", "st": "store"}[match[1]], int(match[2] or 1) * int(match[3])
+        elif match := AMD_ACCESS.match(line):
+            kind, bits = match[1], AMD_BITS.get(match[2]) or 32 * int(match[2].removeprefix("dwordx"))
+        else:
+            continue
+        stream = STREAM.search(source[int(location[1]) - 1])[1]
+        # A call over several lines is ascribed to any of them.
+        region = "table" if location[2] is None else "tile" if int(location[2]) < calls[1] else "tail"
+        accesses.append((region, kind, stream, bits))
+    return accesses
+
+
+def sass_bits(operation: str) -> int:
+    wide = re.search(r"\.(64|128|256)\b", operation)
+    return int(wide[1]) if wide else 16 if re.search(r"\.[US]16\b", operation) else 32
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """Return the instructions of a cubin, the only section of its ELF file that is named .text.*."""
+    start, entry_size, count, names_index = struct.unpack_from("<40xQ10xHHH", cubin)
+    sections = [struct.unpack_from("<II16xQQ", cubin, start + index * entry_size) for index in range(count)]
+    names = sections[names_index][2]
+    (code,) = [section for section in sections if cubin.startswith(b".text.", names + section[0])]
+    return cubin[code[2] : code[2] + code[3]]
+
+
+def disassemble(codes: list[bytes], architecture: str) -> list[list[str]]:
+    """Return the names of the instructions of each piece of code, such as LDG.E.128.
+
+    All go through one call of nvdisasm, which spends most of its time on starting.
+    """
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "--binary", architecture, file.name]
+        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    ends = list(itertools.accumulate(map(len, codes)))
+    operations: list[list[str]] = [[] for _ in codes]
+    for address, name in SASS_INSTRUCTION.findall(dump):
+        operations[bisect.bisect_right(ends, int(address, 16))].append(name)
+    for names in operations:
+        while names[-1].startswith(("NOP", "BRA")):  # padding behind the last EXIT
+            names.pop()
+    return operations
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Return registers per thread and bytes of stack; spilled registers lie on the stack, and LOCAL stays 0."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", dump).groups()
+    return int(registers), int(stack)
+
+
+def nvidia_facts(kernels: list[Any]) -> Iterator[dict[str, Any]]:
+    architecture = re.search(r"\.target (\w+)", kernels[0].asm["ptx"])[1].replace("sm_", "SM")
+    codes = [machine_code(kernel.asm["cubin"]) for kernel in kernels]
+    for kernel, operations in zip(kernels, disassemble(codes, architecture), strict=True):
+        registers, stack = resources(kernel.asm["cubin"])
+        yield {
+            "registers": registers,
+            "spills": stack + sum(name.startswith(("LDL", "STL")) for name in operations),
+            "shared": kernel.metadata.shared + sum(name.startswith(("LDS", "STS")) for name in operations),
+            "barriers": sum(name.startswith("BAR") for name in operations),
+            "instructions": len(operations),
+            "accesses": read_accesses(kernel.asm["ptx"]),
+            "machine": [
+                ({"LDG": "load", "STG": "store"}[name[:3]], sass_bits(name))
+                for name in operations
+                if name.startswith(("LDG", "STG"))
+            ],
+        }
+
+
+def amd_facts(kernel: Any) -> dict[str, Any]:
+    code = kernel.asm["amdgcn"]
+    operations = re.findall(r"^\s+([a-z]+_\w+)", code, re.MULTILINE)
+
+    def count(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
+
+    spills = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    return {
+        "registers": count("vgpr_count"),
+        "spills": sum(map(count, spills)) + sum(name.startswith("scratch_") for name in operations),
+        "shared": count("group_segment_fixed_size") + sum(name.startswith("ds_") for name in operations),
+        "barriers": sum(name.startswith("s_barrier") for name in operations),
+        "instructions": len(operations),
+        "accesses": read_accesses(code),
+        "machine": [(kind, bits) for _, kind, _, bits in read_accesses(code)],
+    }
+
+
+def audit(target_name: str) -> Iterator[dict[str, Any]]:
+    """Yield the facts of every variant of one target."""
+    target = TARGETS[target_name]
+    driver.set_active(AbsentDevice(target))
+    step_module.current_backend = lambda: target.backend
+    variants = list(itertools.product(PARAM_DTYPES, GRAD_DTYPES, (True, False)))
+    launches = [record_launches(*variant) for variant in variants]
+    kernels = [compile_launch(recorded[0], target) for recorded in launches]
+    found = nvidia_facts(kernels) if target.backend == "cuda" else map(amd_facts, kernels)
+    for variant, recorded, kernel, facts in zip(variants, launches, kernels, found, strict=True):
+        yield {
+            **dict(zip(("param_dtype", "grad_dtype", "aligned"), variant, strict=True)),
+            "keys": sorted({launch.key for launch in recorded}),
+            "elements_per_thread": launch_shape(target.backend).chunk_size
+            // (kernel.metadata.num_warps * target.warp_size),
+            "layout_conversions": kernel.asm["ttgir"].count("ttg.convert_layout"),
+            **facts,
+        }
+
+
+if __name__ == "__main__":
+    json.dump(list(audit(sys.argv[1])), sys.stdout)

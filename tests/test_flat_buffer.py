@@ -1,0 +1,195 @@
+"""Flat storage: where its views lie, what stays zero, and the tables by which a launch finds its tensors."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adax_triton.flat_buffer import ALIGNMENT, AddressTable, FlatBuffer, chunk_table, is_dense, memory_run
+
+SHAPES = [(1,), (), (127,), (128,), (129,), (0,), (3, 5, 7), (2, 0, 4), (1000,)]
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+
+
+def channels_last() -> Tensor:
+    return torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+
+
+LAYOUTS = {
+    "contiguous": torch.empty(3, 4, 5),
+    "scalar": torch.empty(()),
+    "empty": torch.empty(3, 0, 5),
+    "empty-expanded": torch.empty(1, 0).expand(7, 0),
+    "transposed": torch.empty(3, 4).T,
+    "permuted": torch.empty(3, 4, 5).permute(2, 0, 1),
+    "channels-last": channels_last(),
+    "offset": torch.empty(20)[3:15],
+    "rows-apart": torch.empty(4, 8)[:, :5],
+    "every-second": torch.empty(10)[::2],
+    "every-second-row": torch.empty(6, 3)[::2],
+    "one-element-stride-7": torch.empty(1).as_strided((1,), (7,)),
+    "one-row-any-stride": torch.empty(5).as_strided((1, 5), (99, 1)),
+    "one-column-of-wide": torch.empty(4, 8)[:, :1],
+    "expanded": torch.empty(1, 4).expand(3, 4),
+    "overlapping-windows": torch.empty(6).as_strided((3, 4), (1, 1)),
+    "overlap-and-gap-of-right-size": torch.empty(8).as_strided((2, 2, 2), (1, 1, 3)),
+    "diagonal": torch.empty(4, 4).diagonal(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_is_dense_agrees_with_listing_every_address(layout: str) -> None:
+    tensor = LAYOUTS[layout]
+    indices = itertools.product(*map(range, tensor.shape))
+    addresses = sorted(sum(i * stride for i, stride in zip(index, tensor.stride(), strict=True)) for index in indices)
+    assert is_dense(tensor) == (addresses == list(range(tensor.numel())))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=lambda order: "".join(map(str, order)))
+def test_memory_run_lists_elements_as_they_lie(order: tuple[int, ...]) -> None:
+    flat = torch.arange(2 + 24)[2:]
+    assert torch.equal(memory_run(flat.view(2, 3, 4).permute(order)), flat)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+def test_every_view_starts_on_an_aligned_element(dtype: torch.dtype) -> None:
+    buffer = FlatBuffer(tensors(), dtype=dtype)
+    assert [view.storage_offset() % ALIGNMENT for view in buffer.views] == [0] * len(SHAPES)
+
+
+def test_views_do_not_overlap() -> None:
+    buffer = FlatBuffer(tensors())
+    for number, view in enumerate(buffer.views, start=1):
+        view += number
+    expected = [torch.full(shape, float(number)) for number, shape in enumerate(SHAPES, start=1)]
+    assert all(map(torch.equal, buffer.views, expected))
+
+
+def test_padding_stays_zero_when_views_are_written() -> None:
+    buffer = FlatBuffer(tensors())
+    inside = torch.zeros(buffer.data.numel(), dtype=torch.bool)
+    for view in buffer.views:
+        view.fill_(float("nan"))
+        inside[view.storage_offset() : view.storage_offset() + view.numel()] = True
+    assert torch.equal(buffer.data.nan_to_num(nan=1.0), inside.float())
+
+
+def test_padding_is_less_than_one_alignment_per_tensor() -> None:
+    buffer = FlatBuffer(tensors())
+    filled = [torch.Size(shape).numel() for shape in SHAPES]
+    assert buffer.data.numel() == sum(-(-numel // ALIGNMENT) * ALIGNMENT for numel in filled)
+
+
+def test_numel_counts_elements_without_padding() -> None:
+    assert FlatBuffer(tensors()).numel == 1 + 1 + 127 + 128 + 129 + 0 + 105 + 0 + 1000
+
+
+def test_empty_list_gives_an_empty_buffer() -> None:
+    assert FlatBuffer([]).data.numel() == 0
+
+
+@pytest.mark.parametrize(
+    "layout", [name for name, tensor in LAYOUTS.items() if is_dense(tensor) and tensor.numel() > 1]
+)
+def test_view_of_a_dense_tensor_has_its_strides(layout: str) -> None:
+    tensor = LAYOUTS[layout]
+    assert FlatBuffer([torch.empty(3), tensor]).views[1].stride() == tensor.stride()
+
+
+@pytest.mark.parametrize("layout", ["rows-apart", "every-second", "expanded"])
+def test_view_of_a_tensor_with_gaps_is_contiguous(layout: str) -> None:
+    assert FlatBuffer([LAYOUTS[layout]]).views[0].is_contiguous()
+
+
+def test_dtype_given_replaces_that_of_the_tensors() -> None:
+    assert FlatBuffer([*tensors(torch.bfloat16), *tensors()], dtype=torch.float32).data.dtype == torch.float32
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"one device, got \['cpu', 'meta'\]"):
+        FlatBuffer([torch.empty(3), torch.empty(3, device="meta")])
+
+
+def test_tensors_of_two_dtypes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"one dtype, got \['torch.bfloat16', 'torch.float32'\]; name one with dtype="):
+        FlatBuffer([torch.empty(3), torch.empty(3, dtype=torch.bfloat16)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_flatten_keeps_values(dtype: torch.dtype) -> None:
+    params = [nn.Parameter(tensor) for tensor in [*tensors(dtype), channels_last().to(dtype)]]
+    before = [param.detach().clone() for param in params]
+    FlatBuffer.flatten(params)
+    assert all(map(torch.equal, params, before))
+
+
+def test_flatten_makes_parameters_views_of_one_storage() -> None:
+    params = [nn.Parameter(tensor) for tensor in tensors()]
+    buffer = FlatBuffer.flatten(params)
+    buffer.data.fill_(7.0)
+    assert all(bool((param == 7.0).all()) for param in params)
+
+
+def test_flatten_leaves_parameters_that_autograd_can_train() -> None:
+    model = nn.Linear(4, 3)
+    FlatBuffer.flatten(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    assert torch.equal(model.weight.grad, torch.full((3, 4), 2.0))
+
+
+def test_flatten_refuses_two_dtypes_and_moves_nothing() -> None:
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float16))]
+    addresses = [param.data_ptr() for param in params]
+    with pytest.raises(ValueError, match="one dtype"):
+        FlatBuffer.flatten(params)
+    assert [param.data_ptr() for param in params] == addresses
+
+
+@pytest.mark.parametrize("numels", [[], [0], [1], [8], [9], [7, 0, 8, 17, 1], [0, 0, 24]], ids=str)
+def test_chunk_table_agrees_with_a_plain_loop(numels: list[int]) -> None:
+    expected = []
+    for tensor, numel in enumerate(numels):
+        for chunk, _ in enumerate(range(0, numel, 8)):
+            expected.append(tensor * 2**32 + chunk)
+    assert torch.equal(chunk_table(numels, 8), torch.tensor(expected, dtype=torch.int64))
+
+
+def test_chunk_table_holds_chunks_past_2_31_elements() -> None:
+    assert chunk_table([3, 2**31 + 1], 2048)[-1].item() == (1 << 32) + 2**20
+
+
+class CountingTable(AddressTable):
+    """Counts its uploads."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), chunk_size=8)
+        self.uploads = 0
+
+    def upload(self, host: Tensor) -> Tensor:
+        self.uploads += 1
+        return super().upload(host)
+
+
+@pytest.mark.parametrize(
+    ("rows", "numels", "uploads"),
+    [([(1, 2, 9), (3, 4, 5)], [9, 5], 0), ([(1, 8, 9), (3, 4, 5)], [9, 5], 1), ([(1, 2, 9), (3, 4, 8)], [9, 8], 2)],
+    ids=["nothing-changed", "address-changed", "numel-changed"],
+)
+def test_refresh_uploads_only_what_changed(rows: list[tuple[int, ...]], numels: list[int], uploads: int) -> None:
+    table = CountingTable()
+    table.refresh([(1, 2, 9), (3, 4, 5)], [9, 5])
+    table.uploads = 0
+    table.refresh(rows, numels)
+    assert table.uploads == uploads
+
+
+def test_refreshed_tables_hold_rows_and_chunks() -> None:
+    table = AddressTable(torch.device("cpu"), chunk_size=8)
+    table.refresh([(1, 2, 9)], [9])
+    table.refresh([(3, 4, 17), (2**62, 6, 1)], [17, 1])
+    assert (table.tensors.tolist(), table.chunks.tolist()) == ([[3, 4, 17], [2**62, 6, 1]], [0, 1, 2, 2**32])
