@@ -21,8 +21,9 @@ EPS_PLACEMENTS = ("normalized", "unnormalized")
 
 # Past this, exp(x) - 1 == exp(x) in float64, and a little further exp(x) overflows it.
 _EXPM1_IS_EXP = 100.0
-# An eps that underflowed would turn 0 / (0 + eps) of a never-touched weight into NaN in float32.
-_SMALLEST_NORMAL_FLOAT32 = 2.0**-126
+# The root of float32's smallest normal number. Below it a GPU takes sqrt(v) for 0, and m / (0 + eps) with a smaller eps
+# would throw a weight far away, or with one that underflowed make a never-touched weight NaN.
+_SMALLEST_EPS = 2.0**-63
 
 
 class StepScalars(NamedTuple):
@@ -81,7 +82,7 @@ def effective_eps(eps: float, eps_placement: str, second_moment: str, beta2: flo
 
     `"normalized"` is `sqrt(v) + eps`. `"unnormalized"` is the released AdaX program, which adds eps to the root of the
     raw moment `V = v * factor_t` and divides after: `eps / sqrt(factor_t)`, with `factor_t = (1+b2)^t - 1` for AdaX and
-    `1 - b2^t` for Adam.
+    `1 - b2^t` for Adam. An eps that is not 0 stays above 1.08e-19, float32's resolution of the root.
     """
     if eps == 0.0:
         return 0.0
@@ -92,7 +93,7 @@ def effective_eps(eps: float, eps_placement: str, second_moment: str, beta2: flo
         else:
             root = 1.0 / math.sqrt(one_minus_power(beta2, step))
         eps *= root
-    return max(eps, _SMALLEST_NORMAL_FLOAT32)
+    return max(eps, _SMALLEST_EPS)
 
 
 def step_scalars(
