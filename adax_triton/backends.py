@@ -78,7 +78,7 @@ class Stepper:
     """Runs one step's tensors, and keeps the launch tables between steps."""
 
     def __init__(self) -> None:
-        self._tables: dict[tuple[Bucket, int], AddressTable] = {}
+        self._tables: dict[tuple[Bucket, int, int], AddressTable] = {}
 
     def run(self, steps: list[TensorStep], scalars: list[StepScalars]) -> None:
         """Update every tensor of `steps` in place: one launch per bucket on the kernel's devices, else one by one.
@@ -119,7 +119,7 @@ class Stepper:
             )
             for step in steps
         ]
-        table = self._table((bucket, rows[0][0]), chunk_size())
+        table = self._table(bucket, rows[0][0], chunk_size())
         table.refresh(rows, [row[4] for row in rows])
         adax_step(
             table.tensors,
@@ -132,13 +132,15 @@ class Stepper:
         # The kernel writes behind autograd's back; a backward that still needs the old values must fail, not mislead.
         torch.autograd.graph.increment_version([step.param for step in steps])
 
-    def _table(self, key: tuple[Bucket, int], chunk_size: int) -> AddressTable:
+    def _table(self, bucket: Bucket, first_address: int, chunk_size: int) -> AddressTable:
         # ZeRO calls step() once per group, so several tables are live at once. One whose tensors have moved is never
-        # found again: forget all when there are many.
+        # found again: forget all when there are many. The allocator orders reuse of a table's memory by one stream.
+        stream = torch.cuda.current_stream(bucket.device).cuda_stream if bucket.device.type == "cuda" else 0
+        key = bucket, first_address, stream
         if key not in self._tables:
             if len(self._tables) >= _MOST_TABLES:
                 self._tables.clear()
-            self._tables[key] = AddressTable(key[0].device, chunk_size)
+            self._tables[key] = AddressTable(bucket.device, chunk_size)
         return self._tables[key]
 
 
