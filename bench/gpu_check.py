@@ -2,7 +2,7 @@
 
     python3 bench/gpu_check.py [--out FOLDER]
 
-Runs the tests that need a GPU, the kernel tests and the doctor, then the step benchmark. FOLDER, else the environment
+Runs the doctor, the tests that use a GPU where there is one, then the step benchmark. FOLDER, else the environment
 variable OUT, else runs/gpu-check, gets `tests.txt`, `doctor.txt`, `step.json` and `step.md`. `--interpret` is the dry
 run without a GPU: the same commands on the CPU, with Triton's interpreter and small sizes.
 """
@@ -25,7 +25,7 @@ PACKAGES = {
     "integrations": "adax_triton/integrations",
     "bench": "adax_triton/bench",
 }
-TESTS = ("test_kernel.py", "test_optimizer_contract.py", "test_gpu.py")
+TESTS = ("test_kernel.py", "test_optimizer_contract.py", "test_tensor_kinds.py", "test_checkpoint.py")
 COMMAND_LINE = "import sys; from adax_triton.cli import main; sys.exit(main())"
 
 
@@ -44,7 +44,6 @@ def run(name: str, command: list[str], environment: dict[str, str], out: Path) -
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
         text=True,
     )
     assert process.stdout is not None
@@ -53,6 +52,15 @@ def run(name: str, command: list[str], environment: dict[str, str], out: Path) -
             sys.stdout.write(line)
             log.write(line)
     return process.wait()
+
+
+def commit() -> str:
+    """Return the checkout's commit, which the staged copy cannot ask git for; "unknown" where there is no git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def main() -> int:
@@ -69,6 +77,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as staged:
         stage(Path(staged))
         environment = {**os.environ, "PYTHONPATH": staged, "PYTHONDONTWRITEBYTECODE": "1"}
+        environment.setdefault("COMMIT", commit())
         if arguments.interpret:
             environment["TRITON_INTERPRET"] = "1"
         tests = [str(ROOT / "tests" / name) for name in TESTS]
