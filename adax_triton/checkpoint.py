@@ -50,8 +50,7 @@ def check_state_dict(state_dict: Mapping[str, Any], param_groups: list[dict[str,
         return  # load_state_dict itself refuses this, with its usual words
     states = state_dict["state"]
     for index, (saved, own) in enumerate(zip(saved_groups, param_groups, strict=True)):
-        if any(states.get(key) for key in saved["params"]):
-            _check_rule(saved.get("second_moment"), own["second_moment"], index)
+        _check_rule(saved.get("second_moment"), own["second_moment"], index)
     keys = chain.from_iterable(group["params"] for group in saved_groups)
     params = chain.from_iterable(group["params"] for group in param_groups)
     for key, param in zip(keys, params, strict=True):
@@ -77,7 +76,7 @@ def _check_state(state: Mapping[str, Any], param: Tensor, key: int) -> None:
     step = state["step"]
     if isinstance(step, Tensor) and step.numel() == 1:
         step = step.item()
-    if isinstance(step, bool) or not isinstance(step, (int, float)) or step != int(step) or step < 0:
+    if isinstance(step, bool) or not isinstance(step, (int, float)) or not float(step).is_integer() or step < 0:
         raise TypeError(f"state_dict['state'][{key}]['step'] is {state['step']!r}; expected a count of steps")
     for name in STATE_KEYS[1:]:
         tensor = state[name]

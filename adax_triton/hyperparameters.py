@@ -52,6 +52,8 @@ def validate_group(group: Mapping[str, Any]) -> None:
         raise TypeError(f"Invalid type of betas: expected a pair of numbers, got {betas!r}")
     if len(betas) != 2:
         raise ValueError(f"Invalid length of betas: expected a pair of numbers, got {betas!r}")
+    if isinstance(betas[0], torch.Tensor) != isinstance(betas[1], torch.Tensor):
+        raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
     beta1, beta2 = (as_float(beta, f"betas[{index}]") for index, beta in enumerate(betas))
     if not 0.0 <= beta1 < 1.0:
         raise ValueError(f"Invalid beta parameter at index 0: {beta1}; expected 0 <= betas[0] < 1")

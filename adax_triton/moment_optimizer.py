@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .backends import Stepper, TensorStep
-from .checkpoint import check_state_dict, fitting, held_params, hold_tensors, restore
+from .checkpoint import STATE_KEYS, check_state_dict, fitting, held_params, hold_tensors, restore
 from .flat_buffer import FlatBuffer
 from .hyperparameters import as_float, validate_group
 from .precision import PARAM_DTYPES, state_dtype
 from .schedule import StepScalars, step_scalars
 
 # Groups of checkpoints and pickles written before a key existed get its default.
-_LATER_GROUP_DEFAULTS: dict[str, Any] = {"maximize": False}
+_LATER_GROUP_DEFAULTS: dict[str, Any] = {"decoupled_weight_decay": False, "maximize": False}
 
 
 class MomentOptimizer(Optimizer):
@@ -94,7 +94,7 @@ class MomentOptimizer(Optimizer):
             What the closure returned.
 
         Raises:
-            TypeError, ValueError: a gradient of the wrong dtype, shape or device; nothing has changed then.
+            TypeError, ValueError: a gradient or a state of the wrong dtype, shape or device; nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -105,15 +105,20 @@ class MomentOptimizer(Optimizer):
         return loss
 
     def _step(self) -> None:
-        due = [
-            (param, _checked_gradient(param), group_index)
+        # A dict, because a group may name a parameter twice (torch only warns): two updates in one launch would race.
+        group_of = {
+            param: group_index
             for group_index, group in enumerate(self.param_groups)
             for param in group["params"]
             if param.grad is not None
-        ]
+        }
+        due = [(param, _checked_gradient(param), group_index) for param, group_index in group_of.items()]
         rows: dict[tuple[int, int], int] = {}
         for param, _, group_index in due:
-            rows.setdefault((group_index, self.state[param].get("step", 0) + 1), len(rows))
+            state = self.state.get(param)
+            if state:
+                _check_state(state, param)
+            rows.setdefault((group_index, state["step"] + 1 if state else 1), len(rows))
         scalars = [self._scalars(group_index, step) for group_index, step in rows]
         # Whatever the user may have got wrong has been refused by now; from here on things change.
         self._create_states([param for param, _, _ in due if not self.state[param]])
@@ -200,6 +205,19 @@ def _check_param(param: Any, index: int) -> None:
         )
 
 
+def _check_state(state: dict[str, Any], param: Tensor) -> None:
+    # States are reached by address: after `param.data = other`, `model.to(...)` or a cast they need not fit any more.
+    real = state_dtype(_real_dtype(param))
+    dtype = real.to_complex() if param.is_complex() else real
+    for name in STATE_KEYS[1:]:
+        tensor = state[name]
+        if tensor.shape != param.shape or tensor.dtype != dtype or tensor.device != param.device:
+            raise ValueError(
+                f"state[{name!r}]: shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}; its parameter of "
+                f"{param.dtype} needs shape {tuple(param.shape)}, {dtype}, {param.device}"
+            )
+
+
 def _checked_gradient(param: Tensor) -> Tensor:
     grad = param.grad
     assert grad is not None
@@ -212,4 +230,6 @@ def _checked_gradient(param: Tensor) -> Tensor:
     if _real_dtype(grad) not in PARAM_DTYPES:
         raise TypeError(f"grad: no step for dtype {grad.dtype}; expected float32, bfloat16, float16 or float64")
     # Every element decays and moves at every step, so a sparse gradient is a dense one with zeros.
-    return grad if grad.layout == torch.strided else grad.to_dense()
+    dense = grad if grad.layout == torch.strided else grad.to_dense()
+    # The memory of a lazily conjugated or negated tensor, which is what the kernel reads, does not hold its values.
+    return dense.resolve_conj().resolve_neg()

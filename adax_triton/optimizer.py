@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -120,6 +122,12 @@ class AdaXW(AdaX):
             maximize=maximize,
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # As torch.optim.AdamW: the class says which decay it is, whatever checkpoint it loads.
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True
+
 
 class Adam(MomentOptimizer):
     r"""Adam on AdaX's kernel, with the numbers and defaults of `torch.optim.Adam`, to compare rules and not programs.
@@ -205,3 +213,8 @@ class AdamW(Adam):
             decoupled_weight_decay=True,
             maximize=maximize,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True

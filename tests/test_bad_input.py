@@ -1,0 +1,237 @@
+"""Bad input is refused with the name of the argument and its value, and nothing at all has changed."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from adax_triton import Adam, AdamW, AdaX, AdaXW
+
+CLASSES = (AdaX, AdaXW, Adam, AdamW)
+every_class = pytest.mark.parametrize("optimizer_class", CLASSES, ids=lambda each: each.__name__)
+
+
+def trained(optimizer_class: type, device: torch.device, **options: Any) -> Optimizer:
+    """Return an optimizer after two steps, with gradients for a third."""
+    generator = torch.Generator().manual_seed(0)
+    params = [Parameter(torch.randn(shape, generator=generator).to(device)) for shape in ((3, 5), (7,))]
+    optimizer = optimizer_class(params, **options)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(device)
+        optimizer.step()
+    return optimizer
+
+
+def contents(optimizer: Optimizer) -> list[Any]:
+    """Return everything a step or a load may change, bitwise; floats by repr, so that NaN equals itself."""
+    found: list[Any] = []
+    for index, group in enumerate(optimizer.param_groups):
+        found.extend((index, name, repr(value)) for name, value in sorted(group.items()) if name != "params")
+        for param in group["params"]:
+            found.append(param.detach().cpu().numpy().tobytes())
+            for name, value in sorted(optimizer.state.get(param, {}).items()):
+                is_tensor = isinstance(value, torch.Tensor)
+                where = (value.data_ptr(), value.dtype, value.shape) if is_tensor else ()
+                found.append((name, where, value.cpu().numpy().tobytes() if is_tensor else value))
+    return [*found, len(optimizer.state)]
+
+
+def refuse(optimizer: Optimizer, action: Callable[[], Any], error: type, words: list[str]) -> None:
+    before = contents(optimizer)
+    with pytest.raises(error) as caught:
+        action()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert contents(optimizer) == before
+
+
+ARGUMENTS: list[tuple[dict[str, Any], type, list[str]]] = [
+    ({"lr": -1}, ValueError, ["learning rate", "-1"]),
+    ({"lr": math.nan}, ValueError, ["learning rate", "nan"]),
+    ({"lr": math.inf}, ValueError, ["learning rate", "inf"]),
+    ({"lr": "0.1"}, TypeError, ["lr", "'0.1'"]),
+    ({"lr": None}, TypeError, ["lr", "None"]),
+    ({"lr": True}, TypeError, ["lr", "True"]),
+    ({"lr": torch.tensor([0.1, 0.1])}, ValueError, ["lr", "(2,)"]),
+    ({"lr": torch.tensor(-0.5)}, ValueError, ["learning rate", "-0.5"]),
+    ({"eps": -1e-3}, ValueError, ["epsilon", "-0.001"]),
+    ({"eps": math.nan}, ValueError, ["epsilon", "nan"]),
+    ({"eps": "tiny"}, TypeError, ["eps", "'tiny'"]),
+    ({"weight_decay": -0.25}, ValueError, ["weight_decay", "-0.25"]),
+    ({"weight_decay": math.inf}, ValueError, ["weight_decay", "inf"]),
+    ({"weight_decay": [0.1]}, TypeError, ["weight_decay", "[0.1]"]),
+    ({"betas": (1.0, 0.05)}, ValueError, ["index 0", "1.0"]),
+    ({"betas": (-0.5, 0.05)}, ValueError, ["index 0", "-0.5"]),
+    ({"betas": (math.nan, 0.05)}, ValueError, ["index 0", "nan"]),
+    ({"betas": (0.9, -0.25)}, ValueError, ["index 1", "-0.25"]),
+    ({"betas": (0.9, math.nan)}, ValueError, ["index 1", "nan"]),
+    ({"betas": (0.9, 1.0)}, ValueError, ["index 1", "1.0"]),
+    ({"betas": 0.9}, TypeError, ["betas", "0.9"]),
+    ({"betas": (0.9,)}, ValueError, ["betas", "(0.9,)"]),
+    ({"betas": (0.9, 0.05, 0.05)}, ValueError, ["betas", "(0.9, 0.05, 0.05)"]),
+    ({"betas": ("0.9", 0.05)}, TypeError, ["betas[0]", "'0.9'"]),
+    ({"betas": (0.9, None)}, TypeError, ["betas[1]", "None"]),
+    ({"betas": (0.9, torch.tensor(0.05))}, ValueError, ["betas", "0.9", "tensor(0.05"]),
+    ({"maximize": "yes"}, TypeError, ["maximize", "'yes'"]),
+]
+
+
+@every_class
+@pytest.mark.parametrize(("options", "error", "words"), ARGUMENTS, ids=[str(case[0]) for case in ARGUMENTS])
+def test_bad_argument_is_named(optimizer_class: type, options: dict[str, Any], error: type, words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        optimizer_class([Parameter(torch.zeros(2))], **options)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+OF_ONE_RULE: list[tuple[type, dict[str, Any], list[str]]] = [
+    (AdaX, {"betas": (0.9, 0.999)}, ["index 1", "0.999", "Adam"]),
+    (AdaXW, {"betas": (0.9, 0.999)}, ["index 1", "0.999", "Adam"]),
+    (Adam, {"betas": (0.9, 1e-4)}, ["index 1", "0.0001", "AdaX"]),
+    (AdamW, {"betas": (0.9, 1e-4)}, ["index 1", "0.0001", "AdaX"]),
+    (AdaX, {"second_moment": "adam"}, ["index 1", "0.0001", "AdaX"]),
+    (AdaX, {"second_moment": "adafactor"}, ["index 1", "0.0001", "AdaX"]),
+    (AdaXW, {"second_moment": "adafactor", "betas": (0.9, 1.5)}, ["index 1", "1.5"]),
+    (AdaX, {"second_moment": "rmsprop"}, ["second_moment", "'rmsprop'", "adafactor"]),
+    (AdaX, {"eps_placement": "inside"}, ["eps_placement", "'inside'", "unnormalized"]),
+    (AdaX, {"eps_placement": "unnormalized", "betas": (0.9, 0.0)}, ["eps_placement", "'unnormalized'", "betas[1]=0.0"]),
+    (
+        AdaX,
+        {"eps_placement": "unnormalized", "second_moment": "adafactor", "betas": (0.9, 0.8)},
+        ["eps_placement", "'unnormalized'", "adafactor"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("optimizer_class", "options", "words"), OF_ONE_RULE)
+def test_value_of_another_rule_is_named(optimizer_class: type, options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        optimizer_class([Parameter(torch.zeros(2))], **options)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@every_class
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8], ids=str)
+def test_integer_parameter_is_refused(optimizer_class: type, dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf"params\[1\].*{re.escape(str(dtype))}"):
+        optimizer_class([Parameter(torch.zeros(2)), torch.zeros(2, dtype=dtype)])
+
+
+GROUPS: list[tuple[dict[str, Any], type, list[str]]] = [
+    ({"params": [Parameter(torch.zeros(2))], "lr": -3.0}, ValueError, ["learning rate", "-3.0"]),
+    ({"params": [Parameter(torch.zeros(2))], "betas": (2.0, 0.05)}, ValueError, ["index 0", "2.0"]),
+    ({"params": [torch.zeros(2, dtype=torch.int32)]}, TypeError, ["params[0]", "int32"]),
+    ({"params": ["weight"]}, TypeError, ["params[0]", "str"]),
+]
+
+
+@every_class
+@pytest.mark.parametrize(("group", "error", "words"), GROUPS, ids=[" ".join(case[2]) for case in GROUPS])
+def test_bad_group_is_not_added(
+    optimizer_class: type, group: dict[str, Any], error: type, words: list[str], device: torch.device
+) -> None:
+    optimizer = trained(optimizer_class, device)
+    refuse(optimizer, lambda: optimizer.add_param_group(group), error, words)
+
+
+def swap_data(optimizer: Optimizer) -> None:
+    param = optimizer.param_groups[0]["params"][1]
+    param.data = param.data.new_zeros(9)  # its gradient keeps the old shape, which p.grad = ... would refuse
+
+
+def swap_data_and_gradient(optimizer: Optimizer) -> None:
+    param = optimizer.param_groups[0]["params"][1]
+    param.data, param.grad = param.data.new_zeros(9), None
+    param.grad = torch.ones_like(param)
+
+
+def cast_state(optimizer: Optimizer) -> None:
+    state = optimizer.state[optimizer.param_groups[0]["params"][1]]
+    state["exp_avg_sq"] = state["exp_avg_sq"].bfloat16().double()
+
+
+def set_in_group(**values: Any) -> Callable[[Optimizer], None]:
+    return lambda optimizer: optimizer.param_groups[0].update(values)
+
+
+STEPS: dict[str, tuple[Callable[[Optimizer], None], type, list[str]]] = {
+    "gradient's shape": (swap_data, ValueError, ["grad", "(7,)", "(9,)"]),
+    "state's shape": (swap_data_and_gradient, ValueError, ["exp_avg", "(7,)", "(9,)"]),
+    "state's dtype": (cast_state, ValueError, ["exp_avg_sq", "float64", "float32"]),
+    "lr's type": (set_in_group(lr="fast"), TypeError, ["lr", "'fast'"]),
+    "lr's size": (set_in_group(lr=torch.ones(3)), ValueError, ["lr", "(3,)"]),
+    "beta's type": (set_in_group(betas=(0.9, "much")), TypeError, ["betas[1]", "'much'"]),
+    "unknown rule": (set_in_group(second_moment="rmsprop"), ValueError, ["second_moment", "'rmsprop'"]),
+}
+
+
+@every_class
+@pytest.mark.parametrize("case", STEPS)
+def test_bad_step_changes_nothing(optimizer_class: type, case: str, backend: torch.device) -> None:
+    spoil, error, words = STEPS[case]
+    optimizer = trained(optimizer_class, backend)
+    spoil(optimizer)
+    refuse(optimizer, optimizer.step, error, words)
+
+
+def without(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda state_dict: state_dict["state"][1].pop(name)
+
+
+def with_state(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda state_dict: state_dict["state"][1].update(values)
+
+
+LOADS: dict[str, tuple[Callable[[dict[str, Any]], Any], type, list[str]]] = {
+    "no state": (lambda saved: saved.pop("state"), ValueError, ["state_dict", "'state'"]),
+    "no groups": (lambda saved: saved.pop("param_groups"), ValueError, ["state_dict", "'param_groups'"]),
+    "missing key": (without("exp_avg"), ValueError, ["['state'][1]", "exp_avg_sq", "step"]),
+    "strange key": (with_state(max_exp_avg_sq=1), ValueError, ["['state'][1]", "max_exp_avg_sq"]),
+    "wrong shape": (with_state(exp_avg_sq=torch.ones(3)), ValueError, ["[1]['exp_avg_sq']", "(3,)", "(7,)"]),
+    "no tensor": (with_state(exp_avg=[0.0] * 7), TypeError, ["[1]['exp_avg']", "list"]),
+    "half a step": (with_state(step=1.5), TypeError, ["[1]['step']", "1.5"]),
+    "negative step": (with_state(step=-1), TypeError, ["[1]['step']", "-1"]),
+    "NaN step": (with_state(step=math.nan), TypeError, ["[1]['step']", "nan"]),
+    "worded step": (with_state(step="two"), TypeError, ["[1]['step']", "'two'"]),
+    "another rule": (
+        lambda saved: saved["param_groups"][0].update(second_moment="adafactor"),
+        ValueError,
+        ["['param_groups'][0]", "'adafactor'"],
+    ),
+    "more groups": (lambda saved: saved["param_groups"].append({"params": []}), ValueError, ["parameter groups"]),
+    "fewer params": (lambda saved: saved["param_groups"][0]["params"].pop(), ValueError, ["size"]),
+}
+
+
+@every_class
+@pytest.mark.parametrize("case", LOADS)
+def test_state_dict_that_does_not_fit_changes_nothing(optimizer_class: type, case: str, device: torch.device) -> None:
+    spoil, error, words = LOADS[case]
+    optimizer = trained(optimizer_class, device)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    spoil(state_dict)
+    refuse(optimizer, lambda: optimizer.load_state_dict(state_dict), error, words)
+
+
+@every_class
+@pytest.mark.parametrize("stepped", [False, True], ids=["fresh", "stepped"])
+def test_state_dict_of_torch_is_refused(optimizer_class: type, stepped: bool, device: torch.device) -> None:
+    optimizer, theirs = trained(optimizer_class, device), trained(torch.optim.AdamW, device)
+    state_dict = theirs.state_dict()
+    if not stepped:
+        state_dict["state"] = {}
+    words = ["['param_groups'][0]", "'second_moment'", "exp_avg_sq"]
+    refuse(optimizer, lambda: optimizer.load_state_dict(state_dict), ValueError, words)
+
+
+def test_state_dict_of_another_rule_is_refused(device: torch.device) -> None:
+    optimizer, adam = trained(AdaX, device), trained(Adam, device)
+    refuse(optimizer, lambda: optimizer.load_state_dict(adam.state_dict()), ValueError, ["'adam'", "'adax'"])

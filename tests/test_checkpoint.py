@@ -1,0 +1,218 @@
+"""What is saved, copied or loaded continues bit for bit, keeps its precision, and shares no memory it should not."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from adax_triton import Adam, AdamW, AdaX, AdaXW
+
+CLASSES = (AdaX, AdaXW, Adam, AdamW)
+every_class = pytest.mark.parametrize("optimizer_class", CLASSES, ids=lambda each: each.__name__)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
+STATES = ("exp_avg", "exp_avg_sq")
+
+
+def parameters(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in ((3, 5), (7,), ())]
+
+
+def train(optimizer: Optimizer, steps: Iterable[int] = range(3)) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.randn(param.shape, generator=generator).to(param.device, param.dtype)
+        optimizer.step()
+
+
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def states_of(optimizer: Optimizer, name: str) -> list[Tensor]:
+    return [optimizer.state[param][name] for param in params_of(optimizer)]
+
+
+def assert_equal_runs(left: Optimizer, right: Optimizer) -> None:
+    for a, b in zip(params_of(left), params_of(right), strict=True):
+        assert torch.equal(a, b)
+        assert left.state[a]["step"] == right.state[b]["step"]
+        assert all(torch.equal(left.state[a][name], right.state[b][name]) for name in STATES)
+
+
+def saved_and_loaded(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def through_file(optimizer: Optimizer) -> Optimizer:
+    twin = type(optimizer)([Parameter(param.detach().clone()) for param in params_of(optimizer)], lr=0.7)
+    twin.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    return twin
+
+
+def through_pickle(optimizer: Optimizer) -> Optimizer:
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+COPIES: dict[str, Callable[[Optimizer], Optimizer]] = {
+    "torch.save": through_file,
+    "deepcopy": copy.deepcopy,
+    "pickle": through_pickle,
+}
+
+
+@every_class
+@pytest.mark.parametrize("way", COPIES)
+def test_copy_continues_bit_for_bit(optimizer_class: type, way: str, backend: torch.device) -> None:
+    optimizer = optimizer_class(parameters(backend), lr=0.01)
+    train(optimizer)
+    twin = COPIES[way](optimizer)
+    for each in (optimizer, twin):
+        train(each, range(3, 6))
+    assert_equal_runs(optimizer, twin)
+    assert twin.param_groups[0]["lr"] == 0.01
+
+
+@every_class
+@pytest.mark.parametrize("way", COPIES)
+def test_copy_is_independent_of_the_original(optimizer_class: type, way: str, device: torch.device) -> None:
+    optimizer = optimizer_class(parameters(device))
+    train(optimizer)
+    twin = COPIES[way](optimizer)
+    frozen = copy.deepcopy(optimizer)
+    train(twin)
+    assert_equal_runs(optimizer, frozen)
+
+
+@pytest.mark.parametrize("way", ["trained", "torch.save", "deepcopy"])
+def test_states_of_a_kind_lie_in_one_storage(way: str, device: torch.device) -> None:
+    optimizer = AdaX(parameters(device))
+    train(optimizer)
+    if way != "trained":
+        optimizer = COPIES[way](optimizer)
+    for name in STATES:
+        assert len({state.untyped_storage().data_ptr() for state in states_of(optimizer, name)}) == 1
+
+
+@every_class
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loaded_states_keep_dtype_and_bits(optimizer_class: type, dtype: torch.dtype, backend: torch.device) -> None:
+    optimizer = optimizer_class(parameters(backend, dtype))
+    train(optimizer)
+    twin = through_file(optimizer)
+    expected = {torch.float64: torch.float64, torch.complex64: torch.complex64}.get(dtype, torch.float32)
+    assert {state.dtype for name in STATES for state in states_of(twin, name)} == {expected}
+    assert_equal_runs(optimizer, twin)
+
+
+def test_states_of_float32_parameters_load_into_bfloat16_ones(device: torch.device) -> None:
+    optimizer, twin = AdaX(parameters(device)), AdaX(parameters(device, torch.bfloat16))
+    train(optimizer)
+    twin.load_state_dict(optimizer.state_dict())
+    for name in STATES:
+        for state, loaded in zip(states_of(optimizer, name), states_of(twin, name), strict=True):
+            assert loaded.dtype == torch.float32 and torch.equal(state, loaded)
+
+
+@every_class
+def test_load_copies_and_leaves_the_state_dict_alone(optimizer_class: type, device: torch.device) -> None:
+    optimizer, twin = (optimizer_class(parameters(device)) for _ in range(2))
+    train(optimizer)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    twin.load_state_dict(state_dict)
+    train(twin, range(3, 5))
+    for key, state in optimizer.state_dict()["state"].items():
+        assert state_dict["state"][key]["step"] == state["step"] == 3
+        assert all(torch.equal(state_dict["state"][key][name], state[name]) for name in STATES)
+
+
+@every_class
+def test_load_writes_into_the_states_that_are_there(optimizer_class: type, device: torch.device) -> None:
+    optimizer, other = (optimizer_class(parameters(device)) for _ in range(2))
+    train(optimizer)
+    train(other, range(3, 7))
+    held = {name: states_of(optimizer, name) for name in STATES}
+    optimizer.load_state_dict(other.state_dict())
+    for name in STATES:
+        for mine, now, loaded in zip(held[name], states_of(optimizer, name), states_of(other, name), strict=True):
+            assert mine.data_ptr() == now.data_ptr() and torch.equal(mine, loaded)
+
+
+@every_class
+def test_load_drops_the_states_a_checkpoint_does_not_have(optimizer_class: type, device: torch.device) -> None:
+    optimizer = optimizer_class(parameters(device))
+    fresh = copy.deepcopy(optimizer.state_dict())
+    train(optimizer)
+    optimizer.load_state_dict(fresh)
+    assert not optimizer.state
+    train(optimizer, [0])
+    assert {optimizer.state[param]["step"] for param in params_of(optimizer)} == {1}
+
+
+@pytest.mark.parametrize("step", [5, 5.0, torch.tensor(5.0), torch.tensor([5])], ids=repr)
+def test_step_is_loaded_as_an_int(step: Any, device: torch.device) -> None:
+    optimizer = AdaX(parameters(device))
+    train(optimizer)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for state in state_dict["state"].values():
+        state["step"] = step
+    optimizer.load_state_dict(state_dict)
+    assert [(type(count), count) for count in states_of(optimizer, "step")] == [(int, 5)] * 3
+
+
+@every_class
+def test_groups_are_restored_and_later_keys_get_their_default(optimizer_class: type, device: torch.device) -> None:
+    params = parameters(device)
+    groups = [{"params": params[:1], "eps": 0.5}, {"params": params[1:], "lr": 0.25, "betas": (0.7, 0.05)}]
+    state_dict = optimizer_class(groups).state_dict()
+    for group in state_dict["param_groups"]:
+        del group["maximize"]
+    twin = optimizer_class([{"params": params[:1]}, {"params": params[1:]}], maximize=True)
+    twin.load_state_dict(state_dict)
+    assert [group["eps"] for group in twin.param_groups] == [0.5, twin.defaults["eps"]]
+    assert (twin.param_groups[1]["lr"], twin.param_groups[1]["betas"]) == (0.25, (0.7, 0.05))
+    assert [group["maximize"] for group in twin.param_groups] == [False, False]
+
+
+@pytest.mark.parametrize(("plain", "decoupled"), [(AdaX, AdaXW), (Adam, AdamW)])
+def test_class_decides_where_the_decay_goes(plain: type, decoupled: type, device: torch.device) -> None:
+    params = parameters(device)
+    into_plain, into_decoupled = plain(params), decoupled(params)
+    into_decoupled.load_state_dict(plain(params).state_dict())
+    into_plain.load_state_dict(decoupled(params).state_dict())
+    # As in torch: the W classes are always decoupled, the others do what the checkpoint says.
+    assert into_decoupled.param_groups[0]["decoupled_weight_decay"]
+    assert into_plain.param_groups[0]["decoupled_weight_decay"]
+
+
+def test_hooks_see_and_replace_what_is_saved_and_loaded(device: torch.device) -> None:
+    optimizer = AdaX(parameters(device))
+    train(optimizer)
+    optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "note": "kept"})
+    state_dict = optimizer.state_dict()
+    assert state_dict["note"] == "kept"
+
+    def doubled(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        states = {key: {**state, "exp_avg": state["exp_avg"] * 2} for key, state in given["state"].items()}
+        return {**given, "state": states}
+
+    twin, seen = AdaX(parameters(device)), []
+    twin.register_load_state_dict_pre_hook(doubled)
+    twin.register_load_state_dict_post_hook(lambda each: seen.extend(states_of(each, "exp_avg")))
+    twin.load_state_dict(state_dict)
+    for state, loaded in zip(states_of(optimizer, "exp_avg"), seen, strict=True):
+        assert torch.equal(loaded, state * 2)

@@ -1,0 +1,248 @@
+"""What torch.optim promises of an optimizer, on all four classes; layouts and checkpoints have files of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer, lr_scheduler, swa_utils
+
+from adax_triton import Adam, AdamW, AdaX, AdaXW, adax_update, step_scalars
+
+CLASSES = (AdaX, AdaXW, Adam, AdamW)
+every_class = pytest.mark.parametrize("optimizer_class", CLASSES, ids=lambda each: each.__name__)
+SHAPES = ((3, 5), (7,), (), (2, 1, 4))
+
+
+def parameters(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [Parameter(torch.randn(shape, generator=generator, dtype=dtype).to(device)) for shape in SHAPES]
+
+
+def gradient(param: Tensor, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(param.shape, generator=generator, dtype=param.dtype).to(param.device)
+
+
+def train(optimizer: Optimizer, params: Iterable[Tensor], steps: Iterable[int] = range(4)) -> None:
+    for step in steps:
+        for param in params:
+            param.grad = gradient(param, step)
+        optimizer.step()
+
+
+def assert_same(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_class
+def test_group_steps_as_an_optimizer_of_its_own(optimizer_class: type, backend: torch.device) -> None:
+    own = {"lr": 0.02, "betas": (0.5, 0.07), "eps": 1e-3, "weight_decay": 0.3, "maximize": True}
+    params, alone = parameters(backend), parameters(backend)
+    train(optimizer_class([{"params": params[:2]}, {"params": params[2:], **own}], lr=0.1), params)
+    train(optimizer_class(alone[:2], lr=0.1), alone[:2])
+    train(optimizer_class(alone[2:], **own), alone[2:])
+    assert_same(params, alone)
+
+
+@every_class
+def test_group_added_later_counts_from_its_own_first_step(optimizer_class: type, backend: torch.device) -> None:
+    params, late = parameters(backend), parameters(backend)
+    optimizer = optimizer_class(params[:2])
+    train(optimizer, params[:2])
+    optimizer.add_param_group({"params": params[2:], "lr": 0.5})
+    train(optimizer, params[2:])
+    train(optimizer_class(late[2:], lr=0.5), late[2:])
+    assert_same(params[2:], late[2:])
+
+
+@every_class
+def test_names_are_kept_and_change_no_number(optimizer_class: type, backend: torch.device) -> None:
+    model, twin = (torch.nn.Linear(3, 2, device=backend) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    optimizer = optimizer_class(model.named_parameters())
+    train(optimizer, list(model.parameters()))
+    train(optimizer_class(twin.parameters()), list(twin.parameters()))
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+    assert_same(model.parameters(), twin.parameters())
+
+
+@every_class
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_tensor_lr_is_read_at_every_step(optimizer_class: type, shape: tuple[int, ...], backend: torch.device) -> None:
+    params, twin = parameters(backend), parameters(backend)
+    lr = torch.full(shape, 0.5)
+    optimizer, plain = optimizer_class(params, lr=lr), optimizer_class(twin, lr=0.5)
+    for step, number in enumerate((0.5, 0.25, 0.125)):  # exact in float32
+        lr.fill_(number)
+        plain.param_groups[0]["lr"] = number
+        train(optimizer, params, [step])
+        train(plain, twin, [step])
+    assert_same(params, twin)
+
+
+def _sequential(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
+    parts = [lr_scheduler.ConstantLR(optimizer, 0.1, 2), lr_scheduler.ExponentialLR(optimizer, 0.5)]
+    return lr_scheduler.SequentialLR(optimizer, parts, milestones=[3])
+
+
+def _chained(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
+    parts = [lr_scheduler.ConstantLR(optimizer, 0.1, 2), lr_scheduler.ExponentialLR(optimizer, 0.5)]
+    return lr_scheduler.ChainedScheduler(parts, optimizer)
+
+
+SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.8),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 4], 0.5),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.3, 3),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.3, total_iters=4),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.7),
+    "SequentialLR": _sequential,
+    "ChainedScheduler": _chained,
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 6, 2.0),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 4),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 2, base_momentum=0.6, max_momentum=0.9),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=8),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0),
+    "SWALR": lambda o: swa_utils.SWALR(o, 0.01, anneal_epochs=3),
+}
+
+
+def scheduled(optimizer: Optimizer, params: list[Tensor], name: str) -> list[tuple[float, float]]:
+    """Train under a scheduler, and return lr and betas[0] as they were at each step."""
+    scheduler, used = SCHEDULERS[name](optimizer), []
+    for step in range(7):
+        used.append((float(optimizer.param_groups[0]["lr"]), optimizer.param_groups[0]["betas"][0]))
+        train(optimizer, params, [step])
+        scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+    return used
+
+
+@every_class
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_scheduled_steps_equal_steps_by_hand(optimizer_class: type, name: str, compiled_cpu: torch.device) -> None:
+    params = parameters(compiled_cpu)
+    optimizer = optimizer_class(params, lr=0.1)
+    truth = [(param.detach().cpu().double(), *torch.zeros(2, *param.shape, dtype=torch.float64)) for param in params]
+    scheduled(optimizer, params, name)
+    # torch's own optimizer under the same scheduler says which numbers were due.
+    by_torch = parameters(compiled_cpu)
+    due = scheduled(torch.optim.Adam(by_torch, lr=0.1), by_torch, name)
+    assert len(set(due)) > 1  # else the scheduler did nothing
+    constant = {key: value for key, value in optimizer.defaults.items() if key not in ("lr", "betas")}
+    for step, (lr, beta1) in enumerate(due):
+        scalars = step_scalars(step=step + 1, lr=lr, betas=(beta1, optimizer.defaults["betas"][1]), **constant)
+        for param, like in zip(truth, params, strict=True):
+            adax_update(param[0], gradient(like, step).cpu(), *param[1:], **scalars._asdict())
+    for param, (expected, _, _) in zip(params, truth, strict=True):
+        torch.testing.assert_close(param.detach().cpu(), expected.float(), rtol=2e-6, atol=2e-6)
+
+
+@every_class
+def test_closure_runs_with_gradients_enabled(optimizer_class: type, backend: torch.device) -> None:
+    param = Parameter(torch.tensor([2.0, -3.0], device=backend))
+    optimizer = optimizer_class([param], lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        losses = [float(optimizer.step(closure)) for _ in range(3)]
+    assert losses[0] == 13.0 and losses == sorted(losses, reverse=True) and losses[0] > losses[2]
+
+
+@every_class
+def test_maximize_equals_descent_along_the_negated_gradient(optimizer_class: type, backend: torch.device) -> None:
+    params, twin = parameters(backend), parameters(backend)
+    up, down = optimizer_class(params, maximize=True), optimizer_class(twin)
+    for step in range(4):
+        for param, other in zip(params, twin, strict=True):
+            param.grad, other.grad = gradient(param, step), -gradient(param, step)
+        up.step()
+        down.step()
+    assert_same(params, twin)
+
+
+@every_class
+def test_hooks_run_around_the_step(optimizer_class: type, backend: torch.device) -> None:
+    params = parameters(backend)
+    optimizer, seen = optimizer_class(params), []
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: seen.append(params[0].detach().clone())),
+        optimizer.register_step_post_hook(lambda *_: seen.append(params[0].detach().clone())),
+    ]
+    before = params[0].detach().clone()
+    train(optimizer, params, [0])
+    assert_same(seen, [before, params[0].detach()])
+    for handle in handles:
+        handle.remove()
+    train(optimizer, params, [1])
+    assert len(seen) == 2
+
+
+@every_class
+def test_frozen_parameter_stands_still_and_counts_no_step(optimizer_class: type, backend: torch.device) -> None:
+    params, alone = parameters(backend), parameters(backend)
+    optimizer = optimizer_class(params, weight_decay=0.5)
+    frozen, *others = params
+    train(optimizer, params, [0])
+    frozen.grad, before = None, frozen.detach().clone()
+    train(optimizer, others, [1])
+    assert torch.equal(frozen, before)
+    train(optimizer, params, [2])
+    train(optimizer_class(alone[:1], weight_decay=0.5), alone[:1], [0, 2])
+    train(optimizer_class(alone[1:], weight_decay=0.5), alone[1:], [0, 1, 2])
+    assert_same(params, alone)
+    assert [optimizer.state[param]["step"] for param in params] == [2, 3, 3, 3]
+
+
+@every_class
+def test_parameter_named_twice_is_stepped_once(optimizer_class: type, backend: torch.device) -> None:
+    params, once = parameters(backend)[:1], parameters(backend)[:1]
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        twice = optimizer_class(params * 2)
+    train(twice, params)
+    train(optimizer_class(once), once)
+    assert_same(params, once)
+
+
+@every_class
+@pytest.mark.parametrize("found_inf", [False, True], ids=["finite", "inf"])
+def test_grad_scaler_unscales_and_skips(optimizer_class: type, found_inf: bool, backend: torch.device) -> None:
+    params, twin = parameters(backend), parameters(backend)
+    optimizer = optimizer_class(params)
+    scaler = torch.amp.GradScaler(backend.type, init_scale=1024.0)
+    loss = sum((param * gradient(param, 0)).sum() for param in params)
+    scaler.scale(loss).backward()
+    if found_inf:
+        params[1].grad[3] = torch.inf
+    else:
+        train(optimizer_class(twin), twin, [0])
+    scaler.step(optimizer)
+    scaler.update()
+    assert_same(params, twin)
+    assert len(optimizer.state) == (0 if found_inf else len(params))
+    assert scaler.get_scale() == (512.0 if found_inf else 1024.0)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize(("weight_decay", "maximize"), list(product([0.0, 0.1], [False, True])))
+def test_adam_equals_torch_over_100_steps(name: str, weight_decay: float, maximize: bool, device: torch.device) -> None:
+    options = {"lr": 0.01, "betas": (0.8, 0.99), "weight_decay": weight_decay, "maximize": maximize}
+    params, by_torch = parameters(device, torch.float64), parameters(device, torch.float64)
+    train({"Adam": Adam, "AdamW": AdamW}[name](params, **options), params, range(100))
+    train(getattr(torch.optim, name)(by_torch, foreach=False, **options), by_torch, range(100))
+    for param, expected in zip(params, by_torch, strict=True):
+        torch.testing.assert_close(param, expected, rtol=1e-12, atol=1e-12)
