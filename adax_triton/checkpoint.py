@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import state_dtype
+
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -96,10 +98,22 @@ def held_params(state: Mapping[Any, Any]) -> Iterable[Tensor]:
             yield param
 
 
-def fitting(state: dict[str, Any], param: Tensor) -> dict[str, Any]:
-    """Return the state if loading can write into its tensors, else an empty one (a framework may have emptied them)."""
-    fits = set(state) == set(STATE_KEYS) and all(state[name].shape == param.shape for name in STATE_KEYS[1:])
-    return state if fits else {}
+def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
+    """Return what about a parameter's state does not fit it any more, or None.
+
+    States are reached by address: after `param.data = other`, a cast or `model.to(...)` they would be misread.
+    """
+    if set(state) != set(STATE_KEYS):
+        return f"state has keys {sorted(map(str, state))}; expected {list(STATE_KEYS)}"
+    dtype = state_dtype(param.dtype)
+    for name in STATE_KEYS[1:]:
+        tensor = state[name]
+        if tensor.shape != param.shape or tensor.dtype != dtype or tensor.device != param.device:
+            return (
+                f"state[{name!r}]: shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}; its parameter of "
+                f"{param.dtype} needs shape {tuple(param.shape)}, {dtype}, {param.device}"
+            )
+    return None
 
 
 def restore(held: Mapping[str, Any], into: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .backends import Stepper, TensorStep
-from .checkpoint import STATE_KEYS, check_state_dict, fitting, held_params, hold_tensors, restore
+from .checkpoint import check_state_dict, held_params, hold_tensors, misfit, restore
 from .flat_buffer import FlatBuffer
 from .hyperparameters import as_float, validate_group
 from .precision import PARAM_DTYPES, state_dtype
@@ -116,8 +116,9 @@ class MomentOptimizer(Optimizer):
         rows: dict[tuple[int, int], int] = {}
         for param, _, group_index in due:
             state = self.state.get(param)
-            if state:
-                _check_state(state, param)
+            problem = misfit(state, param) if state else None
+            if problem is not None:
+                raise ValueError(problem)
             rows.setdefault((group_index, state["step"] + 1 if state else 1), len(rows))
         scalars = [self._scalars(group_index, step) for group_index, step in rows]
         # Whatever the user may have got wrong has been refused by now; from here on things change.
@@ -148,10 +149,10 @@ class MomentOptimizer(Optimizer):
     def _create_states(self, params: list[Tensor]) -> None:
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for param in params:
-            by_kind[param.device, _real_dtype(param)].append(param)
+            by_kind[param.device, state_dtype(param.dtype).to_real()].append(param)
         for (_, dtype), alike in by_kind.items():
             reals = [torch.view_as_real(param.detach()) if param.is_complex() else param.detach() for param in alike]
-            exp_avgs, exp_avg_sqs = (FlatBuffer(reals, dtype=state_dtype(dtype)).views for _ in range(2))
+            exp_avgs, exp_avg_sqs = (FlatBuffer(reals, dtype=dtype).views for _ in range(2))
             for param, exp_avg, exp_avg_sq in zip(alike, exp_avgs, exp_avg_sqs, strict=True):
                 as_param = torch.view_as_complex if param.is_complex() else torch.Tensor.detach
                 self.state[param].update(step=0, exp_avg=as_param(exp_avg), exp_avg_sq=as_param(exp_avg_sq))
@@ -186,36 +187,21 @@ class MomentOptimizer(Optimizer):
                 group.setdefault(key, value)
         held = {param: self.state[param] for param in held_params(self.state)}
         for param in held:
-            self.state[param] = fitting(before.get(param, {}), param)
+            # Into the tensors there are; but a framework may have emptied them, or the user moved the parameter.
+            existing = before.get(param, {})
+            self.state[param] = existing if misfit(existing, param) is None else {}
         self._create_states([param for param in held if not self.state[param]])
         for param, values in held.items():
             restore(values, into=self.state[param])
 
 
-def _real_dtype(param: Tensor) -> torch.dtype:
-    return param.dtype.to_real() if param.is_complex() else param.dtype
-
-
 def _check_param(param: Any, index: int) -> None:
     if not isinstance(param, Tensor):
         raise TypeError(f"params[{index}]: optimizer can only optimize Tensors, but one of the params is {type(param)}")
-    if _real_dtype(param) not in PARAM_DTYPES:
+    if param.dtype.to_real() not in PARAM_DTYPES:
         raise TypeError(
             f"params[{index}]: no step for dtype {param.dtype}; expected float32, bfloat16, float16 or float64"
         )
-
-
-def _check_state(state: dict[str, Any], param: Tensor) -> None:
-    # States are reached by address: after `param.data = other`, `model.to(...)` or a cast they need not fit any more.
-    real = state_dtype(_real_dtype(param))
-    dtype = real.to_complex() if param.is_complex() else real
-    for name in STATE_KEYS[1:]:
-        tensor = state[name]
-        if tensor.shape != param.shape or tensor.dtype != dtype or tensor.device != param.device:
-            raise ValueError(
-                f"state[{name!r}]: shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}; its parameter of "
-                f"{param.dtype} needs shape {tuple(param.shape)}, {dtype}, {param.device}"
-            )
 
 
 def _checked_gradient(param: Tensor) -> Tensor:
@@ -227,7 +213,7 @@ def _checked_gradient(param: Tensor) -> Tensor:
         raise ValueError(f"grad: on {grad.device} for a parameter on {param.device}")
     if grad.is_complex() != param.is_complex() or not (grad.is_complex() or grad.is_floating_point()):
         raise TypeError(f"grad: dtype {grad.dtype} for a parameter of dtype {param.dtype}")
-    if _real_dtype(grad) not in PARAM_DTYPES:
+    if grad.dtype.to_real() not in PARAM_DTYPES:
         raise TypeError(f"grad: no step for dtype {grad.dtype}; expected float32, bfloat16, float16 or float64")
     # Every element decays and moves at every step, so a sparse gradient is a dense one with zeros.
     dense = grad if grad.layout == torch.strided else grad.to_dense()

@@ -51,6 +51,21 @@ def assert_equal_runs(left: Optimizer, right: Optimizer) -> None:
         assert all(torch.equal(left.state[a][name], right.state[b][name]) for name in STATES)
 
 
+def test_loading_after_the_model_was_cast_makes_states_that_fit(backend: torch.device) -> None:
+    optimizer = AdaX(parameters(backend))
+    train(optimizer)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for param in params_of(optimizer):
+        param.grad = None
+        param.data = param.data.double()
+    optimizer.load_state_dict(state_dict)
+    for name in STATES:
+        for state, key in zip(states_of(optimizer, name), state_dict["state"], strict=True):
+            assert state.dtype == torch.float64
+            assert torch.equal(state, state_dict["state"][key][name].double())
+    train(optimizer)
+
+
 def saved_and_loaded(state_dict: dict[str, Any]) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(state_dict, file)

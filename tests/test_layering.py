@@ -16,6 +16,7 @@ ALLOWED = {
         *("backends", "checkpoint", "flat_buffer", "hyperparameters", "precision", "schedule"),
     },
     "adax_triton.backends": {"cpu", "flat_buffer", "schedule", "kernels.launch", "kernels.adax_step"},
+    "adax_triton.checkpoint": {"precision"},
     "adax_triton.hyperparameters": {"schedule"},
     "adax_triton.cpu": {"reference", "schedule"},
     "adax_triton.kernels.adax_step": {"kernels.launch"},
