@@ -15,24 +15,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# How pyproject.toml maps folders to packages; the checkout itself cannot be imported without an installation.
-PACKAGES = {
-    "adax_triton": "adax_triton",
-    "kernels": "adax_triton/kernels",
-    "integrations": "adax_triton/integrations",
-    "bench": "adax_triton/bench",
-}
 TESTS = ("test_kernel.py", "test_optimizer_contract.py", "test_tensor_kinds.py", "test_checkpoint.py")
 COMMAND_LINE = "import sys; from adax_triton.cli import main; sys.exit(main())"
 
 
 def stage(target: Path) -> None:
-    """Copy the packages into `target` as an installation would lay them out."""
-    for folder, package in PACKAGES.items():
-        shutil.copytree(ROOT / folder, target / package, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    """Copy the packages into `target` as an installation would lay them out; the checkout itself cannot be imported."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for package, folder in project["tool"]["setuptools"]["package-dir"].items():
+        destination = target.joinpath(*package.split("."))
+        shutil.copytree(ROOT / folder, destination, ignore=shutil.ignore_patterns("__pycache__", "results"))
 
 
 def run(name: str, command: list[str], environment: dict[str, str], out: Path) -> int:

@@ -2,18 +2,15 @@
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {
-    "adax_triton": "adax_triton",
-    "kernels": "adax_triton/kernels",
-    "integrations": "adax_triton/integrations",
-    "bench": "adax_triton/bench",
-}
+PACKAGE_DIR = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+FOLDERS = {folder: package.replace(".", "/") for package, folder in PACKAGE_DIR.items()}
 
 
 @pytest.fixture(scope="module")
