@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .backends import Stepper, TensorStep
 from .checkpoint import check_state_dict, held_params, hold_tensors, misfit, restore
@@ -198,6 +199,8 @@ class MomentOptimizer(Optimizer):
 def _check_param(param: Any, index: int) -> None:
     if not isinstance(param, Tensor):
         raise TypeError(f"params[{index}]: optimizer can only optimize Tensors, but one of the params is {type(param)}")
+    if is_traceable_wrapper_subclass(param):  # its data_ptr() is not that of its elements
+        raise TypeError(f"params[{index}]: no step for {type(param)}, which wraps the tensors that hold its elements")
     if param.dtype.to_real() not in PARAM_DTYPES:
         raise TypeError(
             f"params[{index}]: no step for dtype {param.dtype}; expected float32, bfloat16, float16 or float64"

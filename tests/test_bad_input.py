@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.testing._internal.two_tensor import TwoTensor
 
 from adax_triton import Adam, AdamW, AdaX, AdaXW
 
@@ -123,6 +124,13 @@ def test_value_of_another_rule_is_named(optimizer_class: type, options: dict[str
 def test_integer_parameter_is_refused(optimizer_class: type, dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=rf"params\[1\].*{re.escape(str(dtype))}"):
         optimizer_class([Parameter(torch.zeros(2)), torch.zeros(2, dtype=dtype)])
+
+
+@every_class
+def test_parameter_that_wraps_other_tensors_is_refused(optimizer_class: type) -> None:
+    wrapper = TwoTensor(torch.zeros(2), torch.zeros(2))  # DTensor, which FSDP2 makes of parameters, is of this kind
+    with pytest.raises(TypeError, match=r"params\[0\].*TwoTensor"):
+        optimizer_class([Parameter(wrapper)])
 
 
 GROUPS: list[tuple[dict[str, Any], type, list[str]]] = [
