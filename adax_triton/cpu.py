@@ -19,10 +19,12 @@ COMPILE_FROM_NUMEL = 32_768
 # size.
 EAGER_CHUNK = 65_536
 
-Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], None]
 
 
-def _update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor) -> None:
+def _update(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, grad_as_it_is: bool
+) -> None:
     adax_update(
         param,
         grad,
@@ -33,8 +35,8 @@ def _update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, sc
         exp_avg_sq_weight=scalars[2],
         eps=scalars[3],
         decay=scalars[4],
-        l2=scalars[5],
-        grad_factor=scalars[6],
+        l2=0.0 if grad_as_it_is else scalars[5],
+        grad_factor=1.0 if grad_as_it_is else scalars[6],
     )
 
 
@@ -93,5 +95,6 @@ def update_cpu(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
         return update_eager(param, grad, exp_avg, exp_avg_sq, scalars)
     tensors = (param, grad, exp_avg, exp_avg_sq)
     update = _compiled_update(tuple(tensor.dtype for tensor in tensors))
+    grad_as_it_is = scalars.l2 == 0.0 and scalars.grad_factor == 1.0
     # The scalars go in as a tensor: as Python numbers each new value would be compiled for.
-    return update(*tensors, torch.tensor(scalars, dtype=torch.float64, device="cpu"))
+    return update(*tensors, torch.tensor(scalars, dtype=exp_avg_sq.dtype, device="cpu"), grad_as_it_is)

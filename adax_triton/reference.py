@@ -42,7 +42,11 @@ def adax_update(
     """
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     p, g, m, v = (tensor.to(dtype) for tensor in (param, grad, exp_avg, exp_avg_sq))
-    g = g * grad_factor + p * l2
+    # Both are 1 and 0 for most users, and a CPU has the time for little more than the memory traffic.
+    if isinstance(grad_factor, Tensor) or grad_factor != 1.0:
+        g = g * grad_factor
+    if isinstance(l2, Tensor) or l2 != 0.0:
+        g = g + p * l2
     m = m + (g - m) * one_minus_beta1
     v = v + (g * g - v) * exp_avg_sq_weight
     p = p - (p * decay + m / (v.sqrt() + eps) * step_size)

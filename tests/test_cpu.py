@@ -58,6 +58,16 @@ def test_compiled_update_is_as_accurate_as_the_formula(param_dtype: torch.dtype,
     assert not torch.equal(compiled[0], make_tensors(COMPILE_FROM_NUMEL + 13, param_dtype, grad_dtype)[0])
 
 
+def test_compiled_update_has_l2_decay_and_maximizes() -> None:
+    compiled = make_tensors(COMPILE_FROM_NUMEL, torch.float32, torch.float32)
+    exact = [tensor.double() for tensor in compiled]
+    scalars = scalars_of(2)._replace(l2=0.25, grad_factor=-1.0)
+    update_cpu(*compiled, scalars)
+    adax_update(*exact, **scalars._asdict())
+    for index in (0, 2, 3):
+        torch.testing.assert_close(compiled[index].double(), exact[index], rtol=1e-6, atol=1e-6)
+
+
 def test_new_scalars_and_sizes_do_not_compile_again() -> None:
     tensors = make_tensors(4 * COMPILE_FROM_NUMEL, torch.float32, torch.float32)
     update_cpu(*tensors, scalars_of(1))
