@@ -152,13 +152,16 @@ def _bucket(step: TensorStep) -> Bucket:
 def _laid_out_alike(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> TensorStep:
     """Return the step on dense tensors in which elements of equal indices lie at equal distances from the start.
 
-    Dense tensors of equal strides are so already. Where they differ (a transposed gradient, a parameter with gaps),
-    contiguous copies stand in, and `copies` gets the pairs to copy back.
+    Dense tensors of equal strides are so already. A gradient that is not is copied into the parameter's layout. For a
+    parameter with gaps, contiguous copies of all stand in, and `copies` gets the pairs to copy back.
     """
     if all(tensor.is_contiguous() for tensor in step.tensors):
         return step
     strides = step.param.stride()
-    if is_dense(step.param) and all(tensor.stride() == strides for tensor in step.tensors):
+    if is_dense(step.param) and step.exp_avg.stride() == strides and step.exp_avg_sq.stride() == strides:
+        if step.grad.stride() != strides:
+            grad = torch.empty_strided(step.grad.shape, strides, dtype=step.grad.dtype, device=step.grad.device)
+            return step._replace(grad=grad.copy_(step.grad))
         return step
     contiguous = step.mapped(Tensor.contiguous)
     for original, copy in zip(step.tensors, contiguous.tensors, strict=True):
