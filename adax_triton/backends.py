@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cpu import COMPILE_FROM_NUMEL, compiler_problem, update_cpu, update_eager
+from .cpu import COMPILE_FROM_NUMEL, compiler_problem, update_cpu, update_eager, update_small_cpu
 from .flat_buffer import AddressTable, is_dense, memory_run
 from .schedule import StepScalars
 
@@ -63,7 +63,7 @@ def explain_backend(device: torch.device, param_dtype: torch.dtype) -> tuple[str
     problem = compiler_problem()
     if problem is not None:
         return "eager", f"uncompiled PyTorch: {problem}"
-    return "compiled", f"one compiled pass; tensors below {COMPILE_FROM_NUMEL:,} elements uncompiled"
+    return "compiled", f"one compiled pass; less than {COMPILE_FROM_NUMEL:,} elements uncompiled"
 
 
 def _interpreting() -> bool:
@@ -89,6 +89,9 @@ class Stepper:
         """
         kernel: dict[tuple[torch.device, torch.dtype], bool] = {}
         buckets: dict[Bucket, list[TensorStep]] = defaultdict(list)
+        small: dict[tuple[int, torch.dtype, torch.dtype], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = defaultdict(
+            list
+        )
         copies: list[tuple[Tensor, Tensor]] = []
         for given in steps:
             step = _laid_out_alike(given, copies)
@@ -97,9 +100,16 @@ class Stepper:
                 kernel[kind] = uses_kernel(*kind)
             if kernel[kind]:
                 buckets[_bucket(step)].append(step)
+                continue
+            tensors = step.mapped(memory_run).tensors
+            if step.param.device.type != "cpu":
+                update_eager(*tensors, scalars[step.scalar_row])
+            elif step.param.numel() < COMPILE_FROM_NUMEL:
+                small[step.scalar_row, step.param.dtype, step.grad.dtype].append(tensors)
             else:
-                update = update_cpu if step.param.device.type == "cpu" else update_eager
-                update(*step.mapped(memory_run).tensors, scalars[step.scalar_row])
+                update_cpu(*tensors, scalars[step.scalar_row])
+        for (scalar_row, _, _), quads in small.items():
+            update_small_cpu(quads, scalars[scalar_row])
         for bucket, alike in buckets.items():
             self._launch(bucket, alike, scalars)
         for original, copy in copies:

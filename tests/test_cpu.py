@@ -6,7 +6,14 @@ import sys
 import pytest
 import torch
 
-from adax_triton.cpu import COMPILE_FROM_NUMEL, EAGER_CHUNK, update_cpu, update_eager
+from adax_triton.cpu import (
+    COMPILE_FROM_NUMEL,
+    EAGER_CHUNK,
+    GATHERED_NUMEL,
+    update_cpu,
+    update_eager,
+    update_small_cpu,
+)
 from adax_triton.reference import adax_update
 from adax_triton.schedule import StepScalars, step_scalars
 
@@ -100,6 +107,19 @@ def test_eager_chunks_equal_the_whole_formula() -> None:
     update_eager(*chunked, scalars_of(1))
     adax_update(*whole, **scalars_of(1)._asdict())
     assert all(torch.equal(one, other) for one, other in zip(chunked, whole, strict=True))
+
+
+@pytest.mark.parametrize("batch", [GATHERED_NUMEL, 500], ids=["one-batch", "many-batches"])
+def test_small_tensors_together_equal_each_alone(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adax_triton.cpu.GATHERED_NUMEL", batch)
+    sizes = (3, 0, 400, 101, 499, 500, 501, 1)
+    together = [make_tensors(size, torch.float32, torch.bfloat16) for size in sizes]
+    alone = [[tensor.clone() for tensor in tensors] for tensors in together]
+    update_small_cpu([tuple(tensors) for tensors in together], scalars_of(2))
+    for tensors in alone:
+        update_eager(*tensors, scalars_of(2))
+    for one, other in zip(together, alone, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 def test_missing_compiler_is_told_once_and_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:
