@@ -18,6 +18,11 @@ COMPILE_FROM_NUMEL = 32_768
 # Elements that the uncompiled formula takes at a time: its temporaries then stay in cache, and never reach the tensor's
 # size.
 EAGER_CHUNK = 65_536
+# Fewer instructions between the accesses: fused multiply-adds, as on a GPU, and no mask within the loop. 5 % of a step.
+COMPILE_OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {
+    "cpp.enable_floating_point_contract_flag": "fast",
+    "cpp.enable_loop_tail_vec": False,
+}
 # Elements that small tensors are gathered into at most.
 GATHERED_NUMEL = 1 << 20
 
@@ -58,7 +63,7 @@ def _compiled_update(dtypes: tuple[torch.dtype, ...]) -> Update:
     # Dynamo counts recompilations per code object and gives up after eight; each set of dtypes gets its own.
     name = "_".join(["adax_update", *(str(dtype).removeprefix("torch.") for dtype in dtypes)])
     function = types.FunctionType(_update.__code__.replace(co_name=name), _update.__globals__, name)
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=True, fullgraph=True, options=COMPILE_OPTIONS)
 
 
 @functools.cache
