@@ -1,0 +1,124 @@
+"""Oracles: the weights themselves, 60-digit decimal arithmetic, and the recursion in float32."""
+
+import math
+import random
+from decimal import Decimal, getcontext
+from typing import Any
+
+import pytest
+import torch
+
+from adax_triton.horizon import FROZEN_WEIGHT, beta2_for_horizon, steps_until_frozen
+from adax_triton.schedule import exp_avg_sq_weight
+
+getcontext().prec = 60
+RANDOM = random.Random(0)
+RATES = [0.0, 5e-324, 1e-320, 1e-300, 1e-18, 1e-12, 1e-9, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1]
+RATES += [10.0 ** RANDOM.uniform(-16, -1) for _ in range(300)]
+HORIZONS = [10**5, 10**6, 10**7, 10**8, 10**9, 115_846, 115_847, 2**30 - 1, 2**30]
+HORIZONS += [int(10.0 ** RANDOM.uniform(5, 9)) for _ in range(50)]
+
+
+@pytest.mark.parametrize(("beta2", "step"), [(1e-4, 115_847), (0.0, 2**30 + 1), (0.1, 195)])
+def test_known_steps(beta2: float, step: int) -> None:
+    assert steps_until_frozen(beta2) == step
+
+
+@pytest.mark.parametrize("beta2", [1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 0.1])
+def test_step_is_that_of_exact_arithmetic(beta2: float) -> None:
+    exact = (1 + Decimal(beta2) * 2**30).ln() / (1 + Decimal(beta2)).ln()
+    assert steps_until_frozen(beta2) == math.floor(exact) + 1
+
+
+@pytest.mark.parametrize("beta2", RATES)
+def test_step_is_the_very_first_one(beta2: float) -> None:
+    step = steps_until_frozen(beta2)
+    assert exp_avg_sq_weight("adax", beta2, step) < FROZEN_WEIGHT <= exp_avg_sq_weight("adax", beta2, step - 1)
+
+
+def test_faster_growth_freezes_no_later() -> None:
+    steps = [steps_until_frozen(beta2) for beta2 in sorted(RATES)]
+    assert steps == sorted(steps, reverse=True)
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 400, 100_000, 115_846])
+def test_short_runs_have_the_published_rate(total_steps: int) -> None:
+    assert beta2_for_horizon(total_steps) == 1e-4
+
+
+@pytest.mark.parametrize("total_steps", [2**30, 2**30 + 1, 10**12])
+def test_no_rate_outlives_the_plain_average(total_steps: int) -> None:
+    assert beta2_for_horizon(total_steps) == 0.0
+
+
+@pytest.mark.parametrize("total_steps", HORIZONS)
+def test_rate_is_the_largest_that_is_alive_at_the_end(total_steps: int) -> None:
+    beta2 = beta2_for_horizon(total_steps)
+    assert 0.0 <= beta2 <= 1e-4
+    assert steps_until_frozen(beta2) > total_steps
+    if beta2 < 1e-4 and total_steps < 2**30 - 1:
+        assert steps_until_frozen(beta2 * (1 + 1e-6)) <= total_steps
+
+
+def test_longer_runs_have_no_larger_rate() -> None:
+    rates = [beta2_for_horizon(total_steps) for total_steps in sorted(HORIZONS)]
+    assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(("total_steps", "product"), [(10**6, 9.2), (10**7, 6.6)])
+def test_products_named_in_the_docstring(total_steps: int, product: float) -> None:
+    assert beta2_for_horizon(total_steps) * total_steps == pytest.approx(product, abs=0.05)
+
+
+def stepped(v: torch.Tensor, squares: torch.Tensor, weight: float) -> torch.Tensor:
+    return v + (squares - v) * weight
+
+
+@pytest.mark.parametrize("beta2", [1e-6, 1e-4, 1e-3, 0.1])
+def test_float32_moments_stand_still_from_there_on(beta2: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    v = torch.cat(
+        [
+            torch.rand(100_000, generator=generator) * 10.0 ** torch.randint(-30, 30, (100_000,), generator=generator),
+            torch.nextafter(torch.tensor([1.0, 2.0, 2.0**-90]), torch.tensor(0.0)),
+            torch.tensor([1.0, 2.0**-90]),
+        ]
+    )
+    ratios = torch.rand(v.shape, generator=generator) * 32.0
+    ratios[-5:] = 32.0
+    frozen = steps_until_frozen(beta2)
+    for step in (frozen, frozen + 1, 2 * frozen):
+        weight = exp_avg_sq_weight("adax", beta2, step)
+        for squares in (v * ratios, v * 32.0, torch.zeros_like(v)):
+            assert torch.equal(stepped(v, squares, weight), v)
+
+
+@pytest.mark.parametrize("beta2", [1e-6, 1e-4, 1e-3, 0.1])
+def test_float32_moments_change_before(beta2: float) -> None:
+    v = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) + 0.01
+    weight = exp_avg_sq_weight("adax", beta2, steps_until_frozen(beta2) // 2)
+    assert bool((stepped(v, v * 32.0, weight) != v).all())
+
+
+@pytest.mark.parametrize("beta2", [None, "1e-4", True, 1e-4 + 0j, (0.9, 1e-4), torch.tensor(1e-4)], ids=repr)
+def test_rate_that_is_no_number_is_named(beta2: Any) -> None:
+    with pytest.raises(TypeError, match="beta2"):
+        steps_until_frozen(beta2)
+
+
+@pytest.mark.parametrize("beta2", [-1e-9, 0.11, 0.999, math.nan, math.inf])
+def test_rate_out_of_range_is_named(beta2: float) -> None:
+    with pytest.raises(ValueError, match=f"beta2: {beta2}"):
+        steps_until_frozen(beta2)
+
+
+@pytest.mark.parametrize("total_steps", [None, "100", True, 1e5, 100.0], ids=repr)
+def test_horizon_that_is_no_int_is_named(total_steps: Any) -> None:
+    with pytest.raises(TypeError, match="total_steps"):
+        beta2_for_horizon(total_steps)
+
+
+@pytest.mark.parametrize("total_steps", [0, -5])
+def test_horizon_out_of_range_is_named(total_steps: int) -> None:
+    with pytest.raises(ValueError, match=f"total_steps: {total_steps}"):
+        beta2_for_horizon(total_steps)
