@@ -1,9 +1,28 @@
 """AdaX as one fused Triton kernel, behind the interface of `torch.optim`."""
 
+from .conversion import adax_from_adam, from_released_adax, from_torch_adam, to_released_adax, to_torch_adam
 from .flat_buffer import FlatBuffer
+from .horizon import beta2_for_horizon, steps_until_frozen
 from .optimizer import Adam, AdamW, AdaX, AdaXW
 from .reference import adax_update
 from .schedule import StepScalars, step_scalars
 from .version import __version__
 
-__all__ = ["AdaX", "AdaXW", "Adam", "AdamW", "FlatBuffer", "StepScalars", "__version__", "adax_update", "step_scalars"]
+__all__ = [
+    "AdaX",
+    "AdaXW",
+    "Adam",
+    "AdamW",
+    "FlatBuffer",
+    "StepScalars",
+    "__version__",
+    "adax_from_adam",
+    "adax_update",
+    "beta2_for_horizon",
+    "from_released_adax",
+    "from_torch_adam",
+    "step_scalars",
+    "steps_until_frozen",
+    "to_released_adax",
+    "to_torch_adam",
+]

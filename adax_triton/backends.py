@@ -4,39 +4,22 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .cpu import COMPILE_FROM_NUMEL, compiler_problem, update_cpu, update_eager, update_small_cpu
-from .flat_buffer import AddressTable, is_dense, memory_run
+from .cpu import COMPILE_FROM_NUMEL, compiler_problem, update_cpu, update_eager, update_small_cpu, update_stored
+from .flat_buffer import AddressTable
 from .schedule import StepScalars
+from .tensor_step import TensorStep, laid_out_alike
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNED_BYTES = 16
 _MOST_TABLES = 64
-
-
-class TensorStep(NamedTuple):
-    """One tensor's share of a step: real tensors of equal shape on one device, and the scalars' row."""
-
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    scalar_row: int
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four tensors, in the order of every update."""
-        return self.param, self.grad, self.exp_avg, self.exp_avg_sq
-
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> TensorStep:
-        """Return this step on what `function` makes of each tensor."""
-        param, grad, exp_avg, exp_avg_sq = map(function, self.tensors)
-        return TensorStep(param, grad, exp_avg, exp_avg_sq, self.scalar_row)
+# Weights of the newest squared gradient below which about one group of 32 elements in ten, or fewer, still changes a
+# bit of its second moment in a step: the coarser the code, the earlier. From here the kernel writes only those.
+_SETTLED_BELOW = {"float32": 2.0**-27, "bfloat16": 2.0**-15, "low": 2.0**-16, "lowest": 2.0**-11}
 
 
 class Bucket(NamedTuple):
@@ -45,6 +28,10 @@ class Bucket(NamedTuple):
     device: torch.device
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
+    states: str
+    master: str | None
+    stochastic: bool
+    settled: bool
     aligned: bool
 
 
@@ -80,12 +67,13 @@ class Stepper:
     def __init__(self) -> None:
         self._tables: dict[tuple[Bucket, int, int], AddressTable] = {}
 
-    def run(self, steps: list[TensorStep], scalars: list[StepScalars]) -> None:
+    def run(self, steps: list[TensorStep], scalars: list[StepScalars], keys: list[tuple[int, int]]) -> None:
         """Update every tensor of `steps` in place: one launch per bucket on the kernel's devices, else one by one.
 
         Args:
             steps: the tensors; each names its row of `scalars`.
             scalars: one row per (group, step).
+            keys: the random key of each row, see `rounding.random_key`.
         """
         kernel: dict[tuple[torch.device, torch.dtype], bool] = {}
         buckets: dict[Bucket, list[TensorStep]] = defaultdict(list)
@@ -94,15 +82,18 @@ class Stepper:
         )
         copies: list[tuple[Tensor, Tensor]] = []
         for given in steps:
-            step = _laid_out_alike(given, copies)
+            step = laid_out_alike(given, copies)
             kind = step.param.device, step.param.dtype
             if kind not in kernel:
                 kernel[kind] = uses_kernel(*kind)
             if kernel[kind]:
-                buckets[_bucket(step)].append(step)
+                buckets[_bucket(step, scalars[step.scalar_row])].append(step)
                 continue
-            tensors = step.mapped(memory_run).tensors
-            if step.param.device.type != "cpu":
+            runs = step.as_runs()
+            tensors = runs.tensors
+            if not step.is_plain:
+                update_stored(runs, scalars[step.scalar_row], keys[step.scalar_row])
+            elif step.param.device.type != "cpu":
                 update_eager(*tensors, scalars[step.scalar_row])
             elif step.param.numel() < COMPILE_FROM_NUMEL:
                 small[step.scalar_row, step.param.dtype, step.grad.dtype].append(tensors)
@@ -111,34 +102,18 @@ class Stepper:
         for (scalar_row, _, _), quads in small.items():
             update_small_cpu(quads, scalars[scalar_row])
         for bucket, alike in buckets.items():
-            self._launch(bucket, alike, scalars)
+            self._launch(bucket, alike, _scalar_table(scalars, keys))
         for original, copy in copies:
             original.copy_(copy)
 
-    def _launch(self, bucket: Bucket, steps: list[TensorStep], scalars: list[StepScalars]) -> None:
+    def _launch(self, bucket: Bucket, steps: list[TensorStep], scalars: Tensor) -> None:
         from adax_triton.kernels.adax_step import adax_step, chunk_size
+        from adax_triton.kernels.variants import StepVariant
 
-        rows = [
-            (
-                step.param.data_ptr(),
-                step.grad.data_ptr(),
-                step.exp_avg.data_ptr(),
-                step.exp_avg_sq.data_ptr(),
-                step.param.numel(),
-                step.scalar_row,
-            )
-            for step in steps
-        ]
+        rows = [(*_addresses(step), step.first_element, step.param.numel(), step.scalar_row) for step in steps]
         table = self._table(bucket, rows[0][0], chunk_size())
-        table.refresh(rows, [row[4] for row in rows])
-        adax_step(
-            table.tensors,
-            table.chunks,
-            table.upload(torch.tensor(scalars, dtype=torch.float32, device="cpu")),
-            param_dtype=bucket.param_dtype,
-            grad_dtype=bucket.grad_dtype,
-            aligned=bucket.aligned,
-        )
+        table.refresh(rows, [row[7] for row in rows])
+        adax_step(table.tensors, table.chunks, table.upload(scalars), StepVariant(*bucket[1:]))
         # The kernel writes behind autograd's back; a backward that still needs the old values must fail, not mislead.
         torch.autograd.graph.increment_version([step.param for step in steps])
 
@@ -154,27 +129,29 @@ class Stepper:
         return self._tables[key]
 
 
-def _bucket(step: TensorStep) -> Bucket:
-    addresses = step.param.data_ptr() | step.grad.data_ptr() | step.exp_avg.data_ptr() | step.exp_avg_sq.data_ptr()
-    return Bucket(step.param.device, step.param.dtype, step.grad.dtype, addresses % _ALIGNED_BYTES == 0)
+def _addresses(step: TensorStep) -> tuple[int, ...]:
+    return tuple(
+        0 if tensor is None else tensor.data_ptr() for tensor in (*step.tensors, step.master, step.group_exponents)
+    )
 
 
-def _laid_out_alike(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> TensorStep:
-    """Return the step on dense tensors in which elements of equal indices lie at equal distances from the start.
+def _scalar_table(scalars: list[StepScalars], keys: list[tuple[int, int]]) -> Tensor:
+    # The words of the keys keep their bits among the floats.
+    words = torch.tensor(keys, dtype=torch.int64, device="cpu").to(torch.int32).view(torch.float32)
+    return torch.cat([torch.tensor(scalars, dtype=torch.float32, device="cpu"), words], dim=1)
 
-    Dense tensors of equal strides are so already. A gradient that is not is copied into the parameter's layout. For a
-    parameter with gaps, contiguous copies of all stand in, and `copies` gets the pairs to copy back.
-    """
-    if all(tensor.is_contiguous() for tensor in step.tensors):
-        return step
-    strides = step.param.stride()
-    if is_dense(step.param) and step.exp_avg.stride() == strides and step.exp_avg_sq.stride() == strides:
-        if step.grad.stride() != strides:
-            grad = torch.empty_strided(step.grad.shape, strides, dtype=step.grad.dtype, device=step.grad.device)
-            return step._replace(grad=grad.copy_(step.grad))
-        return step
-    contiguous = step.mapped(Tensor.contiguous)
-    for original, copy in zip(step.tensors, contiguous.tensors, strict=True):
-        if original is not step.grad and copy.data_ptr() != original.data_ptr():
-            copies.append((original, copy))
-    return contiguous
+
+def _bucket(step: TensorStep, scalars: StepScalars) -> Bucket:
+    misaligned = 0
+    for address in _addresses(step._replace(group_exponents=None)):
+        misaligned |= address % _ALIGNED_BYTES
+    return Bucket(
+        step.param.device,
+        step.param.dtype,
+        step.grad.dtype,
+        step.states,
+        None if step.master is None else str(step.master.dtype).removeprefix("torch."),
+        step.stochastic,
+        scalars.exp_avg_sq_weight < _SETTLED_BELOW[step.states],
+        misaligned == 0,
+    )

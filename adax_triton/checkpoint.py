@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .precision import state_dtype
+from .compact import GROUP
+from .flat_buffer import is_dense, memory_run
+from .precision import HALF_DTYPES, Layout, is_compact, precision_of, state_layouts
+from .sharding import local, placed_like, splits_groups
+from .state_tensors import MOMENTS
+from .stored import load_moments, store_moments
 
-STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+# What an optimizer keeps of its own when it loads a checkpoint: how states are kept is no part of what was learned.
+PRECISION_KEYS = ("states", "master_weights", "weight_rounding")
 
 
 class Held:
@@ -30,6 +36,16 @@ def hold_tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         for key, state in state_dict["state"].items()
     }
     return {**state_dict, "state": states}
+
+
+def with_precision_of(
+    own_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return a state dict's groups with the precision options of an optimizer's own groups."""
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    for saved, own in zip(groups, own_groups, strict=False):  # unequal numbers are refused later, in torch's words
+        saved.update({key: own[key] for key in PRECISION_KEYS})
+    return groups
 
 
 def check_state_dict(state_dict: Mapping[str, Any], param_groups: list[dict[str, Any]]) -> None:
@@ -73,22 +89,49 @@ def _check_rule(saved: str | None, own: str, index: int) -> None:
 
 
 def _check_state(state: Mapping[str, Any], param: Tensor, key: int) -> None:
-    if set(state) != set(STATE_KEYS):
-        raise ValueError(f"state_dict['state'][{key}] has keys {sorted(map(str, state))}; expected {list(STATE_KEYS)}")
+    name = f"state_dict['state'][{key}]"
+    if not {"step", *MOMENTS} <= set(state):
+        raise ValueError(f"{name} has keys {sorted(map(str, state))}; expected step, exp_avg, exp_avg_sq")
     step = state["step"]
     if isinstance(step, Tensor) and step.numel() == 1:
         step = step.item()
     if isinstance(step, bool) or not isinstance(step, (int, float)) or not float(step).is_integer() or step < 0:
-        raise TypeError(f"state_dict['state'][{key}]['step'] is {state['step']!r}; expected a count of steps")
-    for name in STATE_KEYS[1:]:
-        tensor = state[name]
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"state_dict['state'][{key}][{name!r}] is a {type(tensor).__name__}; expected a tensor")
-        if tensor.shape != param.shape:
-            raise ValueError(
-                f"state_dict['state'][{key}][{name!r}] has shape {tuple(tensor.shape)}, "
-                f"its parameter {tuple(param.shape)}"
-            )
+        raise TypeError(f"{name}['step'] is {state['step']!r}; expected a count of steps")
+    for part, value in state.items():
+        if part != "step" and not isinstance(value, Tensor):
+            raise TypeError(f"{name}[{part!r}] is a {type(value).__name__}; expected a tensor")
+    master = state.get("master")
+    if (
+        master is not None
+        and param.dtype in HALF_DTYPES
+        and master.is_floating_point() != (param.dtype == torch.float16)
+    ):
+        raise ValueError(
+            f"{name}['master'] is {master.dtype}, that of another 16-bit dtype than its parameter's {param.dtype}; "
+            "carry weights over by master_state_dict and load_master_state_dict"
+        )
+    precision = precision_of(state)
+    if is_compact(precision.states) and splits_groups(param):  # a rank's part could not be decoded alone
+        raise ValueError(
+            f"{name} holds states={precision.states!r}, in groups that are split by the sharding of its parameter, "
+            f"{getattr(param, 'placements', None)}; save it with states='float32' instead"
+        )
+    layouts = state_layouts(param, precision)
+    if set(state) != {"step", *layouts}:
+        raise ValueError(f"{name} has keys {sorted(map(str, state))}; expected {['step', *layouts]}")
+    for part, layout in layouts.items():
+        _check_tensor(state[part], layout, f"{name}[{part!r}]", param)
+
+
+def _check_tensor(tensor: Tensor, layout: Layout, name: str, param: Tensor) -> None:
+    if tuple(tensor.shape) != layout.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; expected {layout.shape} beside a parameter of shape "
+            f"{tuple(param.shape)}"
+        )
+    codes = not layout.dtype.is_floating_point and not layout.dtype.is_complex
+    if codes and tensor.dtype != layout.dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {layout.dtype}")
 
 
 def held_params(state: Mapping[Any, Any]) -> Iterable[Tensor]:
@@ -98,28 +141,71 @@ def held_params(state: Mapping[Any, Any]) -> Iterable[Tensor]:
             yield param
 
 
-def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
-    """Return what about a parameter's state does not fit it any more, or None.
+def restore(held: Mapping[str, Any], into: dict[str, Any], param: Tensor) -> None:
+    """Copy a held state into the tensors of `into`, in their precision, and make its step a Python int.
 
-    States are reached by address: after `param.data = other`, a cast or `model.to(...)` they would be misread.
+    Args:
+        held: the loaded state, with held tensors.
+        into: the state of the parameter.
+        param: the parameter, whose weights are not changed.
     """
-    if set(state) != set(STATE_KEYS):
-        return f"state has keys {sorted(map(str, state))}; expected {list(STATE_KEYS)}"
-    dtype = state_dtype(param.dtype)
-    for name in STATE_KEYS[1:]:
-        tensor = state[name]
-        if tensor.shape != param.shape or tensor.dtype != dtype or tensor.device != param.device:
-            return (
-                f"state[{name!r}]: shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}; its parameter of "
-                f"{param.dtype} needs shape {tuple(param.shape)}, {dtype}, {param.device}"
-            )
-    return None
-
-
-def restore(held: Mapping[str, Any], into: dict[str, Any]) -> None:
-    """Copy a held state into the tensors of `into`, and make its step a Python int."""
-    step = held["step"].tensor if isinstance(held["step"], Held) else held["step"]
-    into["step"] = int(step)
+    saved = {name: value.tensor if isinstance(value, Held) else value for name, value in held.items()}
+    into["step"] = int(saved.pop("step"))
     with torch.no_grad():
-        for name in STATE_KEYS[1:]:
-            into[name].copy_(held[name].tensor)
+        saved = {name: placed_like(tensor, param) for name, tensor in saved.items()}
+        if is_compact(precision_of(saved).states) or is_compact(precision_of(into).states):
+            _restore_codes(saved, into, param)
+        else:
+            for name in MOMENTS:
+                into[name].copy_(saved[name])
+        if "master" in into:
+            _restore_master(saved.get("master"), into["master"], param)
+
+
+def _restore_codes(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], param: Tensor) -> None:
+    if precision_of(saved).states == precision_of(into).states:
+        for name in (*MOMENTS, "group_exponents"):
+            into[name].copy_(saved[name])
+        return
+    shard = local(param.detach())
+    numel = shard.numel()
+    moments = load_moments(*_runs(saved, shard))
+    targets = _runs(into, shard)
+    filler = 0 if targets[2] is None else -numel % GROUP
+    first, second = (torch.nn.functional.pad(moment[:numel], (0, filler)) for moment in moments)
+    # To nearest: once is not step by step, and freezes nothing.
+    store_moments((first, second), *targets, random=None)
+    for name, run in zip(MOMENTS, targets[:2], strict=True):
+        tensor = local(into[name])
+        tensor.copy_(_in_shape(run[:numel], tensor))
+    if targets[2] is not None:
+        local(into["group_exponents"]).copy_(targets[2].view(local(into["group_exponents"]).shape))
+
+
+def _runs(state: Mapping[str, Tensor], shard: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return copies of the moments as 1-D runs in the order of the parameter's memory; codes in whole groups."""
+    exponents = state.get("group_exponents")
+    runs = []
+    for name in MOMENTS:
+        tensor = local(state[name]).to(shard.device)
+        if exponents is None:
+            like = torch.empty_like(shard, dtype=tensor.dtype) if is_dense(shard) else tensor.new_empty(tensor.shape)
+            runs.append(memory_run(like.copy_(tensor)))
+        else:
+            runs.append(torch.nn.functional.pad(tensor.reshape(-1), (0, -tensor.numel() % GROUP)))
+    return runs[0], runs[1], None if exponents is None else local(exponents).to(shard.device).flatten().clone()
+
+
+def _in_shape(run: Tensor, tensor: Tensor) -> Tensor:
+    return run.view(tensor.shape) if tensor.is_contiguous() else run.as_strided(tensor.shape, tensor.stride())
+
+
+def _restore_master(saved: Tensor | None, into: Tensor, param: Tensor) -> None:
+    if saved is None:
+        local(into).copy_(local(param.detach()) if into.is_floating_point() else torch.zeros_like(local(into)))
+    elif saved.dtype == into.dtype:
+        into.copy_(saved)
+    elif into.dtype == torch.int16:
+        local(into).copy_(local(saved).to(torch.int16) << 8)
+    else:  # to the nearest of those that leave the parameter as it is
+        local(into).copy_(((local(saved).to(torch.int32) + 0x80) >> 8).clamp(-128, 127))

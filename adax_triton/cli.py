@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 if all is well.
     """
-    from adax_triton.bench import step_report
+    from adax_triton.bench import memory, step_report
 
     from . import doctor
 
@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what this machine can run, and whether the kernel is right on it")
     bench = commands.add_parser("bench", help="benchmarks").add_subparsers(dest="benchmark", required=True)
+    memory.add_arguments(bench.add_parser("memory", help="bytes per parameter of every mode, beside other optimizers"))
     step_report.add_arguments(bench.add_parser("step", help="time of one step beside torch's and DeepSpeed's AdamW"))
     arguments = parser.parse_args(argv)
-    return doctor.main() if arguments.command == "doctor" else step_report.main(arguments)
+    if arguments.command == "doctor":
+        return doctor.main()
+    return memory.main(arguments) if arguments.benchmark == "memory" else step_report.main(arguments)

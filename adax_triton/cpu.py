@@ -9,9 +9,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from .compact import GROUP
 from .reference import adax_update
 from .schedule import StepScalars
+from .stored import stored_update
+from .tensor_step import TensorStep
 
 # Below this, one pass over the tensor is cheaper than the call of a compiled function, and compiling never pays.
 COMPILE_FROM_NUMEL = 32_768
@@ -23,10 +27,11 @@ COMPILE_OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {
     "cpp.enable_floating_point_contract_flag": "fast",
     "cpp.enable_loop_tail_vec": False,
 }
-# Elements that small tensors are gathered into at most.
+# Elements that small tensors are gathered into at most, and that codes are compiled for at a time: between the loops of
+# that lie float32 temporaries.
 GATHERED_NUMEL = 1 << 20
 
-Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], None]
+Update = Callable[..., None]
 
 
 def _update(
@@ -59,11 +64,11 @@ def update_eager(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
 
 
 @functools.cache
-def _compiled_update(dtypes: tuple[torch.dtype, ...]) -> Update:
+def _compiled(function: types.FunctionType, dtypes: tuple[torch.dtype | None, ...]) -> Update:
     # Dynamo counts recompilations per code object and gives up after eight; each set of dtypes gets its own.
-    name = "_".join(["adax_update", *(str(dtype).removeprefix("torch.") for dtype in dtypes)])
-    function = types.FunctionType(_update.__code__.replace(co_name=name), _update.__globals__, name)
-    return torch.compile(function, dynamic=True, fullgraph=True, options=COMPILE_OPTIONS)
+    name = "_".join([function.__name__, *(str(dtype).removeprefix("torch.") for dtype in dtypes)])
+    twin = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+    return torch.compile(twin, dynamic=True, fullgraph=True, options=COMPILE_OPTIONS)
 
 
 @functools.cache
@@ -87,6 +92,15 @@ def _warn_uncompiled(problem: str) -> None:
     )
 
 
+def _worth_compiling(param: Tensor) -> bool:
+    if param.device.type != "cpu" or param.numel() < COMPILE_FROM_NUMEL or torch.compiler.is_compiling():
+        return False
+    problem = compiler_problem()
+    if problem is not None:
+        _warn_uncompiled(problem)
+    return problem is None
+
+
 def update_cpu(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: StepScalars) -> None:
     """Apply one update to CPU tensors, in place; compiled for tensors of `COMPILE_FROM_NUMEL` elements and more.
 
@@ -94,14 +108,10 @@ def update_cpu(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
         param, grad, exp_avg, exp_avg_sq: (n,) contiguous, any float dtype.
         scalars: of this step.
     """
-    if param.numel() < COMPILE_FROM_NUMEL or torch.compiler.is_compiling():
-        return update_eager(param, grad, exp_avg, exp_avg_sq, scalars)
-    problem = compiler_problem()
-    if problem is not None:
-        _warn_uncompiled(problem)
+    if not _worth_compiling(param):
         return update_eager(param, grad, exp_avg, exp_avg_sq, scalars)
     tensors = (param, grad, exp_avg, exp_avg_sq)
-    update = _compiled_update(tuple(tensor.dtype for tensor in tensors))
+    update = _compiled(_update, tuple(tensor.dtype for tensor in tensors))
     grad_as_it_is = scalars.l2 == 0.0 and scalars.grad_factor == 1.0
     # The scalars go in as a tensor: as Python numbers each new value would be compiled for.
     return update(*tensors, torch.tensor(scalars, dtype=exp_avg_sq.dtype, device="cpu"), grad_as_it_is)
@@ -133,8 +143,60 @@ def _update_gathered(batch: list[tuple[Tensor, Tensor, Tensor, Tensor]], scalars
         return update_cpu(*batch[0], scalars)
     params, grads, exp_avgs, exp_avg_sqs = zip(*batch, strict=True)
     param, exp_avg, exp_avg_sq = torch.cat(params), torch.cat(exp_avgs), torch.cat(exp_avg_sqs)
-    update_cpu(param, torch.cat(grads), exp_avg, exp_avg_sq, scalars)
+    # Uncompiled, whatever the sum: a tensor's bits must not depend on how many stand beside it.
+    update_eager(param, torch.cat(grads), exp_avg, exp_avg_sq, scalars)
     sizes = [tensor.numel() for tensor in params]
     for originals, updated in ((params, param), (exp_avgs, exp_avg), (exp_avg_sqs, exp_avg_sq)):
         for original, part in zip(originals, updated.split(sizes), strict=True):
             original.copy_(part)
+
+
+def update_stored(step: TensorStep, scalars: StepScalars, key: tuple[int, int]) -> None:
+    """Apply one update to a tensor whose states or weights are not kept in full, in place.
+
+    Compiled on the CPU for tensors of `COMPILE_FROM_NUMEL` elements and more. Temporaries stay within one chunk.
+
+    Args:
+        step: on 1-D contiguous tensors.
+        scalars: of this step.
+        key: of this step, see `rounding.random_key`.
+    """
+    compiled = _worth_compiling(step.param)
+    numel, chunk = step.param.numel(), GATHERED_NUMEL if compiled else EAGER_CHUNK
+    whole = numel if step.group_exponents is None else numel // GROUP * GROUP
+    for start in range(0, whole, chunk):
+        _update_run(step, scalars, key, start, min(chunk, whole - start), compiled)
+    if whole != numel:
+        _update_padded(step, scalars, key, whole)
+
+
+def _update_run(
+    step: TensorStep, scalars: StepScalars, key: tuple[int, int], start: int, length: int, compiled: bool
+) -> None:
+    part = step.mapped(lambda tensor: tensor[start : start + length])
+    exponents = part.group_exponents
+    if exponents is not None:
+        exponents = exponents.view(-1)[start // GROUP : (start + length) // GROUP]
+    # As 32-bit words that wrap around.
+    words = torch.tensor([step.first_element + start, *key], dtype=torch.int64).to(torch.int32).to(part.param.device)
+    tensors = (*part.tensors, part.master, exponents)
+    if not compiled:
+        return stored_update(*tensors, scalars, words, step.stochastic)
+    update = _compiled(stored_update, (*(None if tensor is None else tensor.dtype for tensor in tensors),))
+    return update(*tensors, torch.tensor(scalars, dtype=torch.float32, device="cpu"), words, step.stochastic)
+
+
+def _update_padded(step: TensorStep, scalars: StepScalars, key: tuple[int, int], start: int) -> None:
+    rest = step.param.numel() - start
+    tail = step.mapped(lambda tensor: pad(tensor[start:], (0, GROUP - rest)))
+    assert step.group_exponents is not None
+    tail = tail._replace(first_element=step.first_element + start, group_exponents=step.group_exponents.view(-1)[-1:])
+    _update_run(tail, scalars, key, 0, GROUP, compiled=False)
+    for original, padded in (
+        (step.param, tail.param),
+        (step.exp_avg, tail.exp_avg),
+        (step.exp_avg_sq, tail.exp_avg_sq),
+    ):
+        original[start:].copy_(padded[:rest])
+    if step.master is not None and tail.master is not None:
+        step.master[start:].copy_(tail.master[:rest])

@@ -13,7 +13,7 @@ from .backends import explain_backend, uses_kernel
 from .optimizer import AdaX, AdaXW
 from .precision import PARAM_DTYPES
 from .reference import adax_update
-from .schedule import step_scalars
+from .schedule import GROUP_KEYS, step_scalars
 
 _CHECK_SIZES = (1, 1000, 4099)
 _CHECK_STEPS = 3
@@ -107,7 +107,7 @@ def _largest_error(device: torch.device) -> float:
     if not uses_kernel(device, torch.float32):
         raise RuntimeError(explain_backend(device, torch.float32)[1])
     (group,) = optimizer.param_groups
-    hyperparameters = {key: value for key, value in group.items() if key != "params"}
+    hyperparameters = {key: group[key] for key in GROUP_KEYS}
     for step in range(1, _CHECK_STEPS + 1):
         scalars = step_scalars(step=step, **hyperparameters)
         for param, target, moment in zip(params, exact, moments, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .precision import MASTER_WEIGHTS, STATES, WEIGHT_ROUNDINGS
 from .schedule import EPS_PLACEMENTS, SECOND_MOMENTS
 
 # The rules read betas[1] differently, and each one's default lies far outside the others' sense.
@@ -47,6 +48,7 @@ def validate_group(group: Mapping[str, Any]) -> None:
             raise TypeError(f"Invalid type of {name}: expected True or False, got {group[name]!r}")
     _check_choice(group["second_moment"], "second_moment", SECOND_MOMENTS)
     _check_choice(group["eps_placement"], "eps_placement", EPS_PLACEMENTS)
+    _check_precision(group)
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)):
         raise TypeError(f"Invalid type of betas: expected a pair of numbers, got {betas!r}")
@@ -78,6 +80,23 @@ def _check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
         raise TypeError(f"Invalid type of {name}: expected one of {choices}, got {value!r}")
     if value not in choices:
         raise ValueError(f"Invalid {name}: {value!r}; expected one of {choices}")
+
+
+def _check_precision(group: Mapping[str, Any]) -> None:
+    _check_choice(group["states"], "states", STATES)
+    _check_choice(group["weight_rounding"], "weight_rounding", WEIGHT_ROUNDINGS)
+    master_weights, seed = group["master_weights"], group["seed"]
+    if master_weights is not None:
+        _check_choice(master_weights, "master_weights", MASTER_WEIGHTS)
+        if group["weight_rounding"] == "stochastic":
+            raise ValueError(
+                f"Invalid weight_rounding: 'stochastic' beside master_weights={master_weights!r}, which keeps what the "
+                "rounding would lose"
+            )
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"Invalid type of seed: expected an int, got {seed!r}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"Invalid seed: {seed}; expected 0 <= seed < 2^32")
 
 
 def _check_beta2(beta2: float, second_moment: str) -> None:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import warnings
 from collections.abc import Callable
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .backends import Stepper, TensorStep
-from .checkpoint import check_state_dict, held_params, hold_tensors, misfit, restore
-from .flat_buffer import FlatBuffer
+from . import master_weights
+from .backends import Stepper
+from .checkpoint import check_state_dict, held_params, hold_tensors, restore, with_precision_of
+from .horizon import FROZEN_WEIGHT
 from .hyperparameters import as_float, validate_group
-from .precision import PARAM_DTYPES, state_dtype
+from .parameters import check_param, checked_gradient
+from .precision import Precision, precision_for
+from .rounding import random_key
 from .schedule import StepScalars, step_scalars
+from .state_tensors import misfit, new_states, tensor_step
 
 # Groups of checkpoints and pickles written before a key existed get its default.
-_LATER_GROUP_DEFAULTS: dict[str, Any] = {"decoupled_weight_decay": False, "maximize": False}
+_LATER_GROUP_DEFAULTS: dict[str, Any] = {
+    "decoupled_weight_decay": False,
+    "maximize": False,
+    "states": "float32",
+    "master_weights": None,
+    "weight_rounding": "nearest",
+    "seed": 0,
+}
 
 
 class MomentOptimizer(Optimizer):
@@ -28,36 +38,28 @@ class MomentOptimizer(Optimizer):
     State of a parameter, created at its first step with a gradient and from then on updated in place:
 
     - `step`: int, the steps it has taken; a frozen parameter's does not advance.
-    - `exp_avg`: m, the shape of the parameter, float32 (float64 and complex follow the parameter).
+    - `exp_avg`: m, the shape of the parameter; float32 unless the group's `states` say otherwise (float64 and complex
+      follow the parameter).
     - `exp_avg_sq`: v, likewise; the normalised second moment. A complex parameter's real and imaginary parts have their
       own.
+    - `group_exponents`: beside the codes of `"low"` and `"lowest"`, one per 32 elements.
+    - `master`: with `master_weights`, what a 16-bit parameter lacks to be the float32 weight.
+
+    How a state is kept is settled when it is created; its tensors' dtypes say it from then on.
     """
 
     def __init__(
         self,
         params: ParamsT,
-        *,
-        lr: float | Tensor,
-        betas: tuple[float | Tensor, float | Tensor],
-        eps: float,
-        weight_decay: float,
-        decoupled_weight_decay: bool,
-        second_moment: str,
-        eps_placement: str,
-        maximize: bool,
+        defaults: dict[str, Any],
+        keep_float32: Callable[[Tensor], bool] | None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "second_moment": second_moment,
-            "eps_placement": eps_placement,
-            "maximize": maximize,
-        }
         validate_group(defaults)
+        if keep_float32 is not None and not callable(keep_float32):
+            raise TypeError(f"Invalid type of keep_float32: expected a function of a parameter, got {keep_float32!r}")
+        self.keep_float32 = keep_float32
         self._stepper = Stepper()
+        self._warned_frozen = False
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -68,15 +70,17 @@ class MomentOptimizer(Optimizer):
 
         Raises:
             TypeError: an integer parameter, or a hyper-parameter of the wrong type.
-            ValueError: a hyper-parameter out of range, or a parameter that is in a group already.
+            ValueError: a hyper-parameter out of range, a parameter that is in a group already, or one whose states or
+                weights cannot be kept as its group says.
         """
         if isinstance(param_group, dict):
-            validate_group({**self.defaults, **param_group})
+            group = {**self.defaults, **param_group}
+            validate_group(group)
             params = param_group.get("params", [])
             if not isinstance(params, (Tensor, set)):
                 params = param_group["params"] = list(params)
             for index, entry in enumerate([params] if isinstance(params, Tensor) else params):
-                _check_param(entry[1] if isinstance(entry, tuple) else entry, index)
+                check_param(entry[1] if isinstance(entry, tuple) else entry, index, group, self.keep_float32)
         super().add_param_group(param_group)
 
     @overload
@@ -113,7 +117,7 @@ class MomentOptimizer(Optimizer):
             for param in group["params"]
             if param.grad is not None
         }
-        due = [(param, _checked_gradient(param), group_index) for param, group_index in group_of.items()]
+        due = [(param, checked_gradient(param), group_index) for param, group_index in group_of.items()]
         rows: dict[tuple[int, int], int] = {}
         for param, _, group_index in due:
             state = self.state.get(param)
@@ -122,16 +126,31 @@ class MomentOptimizer(Optimizer):
                 raise ValueError(problem)
             rows.setdefault((group_index, state["step"] + 1 if state else 1), len(rows))
         scalars = [self._scalars(group_index, step) for group_index, step in rows]
+        keys = [random_key(self.param_groups[group_index]["seed"], step) for group_index, step in rows]
         # Whatever the user may have got wrong has been refused by now; from here on things change.
-        self._create_states([param for param, _, _ in due if not self.state[param]])
+        self._create_states([(param, group_index) for param, _, group_index in due if not self.state[param]])
         steps = []
         for param, grad, group_index in due:
             state = self.state[param]
             state["step"] += 1
             row = rows[group_index, state["step"]]
-            step = TensorStep(param.detach(), grad, state["exp_avg"], state["exp_avg_sq"], row)
-            steps.append(step.mapped(torch.view_as_real) if param.is_complex() else step)
-        self._stepper.run(steps, scalars)
+            steps.append(tensor_step(param, grad, state, row, self.param_groups[group_index]["weight_rounding"]))
+        self._stepper.run(steps, scalars, keys)
+        self._warn_if_frozen(rows, scalars)
+
+    def _warn_if_frozen(self, rows: dict[tuple[int, int], int], scalars: list[StepScalars]) -> None:
+        for (group_index, step), row in rows.items():
+            group = self.param_groups[group_index]
+            if self._warned_frozen or group["second_moment"] != "adax":
+                continue
+            if scalars[row].exp_avg_sq_weight < FROZEN_WEIGHT:
+                self._warned_frozen = True
+                warnings.warn(
+                    f"At step {step} with betas[1]={as_float(group['betas'][1], 'betas[1]')} the second moments of "
+                    f"param_groups[{group_index}] are frozen: from here on this is momentum with fixed step sizes. If "
+                    "that is not wanted, train with betas[1]=adax_triton.beta2_for_horizon(total_steps).",
+                    stacklevel=5,
+                )
 
     def _scalars(self, group_index: int, step: int) -> StepScalars:
         group = self.param_groups[group_index]
@@ -147,22 +166,55 @@ class MomentOptimizer(Optimizer):
             maximize=group["maximize"],
         )
 
-    def _create_states(self, params: list[Tensor]) -> None:
-        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-        for param in params:
-            by_kind[param.device, state_dtype(param.dtype).to_real()].append(param)
-        for (_, dtype), alike in by_kind.items():
-            reals = [torch.view_as_real(param.detach()) if param.is_complex() else param.detach() for param in alike]
-            exp_avgs, exp_avg_sqs = (FlatBuffer(reals, dtype=dtype).views for _ in range(2))
-            for param, exp_avg, exp_avg_sq in zip(alike, exp_avgs, exp_avg_sqs, strict=True):
-                as_param = torch.view_as_complex if param.is_complex() else torch.Tensor.detach
-                self.state[param].update(step=0, exp_avg=as_param(exp_avg), exp_avg_sq=as_param(exp_avg_sq))
+    def _create_states(self, params: list[tuple[Tensor, int]]) -> None:
+        precisions = [self._precision(param, self.param_groups[group_index]) for param, group_index in params]
+        tensors = [param for param, _ in params]
+        for param, state in zip(tensors, new_states(tensors, precisions), strict=True):
+            self.state[param].update(state)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the same rule; states keep float32 whatever the parameters' dtype.
+    def _precision(self, param: Tensor, group: dict[str, Any]) -> Precision:
+        in_full = self.keep_float32 is not None and self.keep_float32(param)
+        return precision_for(param, "float32" if in_full else group["states"], group["master_weights"])
+
+    def master_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return a model's state dict with float32 weights: the masters, where this optimizer keeps them.
 
         Args:
-            state_dict: from `state_dict()` of an optimizer with groups of the same sizes. It is copied, never aliased.
+            model: whose parameters this optimizer steps.
+
+        Returns:
+            The keys of `model.state_dict()`; new tensors. Floating-point parameters are float32, each the exact weight
+            that the optimizer trains; all else is as in the model.
+        """
+        return master_weights.export(model, self.state)
+
+    def load_master_state_dict(self, model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+        """Load float32 weights into a model and into the masters that this optimizer keeps.
+
+        Args:
+            model: whose parameters this optimizer steps.
+            state_dict: as from `master_state_dict`; every parameter and buffer of the model.
+
+        Raises:
+            ValueError: keys or shapes that do not fit; nothing has changed then.
+        """
+        master_weights.check(model, state_dict)
+        group_of = self._group_indices()
+        owned = [param for param in model.parameters() if param in group_of]
+        # A parameter that has not been stepped yet has nowhere to put what its 16 bits do not hold.
+        self._create_states([(param, group_of[param]) for param in owned if not self.state[param]])
+        master_weights.load(model, self.state, state_dict)
+
+    def _group_indices(self) -> dict[Tensor, int]:
+        return {param: index for index, group in enumerate(self.param_groups) for param in group["params"]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the same rule; states keep their dtypes whatever the parameters'.
+
+        Args:
+            state_dict: from `state_dict()` of an optimizer with groups of the same sizes, in any precision. It is
+                copied, never aliased. This optimizer's `states`, `master_weights` and `weight_rounding` stay as they
+                are: states kept otherwise are converted, exactly where the new form can hold the old, else to nearest.
 
         Raises:
             ValueError, TypeError: it does not fit; nothing has changed then.
@@ -170,7 +222,7 @@ class MomentOptimizer(Optimizer):
 
         def check_and_hold(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             check_state_dict(given, optimizer.param_groups)
-            return hold_tensors(given)
+            return {**hold_tensors(given), "param_groups": with_precision_of(optimizer.param_groups, given)}
 
         # As the last of the pre-hooks it sees what the user's own have made of the state dict.
         handle = self.register_load_state_dict_pre_hook(check_and_hold)
@@ -183,42 +235,20 @@ class MomentOptimizer(Optimizer):
         before = self.__dict__.get("state", {})
         super().__setstate__(state)
         self._stepper = Stepper()
+        self.__dict__.setdefault("keep_float32", None)
+        self.__dict__.setdefault("_warned_frozen", False)
         for group in self.param_groups:
             for key, value in _LATER_GROUP_DEFAULTS.items():
                 group.setdefault(key, value)
         held = {param: self.state[param] for param in held_params(self.state)}
+        group_of = self._group_indices()
         for param in held:
             # Into the tensors there are; but a framework may have emptied them, or the user moved the parameter.
             existing = before.get(param, {})
             self.state[param] = existing if misfit(existing, param) is None else {}
-        self._create_states([param for param in held if not self.state[param]])
+        self._create_states([(param, group_of[param]) for param in held if not self.state[param]])
         for param, values in held.items():
-            restore(values, into=self.state[param])
+            restore(values, into=self.state[param], param=param)
 
-
-def _check_param(param: Any, index: int) -> None:
-    if not isinstance(param, Tensor):
-        raise TypeError(f"params[{index}]: optimizer can only optimize Tensors, but one of the params is {type(param)}")
-    if is_traceable_wrapper_subclass(param):  # its data_ptr() is not that of its elements
-        raise TypeError(f"params[{index}]: no step for {type(param)}, which wraps the tensors that hold its elements")
-    if param.dtype.to_real() not in PARAM_DTYPES:
-        raise TypeError(
-            f"params[{index}]: no step for dtype {param.dtype}; expected float32, bfloat16, float16 or float64"
-        )
-
-
-def _checked_gradient(param: Tensor) -> Tensor:
-    grad = param.grad
-    assert grad is not None
-    if grad.shape != param.shape:
-        raise ValueError(f"grad: shape {tuple(grad.shape)} for a parameter of shape {tuple(param.shape)}")
-    if grad.device != param.device:
-        raise ValueError(f"grad: on {grad.device} for a parameter on {param.device}")
-    if grad.is_complex() != param.is_complex() or not (grad.is_complex() or grad.is_floating_point()):
-        raise TypeError(f"grad: dtype {grad.dtype} for a parameter of dtype {param.dtype}")
-    if grad.dtype.to_real() not in PARAM_DTYPES:
-        raise TypeError(f"grad: no step for dtype {grad.dtype}; expected float32, bfloat16, float16 or float64")
-    # Every element decays and moves at every step, so a sparse gradient is a dense one with zeros.
-    dense = grad if grad.layout == torch.strided else grad.to_dense()
-    # The memory of a lazily conjugated or negated tensor, which is what the kernel reads, does not hold its values.
-    return dense.resolve_conj().resolve_neg()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "keep_float32": self.keep_float32}

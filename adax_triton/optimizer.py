@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -22,8 +23,8 @@ class AdaX(MomentOptimizer):
 
     Adam forgets old gradients at a fixed rate; here the weight of a new one, :math:`w_t`, falls towards 0, so the step
     size of each weight settles. `v` is the paper's second moment over its bias factor: the same numbers, bounded, where
-    the raw moment overflows float32 at step 887k. What matters is `betas[1] * steps`: past about 11 (110,000 steps at
-    1e-4) `v` no longer changes, so take `betas[1] = horizon / total_steps` for long runs.
+    the raw moment overflows float32 at step 887k. What matters is `betas[1] * steps`: at 1e-4, `v`
+    no longer changes from step 115,847 on, so take `beta2_for_horizon(total_steps)` for long runs.
 
     Source: Li, Zhang, Wang, Luo 2020, arXiv:2004.09740, algorithm 1, and the program released with it, whose defaults
     these are.
@@ -44,6 +45,18 @@ class AdaX(MomentOptimizer):
             has it, eps beside the root of the raw moment, that is `eps / sqrt((1 + b2)^t - 1)` here. Default:
             `"normalized"`.
         maximize: follow the gradient up. Default: False.
+        states: how the moments are kept: `"float32"`; `"bfloat16"`; `"low"`, 8-bit m and 16-bit v; `"lowest"`, 8-bit m
+            and 8-bit v. Below float32, v is rounded stochastically: rounded to nearest it would stop changing early.
+            Tensors of less than 4096 elements keep float32. Default: `"float32"`.
+        master_weights: beside 16-bit parameters, keep what they lack of the weight: `"float32"`, all of it, so that
+            training is bit for bit that of float32 weights; `"24bit"`, for bfloat16, one byte of it, rounded
+            stochastically; None, nothing. Float32 parameters need none. Default: None.
+        weight_rounding: how bfloat16 parameters without a master are rounded, `"nearest"` or `"stochastic"`. Default:
+            `"nearest"`.
+        seed: in [0, 2^32). All random bits depend on it, on the step and on the element's index in its parameter, and
+            on nothing else. Default: 0.
+        keep_float32: a function of a parameter that says whether its states are kept in float32 whatever `states` is.
+            It is no part of the state dict. Default: none are.
 
     Raises:
         TypeError: an argument or a parameter of the wrong type; the message names it.
@@ -62,18 +75,27 @@ class AdaX(MomentOptimizer):
         second_moment: str = "adax",
         eps_placement: str = "normalized",
         maximize: bool = False,
+        states: str = "float32",
+        master_weights: str | None = None,
+        weight_rounding: str = "nearest",
+        seed: int = 0,
+        keep_float32: Callable[[Tensor], bool] | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            second_moment=second_moment,
-            eps_placement=eps_placement,
-            maximize=maximize,
-        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "second_moment": second_moment,
+            "eps_placement": eps_placement,
+            "maximize": maximize,
+            "states": states,
+            "master_weights": master_weights,
+            "weight_rounding": weight_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults, keep_float32)
 
 
 class AdaXW(AdaX):
@@ -93,6 +115,7 @@ class AdaXW(AdaX):
         second_moment: see `AdaX`. Default: `"adax"`.
         eps_placement: see `AdaX`. Default: `"normalized"`.
         maximize: follow the gradient up. Default: False.
+        states, master_weights, weight_rounding, seed, keep_float32: see `AdaX`.
 
     Raises:
         TypeError, ValueError: as `AdaX`.
@@ -109,6 +132,11 @@ class AdaXW(AdaX):
         second_moment: str = "adax",
         eps_placement: str = "normalized",
         maximize: bool = False,
+        states: str = "float32",
+        master_weights: str | None = None,
+        weight_rounding: str = "nearest",
+        seed: int = 0,
+        keep_float32: Callable[[Tensor], bool] | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -120,6 +148,11 @@ class AdaXW(AdaX):
             second_moment=second_moment,
             eps_placement=eps_placement,
             maximize=maximize,
+            states=states,
+            master_weights=master_weights,
+            weight_rounding=weight_rounding,
+            seed=seed,
+            keep_float32=keep_float32,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -148,6 +181,7 @@ class Adam(MomentOptimizer):
         weight_decay: decay coefficient, >= 0, added to the gradient as L2. Default: 0.
         decoupled_weight_decay: take the decay from the weights instead. Default: False.
         maximize: follow the gradient up. Default: False.
+        states, master_weights, weight_rounding, seed, keep_float32: see `AdaX`.
 
     Raises:
         TypeError, ValueError: as `AdaX`.
@@ -163,18 +197,27 @@ class Adam(MomentOptimizer):
         *,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
+        states: str = "float32",
+        master_weights: str | None = None,
+        weight_rounding: str = "nearest",
+        seed: int = 0,
+        keep_float32: Callable[[Tensor], bool] | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            second_moment="adam",
-            eps_placement="normalized",
-            maximize=maximize,
-        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "second_moment": "adam",
+            "eps_placement": "normalized",
+            "maximize": maximize,
+            "states": states,
+            "master_weights": master_weights,
+            "weight_rounding": weight_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults, keep_float32)
 
 
 class AdamW(Adam):
@@ -189,6 +232,7 @@ class AdamW(Adam):
         eps: see `Adam`. Default: 1e-8.
         weight_decay: decoupled decay coefficient, >= 0. Default: 1e-2.
         maximize: follow the gradient up. Default: False.
+        states, master_weights, weight_rounding, seed, keep_float32: see `AdaX`.
 
     Raises:
         TypeError, ValueError: as `AdaX`.
@@ -203,6 +247,11 @@ class AdamW(Adam):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
+        states: str = "float32",
+        master_weights: str | None = None,
+        weight_rounding: str = "nearest",
+        seed: int = 0,
+        keep_float32: Callable[[Tensor], bool] | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -212,6 +261,11 @@ class AdamW(Adam):
             weight_decay=weight_decay,
             decoupled_weight_decay=True,
             maximize=maximize,
+            states=states,
+            master_weights=master_weights,
+            weight_rounding=weight_rounding,
+            seed=seed,
+            keep_float32=keep_float32,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,26 +2,150 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
+
+from .compact import GROUP
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+STATES = ("float32", "bfloat16", "low", "lowest")
+MASTER_WEIGHTS = ("float32", "24bit")
+WEIGHT_ROUNDINGS = ("nearest", "stochastic")
+# Elements. A tensor with fewer keeps float32 states: biases and norms are a thousandth of a model, and sensitive.
+COMPACT_FROM_NUMEL = 4096
+
+_EXP_AVG_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "low": torch.int8,
+    "lowest": torch.int8,
+}
+_EXP_AVG_SQ_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "low": torch.int16,
+    "lowest": torch.uint8,
+}
+_GROUP_DTYPES = {"low": torch.uint8, "lowest": torch.int16}
+
+
+class Precision(NamedTuple):
+    """How the states of one tensor are kept.
+
+    `states` is one of `STATES`. `master_weights` is `"float32"` or `"24bit"` where `master` stands beside a 16-bit
+    parameter, and None where the parameter is all there is. `master` is what a bfloat16 parameter lacks, int16 or int8,
+    or a float32 copy beside a float16 one.
+    """
+
+    states: str = "float32"
+    master_weights: str | None = None
+
+
+IN_FULL = Precision()
+
+
+class Layout(NamedTuple):
+    """Shape and dtype of a state tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def is_compact(states: str) -> bool:
+    """Whether these states are codes in groups of `compact.GROUP` elements."""
+    return states in _GROUP_DTYPES
+
+
+def precision_for(param: Tensor, states: str, master_weights: str | None) -> Precision:
+    """Return the precision of a parameter's states under its group's choices.
+
+    Tensors of less than `COMPACT_FROM_NUMEL` elements keep float32 states. float64 and complex parameters follow their
+    own dtype. A float32 parameter is its own master.
+    """
+    plain = param.numel() < COMPACT_FROM_NUMEL or param.is_complex() or param.dtype == torch.float64
+    return Precision("float32" if plain else states, master_weights if param.dtype in HALF_DTYPES else None)
+
+
+def precision_of(state: Mapping[str, Tensor]) -> Precision:
+    """Return the precision in which a parameter's state is kept, from its tensors' dtypes."""
+    dtype = state["exp_avg_sq"].dtype
+    states = next((name for name, known in _EXP_AVG_SQ_DTYPES.items() if known == dtype), "float32")
+    master = state.get("master")
+    return Precision(states, None if master is None else "24bit" if master.dtype == torch.int8 else "float32")
 
 
 def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of `exp_avg` and `exp_avg_sq`: float32, or float64 for float64 parameters; complex for complex.
-
-    Never less: `w_t` shrinks for as long as AdaX runs, and a second moment rounded to nearest in bfloat16 stops
-    changing after some 250 steps.
-    """
+    """Return the dtype of float32 states: that, or float64 for float64 parameters; complex for complex."""
     real = torch.float64 if param_dtype.to_real() == torch.float64 else torch.float32
     return real.to_complex() if param_dtype.is_complex else real
 
 
-def bytes_loaded(param_dtype: torch.dtype, grad_dtype: torch.dtype) -> int:
-    """Return the bytes a step reads per element: parameter, gradient and both moments."""
-    return param_dtype.itemsize + grad_dtype.itemsize + 2 * state_dtype(param_dtype).itemsize
+def state_layouts(param: Tensor, precision: Precision) -> dict[str, Layout]:
+    """Return what the state of a parameter holds beside `step`.
+
+    Elementwise states have the parameter's shape and strides. Codes follow each other in the order of the parameter's
+    memory, contiguous: in its shape if that is the order of its elements, else in one dimension. A group's exponents
+    stand in rows like the parameter's, if whole groups make up a row; any sharding by rows then shards both alike.
+    """
+    return _state_layouts(tuple(param.shape), param.is_contiguous(), param.dtype, precision)
 
 
-def bytes_stored(param_dtype: torch.dtype) -> int:
-    """Return the bytes a step writes per element: parameter and both moments."""
-    return param_dtype.itemsize + 2 * state_dtype(param_dtype).itemsize
+@functools.lru_cache(maxsize=4096)
+def _state_layouts(
+    shape: tuple[int, ...], in_order: bool, param_dtype: torch.dtype, precision: Precision
+) -> dict[str, Layout]:
+    states, master_weights = precision
+    layouts = {}
+    if is_compact(states):
+        numel, row = math.prod(shape), math.prod(shape[1:])
+        codes = shape if in_order else (numel,)
+        whole_rows = in_order and len(shape) > 1 and row % GROUP == 0
+        groups = (shape[0], row // GROUP) if whole_rows else (-(-numel // GROUP),)
+        layouts["exp_avg"] = Layout(codes, _EXP_AVG_DTYPES[states])
+        layouts["exp_avg_sq"] = Layout(codes, _EXP_AVG_SQ_DTYPES[states])
+        layouts["group_exponents"] = Layout(groups, _GROUP_DTYPES[states])
+    else:
+        dtype = state_dtype(param_dtype) if states == "float32" else torch.bfloat16
+        layouts["exp_avg"] = layouts["exp_avg_sq"] = Layout(shape, dtype)
+    if master_weights is not None:
+        layouts["master"] = Layout(shape, _master_dtype(param_dtype, master_weights))
+    return layouts
+
+
+def _master_dtype(param_dtype: torch.dtype, master_weights: str) -> torch.dtype:
+    if param_dtype == torch.float16:  # its exponents are too few for a remainder to make up for
+        return torch.float32
+    return torch.int16 if master_weights == "float32" else torch.int8
+
+
+def state_bytes(param_dtype: torch.dtype, precision: Precision = IN_FULL) -> float:
+    """Return the bytes of state per element, group exponents included, of a tensor large enough to be compact."""
+    states, master_weights = precision
+    if states == "float32":
+        moments = 2.0 * state_dtype(param_dtype).itemsize
+    else:
+        moments = float(_EXP_AVG_DTYPES[states].itemsize + _EXP_AVG_SQ_DTYPES[states].itemsize)
+    if is_compact(states):
+        moments += _GROUP_DTYPES[states].itemsize / GROUP
+    return moments + (0 if master_weights is None else _master_dtype(param_dtype, master_weights).itemsize)
+
+
+def bytes_loaded(param_dtype: torch.dtype, grad_dtype: torch.dtype, precision: Precision = IN_FULL) -> float:
+    """Return the bytes a step reads per element: parameter, gradient and states.
+
+    A float32 master copy is read instead of the float16 parameter.
+    """
+    copied = precision.master_weights is not None and param_dtype == torch.float16
+    return (0 if copied else param_dtype.itemsize) + grad_dtype.itemsize + state_bytes(param_dtype, precision)
+
+
+def bytes_stored(param_dtype: torch.dtype, precision: Precision = IN_FULL, settled: bool = False) -> float:
+    """Return the bytes a step writes per element: parameter and states, without a second moment that has `settled`."""
+    kept = state_dtype(param_dtype) if precision.states == "float32" else _EXP_AVG_SQ_DTYPES[precision.states]
+    return param_dtype.itemsize + state_bytes(param_dtype, precision) - (kept.itemsize if settled else 0)

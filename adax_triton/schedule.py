@@ -17,6 +17,11 @@ import math
 from typing import NamedTuple
 
 SECOND_MOMENTS = ("adax", "adam", "adafactor")
+# What `step_scalars` takes of a parameter group.
+GROUP_KEYS = (
+    *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay"),
+    *("second_moment", "eps_placement", "maximize"),
+)
 EPS_PLACEMENTS = ("normalized", "unnormalized")
 
 # Past this, exp(x) - 1 == exp(x) in float64, and a little further exp(x) overflows it.

@@ -19,7 +19,10 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("test_kernel.py", "test_optimizer_contract.py", "test_tensor_kinds.py", "test_checkpoint.py")
+TESTS = (
+    *("test_kernel.py", "test_rounding.py", "test_compact.py", "test_low_memory.py"),
+    *("test_optimizer_contract.py", "test_tensor_kinds.py", "test_checkpoint.py"),
+)
 COMMAND_LINE = "import sys; from adax_triton.cli import main; sys.exit(main())"
 
 

@@ -147,7 +147,7 @@ def _copying(numel: int, device: torch.device) -> Callable[[], Any]:
     return lambda: target.copy_(source)
 
 
-def _summary(times: list[float], moved_bytes: int, copy_bandwidth: float) -> dict[str, float]:
+def _summary(times: list[float], moved_bytes: float, copy_bandwidth: float) -> dict[str, float]:
     median = statistics.median(times)
     deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [median] * 9
     return {

@@ -1,8 +1,8 @@
 """The fused update: one launch for any number of tensors, reached by address.
 
-The tensor table has one int64 row per tensor; the chunk table has one int64 per program; the scalar table has one
-float32 row per (group, step). A program finds its chunk, its tensor's row and that row's scalars, loads each element
-once, computes in float32 and stores once.
+The tensor table has one int64 row per tensor; the chunk table has one int64 per program; the scalar table has one row
+of 32-bit words per (group, step). A program finds its chunk, its tensor's row and that row's scalars, loads each
+element once, computes in float32 and stores once.
 """
 
 from __future__ import annotations
@@ -11,27 +11,48 @@ import torch
 import triton
 import triton.language as tl
 
+from .compact import GROUP, decode_moments, encode_moments
 from .launch import current_backend, launch_shape
+from .rounding import differ, join_master, random_bits, round_to_bfloat16, split_master
+from .variants import StepVariant
 
-TENSOR_COLUMNS = tl.constexpr(6)  # addresses of param, grad, exp_avg, exp_avg_sq; numel; scalar row
-SCALAR_COLUMNS = tl.constexpr(7)  # step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor
-
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float64: tl.float64,  # gradients only
-}
+# Addresses of param, grad, exp_avg, exp_avg_sq, master, group_exponents; first_element; numel; scalar row.
+TENSOR_COLUMNS = tl.constexpr(9)
+# step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor; two words of the random key.
+SCALAR_COLUMNS = tl.constexpr(9)
 
 
 @triton.jit
 def _update_tile(
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, offsets, mask, scalars_ptr, PARAM_DTYPE: tl.constexpr
+    arrays,
+    scalars_ptr,
+    offsets,
+    mask,
+    groups,
+    group_mask,
+    first_index,
+    PARAM_DTYPE: tl.constexpr,
+    STATES: tl.constexpr,
+    MASTER_DTYPE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SETTLED: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr = arrays
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
-    param = tl.load(param_ptr + offsets, mask=mask, other=0.0)
-    exp_avg = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0.0)
+    if MASTER_DTYPE != tl.float32:
+        param = tl.load(param_ptr + offsets, mask=mask, other=0.0)
+    if MASTER_DTYPE is not None:
+        master = tl.load(master_ptr + offsets, mask=mask, other=0)
+        param = master if MASTER_DTYPE == tl.float32 else join_master(param, master)
+    param = param.to(tl.float32)
+    exp_avg_stored = tl.load(exp_avg_ptr + offsets, mask=mask, other=0)
+    exp_avg_sq_stored = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0)
+    if STATES == "low" or STATES == "lowest":
+        exponents = tl.load(group_exponents_ptr + groups, mask=group_mask, other=0).to(tl.uint32)
+        exp_avg, exp_avg_sq = decode_moments(exp_avg_stored, exp_avg_sq_stored, exponents, STATES)
+    else:
+        exp_avg, exp_avg_sq = exp_avg_stored.to(tl.float32), exp_avg_sq_stored.to(tl.float32)
     step_size = tl.load(scalars_ptr)
     one_minus_beta1 = tl.load(scalars_ptr + 1)
     exp_avg_sq_weight = tl.load(scalars_ptr + 2)
@@ -39,16 +60,57 @@ def _update_tile(
     decay = tl.load(scalars_ptr + 4)
     l2 = tl.load(scalars_ptr + 5)
     grad_factor = tl.load(scalars_ptr + 6)
+    key0 = tl.load(scalars_ptr + 7).to(tl.uint32, bitcast=True)
+    key1 = tl.load(scalars_ptr + 8).to(tl.uint32, bitcast=True)
 
-    param = param.to(tl.float32)
     grad = grad.to(tl.float32) * grad_factor + param * l2
     exp_avg += (grad - exp_avg) * one_minus_beta1
     exp_avg_sq += (grad * grad - exp_avg_sq) * exp_avg_sq_weight
     param -= param * decay + exp_avg / (tl.sqrt(exp_avg_sq) + eps) * step_size
 
+    # The second moment is rounded by the upper of its element's random bits, the parameter by the lower.
+    random = random_bits(first_index + offsets.to(tl.uint32), key0, key1)
+    if STATES == "low" or STATES == "lowest":
+        exp_avg, exp_avg_sq, exponents = encode_moments(exp_avg, exp_avg_sq, random, STATES, AXIS)
+    elif STATES == "bfloat16":
+        exp_avg, exp_avg_sq = round_to_bfloat16(exp_avg, 0x8000), round_to_bfloat16(exp_avg_sq, random >> 16)
+    if MASTER_DTYPE == tl.float32:
+        master = param
+    elif MASTER_DTYPE is not None:
+        param, master = split_master(param, random & 0xFF, MASTER_DTYPE)
+    elif STOCHASTIC:
+        param = round_to_bfloat16(param, random & 0xFFFF)
+
     tl.store(param_ptr + offsets, param.to(PARAM_DTYPE), mask=mask)
+    if MASTER_DTYPE is not None:
+        tl.store(master_ptr + offsets, master, mask=mask)
     tl.store(exp_avg_ptr + offsets, exp_avg, mask=mask)
+    if STATES == "low" or STATES == "lowest":
+        exponents = exponents.to(group_exponents_ptr.dtype.element_ty)
+        tl.store(group_exponents_ptr + groups, exponents, mask=group_mask)
+    if SETTLED:
+        changed = differ(exp_avg_sq, exp_avg_sq_stored).to(tl.int32)
+        mask = mask & (tl.max(changed, axis=AXIS, keep_dims=True) > 0)
     tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=mask)
+
+
+@triton.jit
+def _array(address_ptr, DTYPE: tl.constexpr, start, ALIGNED: tl.constexpr):
+    pointer = tl.load(address_ptr).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + start
+
+
+@triton.jit
+def _block(SIZE: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr):
+    # max_contiguous caps the layout at VECTOR, else the widest stores need a trip through shared memory.
+    if GROUPED:
+        groups = tl.arange(0, SIZE // GROUP)[:, None]
+        return groups, tl.max_contiguous(groups * GROUP + tl.arange(0, GROUP)[None, :], [1, VECTOR])
+    else:
+        offsets = tl.max_contiguous(tl.arange(0, SIZE), VECTOR)
+        return offsets, offsets
 
 
 @triton.jit
@@ -58,44 +120,80 @@ def adax_step_kernel(
     scalars_ptr,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
+    STATES: tl.constexpr,
+    EXP_AVG_DTYPE: tl.constexpr,
+    EXP_AVG_SQ_DTYPE: tl.constexpr,
+    MASTER_DTYPE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SETTLED: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     VECTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Update one chunk of one tensor.
+    """Update one chunk of one tensor; see `StepVariant`.
 
     `chunks_ptr[program] = tensor << 32 | chunk`. VECTOR is the elements of one 16-byte access of the widest dtype
-    stored; ALIGNED says that all four addresses of every tensor are multiples of 16 bytes.
+    stored.
     """
     chunk = tl.load(chunks_ptr + tl.program_id(0))
     row_ptr = tensors_ptr + (chunk >> 32) * TENSOR_COLUMNS
     start = (chunk & 0xFFFFFFFF) * CHUNK_SIZE  # int64: a tensor may exceed 2^31 elements
-    param_ptr = tl.load(row_ptr).to(tl.pointer_type(PARAM_DTYPE))
-    grad_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(GRAD_DTYPE))
-    exp_avg_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32))
-    exp_avg_sq_ptr = tl.load(row_ptr + 3).to(tl.pointer_type(tl.float32))
-    remaining = tl.minimum(tl.load(row_ptr + 4) - start, CHUNK_SIZE).to(tl.int32)
-    scalars_ptr += tl.load(row_ptr + 5) * SCALAR_COLUMNS
-    if ALIGNED:
-        param_ptr = tl.multiple_of(param_ptr, 16)
-        grad_ptr = tl.multiple_of(grad_ptr, 16)
-        exp_avg_ptr = tl.multiple_of(exp_avg_ptr, 16)
-        exp_avg_sq_ptr = tl.multiple_of(exp_avg_sq_ptr, 16)
-    param_ptr += start
-    grad_ptr += start
-    exp_avg_ptr += start
-    exp_avg_sq_ptr += start
+    param_ptr = _array(row_ptr, PARAM_DTYPE, start, ALIGNED)
+    grad_ptr = _array(row_ptr + 1, GRAD_DTYPE, start, ALIGNED)
+    exp_avg_ptr = _array(row_ptr + 2, EXP_AVG_DTYPE, start, ALIGNED)
+    exp_avg_sq_ptr = _array(row_ptr + 3, EXP_AVG_SQ_DTYPE, start, ALIGNED)
+    master_ptr = param_ptr
+    if MASTER_DTYPE is not None:
+        master_ptr = _array(row_ptr + 4, MASTER_DTYPE, start, ALIGNED)
+    group_exponents_ptr = param_ptr
+    if STATES == "low":
+        group_exponents_ptr = _array(row_ptr + 5, tl.uint8, start // GROUP, False)
+    elif STATES == "lowest":
+        group_exponents_ptr = _array(row_ptr + 5, tl.uint16, start // GROUP, False)
+    first_index = (tl.load(row_ptr + 6) + start).to(tl.uint32)
+    remaining = tl.minimum(tl.load(row_ptr + 7) - start, CHUNK_SIZE).to(tl.int32)
+    scalars_ptr += tl.load(row_ptr + 8) * SCALAR_COLUMNS
 
-    # A mask at an arbitrary element would split every access; this one falls on a vector, and the rest is one small
-    # tile. max_contiguous caps the layout at VECTOR, else the float32 stores need a trip through shared memory.
-    vectors_end = (remaining // VECTOR) * VECTOR
-    offsets = tl.max_contiguous(tl.arange(0, CHUNK_SIZE), VECTOR)
+    # A mask at an arbitrary element would split every access; this one falls on a vector or group, and the rest is one
+    # small tile.
+    GROUPED: tl.constexpr = STATES == "low" or STATES == "lowest" or SETTLED
+    UNIT: tl.constexpr = GROUP if GROUPED else VECTOR
+    groups, offsets = _block(CHUNK_SIZE, VECTOR, GROUPED)
+    tiles_end = (remaining // UNIT) * UNIT
+    tail = tiles_end + tl.arange(0, UNIT)
+    tail_group = tiles_end // GROUP + tl.arange(0, 1)
+    arrays = (param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr)
     _update_tile(
-        param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, offsets, offsets < vectors_end, scalars_ptr, PARAM_DTYPE
+        arrays,
+        scalars_ptr,
+        offsets,
+        offsets < tiles_end,
+        groups,
+        groups * GROUP < tiles_end,
+        first_index,
+        PARAM_DTYPE,
+        STATES,
+        MASTER_DTYPE,
+        STOCHASTIC,
+        SETTLED,
+        1 if GROUPED else 0,
     )
-    if vectors_end != remaining:
-        tail = vectors_end + tl.arange(0, VECTOR)
-        _update_tile(param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, tail, tail < remaining, scalars_ptr, PARAM_DTYPE)
+    if tiles_end != remaining:
+        _update_tile(
+            arrays,
+            scalars_ptr,
+            tail,
+            tail < remaining,
+            tail_group,
+            tail_group >= 0,
+            first_index,
+            PARAM_DTYPE,
+            STATES,
+            MASTER_DTYPE,
+            STOCHASTIC,
+            SETTLED,
+            0,
+        )
 
 
 def chunk_size() -> int:
@@ -103,27 +201,19 @@ def chunk_size() -> int:
     return launch_shape(current_backend()).chunk_size
 
 
-def adax_step(
-    tensors: torch.Tensor,
-    chunks: torch.Tensor,
-    scalars: torch.Tensor,
-    *,
-    param_dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    aligned: bool,
-) -> None:
+def adax_step(tensors: torch.Tensor, chunks: torch.Tensor, scalars: torch.Tensor, variant: StepVariant) -> None:
     """Apply one update to every tensor of a table, in place and in one launch.
 
     The update is that of `adax_triton.reference.adax_update`, in float32 arithmetic.
 
     Args:
-        tensors: (n, 6) int64: the addresses of param, grad, exp_avg and exp_avg_sq, the number of elements, and the row
-            of `scalars`. The four arrays are contiguous; exp_avg and exp_avg_sq are float32.
+        tensors: (n, 9) int64: the addresses of param, grad, exp_avg, exp_avg_sq, of the master and of the group
+            exponents (0 where there are none); the index of the first element in its parameter, for the random bits;
+            the number of elements; and the row of `scalars`. The arrays are contiguous.
         chunks: (programs,) int64: `tensor << 32 | chunk` for each run of `chunk_size()` elements of each tensor.
-        scalars: (rows, 7) float32: the fields of `StepScalars` in order.
-        param_dtype: float32, bfloat16 or float16, that of every parameter of the table.
-        grad_dtype: likewise, or float64.
-        aligned: every address is a multiple of 16 bytes.
+        scalars: (rows, 9) float32: the fields of `StepScalars` in order, and the bits of the two words of the random
+            key.
+        variant: what all tensors of the table have in common.
 
     The caller keeps every tensor behind an address alive until the launch is enqueued.
     """
@@ -136,10 +226,6 @@ def adax_step(
             tensors,
             chunks,
             scalars,
-            PARAM_DTYPE=TRITON_DTYPES[param_dtype],
-            GRAD_DTYPE=TRITON_DTYPES[grad_dtype],
-            CHUNK_SIZE=shape.chunk_size,
-            VECTOR=4,  # exp_avg and exp_avg_sq are float32
-            ALIGNED=aligned,
+            **variant.constants(shape),
             num_warps=shape.num_warps,
         )

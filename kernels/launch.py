@@ -9,15 +9,16 @@ import triton
 
 
 class LaunchShape(NamedTuple):
-    """Elements per program, and the warps that share them."""
+    """Elements per program, the warps that share them, and the elements each thread then has."""
 
     chunk_size: int
     num_warps: int
+    elements_per_thread: int
 
 
 # 8 elements per thread at 32 threads per warp (NVIDIA) and 64 (AMD). Chosen from generated code alone: no spills, no
 # shared memory, every data load issued before the first store (tests/test_code_audit.py). Not yet timed on a GPU.
-_SHAPES = {"cuda": LaunchShape(2048, 8), "hip": LaunchShape(2048, 4)}
+_SHAPES = {"cuda": LaunchShape(2048, 8, 8), "hip": LaunchShape(2048, 4, 8)}
 
 
 def launch_shape(backend: str) -> LaunchShape:

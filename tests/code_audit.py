@@ -1,7 +1,7 @@
 """Compile the step kernel for GPUs that need not be there, and read facts from the code; see test_code_audit.py.
 
 Usage, with TRITON_INTERPRET unset: python code_audit.py TARGET
-Prints a JSON list of one dictionary per variant (parameter dtype, gradient dtype, aligned).
+Prints a JSON list of one dictionary per variant, with the fields of its StepVariant.
 """
 
 import bisect
@@ -22,6 +22,7 @@ import triton
 from adax_triton.kernels import adax_step as step_module
 from adax_triton.kernels.adax_step import adax_step, adax_step_kernel
 from adax_triton.kernels.launch import launch_shape
+from adax_triton.kernels.variants import StepVariant
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
@@ -32,13 +33,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-PARAM_DTYPES = ("float32", "bfloat16", "float16")
-GRAD_DTYPES = ("float32", "bfloat16", "float16", "float64")
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GRAD_DTYPES = (*PARAM_DTYPES, torch.float64)
+STATES = ("float32", "bfloat16", "low", "lowest")
 
 LOCATION = re.compile(r"\.loc\s.*?adax_step\.py:(\d+):\d+(?: @\[ adax_step\.py:(\d+):)?")
 PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)\s")
 AMD_ACCESS = re.compile(r"^\s+(?:global|buffer|flat)_(load|store)_(\w+)")
-AMD_BITS = {"ubyte": 8, "ushort": 16, "short": 16, "short_d16": 16, "short_d16_hi": 16, "dword": 32}
 SASS_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", re.MULTILINE)
 STREAM = re.compile(r"tl\.(?:load|store)\((\w+?)_ptr")
 
@@ -69,7 +70,27 @@ class AbsentDevice:
         return self._target
 
 
-def record_launches(param_dtype: str, grad_dtype: str, aligned: bool) -> list[Launch]:
+def step_variants() -> list[StepVariant]:
+    """Return every combination of dtypes with float32 states, and every kind of states and master on its own dtypes."""
+    variants = [
+        StepVariant(param, grad, aligned=aligned)
+        for param, grad, aligned in itertools.product(PARAM_DTYPES, GRAD_DTYPES, (True, False))
+    ]
+    fp32, bf16, fp16 = PARAM_DTYPES
+    for states, settled in itertools.product(STATES, (False, True)):
+        variants += [
+            StepVariant(fp32, fp32, states, settled=settled),
+            StepVariant(bf16, bf16, states, settled=settled),
+            StepVariant(bf16, bf16, states, stochastic=True, settled=settled),
+            StepVariant(bf16, bf16, states, "int16", settled=settled),
+            StepVariant(bf16, bf16, states, "int8", settled=settled),
+            StepVariant(fp16, fp16, states, "float32", settled=settled),
+        ]
+        variants += [variant._replace(aligned=False) for variant in variants[-6:] if not settled]
+    return sorted(set(variants), key=variants.index)
+
+
+def record_launches(variant: StepVariant) -> list[Launch]:
     """Call `adax_step` on tables of several sizes and contents, and return what it would have compiled for each."""
     launches = []
 
@@ -83,12 +104,7 @@ def record_launches(param_dtype: str, grad_dtype: str, aligned: bool) -> list[La
     triton.knobs.runtime.jit_cache_hook = record
     for tensors, chunks, value in ((1, 1, 0.0), (1, 16, 1.0), (2, 3, 1e-3), (16, 4096, float("nan"))):
         adax_step(
-            torch.full((tensors, 6), 16 * tensors),
-            torch.arange(chunks),
-            torch.full((tensors, 7), value),
-            param_dtype=getattr(torch, param_dtype),
-            grad_dtype=getattr(torch, grad_dtype),
-            aligned=aligned,
+            torch.full((tensors, 9), 16 * tensors), torch.arange(chunks), torch.full((tensors, 9), value), variant
         )
     return launches
 
@@ -96,6 +112,12 @@ def record_launches(param_dtype: str, grad_dtype: str, aligned: bool) -> list[La
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     source = ASTSource(adax_step_kernel, launch.signature, launch.constants, launch.attributes)
     return triton.compile(source, target=target, options=launch.options)
+
+
+def stream_of(line: str) -> str:
+    named = STREAM.search(line)
+    # Where a sign extension is folded into a load, the load bears the line of the extension.
+    return named[1] if named else "master" if "join_master(" in line else "exp_avg"
 
 
 def read_accesses(code: str) -> list[tuple[str, str, str, int]]:
@@ -114,19 +136,27 @@ def read_accesses(code: str) -> list[tuple[str, str, str, int]]:
         if match := PTX_ACCESS.search(line):
             kind, bits = {"ld": "load", "st": "store"}[match[1]], int(match[2] or 1) * int(match[3])
         elif match := AMD_ACCESS.match(line):
-            kind, bits = match[1], AMD_BITS.get(match[2]) or 32 * int(match[2].removeprefix("dwordx"))
+            kind, bits = match[1], amd_bits(match[2])
         else:
             continue
-        stream = STREAM.search(source[int(location[1]) - 1])[1]
+        stream = stream_of(source[int(location[1]) - 1])
         # A call over several lines is ascribed to any of them.
         region = "table" if location[2] is None else "tile" if int(location[2]) < calls[1] else "tail"
         accesses.append((region, kind, stream, bits))
     return accesses
 
 
+def amd_bits(operation: str) -> int:
+    for name, bits in (("byte", 8), ("short", 16)):
+        if name in operation:
+            return bits
+    return 32 * int(operation.removeprefix("dword").removeprefix("x") or 1)
+
+
 def sass_bits(operation: str) -> int:
     wide = re.search(r"\.(64|128|256)\b", operation)
-    return int(wide[1]) if wide else 16 if re.search(r"\.[US]16\b", operation) else 32
+    narrow = re.search(r"\.[US](8|16)\b", operation)
+    return int(wide[1]) if wide else int(narrow[1]) if narrow else 32
 
 
 def machine_code(cubin: bytes) -> bytes:
@@ -213,13 +243,15 @@ def audit(target_name: str) -> Iterator[dict[str, Any]]:
     target = TARGETS[target_name]
     driver.set_active(AbsentDevice(target))
     step_module.current_backend = lambda: target.backend
-    variants = list(itertools.product(PARAM_DTYPES, GRAD_DTYPES, (True, False)))
-    launches = [record_launches(*variant) for variant in variants]
+    variants = step_variants()
+    launches = [record_launches(variant) for variant in variants]
     kernels = [compile_launch(recorded[0], target) for recorded in launches]
     found = nvidia_facts(kernels) if target.backend == "cuda" else map(amd_facts, kernels)
     for variant, recorded, kernel, facts in zip(variants, launches, kernels, found, strict=True):
         yield {
-            **dict(zip(("param_dtype", "grad_dtype", "aligned"), variant, strict=True)),
+            **variant._asdict(),
+            "param_dtype": str(variant.param_dtype).removeprefix("torch."),
+            "grad_dtype": str(variant.grad_dtype).removeprefix("torch."),
             "keys": sorted({launch.key for launch in recorded}),
             "elements_per_thread": launch_shape(target.backend).chunk_size
             // (kernel.metadata.num_warps * target.warp_size),

@@ -202,7 +202,7 @@ LOADS: dict[str, tuple[Callable[[dict[str, Any]], Any], type, list[str]]] = {
     "no state": (lambda saved: saved.pop("state"), ValueError, ["state_dict", "'state'"]),
     "no groups": (lambda saved: saved.pop("param_groups"), ValueError, ["state_dict", "'param_groups'"]),
     "missing key": (without("exp_avg"), ValueError, ["['state'][1]", "exp_avg_sq", "step"]),
-    "strange key": (with_state(max_exp_avg_sq=1), ValueError, ["['state'][1]", "max_exp_avg_sq"]),
+    "strange key": (with_state(max_exp_avg_sq=torch.ones(7)), ValueError, ["['state'][1]", "max_exp_avg_sq"]),
     "wrong shape": (with_state(exp_avg_sq=torch.ones(3)), ValueError, ["[1]['exp_avg_sq']", "(3,)", "(7,)"]),
     "no tensor": (with_state(exp_avg=[0.0] * 7), TypeError, ["[1]['exp_avg']", "list"]),
     "half a step": (with_state(step=1.5), TypeError, ["[1]['step']", "1.5"]),

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton import AdaX
-from adax_triton.backends import Stepper, TensorStep
+from adax_triton.backends import Stepper
 from adax_triton.flat_buffer import chunk_table
 from adax_triton.reference import adax_update
 from adax_triton.schedule import StepScalars, step_scalars
+from adax_triton.tensor_step import TensorStep
 
 pytest.importorskip("triton")
 
 from adax_triton.kernels import adax_step as step_module
 from adax_triton.kernels.launch import current_backend, is_interpreted, launch_shape
+from adax_triton.kernels.variants import StepVariant
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 MIXES = list(itertools.product(("fp32", "bf16", "fp16"), ("fp32", "bf16", "fp16", "fp64")))
@@ -61,16 +63,14 @@ def launch(
     device = quads[0].param.device
     rows = [0] * len(quads) if rows is None else rows
     table = [
-        (*(tensor.data_ptr() for tensor in quad), quad.param.numel(), row)
+        (*(tensor.data_ptr() for tensor in quad), 0, 0, 0, quad.param.numel(), row)
         for quad, row in zip(quads, rows, strict=True)
     ]
     step_module.adax_step(
         torch.tensor(table, device=device),
         chunk_table([quad.param.numel() for quad in quads], CHUNK).to(device),
-        torch.tensor(scalars, dtype=torch.float32, device=device),
-        param_dtype=quads[0].param.dtype,
-        grad_dtype=quads[0].grad.dtype,
-        aligned=aligned,
+        torch.tensor([(*row, 0.0, 0.0) for row in scalars], dtype=torch.float32, device=device),
+        StepVariant(quads[0].param.dtype, quads[0].grad.dtype, aligned=aligned),
     )
 
 
@@ -112,14 +112,14 @@ def among_canaries(quads: Sequence[Quad], odd: bool) -> tuple[list[Quad], list[T
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Collects the keyword arguments of every launch."""
-    seen: list[dict[str, Any]] = []
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[StepVariant]:
+    """Collects the variant of every launch."""
+    seen: list[StepVariant] = []
     original = step_module.adax_step
 
-    def counting(*tables: Tensor, **options: Any) -> None:
-        seen.append(options)
-        original(*tables, **options)
+    def counting(tensors: Tensor, chunks: Tensor, scalars: Tensor, variant: StepVariant) -> None:
+        seen.append(variant)
+        original(tensors, chunks, scalars, variant)
 
     monkeypatch.setattr(step_module, "adax_step", counting)
     return seen
@@ -226,12 +226,10 @@ def test_elements_past_a_power_of_two_are_addressed(exponent: int, dtype: str, d
     start = chunk * CHUNK  # of the only chunk launched; what lies below is never touched and need not exist
     addresses = [tensor.data_ptr() - start * tensor.element_size() for tensor in quad]
     step_module.adax_step(
-        torch.tensor([[0] * 6, [*addresses, start + 1001, 0]], device=device),
+        torch.tensor([[0] * 9, [*addresses, 0, 0, 0, start + 1001, 0]], device=device),
         torch.tensor([(1 << 32) + chunk], device=device),
-        torch.tensor([SCALARS], device=device),
-        param_dtype=DTYPES[dtype],
-        grad_dtype=DTYPES[dtype],
-        aligned=True,
+        torch.tensor([(*SCALARS, 0.0, 0.0)], device=device),
+        StepVariant(DTYPES[dtype], DTYPES[dtype]),
     )
     assert_as_accurate_as_torch(quad, before)
 
@@ -249,25 +247,25 @@ def test_tensor_past_2_31_elements_is_stepped_once_everywhere(device: torch.devi
     assert all(bool((found == value).all()) for found, value in zip(quad, expected, strict=True))
 
 
-def test_optimizer_launches_once_per_set_of_dtypes(device: torch.device, launches: list[dict[str, Any]]) -> None:
+def test_optimizer_launches_once_per_set_of_dtypes(device: torch.device, launches: list[StepVariant]) -> None:
     names = ["fp32", "bf16", "fp16"] * 50
     params = [nn.Parameter(random_quad(i % 7 + 1, device, name).param) for i, name in enumerate(names)]
     optimizer = AdaX([{"params": params[:70]}, {"params": params[70:], "lr": 1e-2}])
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    assert sorted(str(options["param_dtype"]) for options in launches) == sorted(str(DTYPES[n]) for n in names[:3])
+    assert sorted(str(variant.param_dtype) for variant in launches) == sorted(str(DTYPES[n]) for n in names[:3])
 
 
 @pytest.mark.parametrize("unaligned", [None, *Quad._fields], ids=lambda name: name or "none")
 def test_launch_is_told_of_an_unaligned_address(
-    unaligned: str | None, device: torch.device, launches: list[dict[str, Any]]
+    unaligned: str | None, device: torch.device, launches: list[StepVariant]
 ) -> None:
     quad = random_quad(10, device)
     if unaligned:
         quad = quad._replace(**{unaligned: getattr(quad, unaligned)[1:]})
-    Stepper().run([TensorStep(*(tensor[:9] for tensor in quad), 0)], [SCALARS])
-    assert [options["aligned"] for options in launches] == [unaligned is None]
+    Stepper().run([TensorStep(*(tensor[:9] for tensor in quad), 0)], [SCALARS], [(0, 0)])
+    assert [variant.aligned for variant in launches] == [unaligned is None]
 
 
 @gpu

@@ -1,0 +1,71 @@
+"""Export and import of the float32 weights that stand behind 16-bit parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .sharding import local, placed_like, sharded_like
+from .stored import load_master, store_master
+
+
+def export(model: nn.Module, states: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return a model's state dict with its weights in float32.
+
+    Args:
+        model: the model.
+        states: an optimizer's, per parameter.
+    """
+    params = dict(model.named_parameters(remove_duplicate=False))
+    exported = {}
+    for name, tensor in model.state_dict().items():
+        param = params.get(name)
+        if param is None or not param.is_floating_point() or param.dtype == torch.float64:
+            exported[name] = tensor.clone() if isinstance(tensor, Tensor) else tensor
+            continue
+        master = states[param].get("master") if param in states else None
+        weights = load_master(local(param.detach()), None if master is None else local(master))
+        exported[name] = sharded_like(param, weights, param.shape)
+    return exported
+
+
+def check(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Check that a state dict has the keys and shapes of a model.
+
+    Raises:
+        ValueError: it has not.
+    """
+    own = model.state_dict()
+    if set(own) != set(state_dict):
+        missing, unknown = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own))
+        raise ValueError(f"state_dict: does not fit the model; missing {missing}, unknown {unknown}")
+    for name, tensor in own.items():
+        if isinstance(tensor, Tensor) and tensor.shape != state_dict[name].shape:
+            raise ValueError(
+                f"state_dict[{name!r}] has shape {tuple(state_dict[name].shape)}, the model's {tuple(tensor.shape)}"
+            )
+
+
+def load(model: nn.Module, states: Mapping[Tensor, Mapping[str, Any]], state_dict: Mapping[str, Tensor]) -> None:
+    """Load float32 weights into a model and into its optimizer's masters; rounded to nearest where they must be.
+
+    Args:
+        model: the model.
+        states: the optimizer's, per parameter.
+        state_dict: checked by `check`.
+    """
+    own = model.state_dict()
+    placed = {
+        name: placed_like(tensor, own[name]) if isinstance(tensor, Tensor) else tensor
+        for name, tensor in state_dict.items()
+    }
+    model.load_state_dict(placed)
+    with torch.no_grad():
+        for name, param in model.named_parameters(remove_duplicate=False):
+            master = states[param].get("master") if param in states else None
+            if master is not None:
+                weights = local(placed[name]).to(device=param.device, dtype=torch.float32)
+                store_master(weights, local(param.detach()), local(master), random=None, stochastic=False)

@@ -1,0 +1,118 @@
+"""Random bits that depend on nothing but (seed, step, element), and what is rounded with them, in PyTorch.
+
+The kernels have their own writing of this in `kernels/rounding.py`; the two give the same bits. Words of 32 bits are
+held in int32, whose products and sums wrap around.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+# The multipliers of lowbias32, https://github.com/skeeto/hash-prospector, a full-avalanche 32-bit mixer.
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
+_QUIET_NAN = 0x7FC0
+
+
+def random_key(seed: int, step: int) -> tuple[int, int]:
+    """Return the two 32-bit words that choose the random bits of a step.
+
+    Args:
+        seed: in [0, 2^32).
+        step: t, counted from 1.
+    """
+    return _mix(seed ^ _mix(step)), _mix(step + 0x9E3779B9 ^ _mix(~seed & _WORD))
+
+
+def _mix(word: int) -> int:
+    word &= _WORD
+    for shift, multiplier in zip((16, 15), _MULTIPLIERS, strict=True):
+        word = (word ^ word >> shift) * multiplier & _WORD
+    return word ^ word >> 16
+
+
+def _shift_right(words: Tensor, bits: int) -> Tensor:
+    return (words >> bits) & (_WORD >> bits)
+
+
+def random_bits(index: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
+    """Return 32 random bits per element, as int32.
+
+    Args:
+        index: int32, the position of each element in its parameter, modulo 2^32.
+        key: from `random_key`; as a tensor, its two words in int32.
+    """
+    words = index ^ (key[0] if isinstance(key, Tensor) else _signed(key[0]))
+    words = (words ^ _shift_right(words, 16)) * _MULTIPLIERS[0]
+    words = words + (key[1] if isinstance(key, Tensor) else _signed(key[1]))
+    words = (words ^ _shift_right(words, 15)) * _MULTIPLIERS[1]
+    return words ^ _shift_right(words, 16)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word > 0x7FFFFFFF else word
+
+
+def bits_of(values: Tensor) -> Tensor:
+    """Return the bit patterns of float32 values as int32."""
+    return values.view(torch.int32)
+
+
+def from_bits(bits: Tensor) -> Tensor:
+    """Return the float32 values of int32 bit patterns."""
+    return bits.view(torch.float32)
+
+
+def low_bits(random: Tensor | None, bits: int) -> Tensor | int:
+    """Return the lowest random bits, or one half where there are none: adding either and cutting off rounds."""
+    return 1 << (bits - 1) if random is None else random & ((1 << bits) - 1)
+
+
+def high_bits(random: Tensor | None, bits: int) -> Tensor | int:
+    """Return the highest random bits moved to the lowest place, or one half."""
+    return 1 << (bits - 1) if random is None else _shift_right(random, 32 - bits)
+
+
+def round_to_bfloat16(values: Tensor, addend: Tensor | int) -> Tensor:
+    """Round float32 to bfloat16 stochastically, or to nearest with ties away from zero; NaN stays NaN.
+
+    Args:
+        values: float32.
+        addend: 16 random bits per element, or 0x8000 for nearest.
+    """
+    return _top_half(bits_of(values) + addend, values.isnan())
+
+
+def _top_half(bits: Tensor, nan: Tensor) -> Tensor:
+    top = torch.where(nan, _QUIET_NAN, bits >> 16)
+    return top.to(torch.int16).view(torch.bfloat16)
+
+
+def split_master(master: Tensor, addend: Tensor | int | None) -> tuple[Tensor, Tensor]:
+    """Split float32 master weights into bfloat16 parameters and what they lack.
+
+    The parameter is the nearest bfloat16, ties away from zero. The rest is the signed low half of the word, int16, and
+    `join_master` gives the master back bit for bit; or with an addend its upper byte, int8, and the master is rounded
+    to 24 bits first. A NaN becomes a quiet one.
+
+    Args:
+        master: float32.
+        addend: None for all 32 bits. For 24: 8 random bits per element, or 0x80 for nearest.
+
+    Returns:
+        The parameters, bfloat16, and the remainder, int16 or int8.
+    """
+    bits = bits_of(master)
+    nan = master.isnan()
+    if addend is None:
+        return _top_half(bits + 0x8000, nan), bits.to(torch.int16)
+    bits = bits + addend
+    return _top_half((bits & ~0xFF) + 0x8000, nan), (bits >> 8).to(torch.int8)
+
+
+def join_master(param: Tensor, remainder: Tensor) -> Tensor:
+    """Return the float32 master weights of `split_master`'s results."""
+    top = param.view(torch.int16).to(torch.int32) << 16
+    rest = remainder.to(torch.int32)
+    return from_bits(top + (rest if remainder.dtype == torch.int16 else rest << 8))

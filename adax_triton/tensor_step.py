@@ -1,0 +1,84 @@
+"""One tensor's share of a step: what it reads and writes, in whatever memory it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .flat_buffer import is_dense, memory_run
+from .precision import is_compact
+
+
+class TensorStep(NamedTuple):
+    """The tensors of one parameter, real and on one device.
+
+    param, grad, exp_avg, exp_avg_sq: as in the update; the moments as codes where `states` is `"low"` or `"lowest"`.
+    scalar_row: the row of the step's scalars.
+    states: how the moments are kept, see `precision.STATES`.
+    master: what `param` lacks to be a float32 master weight, or the master copy; see `precision.Precision`.
+    group_exponents: of the codes.
+    stochastic: round the parameter itself stochastically.
+    first_element: its index in the whole parameter, of which this may be a shard.
+    """
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    scalar_row: int
+    states: str = "float32"
+    master: Tensor | None = None
+    group_exponents: Tensor | None = None
+    stochastic: bool = False
+    first_element: int = 0
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four tensors that every update has, in the order of every update."""
+        return self.param, self.grad, self.exp_avg, self.exp_avg_sq
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensors are stored as they are computed with, but for the rounding of a cast."""
+        return self.states == "float32" and self.master is None and not self.stochastic
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> TensorStep:
+        """Return this step on what `function` makes of each tensor but the group exponents."""
+        param, grad, exp_avg, exp_avg_sq = map(function, self.tensors)
+        master = None if self.master is None else function(self.master)
+        return self._replace(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, master=master)
+
+    def as_runs(self) -> TensorStep:
+        """Return this step on 1-D views in the order of memory; the tensors must be laid out alike."""
+        return self.mapped(memory_run)
+
+
+def laid_out_alike(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> TensorStep:
+    """Return the step on dense tensors in which elements of equal indices lie at equal distances from the start.
+
+    Dense tensors of equal strides are so already. A gradient that is not is copied into the parameter's layout. For a
+    parameter with gaps, contiguous copies of all stand in, and `copies` gets the pairs to copy back. Codes lie in the
+    order of the parameter's memory as it is.
+    """
+    if all(tensor.is_contiguous() for tensor in step.tensors) and (step.master is None or step.master.is_contiguous()):
+        return step
+    strides = step.param.stride()
+    followers = [] if is_compact(step.states) else [step.exp_avg, step.exp_avg_sq]
+    followers += [] if step.master is None else [step.master]
+    if is_dense(step.param) and all(tensor.stride() == strides for tensor in followers):
+        if step.grad.stride() != strides:
+            grad = step.grad.new_empty_strided(step.grad.shape, strides)
+            return step._replace(grad=grad.copy_(step.grad))
+        return step
+    contiguous = step.mapped(Tensor.contiguous)
+    for original, copy in (
+        (step.param, contiguous.param),
+        (step.exp_avg, contiguous.exp_avg),
+        (step.exp_avg_sq, contiguous.exp_avg_sq),
+        (step.master, contiguous.master),
+    ):
+        if original is not None and copy is not None and copy.data_ptr() != original.data_ptr():
+            copies.append((original, copy))
+    return contiguous

@@ -1,0 +1,103 @@
+"""Memory of training per parameter: every mode of this package beside what its users would take instead.
+
+Weights, gradients and optimizer states, from the formats alone; activations and buffers come on top for all alike. Ours
+come from `adax_triton.precision`, which tests hold against the tensors there are. The others' are those of their
+formats: a scale per 32 elements in FlashOptim, per 256 in bitsandbytes and torchao.
+
+    adax-triton bench memory --figure docs/memory.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..precision import Precision, state_bytes
+
+PARAMETERS = (7e9, 70e9)
+PARTS = ("weights", "gradients", "master weights", "first moment", "second moment")
+
+
+class Way(NamedTuple):
+    """Bytes per parameter of one way to train 16-bit weights, in the order of PARTS."""
+
+    name: str
+    parts: tuple[float, float, float, float, float]
+
+    @property
+    def total(self) -> float:
+        """Bytes per parameter of all parts."""
+        return sum(self.parts)
+
+
+def _ours(states: str, master_weights: str | None, name: str) -> Way:
+    master = state_bytes(torch.bfloat16, Precision("float32", master_weights)) - state_bytes(torch.bfloat16)
+    moments = state_bytes(torch.bfloat16, Precision(states))
+    first = {"float32": 4.0, "bfloat16": 2.0}.get(states, 1.0)
+    return Way(f"adax_triton, {name}", (2.0, 2.0, master, first, moments - first))
+
+
+WAYS = (
+    Way("AdamW, float32 master copy", (2.0, 2.0, 4.0, 4.0, 4.0)),
+    _ours("float32", "float32", "float32, 32-bit masters"),
+    _ours("bfloat16", "float32", "bfloat16, 32-bit masters"),
+    _ours("bfloat16", "24bit", "bfloat16, 24-bit masters"),
+    _ours("low", "24bit", "low, 24-bit masters"),
+    Way("FlashOptim, 24-bit masters", (2.0, 2.0, 1.0, 1.0 + 2 / 32, 1.0 + 2 / 32)),
+    _ours("lowest", "24bit", "lowest, 24-bit masters"),
+    _ours("low", None, "low, no masters"),
+    Way("bitsandbytes 8-bit, no masters", (2.0, 2.0, 0.0, 1.0 + 4 / 256, 1.0 + 4 / 256)),
+    Way("torchao 8-bit, no masters", (2.0, 2.0, 0.0, 1.0 + 4 / 256, 1.0 + 4 / 256)),
+    _ours("lowest", None, "lowest, no masters"),
+)
+
+
+def markdown() -> str:
+    """Return the table of all ways: bytes per parameter, and gigabytes for models of `PARAMETERS`."""
+    sizes = [f"{count / 1e9:.0f}B, GB" for count in PARAMETERS]
+    rows = [["", *PARTS, "bytes", *sizes], ["---", *["---:"] * (len(PARTS) + 3)]]
+    for way in WAYS:
+        figures = [f"{part:.3g}" if part else "" for part in way.parts]
+        rows.append([way.name, *figures, f"{way.total:.2f}", *(f"{way.total * n / 1e9:.0f}" for n in PARAMETERS)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def draw(path: Path) -> None:
+    """Draw the bytes per parameter of all ways as stacked bars, with the gigabytes of models of `PARAMETERS`."""
+    from matplotlib.figure import Figure
+
+    colours = ("#475569", "#94a3b8", "#f59e0b", "#2563eb", "#0d9488")
+    figure = Figure(figsize=(9, 4.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    names = [way.name for way in WAYS]
+    left = [0.0] * len(WAYS)
+    for index, (part, colour) in enumerate(zip(PARTS, colours, strict=True)):
+        widths = [way.parts[index] for way in WAYS]
+        axes.barh(names, widths, left=left, color=colour, label=part, height=0.66)
+        left = [before + width for before, width in zip(left, widths, strict=True)]
+    for row, way in enumerate(WAYS):
+        sizes = ", ".join(f"{n / 1e9:.0f}B: {way.total * n / 1e9:,.0f} GB" for n in PARAMETERS)
+        axes.text(way.total + 0.15, row, f"{way.total:.2f}   {sizes}", va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 22.5)
+    axes.set_xlabel("bytes per parameter: weights, gradients and optimizer states")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=len(PARTS), fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `adax-triton bench memory`."""
+    parser.add_argument("--figure", type=Path, help="draw the table into this file, such as memory.png")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the table, and draw it if asked."""
+    print(markdown())
+    if arguments.figure is not None:
+        draw(arguments.figure)
+    return 0

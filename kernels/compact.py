@@ -1,0 +1,64 @@
+"""Device functions: the codes of compact states; formats and reasons are in `adax_triton/compact.py`.
+
+A tile has its groups of 32 elements along AXIS: the second of a block of groups, or the only one of a single group.
+"""
+
+import triton
+import triton.language as tl
+
+from .rounding import bits_of, from_bits
+
+GROUP = tl.constexpr(32)
+
+
+@triton.jit
+def _half_exponent(bits):
+    return (bits >> 1) & 0x7F800000
+
+
+@triton.jit
+def _code_start(exponent):
+    return tl.maximum(((exponent + 1) << 3).to(tl.int32) - 255, 0).to(tl.uint32)
+
+
+@triton.jit
+def decode_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
+    """Return float32 moments of the codes "low" or "lowest" and their groups' uint32 exponents."""
+    scale = exponents
+    if STATES == "low":
+        bits = exp_avg_sq.to(tl.uint32) << 15
+    else:
+        bits = (exp_avg_sq.to(tl.uint32) + _code_start(exponents & 0xFF)) << 20
+        scale = exponents >> 8
+    return exp_avg.to(tl.float32) * from_bits(_half_exponent(bits) + (scale << 23)), from_bits(bits)
+
+
+@triton.jit
+def encode_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.constexpr):
+    """Return the codes of float32 moments, the second rounded by the upper random bits, and their groups' exponents."""
+    if STATES == "low":
+        rounded = tl.minimum((bits_of(exp_avg_sq) + (random >> 17)) >> 15, 0xFFFF)
+        bits = rounded << 15
+        code = rounded.to(tl.uint16)
+        exponent = 0
+    else:
+        rounded = tl.minimum((bits_of(exp_avg_sq) + (random >> 12)) >> 20, 0x7FF)
+        exponent = tl.max(rounded.to(tl.int32), axis=AXIS, keep_dims=True).to(tl.uint32) >> 3
+        start = _code_start(exponent)
+        # 0 is a moment that no step has written
+        offset = tl.maximum(rounded.to(tl.int32) - start.to(tl.int32), 1).to(tl.uint32)
+        bits = (offset + start) << 20
+        code = offset.to(tl.uint8)
+    direction, scale = _encode_direction(exp_avg, bits, AXIS)
+    return direction, code, scale if STATES == "low" else (scale << 8) | exponent
+
+
+@triton.jit
+def _encode_direction(exp_avg, exp_avg_sq_bits, AXIS: tl.constexpr):
+    direction = exp_avg * from_bits(0x7F000000 - _half_exponent(exp_avg_sq_bits))
+    largest = tl.max((bits_of(direction) & 0x7FFFFFFF).to(tl.int32), axis=AXIS, keep_dims=True)
+    # The addend raises the scale where the largest would be rounded to 128.
+    scale = tl.maximum((largest + 0x10000) >> 23, 133)
+    # The second addend leaves the nearest integer in the low bits of the pattern.
+    code = direction * from_bits(((260 - scale) << 23).to(tl.uint32)) + 12582912.0
+    return bits_of(code).to(tl.uint8).to(tl.int8, bitcast=True), (scale - 133).to(tl.uint32)

@@ -1,0 +1,69 @@
+"""The variants in which the step kernel is compiled: dtypes, kinds of states and masters."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+
+from .launch import LaunchShape
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,  # gradients only
+}
+# Of exp_avg and exp_avg_sq; 16-bit codes are unsigned words here.
+STATE_DTYPES = {
+    "float32": (tl.float32, tl.float32),
+    "bfloat16": (tl.bfloat16, tl.bfloat16),
+    "low": (tl.int8, tl.uint16),
+    "lowest": (tl.int8, tl.uint8),
+}
+MASTER_DTYPES = {None: None, "int16": tl.int16, "int8": tl.int8, "float32": tl.float32}
+
+
+class StepVariant(NamedTuple):
+    """What one compiled kernel takes.
+
+    Args:
+        param_dtype: float32, bfloat16 or float16.
+        grad_dtype: likewise, or float64.
+        states: `"float32"`, `"bfloat16"`, `"low"` or `"lowest"`.
+        master: None, `"int16"` or `"int8"` for the remainder of bfloat16 parameters, `"float32"` for a master copy that
+            is read instead of the parameter.
+        stochastic: round the parameters themselves stochastically; bfloat16 without a master.
+        settled: write second moments only where one in a group of 32 has changed.
+        aligned: every address is a multiple of 16 bytes.
+    """
+
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    states: str = "float32"
+    master: str | None = None
+    stochastic: bool = False
+    settled: bool = False
+    aligned: bool = True
+
+    def constants(self, shape: LaunchShape) -> dict[str, Any]:
+        """Return the compile-time arguments of the kernel."""
+        exp_avg_dtype, exp_avg_sq_dtype = STATE_DTYPES[self.states]
+        param_dtype, master_dtype = TRITON_DTYPES[self.param_dtype], MASTER_DTYPES[self.master]
+        stored = (param_dtype, exp_avg_dtype, exp_avg_sq_dtype, *([] if master_dtype is None else [master_dtype]))
+        widest = max(dtype.primitive_bitwidth for dtype in stored)
+        return {
+            "PARAM_DTYPE": param_dtype,
+            "GRAD_DTYPE": TRITON_DTYPES[self.grad_dtype],
+            "STATES": self.states,
+            "EXP_AVG_DTYPE": exp_avg_dtype,
+            "EXP_AVG_SQ_DTYPE": exp_avg_sq_dtype,
+            "MASTER_DTYPE": master_dtype,
+            "STOCHASTIC": self.stochastic,
+            "SETTLED": self.settled,
+            "CHUNK_SIZE": shape.chunk_size,
+            # 16 bytes is the widest access.
+            "VECTOR": min(128 // widest, shape.elements_per_thread),
+            "ALIGNED": self.aligned,
+        }
