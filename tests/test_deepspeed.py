@@ -4,13 +4,7 @@ Oracle: a single-process AdaX run on float32 master weights, in deepspeed_worker
 file; each test reads the results of its case.
 """
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +13,12 @@ import pytest
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.deepspeed
 
-LAUNCH_TIMEOUT_S = 900
 STEPS = 4
 # The largest parameters are about 3. One unit in the last place of a value below 1 is 6e-8.
 FP32_TOLERANCE = 1e-7
 
 Case = dict[str, Any]
+Launch = Callable[[Path, list[Case]], dict[str, Any]]
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 ZERO_WRAPPERS = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
@@ -145,59 +139,11 @@ LATE_REFUSAL = {"name": "fp16-stage-0-callable", "dtype": "fp16", "client": "cal
 OTHER_OPTIMIZER = {"name": "z0-bf16-adamax", "dtype": "bf16", "type": "Adamax"}
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def launch(folder: Path, cases: list[Case]) -> dict[str, Any]:
-    """Run the worker on two ranks and return its results; no process outlives the call."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    worker = Path(__file__).with_name("deepspeed_worker.py")
-    command = [sys.executable, str(worker), str(folder / "cases.json"), str(folder / "results.json")]
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": "0",
-    }
-    log = folder / "ranks.log"
-    with log.open("w") as output:
-        ranks = [
-            subprocess.Popen(
-                command,
-                env={**environment, "RANK": rank, "LOCAL_RANK": rank},
-                cwd=folder,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            for rank in ("0", "1")
-        ]
-        try:
-            deadline = time.monotonic() + LAUNCH_TIMEOUT_S
-            # A rank whose partner has died waits for it until its own timeout.
-            while time.monotonic() < deadline and None in [rank.poll() for rank in ranks]:
-                if any(rank.returncode for rank in ranks):
-                    break
-                time.sleep(0.2)
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    assert [rank.returncode for rank in ranks] == [0, 0], log.read_text()[-4000:]
-    return json.loads((folder / "results.json").read_text())
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory, launch_deepspeed: Launch) -> dict[str, Any]:
     parameters = [*STAGES, *EXACT, *TO_ROUNDING, *OVERFLOWS, *SPELLINGS, *REFUSALS]
     cases = [parameter.values[0] for parameter in parameters]
-    yield launch(tmp_path_factory.mktemp("deepspeed"), [*cases, LATE_REFUSAL, OTHER_OPTIMIZER])
+    return launch_deepspeed(tmp_path_factory.mktemp("deepspeed"), [*cases, LATE_REFUSAL, OTHER_OPTIMIZER])
 
 
 def result_of(results: dict[str, Any], case: Case) -> dict[str, Any]:
