@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _gathered(sharded: DTensor) -> Tensor:
     if sharded.dtype == torch.int16:  # neither NCCL nor Gloo sends it
-        return sharded.to(torch.int32).full_tensor().to(torch.int16)
+        return cast("DTensor", sharded.to(torch.int32)).full_tensor().to(torch.int16)
     return sharded.full_tensor()
 
 
@@ -98,12 +98,14 @@ def first_element(param: Tensor) -> int:
     whole = _as_dtensor(param)
     if whole is None:
         return 0
-    offsets = _offsets(whole.shape, whole.device_mesh, whole.placements)
+    mesh = whole.device_mesh
+    offsets = _offsets(whole.shape, mesh, whole.placements, mesh.get_rank())
     return sum(offset * stride for offset, stride in zip(offsets, whole.stride(), strict=True))
 
 
 @functools.lru_cache(maxsize=4096)  # 30 us, for each parameter at each step
-def _offsets(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[int, ...]:
+def _offsets(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...], rank: int) -> tuple[int, ...]:
+    # The rank, which decides the result, is no part of what makes two meshes equal.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return compute_local_shape_and_global_offset(shape, mesh, placements)[1]

@@ -20,8 +20,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def new_states(params: Sequence[Tensor], precisions: Sequence[Precision]) -> list[dict[str, Any]]:
     """Return a state for each parameter, `step` 0 and moments 0.
 
-    Tensors of one kind lie side by side in a buffer. A DTensor has its own: torch cannot deepcopy one whose shard starts
-    within a storage.
+    Tensors of one kind lie side by side in a buffer. A DTensor has its own: torch cannot deepcopy one whose shard
+    starts within a storage.
     """
     states: list[dict[str, Any]] = [{"step": 0} for _ in params]
     shards = [local(param.detach()) for param in params]

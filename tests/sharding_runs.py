@@ -1,0 +1,125 @@
+"""The model of the sharding tests, stepped with shards and without them, and the comparison of two runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from adax_triton import AdaX
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SAVED_AT, STEPS = 2, 4
+Case = dict[str, Any]
+Run = tuple[nn.Module, AdaX]
+
+
+class Model(nn.Module):
+    """Shards of every kind: uneven, with groups of codes in two and three dimensions, and none at all on a rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(67, 96)
+        self.hidden = nn.Linear(96, 64)
+        self.cube = nn.Parameter(torch.randn(33, 4, 32))
+        self.row = nn.Parameter(torch.randn(1, 4096))  # compact, and wholly on the first rank
+        self.out = nn.Linear(33, 3)
+        self.gain = nn.Parameter(torch.full((1,), 0.1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = torch.tanh(self.hidden(self.embed(tokens))).view(-1, 2, 32).sum(1) @ self.cube.sum(1).t()
+        return self.out(x) * self.gain + self.row.mean()
+
+
+def options(case: dict[str, Any]) -> dict[str, Any]:
+    names = ("states", "master_weights", "weight_rounding")
+    return {"lr": 1e-2, "weight_decay": 1e-2, "seed": 7} | {name: case[name] for name in names if name in case}
+
+
+def build(case: dict[str, Any], mesh: DeviceMesh | None, seed: int = 0) -> Run:
+    torch.manual_seed(seed)
+    model = Model().to(DTYPES[case["dtype"]])
+    if mesh is not None:
+        fully_shard(model.hidden, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model, AdaX(model.parameters(), **options(case))
+
+
+def whole_gradient(param: Tensor, index: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + index)
+    return torch.randn(param.shape, generator=generator).to(param.dtype)
+
+
+def train(run: Run, steps: Iterable[int]) -> Run:
+    for step in steps:
+        for index, param in enumerate(run[1].param_groups[0]["params"]):
+            grad = whole_gradient(param, index, step)
+            param.grad = placed(grad, param) if isinstance(param, DTensor) else grad
+        run[1].step()
+    return run
+
+
+def named(run: Run) -> dict[str, Tensor]:
+    """The optimizer's parameters, which after a deepcopy are not the model's."""
+    names = [name for name, _ in run[0].named_parameters()]
+    return dict(zip(names, run[1].param_groups[0]["params"], strict=True))
+
+
+def placed(tensor: Tensor, like: DTensor) -> DTensor:
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    if tensor.dtype == torch.int16:  # gloo does not send it
+        return tensor.detach().to(torch.int32).full_tensor().to(torch.int16)
+    return tensor.detach().full_tensor()
+
+
+def held(run: Run) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, param in named(run).items():
+        found[name] = param
+        for part, value in run[1].state[param].items():
+            assert isinstance(value, int) if part == "step" else type(value) is type(param.data), (name, part)
+            found[f"{name}/{part}"] = torch.tensor(value) if part == "step" else value
+            assert part == "step" or getattr(value, "placements", 0) == getattr(param, "placements", 0)
+    return found
+
+
+def differing(tensors: dict[str, Tensor], expected: dict[str, Tensor], gather: bool = False) -> list[str]:
+    """Names of tensors that are not of the same dtype, shape and bits.
+
+    Args:
+        tensors: sharded or plain.
+        expected: likewise; what both have is compared.
+        gather: compare the whole on every rank, rather than this rank's part alone, which is faster.
+    """
+    wrong = sorted(set(tensors) ^ set(expected))
+    for name in sorted(set(tensors) & set(expected)):
+        ours, theirs = tensors[name], expected[name]
+        if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+            wrong.append(name)
+            continue
+        if gather or not isinstance(ours, DTensor):
+            ours, theirs = gathered(ours), gathered(theirs)
+        else:
+            ours, theirs = (each if isinstance(each, DTensor) else placed(each, ours) for each in (ours, theirs))
+            ours, theirs = ours.detach().to_local(), theirs.detach().to_local()
+        if ours.shape != theirs.shape or not torch.equal(bits(ours), bits(theirs)):
+            wrong.append(name)
+    return wrong
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def differ(run: Run, expected: Run, gather: bool = False) -> list[str]:
+    return differing(held(run), held(expected), gather)
