@@ -19,7 +19,7 @@ _ALIGNED_BYTES = 16
 _MOST_TABLES = 64
 # Weights of the newest squared gradient below which about one group of 32 elements in ten, or fewer, still changes a
 # bit of its second moment in a step: the coarser the code, the earlier. From here the kernel writes only those.
-_SETTLED_BELOW = {"float32": 2.0**-27, "bfloat16": 2.0**-15, "low": 2.0**-16, "lowest": 2.0**-11}
+_SETTLED_BELOW = {"float32": 2.0**-27, "bfloat16": 2.0**-15, "low": 2.0**-16, "lowest": 2.0**-14}
 
 
 class Bucket(NamedTuple):

@@ -38,9 +38,7 @@ def hold_tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": states}
 
 
-def with_precision_of(
-    own_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def with_precision_of(own_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a state dict's groups with the precision options of an optimizer's own groups."""
     groups = [dict(group) for group in state_dict["param_groups"]]
     for saved, own in zip(groups, own_groups, strict=False):  # unequal numbers are refused later, in torch's words

@@ -1,12 +1,15 @@
 """The compact states in PyTorch: 8-bit first moments, 16- and 8-bit second moments.
 
     v, "low"     16 bits: the 8 exponent and the first 8 fraction bits of a float32, whose sign is always 0
-    v, "lowest"   8 bits: exponent and 3 fraction bits, counted down from the largest of a group of 32
+    v, "lowest"   8 bits: exponent and 3 to 6 fraction bits, as many as its group of 32 has room for, counted down from
+                  the group's largest exponent
     m             8 bits: u = m / 2^(E(v) // 2), nearly m over the root of v, in a group's power-of-two scale
 
-v is rounded stochastically: `w_t` falls for as long as AdaX runs, and rounded to nearest v would stop changing early. u
-is of order one whatever the scale of the gradient, so elements of very different gradients share a group's scale well.
-A group is 32 elements that follow each other in memory. The kernels have their own writing in `kernels/compact.py`.
+v is rounded stochastically: `w_t` falls for as long as AdaX runs, and rounded to nearest v would stop changing early.
+The noise that is left has a variance in proportion to the spacing of the codes, so a group whose elements are alike, as
+most are, gets finer codes. u is of order one whatever the scale of the gradient, so elements of very different
+gradients share a group's scale well. A group is 32 elements that follow each other in memory. The kernels have their
+own writing in `kernels/compact.py`.
 """
 
 from __future__ import annotations
@@ -14,15 +17,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rounding import bits_of, from_bits, high_bits
+from .rounding import bits_of, from_bits, high_bits, signed_byte
 
 GROUP = 32
 _LOW_DROPPED = 15
-_LOWEST_DROPPED = 20
+# Fraction bits of "lowest", and the most octaves of v, beside the largest's own, that each leaves room for if rounding
+# raises the largest to the next.
+_FEWEST_BITS = 3
+_OCTAVES = {4: 13, 5: 5, 6: 1}
 # Adding it leaves a float32 in (-2^22, 2^22) rounded to the nearest integer, in the low bits of its pattern.
 _TO_INTEGER = 12582912.0
-# Exponent of a scale of 2^0; u keeps 7 bits below its group's largest.
+# Exponent of a scale of 2^0; u keeps 7 bits below its group's largest. "lowest" has 6 bits for the scale, and takes
+# them from where u lies: groups in which no step is 1e-3 of the learning rate are cut off below.
 _SCALE_ORIGIN = 133
+_LOWEST_SCALE = 48
 
 
 def _largest_in_group(values: Tensor) -> Tensor:
@@ -40,50 +48,73 @@ def encode(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None, lowest: b
         lowest: 8-bit second moments.
 
     Returns:
-        `exp_avg`, int8; `exp_avg_sq`, int16 (the bits of an unsigned word) or uint8; `group_exponents`, (groups,)
-        uint8 or, for `lowest`, int16, with the scale of u in the upper byte and the largest exponent of v in the lower.
+        Codes of m, in the range of int8; of v, in that of uint8, or of int16 holding the bits of an unsigned word; and
+        (groups,) exponents: the scale of u, in the range of uint8; or, for `lowest` and in that of int16, 6 bits of
+        scale, 2 bits for the fraction bits of v, and 8 for its largest exponent. All int32, for copying into tensors of
+        those dtypes.
     """
+    bits = bits_of(exp_avg_sq)
+    # NaN has the largest pattern; adding to it may have turned the sign.
     if lowest:
-        rounded = (bits_of(exp_avg_sq) + high_bits(random, _LOWEST_DROPPED)) >> _LOWEST_DROPPED
-        # NaN has the largest pattern; adding to it may have turned the sign.
-        rounded = torch.where(rounded < 0, 0x7FF, rounded)
-        exponent = _largest_in_group(rounded) >> 3
-        start = _code_start(exponent)
+        fraction = _fraction_bits(bits)
+        dropped = 23 - fraction
+        rounded = (bits + _to_drop(random, dropped)) >> dropped
+        rounded = torch.where(rounded < 0, (0x7FFFFFFF >> dropped), rounded)
+        exponent = _largest_in_group(rounded) >> fraction
+        start = _code_start(exponent, fraction)
         code = (rounded - start).clamp_min(1)  # 0 is a moment that no step has written
-        stored_bits, exp_avg_sq_code = (code + start) << _LOWEST_DROPPED, code.to(torch.uint8)
+        stored_bits, origin = (code + start) << dropped, _SCALE_ORIGIN + _LOWEST_SCALE
     else:
-        rounded = (bits_of(exp_avg_sq) + high_bits(random, _LOW_DROPPED)) >> _LOW_DROPPED
+        rounded = (bits + high_bits(random, _LOW_DROPPED)) >> _LOW_DROPPED
         rounded = torch.where(rounded < 0, 0xFFFF, rounded)
-        exponent = None
-        stored_bits, exp_avg_sq_code = rounded << _LOW_DROPPED, rounded.to(torch.int16)
+        stored_bits, code, origin = rounded << _LOW_DROPPED, _signed_word(rounded), _SCALE_ORIGIN
     direction = exp_avg * from_bits(0x7F000000 - _half_exponent(stored_bits))
     largest = bits_of(direction) & 0x7FFFFFFF
     # The addend raises the scale where the largest would be rounded to 128.
-    scale = ((_largest_in_group(largest) + 0x10000) >> 23).clamp_min(_SCALE_ORIGIN)
-    exp_avg_code = bits_of(direction * from_bits((260 - scale) << 23) + _TO_INTEGER).to(torch.int8)
-    scale = scale - _SCALE_ORIGIN
-    if exponent is None:
-        return exp_avg_code, exp_avg_sq_code, scale.to(torch.uint8).view(-1)
-    return exp_avg_code, exp_avg_sq_code, (scale << 8 | exponent).to(torch.int16).view(-1)
+    scale = ((_largest_in_group(largest) + 0x10000) >> 23).clamp_min(origin)
+    exp_avg_code = signed_byte(bits_of(direction * from_bits((260 - scale) << 23) + _TO_INTEGER))
+    scale = scale - origin
+    if not lowest:
+        return exp_avg_code, code, scale.view(-1)
+    word = scale.clamp_max(63) << 10 | (fraction - _FEWEST_BITS) << 8 | exponent
+    return exp_avg_code, code, _signed_word(word).view(-1)
 
 
 def decode(exp_avg: Tensor, exp_avg_sq: Tensor, group_exponents: Tensor) -> tuple[Tensor, Tensor]:
     """Return float32 (groups, 32) moments of codes of the same shape, exactly; see `encode`."""
-    exponents = group_exponents.view(-1, 1).to(torch.int32)
+    word = group_exponents.view(-1, 1).to(torch.int32)
     if exp_avg_sq.dtype == torch.uint8:
-        start = _code_start(exponents & 0xFF)
-        second = (exp_avg_sq.to(torch.int32) + start) << _LOWEST_DROPPED
-        scale = exponents >> 8
+        fraction = ((word >> 8) & 3) + _FEWEST_BITS
+        second = (exp_avg_sq.to(torch.int32) + _code_start(word & 0xFF, fraction)) << (23 - fraction)
+        scale = ((word >> 10) & 63) + _LOWEST_SCALE
     else:
         second = (exp_avg_sq.to(torch.int32) & 0xFFFF) << _LOW_DROPPED
-        scale = exponents
+        scale = word
     first = exp_avg.to(torch.float32) * from_bits(_half_exponent(second) + (scale << 23))
     return first, from_bits(second)
+
+
+def _fraction_bits(bits: Tensor) -> Tensor:
+    exponents = bits >> 23
+    octaves = _largest_in_group(exponents) - exponents.amin(dim=-1, keepdim=True)
+    fraction = torch.full_like(octaves, _FEWEST_BITS)
+    for most in _OCTAVES.values():
+        fraction += (octaves <= most).to(torch.int32)
+    return fraction
+
+
+def _to_drop(random: Tensor | None, dropped: Tensor) -> Tensor:
+    # Of 32 random bits the upper; the sign is cleared by the mask.
+    return (1 << dropped) >> 1 if random is None else (random >> (32 - dropped)) & ((1 << dropped) - 1)
+
+
+def _signed_word(words: Tensor) -> Tensor:
+    return (words ^ 0x8000) - 0x8000
 
 
 def _half_exponent(bits: Tensor) -> Tensor:
     return (bits >> 1) & 0x7F800000
 
 
-def _code_start(exponent: Tensor) -> Tensor:
-    return ((exponent + 1 << 3) - 255).clamp_min(0)
+def _code_start(exponent: Tensor, fraction: Tensor) -> Tensor:
+    return ((exponent + 1 << fraction) - 255).clamp_min(0)

@@ -49,7 +49,14 @@ def adax_update(
         g = g + p * l2
     m = m + (g - m) * one_minus_beta1
     v = v + (g * g - v) * exp_avg_sq_weight
-    p = p - (p * decay + m / (v.sqrt() + eps) * step_size)
+    p = p - (p * decay + m / (_root(v) + eps) * step_size)
     param.copy_(p)
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
+
+
+def _root(values: Tensor) -> Tensor:
+    if values.device.type != "cpu" or values.dtype == torch.float64 or torch.compiler.is_compiling():
+        return values.sqrt()
+    # PyTorch's own float32 root on a CPU is one unit off here and there; that of compiled code is right.
+    return values.double().sqrt().float()

@@ -12,7 +12,8 @@ from torch import Tensor
 _WORD = 0xFFFFFFFF
 # The multipliers of lowbias32, https://github.com/skeeto/hash-prospector, a full-avalanche 32-bit mixer.
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
-_QUIET_NAN = 0x7FC0
+_QUIET_NAN = 0x7FC00000
+_TOP_HALF = -0x10000
 
 
 def random_key(seed: int, step: int) -> tuple[int, int]:
@@ -85,15 +86,20 @@ def round_to_bfloat16(values: Tensor, addend: Tensor | int) -> Tensor:
 
 
 def _top_half(bits: Tensor, nan: Tensor) -> Tensor:
-    top = torch.where(nan, _QUIET_NAN, bits >> 16)
-    return top.to(torch.int16).view(torch.bfloat16)
+    # An exact cast; the compiler has no vectors of 16-bit integers.
+    return from_bits(torch.where(nan, _QUIET_NAN, bits & _TOP_HALF)).to(torch.bfloat16)
+
+
+def signed_byte(words: Tensor) -> Tensor:
+    """Return the lowest byte of each word as a signed number; a cast to int8 may saturate where it is vectorised."""
+    return ((words & 0xFF) ^ 0x80) - 0x80
 
 
 def split_master(master: Tensor, addend: Tensor | int | None) -> tuple[Tensor, Tensor]:
     """Split float32 master weights into bfloat16 parameters and what they lack.
 
-    The parameter is the nearest bfloat16, ties away from zero. The rest is the signed low half of the word, int16, and
-    `join_master` gives the master back bit for bit; or with an addend its upper byte, int8, and the master is rounded
+    The parameter is the nearest bfloat16, ties away from zero. The rest is the signed low half of the word, and
+    `join_master` gives the master back bit for bit; or with an addend its signed upper byte, and the master is rounded
     to 24 bits first. A NaN becomes a quiet one.
 
     Args:
@@ -101,18 +107,17 @@ def split_master(master: Tensor, addend: Tensor | int | None) -> tuple[Tensor, T
         addend: None for all 32 bits. For 24: 8 random bits per element, or 0x80 for nearest.
 
     Returns:
-        The parameters, bfloat16, and the remainder, int16 or int8.
+        The parameters, bfloat16, and the rest, int32 within the range of int16 or int8.
     """
     bits = bits_of(master)
     nan = master.isnan()
     if addend is None:
-        return _top_half(bits + 0x8000, nan), bits.to(torch.int16)
+        return _top_half(bits + 0x8000, nan), ((bits & 0xFFFF) ^ 0x8000) - 0x8000
     bits = bits + addend
-    return _top_half((bits & ~0xFF) + 0x8000, nan), (bits >> 8).to(torch.int8)
+    return _top_half((bits & ~0xFF) + 0x8000, nan), signed_byte(bits >> 8)
 
 
-def join_master(param: Tensor, remainder: Tensor) -> Tensor:
-    """Return the float32 master weights of `split_master`'s results."""
-    top = param.view(torch.int16).to(torch.int32) << 16
-    rest = remainder.to(torch.int32)
-    return from_bits(top + (rest if remainder.dtype == torch.int16 else rest << 8))
+def join_master(param: Tensor, rest: Tensor) -> Tensor:
+    """Return the float32 master weights of bfloat16 parameters and what they lack: int8, or int16 or wider."""
+    words = rest.to(torch.int32)
+    return from_bits(bits_of(param.to(torch.float32)) + (words << 8 if rest.dtype == torch.int8 else words))

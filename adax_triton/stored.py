@@ -39,7 +39,7 @@ def store_master(
         param.copy_(weights)
         master.copy_(weights)
     else:
-        high, rest = split_master(weights, None if master.dtype == torch.int16 else low_bits(random, 8))
+        high, rest = split_master(weights, low_bits(random, 8) if master.dtype == torch.int8 else None)
         param.copy_(high)
         master.copy_(rest)
 
@@ -48,8 +48,8 @@ def load_moments(exp_avg: Tensor, exp_avg_sq: Tensor, group_exponents: Tensor | 
     """Return the moments in float32, of the shape in which they are stored; codes have whole groups of elements."""
     if group_exponents is None:
         return exp_avg.to(torch.float32, copy=True), exp_avg_sq.to(torch.float32, copy=True)
-    groups = decode(exp_avg.view(-1, GROUP), exp_avg_sq.view(-1, GROUP), group_exponents.view(-1))
-    return groups[0].view(exp_avg.shape), groups[1].view(exp_avg.shape)
+    first, second = decode(exp_avg.view(-1, GROUP), exp_avg_sq.view(-1, GROUP), group_exponents.view(-1))
+    return first.view(exp_avg.shape), second.view(exp_avg.shape)
 
 
 def store_moments(
@@ -93,14 +93,15 @@ def stored_update(
     """Apply one update to stored tensors, in place; see `reference.adax_update`.
 
     Args:
-        param, grad, exp_avg, exp_avg_sq, master: (n,) contiguous, in the dtypes of `precision.state_layouts`.
-        group_exponents: (n / 32,) beside codes, whose n is a multiple of 32; else None.
+        param, grad, exp_avg, exp_avg_sq, master: (n,) contiguous, or (n / 32, 32) beside codes, in the dtypes of
+            `precision.state_layouts`, or integers in wider ones.
+        group_exponents: (n / 32,) beside codes; else None.
         scalars: of this step; as a tensor, its fields in order.
         words: (3,) int32: the index of the first element in its parameter, and the words of `random_key`.
         stochastic: round the parameter itself stochastically.
     """
-    index = torch.arange(param.numel(), dtype=torch.int32, device=param.device) + words[0]
-    random = random_bits(index, words[1:])
+    index = torch.arange(param.numel(), dtype=torch.int32, device=param.device).view(param.shape)
+    random = random_bits(index + words[0], words[1:])
     weights = load_master(param, master)
     first, second = load_moments(exp_avg, exp_avg_sq, group_exponents)
     adax_update(

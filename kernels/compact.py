@@ -17,8 +17,8 @@ def _half_exponent(bits):
 
 
 @triton.jit
-def _code_start(exponent):
-    return tl.maximum(((exponent + 1) << 3).to(tl.int32) - 255, 0).to(tl.uint32)
+def _code_start(exponent, fraction):
+    return tl.maximum(((exponent + 1) << fraction).to(tl.int32) - 255, 0).to(tl.uint32)
 
 
 @triton.jit
@@ -28,37 +28,47 @@ def decode_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
     if STATES == "low":
         bits = exp_avg_sq.to(tl.uint32) << 15
     else:
-        bits = (exp_avg_sq.to(tl.uint32) + _code_start(exponents & 0xFF)) << 20
-        scale = exponents >> 8
+        fraction = ((exponents >> 8) & 3) + 3
+        bits = (exp_avg_sq.to(tl.uint32) + _code_start(exponents & 0xFF, fraction)) << (23 - fraction)
+        scale = (exponents >> 10) + 48
     return exp_avg.to(tl.float32) * from_bits(_half_exponent(bits) + (scale << 23)), from_bits(bits)
+
+
+@triton.jit
+def _fraction_bits(bits, AXIS: tl.constexpr):
+    exponents = (bits >> 23).to(tl.int32)
+    octaves = tl.max(exponents, axis=AXIS, keep_dims=True) - tl.min(exponents, axis=AXIS, keep_dims=True)
+    return 3 + (octaves <= 13).to(tl.uint32) + (octaves <= 5).to(tl.uint32) + (octaves <= 1).to(tl.uint32)
 
 
 @triton.jit
 def encode_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.constexpr):
     """Return the codes of float32 moments, the second rounded by the upper random bits, and their groups' exponents."""
+    bits = bits_of(exp_avg_sq)
     if STATES == "low":
-        rounded = tl.minimum((bits_of(exp_avg_sq) + (random >> 17)) >> 15, 0xFFFF)
-        bits = rounded << 15
-        code = rounded.to(tl.uint16)
-        exponent = 0
+        rounded = tl.minimum((bits + (random >> 17)) >> 15, 0xFFFF)
+        direction, scale = _encode_direction(exp_avg, rounded << 15, 133, AXIS)
+        return direction, rounded.to(tl.uint16), scale
     else:
-        rounded = tl.minimum((bits_of(exp_avg_sq) + (random >> 12)) >> 20, 0x7FF)
-        exponent = tl.max(rounded.to(tl.int32), axis=AXIS, keep_dims=True).to(tl.uint32) >> 3
-        start = _code_start(exponent)
+        fraction = _fraction_bits(bits, AXIS)
+        dropped = 23 - fraction
+        rounded = tl.minimum(
+            (bits + (random >> (32 - dropped))) >> dropped, tl.full([], 0x7FFFFFFF, tl.uint32) >> dropped
+        )
+        exponent = tl.max(rounded.to(tl.int32), axis=AXIS, keep_dims=True).to(tl.uint32) >> fraction
+        start = _code_start(exponent, fraction)
         # 0 is a moment that no step has written
-        offset = tl.maximum(rounded.to(tl.int32) - start.to(tl.int32), 1).to(tl.uint32)
-        bits = (offset + start) << 20
-        code = offset.to(tl.uint8)
-    direction, scale = _encode_direction(exp_avg, bits, AXIS)
-    return direction, code, scale if STATES == "low" else (scale << 8) | exponent
+        code = tl.maximum(rounded.to(tl.int32) - start.to(tl.int32), 1).to(tl.uint32)
+        direction, scale = _encode_direction(exp_avg, (code + start) << dropped, 133 + 48, AXIS)
+        return direction, code.to(tl.uint8), (tl.minimum(scale, 63) << 10) | ((fraction - 3) << 8) | exponent
 
 
 @triton.jit
-def _encode_direction(exp_avg, exp_avg_sq_bits, AXIS: tl.constexpr):
+def _encode_direction(exp_avg, exp_avg_sq_bits, ORIGIN: tl.constexpr, AXIS: tl.constexpr):
     direction = exp_avg * from_bits(0x7F000000 - _half_exponent(exp_avg_sq_bits))
     largest = tl.max((bits_of(direction) & 0x7FFFFFFF).to(tl.int32), axis=AXIS, keep_dims=True)
     # The addend raises the scale where the largest would be rounded to 128.
-    scale = tl.maximum((largest + 0x10000) >> 23, 133)
+    scale = tl.maximum((largest + 0x10000) >> 23, ORIGIN)
     # The second addend leaves the nearest integer in the low bits of the pattern.
     code = direction * from_bits(((260 - scale) << 23).to(tl.uint32)) + 12582912.0
-    return bits_of(code).to(tl.uint8).to(tl.int8, bitcast=True), (scale - 133).to(tl.uint32)
+    return bits_of(code).to(tl.uint8).to(tl.int8, bitcast=True), (scale - ORIGIN).to(tl.uint32)

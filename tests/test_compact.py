@@ -1,0 +1,294 @@
+"""The codes of compact states. Oracles: float64 arithmetic on the formats' definitions, and the two writings' bits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from adax_triton.compact import GROUP, decode, encode
+from adax_triton.rounding import random_bits, random_key
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from adax_triton.kernels import compact as on_device
+
+each_format = pytest.mark.parametrize("lowest", [False, True], ids=["low", "lowest"])
+BLOCK_GROUPS = tl.constexpr(64)
+WIDTH = tl.constexpr(32)
+
+
+@triton.jit
+def encode_kernel(m_ptr, v_ptr, random_ptr, m_code_ptr, v_code_ptr, exponents_ptr, states: tl.constexpr):
+    groups = tl.program_id(0) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
+    at = groups * WIDTH + tl.arange(0, WIDTH)[None, :]
+    random = tl.load(random_ptr + at).to(tl.uint32, bitcast=True)
+    m, v, exponents = on_device.encode_moments(tl.load(m_ptr + at), tl.load(v_ptr + at), random, states, 1)
+    tl.store(m_code_ptr + at, m)
+    tl.store(v_code_ptr + at, v)
+    tl.store(exponents_ptr + groups, exponents.to(tl.uint16).to(exponents_ptr.dtype.element_ty))
+
+
+@triton.jit
+def decode_kernel(m_code_ptr, v_code_ptr, exponents_ptr, m_ptr, v_ptr, states: tl.constexpr):
+    groups = tl.program_id(0) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
+    at = groups * WIDTH + tl.arange(0, WIDTH)[None, :]
+    exponents = tl.load(exponents_ptr + groups).to(tl.uint32)
+    m, v = on_device.decode_moments(tl.load(m_code_ptr + at), tl.load(v_code_ptr + at), exponents, states)
+    tl.store(m_ptr + at, m)
+    tl.store(v_ptr + at, v)
+
+
+def wide_moments(groups: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return moments of groups whose scales lie anywhere, and whose elements lie `spread` octaves about their scale."""
+    rng = np.random.default_rng(seed)
+    scale = rng.uniform(-100, 100, (groups, 1))
+    octave = np.clip(scale + rng.uniform(-spread, spread, (groups, GROUP)), -124, 125)
+    v = np.exp2(octave) * rng.uniform(1, 2, (groups, GROUP))
+    m = rng.standard_normal((groups, GROUP)) * np.sqrt(v)
+    return torch.from_numpy(m).float(), torch.from_numpy(v).float()
+
+
+def awkward_moments(groups: int = 256) -> tuple[Tensor, Tensor]:
+    """Return wide moments strewn with zeros, subnormals, the largest float, infinities and NaNs of both signs."""
+    m, v = (torch.cat(parts) for parts in zip(*(wide_moments(groups // 4, 10.0**k, k) for k in range(4)), strict=True))
+    generator = torch.Generator().manual_seed(0)
+    specials = torch.tensor([0, 1, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0x7F800001])
+    for values, signed in ((m, True), (v, False)):
+        chosen = specials.to(torch.int32)[torch.randint(len(specials), values.shape, generator=generator)]
+        if signed:
+            chosen = chosen ^ (torch.randint(2, values.shape, generator=generator, dtype=torch.int32) << 31)
+        strewn = torch.rand(values.shape, generator=generator) < 0.1
+        values[strewn] = chosen.view(torch.float32)[strewn]
+    m[:8], v[:8] = 0.0, 0.0
+    v[8, 3] = -math.nan  # what a CPU makes of inf - inf
+    return m, v
+
+
+def coded(m: Tensor, v: Tensor, random: Tensor | None, lowest: bool) -> list[Tensor]:
+    """Return the codes in the dtypes in which states store them."""
+    dtypes = (torch.int8, torch.uint8, torch.int16) if lowest else (torch.int8, torch.int16, torch.uint8)
+    return [codes.to(dtype) for codes, dtype in zip(encode(m, v, random, lowest), dtypes, strict=True)]
+
+
+def draws(shape: tuple[int, ...] | torch.Size, step: int = 1) -> Tensor:
+    return random_bits(torch.arange(math.prod(shape), dtype=torch.int32), random_key(0, step)).view(shape)
+
+
+def words_of(codes: Tensor) -> Tensor:
+    """Return unsigned codes as int64."""
+    return codes.to(torch.int64) & (2 ** (8 * codes.itemsize) - 1)
+
+
+def assert_same_bits(found: Tensor, expected: Tensor) -> None:
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32}[found.itemsize]
+    assert torch.equal(found.cpu().view(kind).view(-1), expected.contiguous().view(kind).view(-1))
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # numpy's, of the interpreter
+@each_format
+def test_kernels_encode_and_decode_to_the_same_bits(lowest: bool, device: torch.device) -> None:
+    m, v = awkward_moments()
+    random = draws(m.shape)
+    m_code, v_code, exponents = coded(m, v, random, lowest)
+    states, grid = "lowest" if lowest else "low", (len(m) // BLOCK_GROUPS.value,)
+    v_dtype, exponents_dtype = (torch.uint8, torch.uint16) if lowest else (torch.uint16, torch.uint8)
+    found = [
+        torch.empty(tensor.shape, dtype=dtype, device=device)
+        for tensor, dtype in ((m, torch.int8), (v, v_dtype), (exponents, exponents_dtype))
+    ]
+    encode_kernel[grid](m.to(device), v.to(device), random.to(device), *found, states)
+    for codes, expected in zip(found, (m_code, v_code, exponents), strict=True):
+        assert_same_bits(codes, expected)
+    decoded = [torch.empty(m.shape, device=device) for _ in range(2)]
+    decode_kernel[grid](*found, *decoded, states)
+    for values, expected in zip(decoded, decode(m_code, v_code, exponents), strict=True):
+        # The interpreter's product of a NaN has the other sign.
+        assert torch.equal(values.cpu().nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
+def fraction_bits(v: Tensor, lowest: bool) -> Tensor:
+    """Return the fraction bits of each group: of "lowest", as many as the octaves that its elements span leave."""
+    _, exponents = torch.frexp(v)
+    octaves = exponents.amax(dim=1, keepdim=True) - exponents.amin(dim=1, keepdim=True)
+    return 3 + sum((octaves <= most).int() for most in (13, 5, 1)) if lowest else torch.full_like(octaves, 8)
+
+
+def neighbours(v: Tensor, lowest: bool) -> tuple[Tensor, Tensor]:
+    """Return in float64 the numbers that the codes have below and above normal numbers."""
+    fraction, exponent = torch.frexp(v.double())
+    unit = torch.ldexp(torch.ones_like(fraction), exponent - 1 - fraction_bits(v, lowest))
+    below = (v.double() / unit).floor() * unit
+    return below, below + unit
+
+
+@each_format
+@pytest.mark.parametrize("spread", [0.3, 2.0, 6.0, 14.0])
+@pytest.mark.parametrize("random", [False, True], ids=["nearest", "stochastic"])
+def test_second_moment_becomes_one_of_its_two_neighbours(lowest: bool, spread: float, random: bool) -> None:
+    m, v = wide_moments(512, spread)
+    _, found = decode(*coded(m, v, draws(v.shape) if random else None, lowest))
+    below, above = neighbours(v, lowest)
+    assert bool(((found.double() == below) | (found.double() == above)).all())
+    if not random:
+        assert bool(((found.double() - v).abs() <= (above - below) / 2).all())
+
+
+@pytest.mark.parametrize("octaves", range(33))
+def test_no_finer_codes_are_taken_than_a_group_has_room_for(octaves: int) -> None:
+    # All but the smallest are as large as their octave has, so that every rounding up goes to the next.
+    v = torch.full((64, GROUP), 2.0 - 2**-20)
+    v[:, 9] = 2.0**-octaves
+    v[:, 10] = 1.999 * 2.0**-octaves
+    _, found = decode(*coded(torch.zeros_like(v), v, draws(v.shape), lowest=True))
+    below, above = neighbours(v, lowest=True)
+    if octaves < 30:
+        assert bool(((found.double() == below) | (found.double() == above)).all())
+    assert float(found.min()) > 0 and float(found.max()) == 2.0
+
+
+@each_format
+def test_first_moment_is_off_by_half_a_unit_of_its_group_at_most(lowest: bool) -> None:
+    m, v = wide_moments(512, 14.0)
+    m[::3, 5] *= 50.0  # now and then one element sets the scale of the rest
+    found, second = decode(*coded(m, v, draws(v.shape), lowest))
+    # The unit is one of 128 parts of the group's largest m / 2^k, k the rounded down half of v's exponent, and the
+    # next power of two where the largest would become code 128.
+    _, exponent = torch.frexp(second.double())
+    root = torch.exp2(torch.floor((exponent - 1 + 127).double() / 2))
+    largest = (m.double() / root).abs().amax(dim=1, keepdim=True)
+    unit = torch.exp2(torch.floor(torch.log2(largest)) - 6)
+    unit = torch.where(largest < 127.5 * unit, unit, 2 * unit)
+    assert bool(((found.double() - m).abs() <= unit / 2 * root).all())
+    codes = coded(m, v, draws(v.shape), lowest)[0].to(torch.int32)
+    # No code is wasted: the largest uses the last of its bits.
+    assert int(codes.min()) >= -127 and bool((codes.abs().amax(dim=1) >= 64).all())
+
+
+@each_format
+def test_first_moment_at_the_edge_of_its_range_does_not_wrap_around(lowest: bool) -> None:
+    ratios = torch.tensor([1.984375, 1.99, 1.992187, 1.9921875, 1.9999999, 1.0]).repeat_interleave(2)
+    m = torch.zeros(len(ratios), GROUP)
+    m[:, 3] = ratios * torch.tensor([1.0, -1.0]).repeat(6)
+    v = torch.ones_like(m)
+    found, _ = decode(*coded(m, v, draws(v.shape), lowest))
+    assert bool(((found - m).abs() <= 2.0**-6).all())
+
+
+@each_format
+def test_codes_of_encoded_codes_are_themselves(lowest: bool) -> None:
+    m, v = (torch.cat(parts) for parts in zip(wide_moments(256, 14.0), wide_moments(256, 40.0, 1), strict=True))
+    m[:4], v[:4] = 0.0, 0.0
+    m[4:8, ::2], v[4:8, ::2] = 0.0, 0.0
+    codes = coded(m, v, draws(v.shape), lowest)
+    for again in (coded(*decode(*codes), None, lowest), coded(*decode(*codes), draws(v.shape, 2), lowest)):
+        assert all(torch.equal(left, right) for left, right in zip(codes, again, strict=True))
+
+
+@each_format
+@pytest.mark.parametrize("octaves", [0, 4, 10, 25])
+@pytest.mark.parametrize("value", [1.0 + 1e-4, 1.0 + 0.61 * 2**-3, 1.999, 3e-30, 1.7e30])
+def test_stochastic_second_moment_is_unbiased(lowest: bool, octaves: int, value: float) -> None:
+    v = torch.full((2**11, GROUP), value)
+    v[:, 0] *= 2.0**-octaves
+    _, found = decode(*coded(torch.zeros_like(v), v, draws(v.shape), lowest))
+    below, above = (float(edge[0, 1]) for edge in neighbours(v, lowest))
+    share, found, count = (float(v[0, 1]) - below) / (above - below), found[:, 1:].double(), v[:, 1:].numel()
+    ups = (found == above).sum().item()
+    assert abs(ups - share * count) < 5 * math.sqrt(share * (1 - share) * count)
+    assert ups + (found == below).sum().item() == count
+
+
+@each_format
+def test_growth_past_a_power_of_two_stays_unbiased(lowest: bool) -> None:
+    # The largest of a group grows from just under 2 to over 2 by less than its code can show in one step.
+    groups, steps, growth = 2**11, 60, 0.002
+    v = torch.full((groups, GROUP), 0.01)
+    v[:, 7] = 1.9375 if lowest else 1.99609375
+    truth = float(v[0, 7])
+    for step in range(1, steps + 1):
+        v[:, 7] += growth
+        _, v = decode(*coded(torch.zeros_like(v), v, draws(v.shape, step), lowest))
+    truth += steps * growth
+    spread = float(v[:, 7].std()) / math.sqrt(groups)
+    assert spread > 0
+    assert abs(float(v[:, 7].double().mean()) - truth) < 5 * spread
+    assert float(v[:, 7].max()) > 2.0
+
+
+@each_format
+@pytest.mark.parametrize("spread", [5.0, 14.0, 60.0])
+def test_second_moment_that_was_never_decodes_to_zero(lowest: bool, spread: float) -> None:
+    m, v = wide_moments(512, spread)
+    assert float(v.min()) >= 2.0**-126
+    for step in range(1, 9):
+        _, code, _ = codes = coded(m, v, draws(v.shape, step), lowest)
+        _, found = decode(*codes)
+        assert float(found.min()) >= 2.0**-126 and int(words_of(code).min()) > 0
+
+
+def test_range_of_a_group_is_31_octaves_and_what_is_below_rises_to_its_end() -> None:
+    v = torch.exp2(-torch.arange(64.0)).view(2, 32)  # 1 to 2^-31, and a group of 2^-32 to 2^-63
+    v[1, 0] = 1.0
+    _, found = decode(*coded(torch.zeros_like(v), v, None, lowest=True))
+    smallest = 2.0**-31 * 1.25  # code 1 of 255, eight to the octave
+    assert torch.equal(found[0, :31], v[0, :31])
+    assert float(found[0, 31]) == smallest
+    assert found[1].tolist() == [1.0] + [smallest] * 31
+
+
+@each_format
+def test_elements_without_gradient_beside_large_ones_do_not_move(lowest: bool) -> None:
+    m, v = wide_moments(512, 3.0)
+    m[:, ::4], v[:, ::4] = 0.0, 0.0
+    for step in range(1, 6):
+        m_code, _, _ = codes = coded(m, v, draws(v.shape, step), lowest)
+        m, v = decode(*codes)
+        assert not m_code[:, ::4].any() and not m[:, ::4].any()
+        assert bool(torch.isfinite(v).all())
+
+
+@each_format
+def test_zero_codes_decode_to_zero_and_zeros_of_lowest_have_code_1(lowest: bool) -> None:
+    zeros = torch.zeros(4, GROUP)
+    codes = coded(zeros, zeros, draws(zeros.shape), lowest)
+    assert [int(words_of(code).max()) for code in codes[:2]] == [0, 1 if lowest else 0]
+    found = decode(*codes)
+    assert not found[0].any() and float(found[1].max()) < 2.0**-126
+    blank = [torch.zeros_like(code) for code in codes]  # as they are created, before the first step
+    assert all(not moment.any() for moment in decode(*blank))
+
+
+@each_format
+@pytest.mark.parametrize("pattern", [0x7FC00000, 0x7FFFFFFF, -0x400000], ids=hex)
+def test_nan_stays_nan_and_infinity_infinite(lowest: bool, pattern: int) -> None:
+    m, v = wide_moments(64, 3.0)
+    v[:32, 9] = torch.tensor(pattern, dtype=torch.int32).view(torch.float32)
+    v[32:, 9] = math.inf
+    _, found = decode(*coded(m, v, draws(v.shape), lowest))
+    assert bool(found[:32, 9].isnan().all()) and int(found.isnan().sum()) == 32
+    assert bool((found[32:, 9] == math.inf).all()) and int((found == math.inf).sum()) == 32
+
+
+@each_format
+def test_codes_are_in_the_range_that_states_store(lowest: bool) -> None:
+    m, v = awkward_moments()
+    m_code, v_code, exponents = encode(m, v, draws(v.shape), lowest)
+    ranges = (
+        [(-128, 127), (1, 255), (-(2**15), 2**15 - 1)] if lowest else [(-128, 127), (-(2**15), 2**15 - 1), (0, 255)]
+    )
+    for codes, (least, most) in zip((m_code, v_code, exponents), ranges, strict=True):
+        assert least <= int(codes.min()) and int(codes.max()) <= most
+    assert exponents.shape == (len(m),)
+    if lowest:
+        # The largest of a group is in the upper octave of the codes, or at the lower end of all floats.
+        _, finite = wide_moments(256, 14.0)
+        _, code, exponents = encode(torch.zeros_like(finite), finite, None, lowest)
+        octave = torch.frexp(finite.amax(dim=1))[1] - 1 + 127
+        assert bool(((exponents & 0xFF) - octave).abs().max() <= 1)
+        assert bool((code.amax(dim=1) >= 255 - 2 ** fraction_bits(finite, lowest).view(-1))[octave > 32].all())

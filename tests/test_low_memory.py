@@ -1,0 +1,289 @@
+"""Low-memory modes through the optimizers: agreement of kernel and CPU, accuracy, exact masters, reproducibility."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from adax_triton import AdaX, AdaXW
+from adax_triton import cpu as cpu_module
+from adax_triton.cpu import COMPILE_FROM_NUMEL, EAGER_CHUNK, GATHERED_NUMEL
+from adax_triton.flat_buffer import is_dense
+from adax_triton.precision import STATES, Precision, state_bytes
+from adax_triton.reference import adax_update
+from adax_triton.stored import load_master, load_moments
+
+
+class Mode(NamedTuple):
+    dtype: torch.dtype
+    states: str = "float32"
+    master_weights: str | None = None
+    weight_rounding: str = "nearest"
+
+    def options(self) -> dict[str, Any]:
+        return {key: value for key, value in self._asdict().items() if key != "dtype"}
+
+
+MODES = {
+    "bf16 states": Mode(torch.float32, "bfloat16"),
+    "low": Mode(torch.float32, "low"),
+    "lowest": Mode(torch.float32, "lowest"),
+    "stochastic": Mode(torch.bfloat16, "float32", None, "stochastic"),
+    "low, stochastic": Mode(torch.bfloat16, "low", None, "stochastic"),
+    "24bit": Mode(torch.bfloat16, "float32", "24bit"),
+    "lowest, 24bit": Mode(torch.bfloat16, "lowest", "24bit"),
+    "bf16 states, master": Mode(torch.bfloat16, "bfloat16", "float32"),
+    "low, master of float16": Mode(torch.float16, "low", "float32"),
+}
+each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+each_states = pytest.mark.parametrize("states", STATES)
+SHAPES: dict[str, Callable[[], Tensor]] = {
+    "small": lambda: normal(7, 11),
+    "4096": lambda: normal(4096),
+    "4097": lambda: normal(4097),
+    "5003": lambda: normal(5003),
+    "(64, 96)": lambda: normal(64, 96),
+    "(67, 100)": lambda: normal(67, 100),
+    "channels_last": lambda: normal(4, 32, 6, 8).contiguous(memory_format=torch.channels_last),
+    "transposed": lambda: normal(100, 67).t(),
+    "gaps": lambda: normal(70, 120)[:, ::2],
+}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def leaves(device: torch.device, dtype: torch.dtype, names: Iterable[str] = SHAPES) -> dict[str, Tensor]:
+    found = {}
+    for name in names:
+        tensor = SHAPES[name]()
+        # .to() would close the gaps.
+        placed = torch.empty_strided((tensor.stride(0) * len(tensor),), (1,), dtype=dtype, device=device)
+        found[name] = tensor.to(device, dtype) if name != "gaps" else placed.as_strided(tensor.shape, tensor.stride())
+        found[name] = found[name].copy_(tensor).requires_grad_()
+    return found
+
+
+def gradient(name: str, step: int, param: Tensor) -> Tensor:
+    """Return a gradient of many scales, with zeros, that depends on the tensor's name and the step alone."""
+    seed = 1000 * step + list(SHAPES).index(name)
+    scales = 10.0 ** (-3 * torch.rand(param.shape, generator=torch.Generator().manual_seed(len(name))))
+    grad = normal(*param.shape, seed=seed) * scales
+    return grad.where(scales < 0.9, 0.0).to(param.device, param.dtype)
+
+
+def train(optimizer: AdaX, params: dict[str, Tensor], steps: Iterable[int] = range(1, 4)) -> AdaX:
+    for step in steps:
+        for name, param in params.items():
+            param.grad = gradient(name, step, param)
+        optimizer.step()
+    return optimizer
+
+
+def run(device: torch.device, mode: Mode, names: Iterable[str] = SHAPES, **options: Any) -> tuple[dict, AdaX]:
+    params = leaves(device, mode.dtype, names)
+    optimizer = AdaX(list(params.values()), lr=0.01, **{**mode.options(), **options})
+    return params, train(optimizer, params)
+
+
+def stored(optimizer: AdaX, params: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    """Return every bit that training has made, by name."""
+    found = {(name, "param"): param.detach().cpu().clone() for name, param in params.items()}
+    for name, param in params.items():
+        state = optimizer.state[param]
+        found |= {(name, key): value.cpu().clone() for key, value in state.items() if key != "step"}
+    return found
+
+
+def weights(optimizer: AdaX, param: Tensor) -> Tensor:
+    return load_master(param.detach(), optimizer.state[param].get("master"))
+
+
+def rows_of_32(tensor: Tensor) -> Tensor:
+    return pad(tensor.detach().flatten(), (0, -tensor.numel() % 32)).view(-1, 32)
+
+
+def decoded(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return load_moments(*(rows_of_32(state[name]) for name in ("exp_avg", "exp_avg_sq")), state.get("group_exponents"))
+
+
+@each_mode
+def test_kernel_and_cpu_agree(mode: Mode, device: torch.device, request: pytest.FixtureRequest) -> None:
+    names = ["small", "4096", "4097", "5003", "(67, 100)", "channels_last", "gaps"]
+    kernel_params, by_kernel = run(device, mode, names)
+    cpu_params, by_cpu = run(request.getfixturevalue("compiled_cpu"), mode, names)
+    left, right = stored(by_kernel, kernel_params), stored(by_cpu, cpu_params)
+    assert left.keys() == right.keys()
+    for (name, key), one in left.items():
+        other = right[name, key]
+        assert one.dtype == other.dtype and one.stride() == other.stride()
+        if key in ("exp_avg", "exp_avg_sq", "group_exponents"):
+            # A root off by a unit now and then carries a stochastic rounding over to the other neighbour.
+            close = torch.isclose(one, other, rtol=1e-6) if one.dtype == torch.float32 else one == other
+            assert (~close).double().mean() < 1e-3, (name, key)
+    unit = 2.0**-7 if mode.dtype == torch.bfloat16 and mode.master_weights is None else 2.0**-15
+    unit = 2.0**-21 if mode.master_weights == "float32" or mode.dtype == torch.float32 else unit
+    for name, param in kernel_params.items():
+        ours, theirs = weights(by_kernel, param).cpu(), weights(by_cpu, cpu_params[name])
+        assert torch.allclose(ours, theirs, rtol=unit, atol=1e-7) and (ours != theirs).double().mean() < 0.05, name
+
+
+def first_moment_bound(states: str, m: Tensor, v_found: Tensor) -> Tensor:
+    if states in ("float32", "bfloat16"):
+        return m.abs() * (0.0 if states == "float32" else 2.0**-8)
+    root = torch.exp2(torch.floor((torch.frexp(v_found)[1] + 126).double() / 2))
+    return (m / root).abs().amax(dim=1, keepdim=True) * root / 127.5
+
+
+def second_moment_bound(states: str, v: Tensor) -> Tensor:
+    unit = {"float32": 0.0, "bfloat16": 2.0**-7, "low": 2.0**-8, "lowest": 2.0**-3}[states]
+    floor = v.amax(dim=1, keepdim=True) * (2.0**-30 if states == "lowest" else 0.0)  # the range of a group's codes
+    return torch.maximum(v * unit, floor)
+
+
+@each_mode
+def test_step_is_as_accurate_as_its_formats(mode: Mode, backend: torch.device) -> None:
+    params, optimizer = run(backend, mode, ["small", "4097", "(67, 100)"])
+    units = {None: 2.0**-7, "24bit": 2.0**-15, "float32": 2.0**-23}  # stochastic, so a whole one
+    unit = 2.0**-23 if mode.dtype == torch.float32 else units[mode.master_weights]
+    before = {}
+    for name, param in params.items():
+        param.grad = gradient(name, 4, param)
+        values = (weights(optimizer, param), param.grad)
+        before[name] = [*map(rows_of_32, values), *decoded(optimizer.state[param])]
+    scalars = optimizer._scalars(0, 4)._asdict()
+    optimizer.step()
+    for name, param in params.items():
+        states = mode.states if param.numel() >= 4096 else "float32"
+        exact, working = ([each.to(dtype) for each in before[name]] for dtype in (torch.float64, torch.float32))
+        for quad in (exact, working):
+            adax_update(*quad, **scalars)
+        found = [rows_of_32(weights(optimizer, param)), *decoded(optimizer.state[param])]
+        bounds = [
+            exact[0].abs() * unit,
+            first_moment_bound(states, exact[2], found[2]),
+            second_moment_bound(states, exact[3]),
+        ]
+        for value, index, bound in zip(found, (0, 2, 3), bounds, strict=True):
+            error = (value.double() - exact[index]).abs()
+            reference = (working[index].double() - exact[index]).abs().max()
+            assert bool((error <= bound * 1.001 + 2 * reference).all()), (name, index)
+
+
+def memory_order(param: Tensor) -> Tensor:
+    """Return the indices of a tensor's elements in the order in which they are stepped."""
+    if not is_dense(param):
+        return torch.arange(param.numel(), device=param.device)
+    place = torch.empty_strided(param.shape, param.stride(), dtype=torch.int64, device=param.device)
+    place.as_strided((param.numel(),), (1,)).copy_(torch.arange(param.numel()))
+    return place.flatten().argsort()
+
+
+@pytest.mark.parametrize("name", ["low", "stochastic", "lowest, 24bit", "low, master of float16"])
+def test_any_layout_is_stepped_as_the_row_of_its_elements(name: str, backend: torch.device) -> None:
+    mode = MODES[name]
+    params = leaves(backend, mode.dtype, ["channels_last", "transposed", "gaps"])
+    orders = {name: memory_order(param) for name, param in params.items()}
+    rows = {name: param.detach().flatten()[orders[name]].requires_grad_() for name, param in params.items()}
+    optimizers = [AdaX(list(each.values()), lr=0.01, **mode.options()) for each in (params, rows)]
+    for step in (1, 2):
+        for each, param in params.items():
+            param.grad = gradient(each, step, param)
+            rows[each].grad = param.grad.flatten()[orders[each]]
+        for optimizer in optimizers:
+            optimizer.step()
+    for each, param in params.items():
+        assert torch.equal(param.detach().flatten()[orders[each]], rows[each]), each
+        assert torch.equal(weights(optimizers[0], param).flatten()[orders[each]], weights(optimizers[1], rows[each]))
+
+
+@each_states
+def test_training_with_float32_masters_is_that_of_float32_weights(states: str, backend: torch.device) -> None:
+    for dtype, steps in ((torch.bfloat16, 20), (torch.float16, 2)):
+        half = leaves(backend, dtype, ["4096"])
+        full = {name: param.detach().float().requires_grad_() for name, param in half.items()}
+        optimizers = [
+            AdaXW(list(params.values()), states=states, master_weights=master, lr=0.01)
+            for params, master in ((half, "float32"), (full, None))
+        ]
+        for step in range(1, steps + 1):
+            for name, param in half.items():
+                param.grad = gradient(name, step, param)
+                full[name].grad = param.grad.float()
+            for optimizer in optimizers:
+                optimizer.step()
+        for name, param in half.items():
+            assert torch.equal(weights(optimizers[0], param), full[name])
+            tie = (full[name].view(torch.int32) & 0xFFFF) == 0x8000
+            assert torch.equal(param[~tie], full[name].to(dtype)[~tie])
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(optimizers[0].state[param][key], optimizers[1].state[full[name]][key])
+
+
+def test_many_small_masters_on_the_cpu_are_float32_weights_too(compiled_cpu: torch.device) -> None:
+    # The float32 ones are gathered and compiled, the others are not: no multiply-add may be fused.
+    half = [normal(4000, seed=seed).bfloat16().requires_grad_() for seed in range(9)]
+    full = [param.detach().float().requires_grad_() for param in half]
+    for seed, (param, other) in enumerate(zip(half, full, strict=True)):
+        param.grad = normal(4000, seed=10 + seed).bfloat16()
+        other.grad = param.grad.float()
+    optimizers = AdaX(half, master_weights="float32"), AdaX(full)
+    for optimizer in optimizers * 3:
+        optimizer.step()
+    assert all(torch.equal(weights(optimizers[0], param), other) for param, other in zip(half, full, strict=True))
+
+
+COMPILED = ["low", "lowest, 24bit", "low, stochastic"]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_step_equals_the_uncompiled_one(
+    name: str, compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Chunks that begin anywhere: the random bits must not.
+    monkeypatch.setattr(cpu_module, "GATHERED_NUMEL", 32 * 1500)
+    mode = MODES[name]
+    runs = []
+    for worth_compiling in (True, False):
+        param = normal(COMPILE_FROM_NUMEL * 3 + 7).to(mode.dtype).requires_grad_()
+        optimizer = AdaX([param], lr=0.01, **mode.options())
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_module, "_worth_compiling", lambda _, worth=worth_compiling: worth)
+            for step in (1, 2):
+                param.grad = normal(param.numel(), seed=step).to(mode.dtype)
+                optimizer.step()
+        runs.append((param.detach(), optimizer.state[param]))
+    assert torch.equal(runs[0][0], runs[1][0])
+    for key, value in runs[0][1].items():
+        assert key == "step" or torch.equal(value, runs[1][1][key]), key
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_step_makes_no_temporary_of_the_tensors_size(
+    compiled: bool, compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_module, "_worth_compiling", lambda _: compiled)
+    mode, numel = MODES["lowest, 24bit"], 8 * GATHERED_NUMEL if compiled else 16 * EAGER_CHUNK
+    param = torch.ones(numel, dtype=mode.dtype, requires_grad=True)
+    optimizer = AdaX([param], **mode.options())
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        optimizer.step()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= numel * 4 // 8 + 4096
+
+
+@each_mode
+def test_states_have_the_bytes_that_are_promised(mode: Mode, compiled_cpu: torch.device) -> None:
+    params, optimizer = run(compiled_cpu, mode, ["4096", "(64, 96)"])
+    for param in params.values():
+        state = optimizer.state[param]
+        found = sum(value.nbytes for value in state.values() if isinstance(value, Tensor)) / param.numel()
+        assert found == state_bytes(mode.dtype, Precision(mode.states, mode.master_weights))

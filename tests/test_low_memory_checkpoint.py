@@ -1,0 +1,244 @@
+"""Low-memory states: the same bits whatever the way there, and loading across modes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import itertools
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adax_triton import AdaX
+from adax_triton.backends import Stepper
+from adax_triton.flat_buffer import is_dense
+from adax_triton.precision import STATES
+from adax_triton.rounding import random_key
+from adax_triton.schedule import StepScalars
+from adax_triton.stored import load_master, load_moments
+from adax_triton.tensor_step import TensorStep
+
+Params = dict[str, Tensor]
+LOW: dict[str, dict[str, Any]] = {
+    "low, stochastic": {"states": "low", "weight_rounding": "stochastic"},
+    "lowest, 24bit": {"states": "lowest", "master_weights": "24bit"},
+}
+each_low = pytest.mark.parametrize("options", LOW.values(), ids=LOW)
+PAIRS = list(itertools.product(STATES, (None, "24bit", "float32")))
+PAIR_IDS = [f"{states} {master}" for states, master in PAIRS]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make(device: torch.device, shapes: dict[str, tuple[int, ...]]) -> Params:
+    return {
+        name: normal(*shape, seed=len(name)).to(device, torch.bfloat16).requires_grad_()
+        for name, shape in shapes.items()
+    }
+
+
+def two(device: torch.device) -> Params:
+    return make(device, {"row": (4096,), "matrix": (65, 64)})
+
+
+def train(optimizer: AdaX, params: Params, steps: Iterable[int]) -> AdaX:
+    for step in steps:
+        for name, param in params.items():
+            scale = 10.0 ** -torch.arange(param.numel()).remainder(4).view(param.shape)
+            param.grad = (normal(*param.shape, seed=100 * step + len(name)) * scale).to(param.device, param.dtype)
+        optimizer.step()
+    return optimizer
+
+
+def bits(optimizer: AdaX, params: Params) -> dict[Any, bytes]:
+    found = {name: param.detach().cpu().view(torch.int16).numpy().tobytes() for name, param in params.items()}
+    for name, param in params.items():
+        state = optimizer.state[param]
+        found |= {(name, key): state[key].cpu().view(torch.uint8).numpy().tobytes() for key in state if key != "step"}
+        found[name, "step"] = bytes(state["step"])
+    return found
+
+
+def in_order(optimizer: AdaX, params: Params) -> Params:
+    """Return the parameters of a copied optimizer by the names of the original's."""
+    return dict(zip(params, optimizer.param_groups[0]["params"], strict=True))
+
+
+def through_file(optimizer: AdaX) -> AdaX:
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    group = optimizer.param_groups[0]
+    fresh = AdaX(
+        [param.detach().clone().requires_grad_() for param in group["params"]],
+        **{key: group[key] for key in ("states", "master_weights", "weight_rounding")},
+    )
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    return fresh
+
+
+COPIES: dict[str, Callable[[AdaX], AdaX]] = {
+    "state_dict": through_file,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+}
+
+
+@each_low
+def test_bits_do_not_depend_on_the_way_there(options: dict[str, Any], backend: torch.device) -> None:
+    params = two(backend)
+    optimizer = train(AdaX(list(params.values()), seed=7, lr=0.01, **options), params, (1, 2))
+    twins = {way: copied(optimizer) for way, copied in COPIES.items()}
+    expected = bits(train(optimizer, params, (3, 4)), params)
+    for way, twin in twins.items():
+        twin_params = in_order(twin, params)
+        assert bits(train(twin, twin_params, (3, 4)), twin_params) == expected, way
+    # In the other order, in groups of their own, beside a third that shares a launch.
+    other = two(backend)
+    third = make(backend, {"third": (33,)})
+    groups = [{"params": [other["matrix"], *third.values()], "lr": 0.01}, {"params": [other["row"]], "lr": 0.01}]
+    assert bits(train(AdaX(groups, seed=7, **options), {**other, **third}, (1, 2, 3, 4)), other) == expected
+
+
+@each_low
+def test_bits_change_with_the_seed_and_with_nothing_but_it(options: dict[str, Any], compiled_cpu: torch.device) -> None:
+    runs = []
+    for seed in (0, 0, 1, 2**32 - 1):
+        params = two(compiled_cpu)
+        runs.append(bits(train(AdaX(list(params.values()), seed=seed, **options), params, (1, 2)), params))
+    assert runs[0] == runs[1]
+    for left, right in ((0, 2), (0, 3), (2, 3)):
+        assert runs[left]["row", "exp_avg_sq"] != runs[right]["row", "exp_avg_sq"]
+
+
+@pytest.mark.parametrize("states", ["bfloat16", "low", "lowest"])
+def test_part_of_a_parameter_is_stepped_as_it_is_within_the_whole(states: str, backend: torch.device) -> None:
+    scalars = StepScalars(0.5, one_minus_beta1=0.1, exp_avg_sq_weight=0.3, eps=1e-3, decay=0.01, l2=0, grad_factor=1)
+    options = {"states": states, "weight_rounding": "stochastic", "seed": 3}
+    param = normal(6144).to(backend, torch.bfloat16).requires_grad_()
+    state = train(AdaX([param], **options), {"row": param}, [1]).state[param]
+    parts = [(0, 6144), (0, 2080), (2080, 6144)]
+    found = []
+    for start, end in parts:
+        tensors = [
+            each.detach()[start:end].clone() for each in (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+        ]
+        exponents = state["group_exponents"][start // 32 : end // 32].clone() if "group_exponents" in state else None
+        step = TensorStep(*tensors, 0, states, None, exponents, stochastic=True, first_element=start)
+        Stepper().run([step], [scalars], [random_key(3, 2)])
+        found.append(step)
+    for index in (0, 2, 3):
+        whole = found[0].tensors[index]
+        assert torch.equal(whole, torch.cat([found[1].tensors[index], found[2].tensors[index]]))
+
+
+# Loading across modes
+
+
+def leaves(device: torch.device) -> Params:
+    params = make(device, {"small": (40,), "row": (4099,), "matrix": (65, 64)})
+    layouts = {"transposed": normal(65, 70).t(), "gaps": normal(70, 120)[:, ::2], "filters": normal(8, 32, 4, 5)}
+    layouts["filters"] = layouts["filters"].contiguous(memory_format=torch.channels_last)
+    for name, tensor in layouts.items():
+        memory = torch.zeros(2 * tensor.numel(), dtype=torch.bfloat16, device=device)
+        params[name] = memory.as_strided(tensor.shape, tensor.stride()).copy_(tensor).requires_grad_()
+    return params
+
+
+@functools.cache
+def trained_in(states: str, master_weights: str | None, device: torch.device) -> tuple[Params, AdaX]:
+    params = leaves(device)
+    optimizer = AdaX(list(params.values()), lr=0.01, seed=11, states=states, master_weights=master_weights)
+    return params, train(optimizer, params, (1, 2))
+
+
+def moments(state: dict[str, Any], param: Tensor) -> list[Tensor]:
+    """Return the moments in float64 in the order in which the elements are stepped, in groups of 32."""
+    if is_dense(param):
+        place = torch.empty_strided(param.shape, param.stride(), dtype=torch.int64)
+        place.as_strided((param.numel(),), (1,)).copy_(torch.arange(param.numel()))
+        order = place.flatten().argsort()
+    else:
+        order = torch.arange(param.numel())
+    exponents = state.get("group_exponents")
+    runs = [state[name].flatten() for name in ("exp_avg", "exp_avg_sq")]
+    runs = [run if exponents is not None else run[order] for run in runs]
+    padded = [nn.functional.pad(run, (0, -len(run) % 32)) for run in runs]
+    inside = (torch.arange(len(padded[0])) < param.numel()).view(-1, 32)
+    return [moment.view(-1, 32).double() * inside for moment in load_moments(*padded, exponents)]
+
+
+def bounds(states: str, m: Tensor, v: Tensor, v_found: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far nearest codes may be off; what a coarse v does to m's unit included."""
+    if states in ("float32", "bfloat16"):
+        share = 0.0 if states == "float32" else 2.0**-8
+        return m.abs() * share, v * share
+    root = torch.exp2(torch.floor((torch.frexp(v_found)[1] + 126).double() / 2))
+    of_m = (m / root).abs().amax(dim=1, keepdim=True) * root / 127.5 * 1.001
+    if states == "low":
+        return of_m, v * 2.0**-9
+    return of_m, torch.maximum(v * 2.0**-4, v.amax(dim=1, keepdim=True) * 2.0**-30)
+
+
+@pytest.mark.parametrize("target", PAIRS, ids=PAIR_IDS)
+@pytest.mark.parametrize("source", PAIRS, ids=PAIR_IDS)
+def test_states_load_into_any_other_mode(
+    source: tuple[str, str | None], target: tuple[str, str | None], compiled_cpu: torch.device
+) -> None:
+    params, optimizer = trained_in(*source, compiled_cpu)
+    fitting = trained_in(*target, compiled_cpu)[1]
+    loaded = leaves(compiled_cpu)
+    for name, param in loaded.items():
+        param.detach().copy_(params[name].detach())
+    twin = AdaX(list(loaded.values()), states=target[0], master_weights=target[1])
+    twin.load_state_dict(optimizer.state_dict())
+    group = twin.param_groups[0]
+    assert (group["states"], group["master_weights"], group["seed"], group["lr"]) == (*target, 11, 0.01)
+    for (name, param), model in zip(loaded.items(), fitting.param_groups[0]["params"], strict=True):
+        before, after = optimizer.state[params[name]], twin.state[param]
+        assert after.keys() == fitting.state[model].keys() and after["step"] == 2
+        for key, value in after.items():
+            like = fitting.state[model][key]
+            if key != "step":
+                assert (value.dtype, value.shape, value.stride()) == (like.dtype, like.shape, like.stride())
+        (m, v), (m_found, v_found) = moments(before, params[name]), moments(after, param)
+        states = target[0] if param.numel() >= 4096 and source[0] != target[0] else "float32"
+        for found, exact, bound in zip((m_found, v_found), (m, v), bounds(states, m, v, v_found), strict=True):
+            assert bool(((found - exact).abs() <= bound).all()), name
+        assert torch.equal(param, params[name])
+        weights = load_master(params[name].detach(), before.get("master"))
+        found = load_master(param.detach(), after.get("master"))
+        if target[1] == "float32" or source[1] == target[1] or source[1] is None:
+            assert torch.equal(found, weights if target[1] else param.float())
+        elif target[1] == "24bit":
+            assert bool(((found - weights).abs() <= weights.abs() * 2.0**-15).all())
+    train(twin, loaded, [3])
+    assert all(bool(param.isfinite().all()) for param in loaded.values())
+
+
+@pytest.mark.parametrize("states", STATES)
+def test_checkpoint_from_before_the_modes_loads(states: str, compiled_cpu: torch.device) -> None:
+    params, optimizer = trained_in("float32", None, compiled_cpu)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for key in ("states", "master_weights", "weight_rounding", "seed"):
+        del state_dict["param_groups"][0][key]
+    loaded = leaves(compiled_cpu)
+    twin = AdaX(list(loaded.values()), states=states, weight_rounding="stochastic")
+    twin.load_state_dict(state_dict)
+    group = twin.param_groups[0]
+    assert (group["states"], group["weight_rounding"], group["seed"]) == (states, "stochastic", 0)
+    for name, param in loaded.items():
+        (m, v), (m_found, v_found) = (
+            moments(optimizer.state[params[name]], params[name]),
+            moments(twin.state[param], param),
+        )
+        of_m, of_v = bounds(states if param.numel() >= 4096 else "float32", m, v, v_found)
+        assert bool(((m_found - m).abs() <= of_m).all()) and bool(((v_found - v).abs() <= of_v).all())
+    train(twin, loaded, [3])
