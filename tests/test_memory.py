@@ -1,0 +1,52 @@
+"""The bytes that the table and picture of memory claim, against tensors that an optimizer made and formats by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from adax_triton.bench import memory
+from torch import nn
+
+from adax_triton import AdaXW
+from adax_triton.cli import main
+
+NUMEL = 128 * 64
+OURS = {
+    "adax_triton, float32, 32-bit masters": ("float32", "float32"),
+    "adax_triton, bfloat16, 32-bit masters": ("bfloat16", "float32"),
+    "adax_triton, bfloat16, 24-bit masters": ("bfloat16", "24bit"),
+    "adax_triton, low, 24-bit masters": ("low", "24bit"),
+    "adax_triton, lowest, 24-bit masters": ("lowest", "24bit"),
+    "adax_triton, low, no masters": ("low", None),
+    "adax_triton, lowest, no masters": ("lowest", None),
+}
+OTHERS = {
+    "AdamW, float32 master copy": 2 + 2 + 4 + 4 + 4,
+    "FlashOptim, 24-bit masters": 7.125,
+    "bitsandbytes 8-bit, no masters": 6.03125,
+    "torchao 8-bit, no masters": 6.03125,
+}
+
+
+@pytest.mark.parametrize("way", memory.WAYS, ids=[way.name for way in memory.WAYS])
+def test_bytes_are_those_of_tensors(way: memory.Way, compiled_cpu: torch.device) -> None:
+    if way.name in OTHERS:
+        assert way.total == OTHERS[way.name]
+        return
+    states, master_weights = OURS[way.name]
+    param = nn.Parameter(torch.ones(128, 64, device=compiled_cpu, dtype=torch.bfloat16))
+    param.grad = torch.ones_like(param)
+    optimizer = AdaXW([param], states=states, master_weights=master_weights)
+    optimizer.step()
+    state = [tensor for tensor in optimizer.state[param].values() if isinstance(tensor, torch.Tensor)]
+    assert way.total == sum(tensor.nbytes for tensor in (param, param.grad, *state)) / NUMEL
+
+
+def test_command_prints_every_way_and_draws_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "memory.png"
+    assert main(["bench", "memory", "--figure", str(figure)]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"| {way.name} |" in printed for way in memory.WAYS)
+    assert "| 8.03 | 56 | 562 |" in printed  # 7e9 and 70e9 parameters at 8.03125 bytes
+    assert figure.read_bytes().startswith(b"\x89PNG")
