@@ -20,6 +20,7 @@ from .precision import Precision, precision_for
 from .rounding import random_key
 from .schedule import StepScalars, step_scalars
 from .state_tensors import misfit, new_states, tensor_step
+from .transport import with_bytes, with_words
 
 # Groups of checkpoints and pickles written before a key existed get its default.
 _LATER_GROUP_DEFAULTS: dict[str, Any] = {
@@ -208,6 +209,10 @@ class MomentOptimizer(Optimizer):
     def _group_indices(self) -> dict[Tensor, int]:
         return {param: index for index, group in enumerate(self.param_groups) for param in group["params"]}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return states and groups as `torch.optim.Optimizer.state_dict` does; 16-bit words as pairs of bytes."""
+        return with_bytes(super().state_dict())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the same rule; states keep their dtypes whatever the parameters'.
 
@@ -221,6 +226,7 @@ class MomentOptimizer(Optimizer):
         """
 
         def check_and_hold(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            given = with_words(given)
             check_state_dict(given, optimizer.param_groups)
             return {**hold_tensors(given), "param_groups": with_precision_of(optimizer.param_groups, given)}
 

@@ -72,7 +72,7 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _gathered(sharded: DTensor) -> Tensor:
-    if sharded.dtype == torch.int16:  # neither NCCL nor Gloo sends it
+    if sharded.dtype == torch.int16:  # neither NCCL nor Gloo sends it; state dicts carry bytes
         return cast("DTensor", sharded.to(torch.int32)).full_tensor().to(torch.int16)
     return sharded.full_tensor()
 

@@ -14,7 +14,7 @@ ALLOWED = {
     "adax_triton.optimizer": {"moment_optimizer"},
     "adax_triton.moment_optimizer": {
         *("", "master_weights", "backends", "checkpoint", "horizon", "hyperparameters", "parameters", "precision"),
-        *("rounding", "schedule", "state_tensors"),
+        *("rounding", "schedule", "state_tensors", "transport"),
     },
     "adax_triton.backends": {"cpu", "flat_buffer", "schedule", "tensor_step", "kernels"},
     "adax_triton.checkpoint": {
@@ -28,6 +28,7 @@ ALLOWED = {
     "adax_triton.sharding": {"compact"},
     "adax_triton.state_tensors": {"flat_buffer", "precision", "sharding", "tensor_step"},
     "adax_triton.stored": {"compact", "reference", "rounding", "schedule"},
+    "adax_triton.transport": {"sharding"},
     "adax_triton.tensor_step": {"flat_buffer", "precision"},
     "adax_triton.horizon": {"schedule"},
     "adax_triton.conversion": {"hyperparameters", "schedule"},
