@@ -190,7 +190,7 @@ def _update_run(
     update = _compiled(stored_update, (*(None if tensor is None else tensor.dtype for tensor in wide),))
     update(*wide, torch.tensor(scalars, dtype=torch.float32, device="cpu"), words, step.stochastic)
     for tensor, widened in zip(tensors, wide, strict=True):
-        if tensor is not None and widened is not tensor:
+        if tensor is not None and widened is not None and widened is not tensor:
             tensor.copy_(widened)
 
 

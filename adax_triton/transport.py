@@ -39,11 +39,11 @@ def _with_states(
 
 def _state_with_words(state: Mapping[str, Any]) -> dict[str, Any]:
     words = dict(state)
-    codes, exponents = state.get("exp_avg_sq"), state.get("group_exponents")
     if _is_bytes(state.get("master")):  # a remainder of one byte is int8
         words["master"] = _as_words(state["master"])
-    if _is_bytes(codes) and _is_bytes(exponents) and isinstance(state.get("exp_avg"), Tensor):
-        name = "exp_avg_sq" if codes.ndim == state["exp_avg"].ndim + 1 else "group_exponents"
+    coded = _is_bytes(state.get("exp_avg_sq")) and _is_bytes(state.get("group_exponents"))
+    if coded and isinstance(state.get("exp_avg"), Tensor):
+        name = "exp_avg_sq" if state["exp_avg_sq"].ndim == state["exp_avg"].ndim + 1 else "group_exponents"
         words[name] = _as_words(state[name])
     return words
 
