@@ -1,6 +1,6 @@
 """One command for a machine with a GPU, torch, triton and pytest: no network, no installation, from a bare checkout.
 
-    python3 bench/gpu_check.py [--out FOLDER]
+    python3 bench/gpu_check.py [--out FOLDER] [--tests FILE ...]
 
 Runs the doctor, the tests that use a GPU where there is one, then the step benchmark. FOLDER, else the environment
 variable OUT, else runs/gpu-check, gets `tests.txt`, `doctor.txt`, `step.json` and `step.md`. `--interpret` is the dry
@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
-    *("test_kernel.py", "test_rounding.py", "test_compact.py", "test_low_memory.py"),
+    *("test_kernel.py", "test_rounding.py", "test_compact.py", "test_low_memory.py", "test_low_memory_limits.py"),
+    "test_master_state_dict.py",
     *("test_optimizer_contract.py", "test_tensor_kinds.py", "test_checkpoint.py"),
 )
 COMMAND_LINE = "import sys; from adax_triton.cli import main; sys.exit(main())"
@@ -67,6 +68,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Tests and benchmark for a GPU machine, from a bare checkout.")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "runs" / "gpu-check")))
     parser.add_argument("--interpret", action="store_true", help="dry run on the CPU")
+    parser.add_argument("--tests", nargs="+", default=TESTS, metavar="FILE", help="files of tests/ instead of all")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,7 @@ def main() -> int:
         environment.setdefault("COMMIT", commit())
         if arguments.interpret:
             environment["TRITON_INTERPRET"] = "1"
-        tests = [str(ROOT / "tests" / name) for name in TESTS]
+        tests = [str(ROOT / "tests" / name) for name in arguments.tests]
         codes = {
             "doctor.txt": run("doctor.txt", ["-c", COMMAND_LINE, "doctor"], environment, out),
             "tests.txt": run("tests.txt", ["-m", "pytest", "-p", "no:cacheprovider", *tests], environment, out),

@@ -62,7 +62,8 @@ def test_unknown_provider_is_named() -> None:
 
 def test_gpu_check_dry_run_leaves_its_files(tmp_path: Path) -> None:
     # Tests of the kernel run in this suite already; the dry run shows that staging, doctor and benchmark work.
-    command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), "--interpret", "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), "--interpret", "--out", str(tmp_path), "--tests"]
+    command += ["test_kernel.py", "test_optimizer_contract.py", "test_tensor_kinds.py", "test_checkpoint.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "agrees with the float64 reference" in (tmp_path / "doctor.txt").read_text()
