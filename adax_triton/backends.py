@@ -101,8 +101,10 @@ class Stepper:
                 update_cpu(*tensors, scalars[step.scalar_row])
         for (scalar_row, _, _), quads in small.items():
             update_small_cpu(quads, scalars[scalar_row])
-        for bucket, alike in buckets.items():
-            self._launch(bucket, alike, _scalar_table(scalars, keys))
+        if buckets:
+            scalar_table = _scalar_table(scalars, keys)
+            for bucket, alike in buckets.items():
+                self._launch(bucket, alike, scalar_table)
         for original, copy in copies:
             original.copy_(copy)
 

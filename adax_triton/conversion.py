@@ -22,15 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .hyperparameters import as_float, validate_group
+from .hyperparameters import LATER_GROUP_DEFAULTS, as_float, validate_group
 from .schedule import one_minus_power
 
 _FOREIGN_KEYS = ("lr", "betas", "eps", "weight_decay")
 _NEEDED_KEYS = (*_FOREIGN_KEYS, "second_moment", "eps_placement")
-# Groups written before a key existed get its default, as in load_state_dict.
-_PRECISION_DEFAULTS = {"states": "float32", "master_weights": None, "weight_rounding": "nearest", "seed": 0}
-_LATER_DEFAULTS = {"decoupled_weight_decay": False, "maximize": False, **_PRECISION_DEFAULTS}
-_OWN_KEYS = (*_NEEDED_KEYS, *_LATER_DEFAULTS)
+_OWN_KEYS = (*_NEEDED_KEYS, *LATER_GROUP_DEFAULTS)
 _TORCH_OPTIONS = {"amsgrad": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
 _STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 _ADAM = {"second_moment": "adam", "eps_placement": "normalized"}
@@ -216,7 +213,7 @@ def _own_group(group: Mapping[str, Any], where: str, changes: dict[str, Any]) ->
 
 def _checked(group: Mapping[str, Any], where: str, only: dict[str, Any]) -> dict[str, Any]:
     """Return the hyper-parameters of a group of this package; `only` is what the other side can express."""
-    own = {**_LATER_DEFAULTS, **{key: group[key] for key in _OWN_KEYS if key in group}}
+    own = {**LATER_GROUP_DEFAULTS, **{key: group[key] for key in _OWN_KEYS if key in group}}
     try:
         validate_group(own)
     except (TypeError, ValueError) as error:

@@ -38,19 +38,10 @@ Update = Callable[..., None]
 def _update(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, grad_as_it_is: bool
 ) -> None:
-    adax_update(
-        param,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        step_size=scalars[0],
-        one_minus_beta1=scalars[1],
-        exp_avg_sq_weight=scalars[2],
-        eps=scalars[3],
-        decay=scalars[4],
-        l2=0.0 if grad_as_it_is else scalars[5],
-        grad_factor=1.0 if grad_as_it_is else scalars[6],
-    )
+    arguments = dict(zip(StepScalars._fields, scalars, strict=True))
+    if grad_as_it_is:
+        arguments |= {"l2": 0.0, "grad_factor": 1.0}
+    adax_update(param, grad, exp_avg, exp_avg_sq, **arguments)
 
 
 def update_eager(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: StepScalars) -> None:
@@ -200,11 +191,5 @@ def _update_padded(step: TensorStep, scalars: StepScalars, key: tuple[int, int],
     assert step.group_exponents is not None
     tail = tail._replace(first_element=step.first_element + start, group_exponents=step.group_exponents.view(-1)[-1:])
     _update_run(tail, scalars, key, 0, GROUP, compiled=False)
-    for original, padded in (
-        (step.param, tail.param),
-        (step.exp_avg, tail.exp_avg),
-        (step.exp_avg_sq, tail.exp_avg_sq),
-    ):
+    for original, padded in zip(step.written, tail.written, strict=True):
         original[start:].copy_(padded[:rest])
-    if step.master is not None and tail.master is not None:
-        step.master[start:].copy_(tail.master[:rest])

@@ -15,6 +15,15 @@ from .schedule import EPS_PLACEMENTS, SECOND_MOMENTS
 # The rules read betas[1] differently, and each one's default lies far outside the others' sense.
 _LARGEST_ADAX_BETA2 = 0.1
 _SMALLEST_DECAY = 0.01
+# Groups of checkpoints and pickles written before a key existed get its default.
+LATER_GROUP_DEFAULTS: dict[str, Any] = {
+    "decoupled_weight_decay": False,
+    "maximize": False,
+    "states": "float32",
+    "master_weights": None,
+    "weight_rounding": "nearest",
+    "seed": 0,
+}
 
 
 def as_float(value: float | torch.Tensor, name: str) -> float:

@@ -14,23 +14,13 @@ from . import master_weights
 from .backends import Stepper
 from .checkpoint import check_state_dict, held_params, hold_tensors, restore, with_precision_of
 from .horizon import FROZEN_WEIGHT
-from .hyperparameters import as_float, validate_group
+from .hyperparameters import LATER_GROUP_DEFAULTS, as_float, validate_group
 from .parameters import check_param, checked_gradient
 from .precision import Precision, precision_for
 from .rounding import random_key
 from .schedule import StepScalars, step_scalars
 from .state_tensors import misfit, new_states, tensor_step
 from .transport import with_bytes, with_words
-
-# Groups of checkpoints and pickles written before a key existed get its default.
-_LATER_GROUP_DEFAULTS: dict[str, Any] = {
-    "decoupled_weight_decay": False,
-    "maximize": False,
-    "states": "float32",
-    "master_weights": None,
-    "weight_rounding": "nearest",
-    "seed": 0,
-}
 
 
 class MomentOptimizer(Optimizer):
@@ -244,7 +234,7 @@ class MomentOptimizer(Optimizer):
         self.__dict__.setdefault("keep_float32", None)
         self.__dict__.setdefault("_warned_frozen", False)
         for group in self.param_groups:
-            for key, value in _LATER_GROUP_DEFAULTS.items():
+            for key, value in LATER_GROUP_DEFAULTS.items():
                 group.setdefault(key, value)
         held = {param: self.state[param] for param in held_params(self.state)}
         group_of = self._group_indices()

@@ -124,16 +124,15 @@ def _master_dtype(param_dtype: torch.dtype, master_weights: str) -> torch.dtype:
     return torch.int16 if master_weights == "float32" else torch.int8
 
 
+def bytes_of_states(param_dtype: torch.dtype, precision: Precision = IN_FULL) -> dict[str, float]:
+    """Return the bytes per element of each tensor in the state of a tensor large enough to be compact."""
+    layouts = _state_layouts((GROUP, GROUP), True, param_dtype, precision)
+    return {name: layout.dtype.itemsize * math.prod(layout.shape) / GROUP**2 for name, layout in layouts.items()}
+
+
 def state_bytes(param_dtype: torch.dtype, precision: Precision = IN_FULL) -> float:
     """Return the bytes of state per element, group exponents included, of a tensor large enough to be compact."""
-    states, master_weights = precision
-    if states == "float32":
-        moments = 2.0 * state_dtype(param_dtype).itemsize
-    else:
-        moments = float(_EXP_AVG_DTYPES[states].itemsize + _EXP_AVG_SQ_DTYPES[states].itemsize)
-    if is_compact(states):
-        moments += _GROUP_DTYPES[states].itemsize / GROUP
-    return moments + (0 if master_weights is None else _master_dtype(param_dtype, master_weights).itemsize)
+    return sum(bytes_of_states(param_dtype, precision).values())
 
 
 def bytes_loaded(param_dtype: torch.dtype, grad_dtype: torch.dtype, precision: Precision = IN_FULL) -> float:
@@ -147,5 +146,5 @@ def bytes_loaded(param_dtype: torch.dtype, grad_dtype: torch.dtype, precision: P
 
 def bytes_stored(param_dtype: torch.dtype, precision: Precision = IN_FULL, settled: bool = False) -> float:
     """Return the bytes a step writes per element: parameter and states, without a second moment that has `settled`."""
-    kept = state_dtype(param_dtype) if precision.states == "float32" else _EXP_AVG_SQ_DTYPES[precision.states]
-    return param_dtype.itemsize + state_bytes(param_dtype, precision) - (kept.itemsize if settled else 0)
+    kept = bytes_of_states(param_dtype, precision)["exp_avg_sq"] if settled else 0
+    return param_dtype.itemsize + state_bytes(param_dtype, precision) - kept

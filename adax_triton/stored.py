@@ -104,18 +104,6 @@ def stored_update(
     random = random_bits(index + words[0], words[1:])
     weights = load_master(param, master)
     first, second = load_moments(exp_avg, exp_avg_sq, group_exponents)
-    adax_update(
-        weights,
-        grad,
-        first,
-        second,
-        step_size=scalars[0],
-        one_minus_beta1=scalars[1],
-        exp_avg_sq_weight=scalars[2],
-        eps=scalars[3],
-        decay=scalars[4],
-        l2=scalars[5],
-        grad_factor=scalars[6],
-    )
+    adax_update(weights, grad, first, second, **dict(zip(StepScalars._fields, scalars, strict=True)))
     store_master(weights, param, master, random, stochastic)
     store_moments((first, second), exp_avg, exp_avg_sq, group_exponents, random)

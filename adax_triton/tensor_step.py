@@ -40,6 +40,12 @@ class TensorStep(NamedTuple):
         return self.param, self.grad, self.exp_avg, self.exp_avg_sq
 
     @property
+    def written(self) -> tuple[Tensor, ...]:
+        """The tensors that a step writes element by element: all of `mapped` but the gradient."""
+        master = () if self.master is None else (self.master,)
+        return self.param, self.exp_avg, self.exp_avg_sq, *master
+
+    @property
     def is_plain(self) -> bool:
         """Whether the tensors are stored as they are computed with, but for the rounding of a cast."""
         return self.states == "float32" and self.master is None and not self.stochastic
@@ -62,7 +68,7 @@ def laid_out_alike(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> Ten
     parameter with gaps, contiguous copies of all stand in, and `copies` gets the pairs to copy back. Codes lie in the
     order of the parameter's memory as it is.
     """
-    if all(tensor.is_contiguous() for tensor in step.tensors) and (step.master is None or step.master.is_contiguous()):
+    if all(tensor.is_contiguous() for tensor in (step.grad, *step.written)):
         return step
     strides = step.param.stride()
     followers = [] if is_compact(step.states) else [step.exp_avg, step.exp_avg_sq]
@@ -73,12 +79,7 @@ def laid_out_alike(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> Ten
             return step._replace(grad=grad.copy_(step.grad))
         return step
     contiguous = step.mapped(Tensor.contiguous)
-    for original, copy in (
-        (step.param, contiguous.param),
-        (step.exp_avg, contiguous.exp_avg),
-        (step.exp_avg_sq, contiguous.exp_avg_sq),
-        (step.master, contiguous.master),
-    ):
-        if original is not None and copy is not None and copy.data_ptr() != original.data_ptr():
+    for original, copy in zip(step.written, contiguous.written, strict=True):
+        if copy.data_ptr() != original.data_ptr():
             copies.append((original, copy))
     return contiguous

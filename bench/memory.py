@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..precision import Precision, state_bytes
+from ..precision import Precision, bytes_of_states
 
 PARAMETERS = (7e9, 70e9)
 PARTS = ("weights", "gradients", "master weights", "first moment", "second moment")
@@ -34,10 +34,9 @@ class Way(NamedTuple):
 
 
 def _ours(states: str, master_weights: str | None, name: str) -> Way:
-    master = state_bytes(torch.bfloat16, Precision("float32", master_weights)) - state_bytes(torch.bfloat16)
-    moments = state_bytes(torch.bfloat16, Precision(states))
-    first = {"float32": 4.0, "bfloat16": 2.0}.get(states, 1.0)
-    return Way(f"adax_triton, {name}", (2.0, 2.0, master, first, moments - first))
+    kept = bytes_of_states(torch.bfloat16, Precision(states, master_weights))
+    second = kept["exp_avg_sq"] + kept.get("group_exponents", 0.0)
+    return Way(f"adax_triton, {name}", (2.0, 2.0, kept.get("master", 0.0), kept["exp_avg"], second))
 
 
 WAYS = (
