@@ -1,11 +1,14 @@
 """AdaX as one fused Triton kernel, behind the interface of `torch.optim`."""
 
+from .adam import Adam, AdamW
 from .conversion import adax_from_adam, from_released_adax, from_torch_adam, to_released_adax, to_torch_adam
 from .flat_buffer import FlatBuffer
 from .horizon import beta2_for_horizon, steps_until_frozen
-from .optimizer import Adam, AdamW, AdaX, AdaXW
+from .optimizer import AdaX, AdaXW
 from .reference import adax_update
 from .schedule import StepScalars, step_scalars
+from .telemetry import StepTelemetry, Telemetry
+from .telemetry_logging import JsonLinesLogger, TensorBoardLogger
 from .version import __version__
 
 __all__ = [
@@ -14,7 +17,11 @@ __all__ = [
     "Adam",
     "AdamW",
     "FlatBuffer",
+    "JsonLinesLogger",
     "StepScalars",
+    "StepTelemetry",
+    "Telemetry",
+    "TensorBoardLogger",
     "__version__",
     "adax_from_adam",
     "adax_update",

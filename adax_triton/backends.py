@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections import defaultdict
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .cpu import COMPILE_FROM_NUMEL, compiler_problem, update_cpu, update_eager, update_small_cpu, update_stored
-from .flat_buffer import AddressTable
+from .control import TAKEN, Decision, StepControl
+from .cpu import COMPILE_FROM_NUMEL, compiler_problem
+from .device_scalars import DeviceRow, DeviceScalars
+from .device_tables import DeviceTable, is_capturing
+from .gradient_norm import sum_of_squares
+from .launches import KernelLaunch, Launches
+from .pytorch_steps import HostRows, run_steps, run_steps_with_sums
 from .schedule import StepScalars
+from .telemetry import StepSums
 from .tensor_step import TensorStep, laid_out_alike
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ALIGNED_BYTES = 16
-_MOST_TABLES = 64
-# Weights of the newest squared gradient below which about one group of 32 elements in ten, or fewer, still changes a
-# bit of its second moment in a step: the coarser the code, the earlier. From here the kernel writes only those.
-_SETTLED_BELOW = {"float32": 2.0**-27, "bfloat16": 2.0**-15, "low": 2.0**-16, "lowest": 2.0**-14}
-
-
-class Bucket(NamedTuple):
-    """What the tensors of one launch have in common."""
-
-    device: torch.device
-    param_dtype: torch.dtype
-    grad_dtype: torch.dtype
-    states: str
-    master: str | None
-    stochastic: bool
-    settled: bool
-    aligned: bool
 
 
 def uses_kernel(device: torch.device, param_dtype: torch.dtype) -> bool:
@@ -61,99 +51,160 @@ def _interpreting() -> bool:
     return is_interpreted()
 
 
+class DeviceRows(NamedTuple):
+    """Rows of scalars that are computed on the devices: one per tensor there; the parameter groups they refer to."""
+
+    rows: dict[torch.device, list[DeviceRow]]
+    groups: Sequence[Mapping[str, Any]]
+
+
+class Work(NamedTuple):
+    """The tensors of a step.
+
+    kernel: those that the kernel takes, with rows of the host or, if something may skip the step, of the device.
+    others: those that PyTorch steps, with rows of the host.
+    launches: refreshed, instead of `kernel`, and the parameters that they step.
+    """
+
+    kernel: Sequence[TensorStep]
+    kernel_rows: HostRows | DeviceRows
+    others: Sequence[TensorStep]
+    other_rows: HostRows
+    launches: tuple[Sequence[KernelLaunch], Sequence[Tensor]] | None = None
+
+
+class StepResult(NamedTuple):
+    """What came of a step.
+
+    taken: whether the tensors that the host schedules were stepped.
+    skipped: the same for those that the device schedules, as a tensor there, not 0 if they were not; None without any.
+    grad_norm: of all gradients, 0-d float32 on a device that has some; None unless measured.
+    launches: of the kernel's tensors, if they are stepped where they lie; None if copies stood in for some.
+    """
+
+    taken: bool
+    skipped: Tensor | None
+    grad_norm: Tensor | None
+    launches: Sequence[KernelLaunch] | None
+
+
 class Stepper:
-    """Runs one step's tensors, and keeps the launch tables between steps."""
+    """Runs one step's tensors, and keeps what launches need between steps."""
 
     def __init__(self) -> None:
-        self._tables: dict[tuple[Bucket, int, int], AddressTable] = {}
+        self._launches = Launches()
+        self._device_scalars: dict[tuple[torch.device, int, int], DeviceScalars] = {}
+        self._host_scalars: dict[tuple[torch.device, int], DeviceTable] = {}
+        self._captured: list[DeviceScalars] = []
 
-    def run(self, steps: list[TensorStep], scalars: list[StepScalars], keys: list[tuple[int, int]]) -> None:
-        """Update every tensor of `steps` in place: one launch per bucket on the kernel's devices, else one by one.
+    def run(
+        self,
+        work: Work,
+        control: StepControl = StepControl(),  # noqa: B008 - immutable
+        error_if_nonfinite: bool = False,
+        sums: StepSums | None = None,
+    ) -> StepResult:
+        """Update every tensor in place: one launch per bucket on the kernel's devices, else one by one.
 
         Args:
-            steps: the tensors; each names its row of `scalars`.
-            scalars: one row per (group, step).
-            keys: the random key of each row, see `rounding.random_key`.
+            work: the tensors and their rows.
+            control: what may clip or skip the step, the same for all tensors.
+            error_if_nonfinite: raise instead of skipping when the norm is not finite; the host then waits for it.
+            sums: written for telemetry; None for none.
+
+        Raises:
+            RuntimeError: the norm of the gradients is not finite, and an error was asked for; nothing has changed.
         """
-        kernel: dict[tuple[torch.device, torch.dtype], bool] = {}
-        buckets: dict[Bucket, list[TensorStep]] = defaultdict(list)
-        small: dict[tuple[int, torch.dtype, torch.dtype], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = defaultdict(
-            list
-        )
         copies: list[tuple[Tensor, Tensor]] = []
-        for given in steps:
-            step = laid_out_alike(given, copies)
-            kind = step.param.device, step.param.dtype
-            if kind not in kernel:
-                kernel[kind] = uses_kernel(*kind)
-            if kernel[kind]:
-                buckets[_bucket(step, scalars[step.scalar_row])].append(step)
-                continue
-            runs = step.as_runs()
-            tensors = runs.tensors
-            if not step.is_plain:
-                update_stored(runs, scalars[step.scalar_row], keys[step.scalar_row])
-            elif step.param.device.type != "cpu":
-                update_eager(*tensors, scalars[step.scalar_row])
-            elif step.param.numel() < COMPILE_FROM_NUMEL:
-                small[step.scalar_row, step.param.dtype, step.grad.dtype].append(tensors)
-            else:
-                update_cpu(*tensors, scalars[step.scalar_row])
-        for (scalar_row, _, _), quads in small.items():
-            update_small_cpu(quads, scalars[scalar_row])
-        if buckets:
-            scalar_table = _scalar_table(scalars, keys)
-            for bucket, alike in buckets.items():
-                self._launch(bucket, alike, scalar_table)
+        kernel = [laid_out_alike(step, copies) for step in work.kernel]
+        others = [laid_out_alike(step, copies).as_runs() for step in work.others]
+        launches: Sequence[KernelLaunch] = []
+        params: Sequence[Tensor] = [step.param for step in kernel]
+        if work.launches is not None:
+            launches, params = work.launches
+        elif kernel:
+            host_scalars = work.kernel_rows.scalars if isinstance(work.kernel_rows, HostRows) else None
+            launches = self._launches.of(kernel, host_scalars, sums is not None)
+        squares = None
+        if control.max_grad_norm is not None:
+            squares = sum_of_squares([launch for launch, _ in launches], others)
+            if error_if_nonfinite and squares is not None and not bool(squares.isfinite()):
+                raise RuntimeError(
+                    "The norm of the gradients is not finite, so they cannot be clipped; to skip such steps instead, "
+                    "set error_if_nonfinite=False"
+                )
+        decision = control.read(squares) if others and not control.is_idle else TAKEN
+        if sums is None:
+            run_steps(others, work.other_rows, decision)
+        else:
+            self._run_with_sums(others, len(params), work.other_rows, decision, sums)
+        report = self._run_launches(launches, work.kernel_rows, control, squares, sums)
+        # The kernel writes behind autograd's back; a backward that still needs the old values must fail, not mislead.
+        torch.autograd.graph.increment_version(params)
+        # Of a skipped step the copies are what they were.
         for original, copy in copies:
             original.copy_(copy)
+        grad_norm = None
+        if squares is not None:
+            grad_norm = torch.tensor(decision.grad_norm) if report is None else report[0]
+        skipped = None if report is None else report[2]
+        return StepResult(not decision.skip, skipped, grad_norm, None if copies else launches)
 
-    def _launch(self, bucket: Bucket, steps: list[TensorStep], scalars: Tensor) -> None:
-        from adax_triton.kernels.adax_step import adax_step, chunk_size
-        from adax_triton.kernels.variants import StepVariant
+    @staticmethod
+    def _run_with_sums(
+        steps: Sequence[TensorStep], first_index: int, rows: HostRows, decision: Decision, sums: StepSums
+    ) -> None:
+        alike: dict[torch.device, list[int]] = defaultdict(list)
+        for index, step in enumerate(steps):
+            alike[step.param.device].append(index)
+        for device, indices in alike.items():
+            found = sums.rows(device, [first_index + index for index in indices])
+            run_steps_with_sums([steps[index] for index in indices], rows, decision, found)
 
-        rows = [(*_addresses(step), step.first_element, step.param.numel(), step.scalar_row) for step in steps]
-        table = self._table(bucket, rows[0][0], chunk_size())
-        table.refresh(rows, [row[7] for row in rows])
-        adax_step(table.tensors, table.chunks, table.upload(scalars), StepVariant(*bucket[1:]))
-        # The kernel writes behind autograd's back; a backward that still needs the old values must fail, not mislead.
-        torch.autograd.graph.increment_version([step.param for step in steps])
+    def _run_launches(
+        self,
+        launches: Sequence[KernelLaunch],
+        rows: HostRows | DeviceRows,
+        control: StepControl,
+        squares: Tensor | None,
+        sums: StepSums | None,
+    ) -> Tensor | None:
+        report = None
+        scalars: dict[torch.device, Tensor] = {}
+        for device in dict.fromkeys(launch.bucket.device for launch, _ in launches):
+            if isinstance(rows, HostRows):
+                scalars[device] = self._uploaded(device, rows)
+            else:
+                prepared = self._prepared(device, rows.rows[device])
+                local = None if squares is None else squares.to(device, non_blocking=True)
+                scalars[device] = prepared.prepare(rows.rows[device], rows.groups, control, local)
+                report = prepared.report if report is None else report
+        for launch, indices in launches:
+            launch.run(
+                scalars[launch.bucket.device], None if sums is None else sums.rows(launch.bucket.device, indices)
+            )
+        return report
 
-    def _table(self, bucket: Bucket, first_address: int, chunk_size: int) -> AddressTable:
-        # ZeRO calls step() once per group, so several tables are live at once. One whose tensors have moved is never
-        # found again: forget all when there are many. The allocator orders reuse of a table's memory by one stream.
-        stream = torch.cuda.current_stream(bucket.device).cuda_stream if bucket.device.type == "cuda" else 0
-        key = bucket, first_address, stream
-        if key not in self._tables:
-            if len(self._tables) >= _MOST_TABLES:
-                self._tables.clear()
-            self._tables[key] = AddressTable(bucket.device, chunk_size)
-        return self._tables[key]
+    def _uploaded(self, device: torch.device, rows: HostRows) -> Tensor:
+        key = device, _stream(device)
+        table = self._host_scalars.setdefault(key, DeviceTable(device))
+        return table.set((rows.scalars, rows.keys), _scalar_table)
+
+    def _prepared(self, device: torch.device, rows: Sequence[DeviceRow]) -> DeviceScalars:
+        key = device, _stream(device), rows[0].step.data_ptr()
+        prepared = self._device_scalars.setdefault(key, DeviceScalars(device))
+        if is_capturing(device):
+            self._captured.append(prepared)  # replays read its tables
+        return prepared
 
 
-def _addresses(step: TensorStep) -> tuple[int, ...]:
-    return tuple(
-        0 if tensor is None else tensor.data_ptr() for tensor in (*step.tensors, step.master, step.group_exponents)
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _scalar_table(rows: tuple[list[StepScalars], list[tuple[int, int]]]) -> Tensor:
+    # Words of 32 bits: floats, then those of the key, then 0, which skips nothing. Arrays, for the host's time.
+    table = b"".join(
+        array("f", scalars).tobytes() + array("I", key).tobytes() + bytes(4) for scalars, key in zip(*rows, strict=True)
     )
-
-
-def _scalar_table(scalars: list[StepScalars], keys: list[tuple[int, int]]) -> Tensor:
-    # The words of the keys keep their bits among the floats.
-    words = torch.tensor(keys, dtype=torch.int64, device="cpu").to(torch.int32).view(torch.float32)
-    return torch.cat([torch.tensor(scalars, dtype=torch.float32, device="cpu"), words], dim=1)
-
-
-def _bucket(step: TensorStep, scalars: StepScalars) -> Bucket:
-    misaligned = 0
-    for address in _addresses(step._replace(group_exponents=None)):
-        misaligned |= address % _ALIGNED_BYTES
-    return Bucket(
-        step.param.device,
-        step.param.dtype,
-        step.grad.dtype,
-        step.states,
-        None if step.master is None else str(step.master.dtype).removeprefix("torch."),
-        step.stochastic,
-        scalars.exp_avg_sq_weight < _SETTLED_BELOW[step.states],
-        misaligned == 0,
-    )
+    return torch.frombuffer(bytearray(table), dtype=torch.float32).view(len(rows[0]), -1)

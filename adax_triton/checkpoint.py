@@ -16,8 +16,9 @@ from .sharding import local, placed_like, splits_groups
 from .state_tensors import MOMENTS
 from .stored import load_moments, store_moments
 
-# What an optimizer keeps of its own when it loads a checkpoint: how states are kept is no part of what was learned.
-PRECISION_KEYS = ("states", "master_weights", "weight_rounding")
+# What an optimizer keeps of its own when it loads a checkpoint: how states and counts are kept is no part of what was
+# learned.
+OWN_KEYS = ("states", "master_weights", "weight_rounding", "capturable")
 
 
 class Held:
@@ -38,11 +39,11 @@ def hold_tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": states}
 
 
-def with_precision_of(own_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a state dict's groups with the precision options of an optimizer's own groups."""
+def with_own_options(own_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a state dict's groups with the options that an optimizer's own groups keep."""
     groups = [dict(group) for group in state_dict["param_groups"]]
     for saved, own in zip(groups, own_groups, strict=False):  # unequal numbers are refused later, in torch's words
-        saved.update({key: own[key] for key in PRECISION_KEYS})
+        saved.update({key: own[key] for key in OWN_KEYS})
     return groups
 
 
@@ -140,7 +141,7 @@ def held_params(state: Mapping[Any, Any]) -> Iterable[Tensor]:
 
 
 def restore(held: Mapping[str, Any], into: dict[str, Any], param: Tensor) -> None:
-    """Copy a held state into the tensors of `into`, in their precision, and make its step a Python int.
+    """Copy a held state into the tensors of `into`, in their precision, and its step where it is kept.
 
     Args:
         held: the loaded state, with held tensors.
@@ -148,7 +149,11 @@ def restore(held: Mapping[str, Any], into: dict[str, Any], param: Tensor) -> Non
         param: the parameter, whose weights are not changed.
     """
     saved = {name: value.tensor if isinstance(value, Held) else value for name, value in held.items()}
-    into["step"] = int(saved.pop("step"))
+    step = int(saved.pop("step"))
+    if isinstance(into["step"], Tensor):
+        into["step"].fill_(step)  # a captured graph knows it by address
+    else:
+        into["step"] = step
     with torch.no_grad():
         saved = {name: placed_like(tensor, param) for name, tensor in saved.items()}
         if is_compact(precision_of(saved).states) or is_compact(precision_of(into).states):

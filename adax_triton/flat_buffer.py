@@ -1,16 +1,15 @@
-"""Contiguous storage for many tensors, and the tables by which one launch reaches tensors wherever they are."""
+"""Contiguous storage for many tensors."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 # Elements. Every tensor of a buffer starts on a multiple, so that states of 1 byte and up are read 128 bits at a time.
 ALIGNMENT = 128
-_CHUNK_BITS = 32
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -89,48 +88,3 @@ class FlatBuffer:
             view.copy_(param.detach())
             param.data = view
         return buffer
-
-
-def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
-    """Return `tensor << 32 | chunk` for each run of `chunk_size` elements of each tensor, as 1-D int64 on the CPU."""
-    chunks = [
-        torch.arange(-(-numel // chunk_size), dtype=torch.int64, device="cpu") + (index << _CHUNK_BITS)
-        for index, numel in enumerate(numels)
-    ]
-    return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64, device="cpu")
-
-
-class AddressTable:
-    """The device copies of a launch's tables, uploaded only when they change.
-
-    Args:
-        device: where the kernel reads them.
-        chunk_size: elements per program, see `chunk_table`.
-    """
-
-    def __init__(self, device: torch.device, chunk_size: int) -> None:
-        self._device = device
-        self._chunk_size = chunk_size
-        self._numels: Sequence[int] | None = None
-        self._rows: Sequence[tuple[int, ...]] | None = None
-        self.tensors = torch.empty(0, dtype=torch.int64, device=device)
-        self.chunks = torch.empty(0, dtype=torch.int64, device=device)
-
-    def refresh(self, rows: Sequence[tuple[int, ...]], numels: Sequence[int]) -> None:
-        """Make the tables say `rows`, one tuple of integers per tensor, for tensors of `numels` elements."""
-        if numels != self._numels:
-            self.chunks = self.upload(chunk_table(numels, self._chunk_size))
-            self._numels = numels
-        if rows != self._rows:
-            self.tensors = self.upload(torch.tensor(rows, dtype=torch.int64, device="cpu"))
-            self._rows = rows
-
-    def upload(self, host: Tensor) -> Tensor:
-        """Return a device copy of a small host tensor without waiting for it.
-
-        The pinned block and the device block come from PyTorch's caching allocators, which hand neither out again
-        before the copy, and the work queued after it on this stream, is done.
-        """
-        if self._device.type == "cpu":
-            return host
-        return host.pin_memory().to(self._device, non_blocking=True)

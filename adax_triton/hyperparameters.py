@@ -23,6 +23,7 @@ LATER_GROUP_DEFAULTS: dict[str, Any] = {
     "master_weights": None,
     "weight_rounding": "nearest",
     "seed": 0,
+    "capturable": False,
 }
 
 
@@ -52,7 +53,7 @@ def validate_group(group: Mapping[str, Any]) -> None:
     _check_non_negative(group["lr"], "lr", "learning rate")
     _check_non_negative(group["eps"], "eps", "epsilon value")
     _check_non_negative(group["weight_decay"], "weight_decay", "weight_decay value")
-    for name in ("decoupled_weight_decay", "maximize"):
+    for name in ("decoupled_weight_decay", "maximize", "capturable"):
         if not isinstance(group[name], bool):
             raise TypeError(f"Invalid type of {name}: expected True or False, got {group[name]!r}")
     _check_choice(group["second_moment"], "second_moment", SECOND_MOMENTS)

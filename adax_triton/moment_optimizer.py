@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import master_weights
-from .backends import Stepper
-from .checkpoint import check_state_dict, held_params, hold_tensors, restore, with_precision_of
+from .backends import Stepper, StepResult
+from .checkpoint import check_state_dict, held_params, hold_tensors, restore, with_own_options
+from .control import ProgramOptions, StepControl, check_max_grad_norm, check_one_element
 from .horizon import FROZEN_WEIGHT
 from .hyperparameters import LATER_GROUP_DEFAULTS, as_float, validate_group
-from .parameters import check_param, checked_gradient
+from .parameters import check_param
 from .precision import Precision, precision_for
-from .rounding import random_key
-from .schedule import StepScalars, step_scalars
-from .state_tensors import misfit, new_states, tensor_step
-from .transport import with_bytes, with_words
+from .schedule import StepScalars
+from .state_tensors import misfit, new_states
+from .step_plan import StepPlan, plan_of
+from .step_work import Assembly, due_params, host_places, owners_of, rows_of, work_of
+from .telemetry import StepSums, StepTelemetry
+from .transport import with_bytes, with_numbers, with_words
 
 
 class MomentOptimizer(Optimizer):
@@ -28,13 +31,17 @@ class MomentOptimizer(Optimizer):
 
     State of a parameter, created at its first step with a gradient and from then on updated in place:
 
-    - `step`: int, the steps it has taken; a frozen parameter's does not advance.
+    - `step`: int, the steps it has taken; a frozen parameter's does not advance. A 0-d int64 tensor on the GPU if that
+      schedules: with `capturable`, `max_grad_norm`, a `GradScaler`, or a learning rate there.
     - `exp_avg`: m, the shape of the parameter; float32 unless the group's `states` say otherwise (float64 and complex
       follow the parameter).
     - `exp_avg_sq`: v, likewise; the normalised second moment. A complex parameter's real and imaginary parts have their
       own.
     - `group_exponents`: beside the codes of `"low"` and `"lowest"`, one per 32 elements.
     - `master`: with `master_weights`, what a 16-bit parameter lacks to be the float32 weight.
+
+    `grad_norm` is the norm of all gradients of the last step, unscaled, as a 0-d tensor; None unless `max_grad_norm` is
+    set. That may be changed between steps.
 
     How a state is kept is settled when it is created; its tensors' dtypes say it from then on.
     """
@@ -43,15 +50,24 @@ class MomentOptimizer(Optimizer):
         self,
         params: ParamsT,
         defaults: dict[str, Any],
-        keep_float32: Callable[[Tensor], bool] | None,
+        options: ProgramOptions,
     ) -> None:
         validate_group(defaults)
-        if keep_float32 is not None and not callable(keep_float32):
-            raise TypeError(f"Invalid type of keep_float32: expected a function of a parameter, got {keep_float32!r}")
-        self.keep_float32 = keep_float32
-        self._stepper = Stepper()
-        self._warned_frozen = False
+        options.check()
+        self.options = options
+        self.max_grad_norm = options.max_grad_norm
+        self.grad_norm: Tensor | None = None
+        self._prepare()
         super().__init__(params, defaults)
+
+    # torch.amp.GradScaler then leaves unscaling and skipping to the step.
+    _step_supports_amp_scaling = True
+
+    def _prepare(self) -> None:
+        self._stepper = Stepper()
+        self._sums = StepSums() if self.options.telemetry else None
+        self._plan: StepPlan | None = None
+        self._warned_frozen = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with hyper-parameters of its own.
@@ -70,8 +86,12 @@ class MomentOptimizer(Optimizer):
             params = param_group.get("params", [])
             if not isinstance(params, (Tensor, set)):
                 params = param_group["params"] = list(params)
+            if group["capturable"] and self.options.error_if_nonfinite:
+                raise ValueError(
+                    "Invalid error_if_nonfinite: True beside capturable=True; the host cannot look at the norm"
+                )
             for index, entry in enumerate([params] if isinstance(params, Tensor) else params):
-                check_param(entry[1] if isinstance(entry, tuple) else entry, index, group, self.keep_float32)
+                check_param(entry[1] if isinstance(entry, tuple) else entry, index, group, self.options.keep_float32)
         super().add_param_group(param_group)
 
     @overload
@@ -91,6 +111,8 @@ class MomentOptimizer(Optimizer):
 
         Raises:
             TypeError, ValueError: a gradient or a state of the wrong dtype, shape or device; nothing has changed then.
+            RuntimeError: the norm of the gradients is not finite, and `error_if_nonfinite` was asked for; or a CUDA
+                graph is being captured without `capturable=True`, or without a step before it.
         """
         loss = None
         if closure is not None:
@@ -101,33 +123,44 @@ class MomentOptimizer(Optimizer):
         return loss
 
     def _step(self) -> None:
-        # A dict, because a group may name a parameter twice (torch only warns): two updates in one launch would race.
-        group_of = {
-            param: group_index
-            for group_index, group in enumerate(self.param_groups)
-            for param in group["params"]
-            if param.grad is not None
-        }
-        due = [(param, checked_gradient(param), group_index) for param, group_index in group_of.items()]
-        rows: dict[tuple[int, int], int] = {}
-        for param, _, group_index in due:
-            state = self.state.get(param)
-            problem = misfit(state, param) if state else None
-            if problem is not None:
-                raise ValueError(problem)
-            rows.setdefault((group_index, state["step"] + 1 if state else 1), len(rows))
-        scalars = [self._scalars(group_index, step) for group_index, step in rows]
-        keys = [random_key(self.param_groups[group_index]["seed"], step) for group_index, step in rows]
+        control = StepControl(
+            check_one_element(getattr(self, "grad_scale", None), "grad_scale"),
+            check_one_element(getattr(self, "found_inf", None), "found_inf"),
+            check_max_grad_norm(self.max_grad_norm),
+        )
+        planned = None if self._plan is None else self._plan.next(self.param_groups, self.state, control)
+        assembly = planned or self._assembled(control)
+        if self._sums is not None:
+            self._sums.begin(assembly.owners, control.grad_scale)
+        result = self._stepper.run(assembly.work, control, self.options.error_if_nonfinite, self._sums)
+        self.grad_norm = result.grad_norm
+        if self._sums is not None:
+            self._sums.end(not result.taken if result.skipped is None else result.skipped)
+        self._advance(assembly, result)
+        if planned is None:
+            self._plan = plan_of(assembly, result.launches, self.param_groups, self.state)
+
+    def _advance(self, assembly: Assembly, result: StepResult) -> None:
+        if result.taken:
+            for state in assembly.host_states:
+                state["step"] += 1
+            self._warn_if_frozen(assembly.places, assembly.rows.scalars)
+
+    def _step_one(self, param: Tensor, group_index: int, grad_scale: Tensor | None) -> None:
+        control = StepControl(grad_scale)
+        assembly = self._assembled(control, {param: group_index})
+        self._plan = None  # its launches may serve this step
+        self._advance(assembly, self._stepper.run(assembly.work, control))
+
+    def _assembled(self, control: StepControl, only: dict[Tensor, int] | None = None) -> Assembly:
+        due = due_params(self.param_groups, self.state, control, only)
+        places = host_places(due.of_host, self.state)
+        rows = rows_of(places, self.param_groups)
         # Whatever the user may have got wrong has been refused by now; from here on things change.
-        self._create_states([(param, group_index) for param, _, group_index in due if not self.state[param]])
-        steps = []
-        for param, grad, group_index in due:
-            state = self.state[param]
-            state["step"] += 1
-            row = rows[group_index, state["step"]]
-            steps.append(tensor_step(param, grad, state, row, self.param_groups[group_index]["weight_rounding"]))
-        self._stepper.run(steps, scalars, keys)
-        self._warn_if_frozen(rows, scalars)
+        self._create_states([(param, group_index) for param, _, group_index in due.all if not self.state[param]])
+        work = work_of(due, self.state, self.param_groups, places, rows, self.options.norm_process_group)
+        owners = owners_of(due, work, self.param_groups) if self.options.telemetry else []
+        return Assembly(work, places, rows, [self.state[param] for param, _, _ in due.of_host], owners)
 
     def _warn_if_frozen(self, rows: dict[tuple[int, int], int], scalars: list[StepScalars]) -> None:
         for (group_index, step), row in rows.items():
@@ -140,22 +173,8 @@ class MomentOptimizer(Optimizer):
                     f"At step {step} with betas[1]={as_float(group['betas'][1], 'betas[1]')} the second moments of "
                     f"param_groups[{group_index}] are frozen: from here on this is momentum with fixed step sizes. If "
                     "that is not wanted, train with betas[1]=adax_triton.beta2_for_horizon(total_steps).",
-                    stacklevel=5,
+                    stacklevel=6,
                 )
-
-    def _scalars(self, group_index: int, step: int) -> StepScalars:
-        group = self.param_groups[group_index]
-        return step_scalars(
-            step=step,
-            lr=as_float(group["lr"], "lr"),
-            betas=(as_float(group["betas"][0], "betas[0]"), as_float(group["betas"][1], "betas[1]")),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            second_moment=group["second_moment"],
-            eps_placement=group["eps_placement"],
-            maximize=group["maximize"],
-        )
 
     def _create_states(self, params: list[tuple[Tensor, int]]) -> None:
         precisions = [self._precision(param, self.param_groups[group_index]) for param, group_index in params]
@@ -164,8 +183,23 @@ class MomentOptimizer(Optimizer):
             self.state[param].update(state)
 
     def _precision(self, param: Tensor, group: dict[str, Any]) -> Precision:
-        in_full = self.keep_float32 is not None and self.keep_float32(param)
+        in_full = self.options.keep_float32 is not None and self.options.keep_float32(param)
         return precision_for(param, "float32" if in_full else group["states"], group["master_weights"])
+
+    def read_telemetry(self, per_parameter: bool = False) -> StepTelemetry:
+        """Return norms and counts of the last step; the host waits for it to be done.
+
+        Where parameters are DTensors all ranks must call it, and get the numbers of the whole parameters.
+
+        Args:
+            per_parameter: whether to return those of single parameters too. Default: False.
+
+        Raises:
+            RuntimeError: the optimizer was made without `telemetry=True`, or has not stepped.
+        """
+        if self._sums is None:
+            raise RuntimeError("read_telemetry(): the optimizer was made without telemetry=True")
+        return self._sums.read(len(self.param_groups), per_parameter)
 
     def master_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Return a model's state dict with float32 weights: the masters, where this optimizer keeps them.
@@ -201,7 +235,7 @@ class MomentOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return states and groups as `torch.optim.Optimizer.state_dict` does; 16-bit words as pairs of bytes."""
-        return with_bytes(super().state_dict())
+        return with_bytes(with_numbers(super().state_dict()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the same rule; states keep their dtypes whatever the parameters'.
@@ -218,7 +252,7 @@ class MomentOptimizer(Optimizer):
         def check_and_hold(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             given = with_words(given)
             check_state_dict(given, optimizer.param_groups)
-            return {**hold_tensors(given), "param_groups": with_precision_of(optimizer.param_groups, given)}
+            return {**hold_tensors(given), "param_groups": with_own_options(optimizer.param_groups, given)}
 
         # As the last of the pre-hooks it sees what the user's own have made of the state dict.
         handle = self.register_load_state_dict_pre_hook(check_and_hold)
@@ -230,9 +264,9 @@ class MomentOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("state", {})
         super().__setstate__(state)
-        self._stepper = Stepper()
-        self.__dict__.setdefault("keep_float32", None)
-        self.__dict__.setdefault("_warned_frozen", False)
+        if "_stepper" not in self.__dict__:  # unpickled; else captured graphs read its tables
+            self._prepare()
+        self._plan = None
         for group in self.param_groups:
             for key, value in LATER_GROUP_DEFAULTS.items():
                 group.setdefault(key, value)
@@ -247,4 +281,5 @@ class MomentOptimizer(Optimizer):
             restore(values, into=self.state[param], param=param)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "keep_float32": self.keep_float32}
+        kept = {"options": self.options, "max_grad_norm": self.max_grad_norm, "grad_norm": None}
+        return {**super().__getstate__(), **kept}

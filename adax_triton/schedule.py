@@ -29,6 +29,9 @@ _EXPM1_IS_EXP = 100.0
 # The root of float32's smallest normal number. Below it a GPU takes sqrt(v) for 0, and m / (0 + eps) with a smaller eps
 # would throw a weight far away, or with one that underflowed make a never-touched weight NaN.
 _SMALLEST_EPS = 2.0**-63
+# For `DeviceSchedule`: 1 - exp(-rate t) is 1 to the last bit for the one, and w_t is 1/t for the other as AdaX's b2.
+_AT_ONCE = 1024.0
+_NO_GROWTH = 2.0**-1000
 
 
 class StepScalars(NamedTuple):
@@ -45,6 +48,33 @@ class StepScalars(NamedTuple):
     decay: float  # lr * weight_decay when decoupled, else 0
     l2: float  # weight_decay when it is part of the gradient, else 0
     grad_factor: float  # -1 to maximize, else 1
+
+
+class DeviceSchedule(NamedTuple):
+    """What a device needs to know of a parameter group to find the scalars of any step; the order is that of its table.
+
+    With `B(rate) = 1 - exp(-rate t)`, each field of `StepScalars` is one closed form of t for all rules:
+
+        step_size          lr / B(bias_rate)
+        exp_avg_sq_weight  w_t = weight_factor t^-weight_power exp(-weight_decline t) / B(weight_rate)
+        eps                max(eps + raw_eps sqrt(w_t), smallest_eps)
+        decay              lr * decoupled_decay
+    """
+
+    lr: float  # where the device has no learning rate of its own
+    bias_rate: float  # -log b1 where m is bias-corrected
+    one_minus_beta1: float
+    weight_factor: float  # adax b2, adam 1 - b2, adafactor 1
+    weight_power: float  # adafactor c
+    weight_decline: float  # adax log(1 + b2)
+    weight_rate: float  # adax log(1 + b2), adam -log b2
+    eps: float  # normalized, else 0
+    raw_eps: float  # eps / sqrt(weight_factor) when unnormalized, else 0
+    smallest_eps: float  # 0 where the user's eps is
+    decoupled_decay: float  # weight_decay when decoupled, else 0
+    l2: float  # weight_decay when it is part of the gradient, else 0
+    grad_sign: float  # -1 to maximize, else 1
+    seed: float  # of the random key, exact
 
 
 def exp_avg_sq_weight(second_moment: str, beta2: float, step: int) -> float:
@@ -74,7 +104,11 @@ def exp_avg_sq_weight(second_moment: str, beta2: float, step: int) -> float:
         return (1.0 - beta2) / one_minus_power(beta2, step)
     if second_moment == "adafactor":
         return step**-beta2
-    raise ValueError(f"Invalid second_moment: {second_moment!r}; expected one of {SECOND_MOMENTS}")
+    raise _unknown_rule(second_moment)
+
+
+def _unknown_rule(second_moment: str) -> ValueError:
+    return ValueError(f"Invalid second_moment: {second_moment!r}; expected one of {SECOND_MOMENTS}")
 
 
 def one_minus_power(beta: float, step: int) -> float:
@@ -139,3 +173,67 @@ def step_scalars(
         l2=0.0 if decoupled_weight_decay else weight_decay,
         grad_factor=-1.0 if maximize else 1.0,
     )
+
+
+def device_schedule(
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    second_moment: str,
+    eps_placement: str,
+    maximize: bool,
+    seed: int,
+) -> DeviceSchedule:
+    """Return what does not depend on the step of a group that `validate_group` has passed.
+
+    Args:
+        lr: learning rate, where the device has none of its own.
+        betas: b1, and the parameter of the rule.
+        eps: as the user gave it; see `effective_eps`.
+        weight_decay: see `step_scalars`.
+        decoupled_weight_decay: likewise.
+        second_moment: the rule, see `exp_avg_sq_weight`.
+        eps_placement: see `effective_eps`.
+        maximize: follow the gradient up.
+        seed: of the group's random bits, in [0, 2^32).
+
+    Raises:
+        ValueError: the rule is unknown.
+    """
+    beta1, beta2 = betas
+    factor, power, decline, rate = _weight_terms(second_moment, beta2)
+    normalized = eps_placement == "normalized"
+    return DeviceSchedule(
+        lr=lr,
+        bias_rate=_decay_rate(beta1) if second_moment == "adam" else _AT_ONCE,
+        one_minus_beta1=1.0 - beta1,
+        weight_factor=factor,
+        weight_power=power,
+        weight_decline=decline,
+        weight_rate=rate,
+        eps=eps if normalized else 0.0,
+        raw_eps=0.0 if normalized else eps / math.sqrt(factor),
+        smallest_eps=_SMALLEST_EPS if eps > 0.0 else 0.0,
+        decoupled_decay=weight_decay if decoupled_weight_decay else 0.0,
+        l2=0.0 if decoupled_weight_decay else weight_decay,
+        grad_sign=-1.0 if maximize else 1.0,
+        seed=float(seed),
+    )
+
+
+def _weight_terms(second_moment: str, beta2: float) -> tuple[float, float, float, float]:
+    if second_moment == "adax":
+        growth = beta2 or _NO_GROWTH
+        return growth, 0.0, math.log1p(growth), math.log1p(growth)
+    if second_moment == "adam":
+        return 1.0 - beta2, 0.0, 0.0, _decay_rate(beta2)
+    if second_moment == "adafactor":
+        return 1.0, beta2, 0.0, _AT_ONCE
+    raise _unknown_rule(second_moment)
+
+
+def _decay_rate(beta: float) -> float:
+    return -math.log(beta) if beta > 0.0 else _AT_ONCE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -109,6 +109,15 @@ def _offsets(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, .
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return compute_local_shape_and_global_offset(shape, mesh, placements)[1]
+
+
+def shard_groups(param: Tensor) -> tuple[Any, ...]:
+    """Return the process groups over which a parameter is sharded, not replicated; none for a plain tensor."""
+    whole = _as_dtensor(param)
+    if whole is None:
+        return ()
+    mesh, placements = whole.device_mesh, whole.placements
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
 
 
 def splits_groups(param: Tensor) -> bool:

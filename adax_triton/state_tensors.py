@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .flat_buffer import FlatBuffer
 from .precision import HALF_DTYPES, Layout, Precision, precision_of, state_layouts
-from .sharding import first_element, is_sharded, local, local_gradient, sharded_like
+from .sharding import first_element, is_sharded, local, local_gradient, shard_groups, sharded_like
 from .tensor_step import TensorStep
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -73,7 +73,7 @@ def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
 
 
 def tensor_step(
-    param: Tensor, grad: Tensor, state: Mapping[str, Any], scalar_row: int, weight_rounding: str
+    param: Tensor, grad: Tensor, state: Mapping[str, Any], scalar_row: int, group: Mapping[str, Any]
 ) -> TensorStep:
     """Return one parameter's share of a step, on the tensors of this rank."""
     master, group_exponents = state.get("master"), state.get("group_exponents")
@@ -86,7 +86,8 @@ def tensor_step(
         precision_of(state).states,
         None if master is None else local(master),
         None if group_exponents is None else local(group_exponents),
-        weight_rounding == "stochastic" and master is None and param.dtype == torch.bfloat16,
+        group["weight_rounding"] == "stochastic" and master is None and param.dtype == torch.bfloat16,
         first_element(param),
+        shard_groups(param),
     )
     return step.mapped(torch.view_as_real) if param.is_complex() else step

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .compact import GROUP
 from .flat_buffer import is_dense, memory_run
 from .precision import is_compact
 
@@ -21,6 +22,7 @@ class TensorStep(NamedTuple):
     group_exponents: of the codes.
     stochastic: round the parameter itself stochastically.
     first_element: its index in the whole parameter, of which this may be a shard.
+    process_groups: over which the squares of the gradient are summed for its norm.
     """
 
     param: Tensor
@@ -33,6 +35,7 @@ class TensorStep(NamedTuple):
     group_exponents: Tensor | None = None
     stochastic: bool = False
     first_element: int = 0
+    process_groups: tuple[Any, ...] = ()
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -55,6 +58,14 @@ class TensorStep(NamedTuple):
         param, grad, exp_avg, exp_avg_sq = map(function, self.tensors)
         master = None if self.master is None else function(self.master)
         return self._replace(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, master=master)
+
+    def part(self, start: int, end: int) -> TensorStep:
+        """Return this step on a range of the elements of 1-D tensors; beside codes it starts with a group of them."""
+        exponents = self.group_exponents
+        if exponents is not None:
+            exponents = exponents.view(-1)[start // GROUP : -(-end // GROUP)]
+        part = self.mapped(lambda tensor: tensor[start:end])
+        return part._replace(first_element=self.first_element + start, group_exponents=exponents)
 
     def as_runs(self) -> TensorStep:
         """Return this step on 1-D views in the order of memory; the tensors must be laid out alike."""

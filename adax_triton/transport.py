@@ -1,7 +1,8 @@
-"""State dicts carry 16-bit words as pairs of bytes, for neither NCCL nor Gloo sends int16."""
+"""What state dicts carry: 16-bit words as pairs of bytes, for neither NCCL nor Gloo sends int16; counts as numbers."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,19 @@ def with_bytes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 def with_words(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict in which what `with_bytes` made of int16 tensors is int16 again, on the same memory."""
     return _with_states(state_dict, _state_with_words)
+
+
+def with_numbers(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict whose step counts are Python ints; the host waits for those that lie on a device."""
+    states = [state for state in state_dict["state"].values() if isinstance(state.get("step"), Tensor)]
+    by_device: dict[torch.device, list[Mapping[str, Any]]] = defaultdict(list)
+    for state in states:
+        by_device[state["step"].device].append(state)
+    numbers: dict[int, int] = {}
+    for some in by_device.values():
+        counts = torch.stack([state["step"] for state in some]).tolist()
+        numbers |= {id(state): count for state, count in zip(some, counts, strict=True)}
+    return _with_states(state_dict, lambda state: {**state, "step": numbers.get(id(state), state.get("step"))})
 
 
 def _with_states(

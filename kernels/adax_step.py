@@ -14,45 +14,17 @@ import triton.language as tl
 from .compact import GROUP, decode_moments, encode_moments
 from .launch import current_backend, launch_shape
 from .rounding import differ, join_master, random_bits, round_to_bfloat16, split_master
+from .telemetry import TELEMETRY_COLUMNS, tile_sums
 from .variants import StepVariant
 
 # Addresses of param, grad, exp_avg, exp_avg_sq, master, group_exponents; first_element; numel; scalar row.
 TENSOR_COLUMNS = tl.constexpr(9)
-# step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor; two words of the random key.
-SCALAR_COLUMNS = tl.constexpr(9)
+# step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor; two words of the random key; skip.
+SCALAR_COLUMNS = tl.constexpr(10)
 
 
 @triton.jit
-def _update_tile(
-    arrays,
-    scalars_ptr,
-    offsets,
-    mask,
-    groups,
-    group_mask,
-    first_index,
-    PARAM_DTYPE: tl.constexpr,
-    STATES: tl.constexpr,
-    MASTER_DTYPE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    SETTLED: tl.constexpr,
-    AXIS: tl.constexpr,
-):
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr = arrays
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
-    if MASTER_DTYPE != tl.float32:
-        param = tl.load(param_ptr + offsets, mask=mask, other=0.0)
-    if MASTER_DTYPE is not None:
-        master = tl.load(master_ptr + offsets, mask=mask, other=0)
-        param = master if MASTER_DTYPE == tl.float32 else join_master(param, master)
-    param = param.to(tl.float32)
-    exp_avg_stored = tl.load(exp_avg_ptr + offsets, mask=mask, other=0)
-    exp_avg_sq_stored = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0)
-    if STATES == "low" or STATES == "lowest":
-        exponents = tl.load(group_exponents_ptr + groups, mask=group_mask, other=0).to(tl.uint32)
-        exp_avg, exp_avg_sq = decode_moments(exp_avg_stored, exp_avg_sq_stored, exponents, STATES)
-    else:
-        exp_avg, exp_avg_sq = exp_avg_stored.to(tl.float32), exp_avg_sq_stored.to(tl.float32)
+def _scalars(scalars_ptr):
     step_size = tl.load(scalars_ptr)
     one_minus_beta1 = tl.load(scalars_ptr + 1)
     exp_avg_sq_weight = tl.load(scalars_ptr + 2)
@@ -62,8 +34,56 @@ def _update_tile(
     grad_factor = tl.load(scalars_ptr + 6)
     key0 = tl.load(scalars_ptr + 7).to(tl.uint32, bitcast=True)
     key1 = tl.load(scalars_ptr + 8).to(tl.uint32, bitcast=True)
+    return step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor, key0, key1
 
-    grad = grad.to(tl.float32) * grad_factor + param * l2
+
+@triton.jit
+def _stored(param, master, MASTER_DTYPE: tl.constexpr):
+    if MASTER_DTYPE is None:
+        return param.to(tl.float32)
+    elif MASTER_DTYPE == tl.float32:
+        return master
+    else:
+        return join_master(param, master)
+
+
+@triton.jit
+def _update_tile(
+    arrays,
+    scalars_ptr,
+    offsets,
+    groups,
+    end,
+    first_index,
+    PARAM_DTYPE: tl.constexpr,
+    STATES: tl.constexpr,
+    MASTER_DTYPE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SETTLED: tl.constexpr,
+    TELEMETRY: tl.constexpr,
+    AXIS: tl.constexpr,
+):
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr = arrays
+    mask = offsets < end
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
+    if MASTER_DTYPE != tl.float32:
+        param = tl.load(param_ptr + offsets, mask=mask, other=0.0)
+    master = None
+    if MASTER_DTYPE is not None:
+        master = tl.load(master_ptr + offsets, mask=mask, other=0)
+        param = master if MASTER_DTYPE == tl.float32 else join_master(param, master)
+    param = param.to(tl.float32)
+    exp_avg_stored = tl.load(exp_avg_ptr + offsets, mask=mask, other=0)
+    exp_avg_sq_stored = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0)
+    if STATES == "low" or STATES == "lowest":
+        exponents = tl.load(group_exponents_ptr + groups, mask=groups * GROUP < end, other=0).to(tl.uint32)
+        exp_avg, exp_avg_sq = decode_moments(exp_avg_stored, exp_avg_sq_stored, exponents, STATES)
+    else:
+        exp_avg, exp_avg_sq = exp_avg_stored.to(tl.float32), exp_avg_sq_stored.to(tl.float32)
+    step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor, key0, key1 = _scalars(scalars_ptr)
+
+    given_grad, given_param = grad.to(tl.float32), param
+    grad = given_grad * grad_factor + param * l2
     exp_avg += (grad - exp_avg) * one_minus_beta1
     exp_avg_sq += (grad * grad - exp_avg_sq) * exp_avg_sq_weight
     param -= param * decay + exp_avg / (tl.sqrt(exp_avg_sq) + eps) * step_size
@@ -81,17 +101,27 @@ def _update_tile(
     elif STOCHASTIC:
         param = round_to_bfloat16(param, random & 0xFFFF)
 
-    tl.store(param_ptr + offsets, param.to(PARAM_DTYPE), mask=mask)
+    # The flag comes last, and masks only the stores: loads would wait for it.
+    written_end = tl.where(tl.load(scalars_ptr + 9) == 0.0, end, 0)
+    written = offsets < written_end
+    param = param.to(PARAM_DTYPE)
+    tl.store(param_ptr + offsets, param, mask=written)
     if MASTER_DTYPE is not None:
-        tl.store(master_ptr + offsets, master, mask=mask)
-    tl.store(exp_avg_ptr + offsets, exp_avg, mask=mask)
+        tl.store(master_ptr + offsets, master, mask=written)
+    tl.store(exp_avg_ptr + offsets, exp_avg, mask=written)
     if STATES == "low" or STATES == "lowest":
         exponents = exponents.to(group_exponents_ptr.dtype.element_ty)
-        tl.store(group_exponents_ptr + groups, exponents, mask=group_mask)
+        tl.store(group_exponents_ptr + groups, exponents, mask=groups * GROUP < written_end)
+    exp_avg_sq_written = written
     if SETTLED:
         changed = differ(exp_avg_sq, exp_avg_sq_stored).to(tl.int32)
-        mask = mask & (tl.max(changed, axis=AXIS, keep_dims=True) > 0)
-    tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=mask)
+        exp_avg_sq_written = written & (tl.max(changed, axis=AXIS, keep_dims=True) > 0)
+    tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=exp_avg_sq_written)
+    if TELEMETRY:
+        stored_param = _stored(param, master, MASTER_DTYPE)
+        return tile_sums(given_grad, given_param, tl.where(written, stored_param, given_param), mask)
+    else:
+        return 0.0, 0.0, 0.0, 0.0, 0.0
 
 
 @triton.jit
@@ -118,6 +148,7 @@ def adax_step_kernel(
     tensors_ptr,
     chunks_ptr,
     scalars_ptr,
+    chunk_sums_ptr,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     STATES: tl.constexpr,
@@ -126,6 +157,7 @@ def adax_step_kernel(
     MASTER_DTYPE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     SETTLED: tl.constexpr,
+    TELEMETRY: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     VECTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -163,37 +195,50 @@ def adax_step_kernel(
     tail = tiles_end + tl.arange(0, UNIT)
     tail_group = tiles_end // GROUP + tl.arange(0, 1)
     arrays = (param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr)
-    _update_tile(
+    grad_sum, update_sum, param_sum, unchanged, not_finite = _update_tile(
         arrays,
         scalars_ptr,
         offsets,
-        offsets < tiles_end,
         groups,
-        groups * GROUP < tiles_end,
+        tiles_end,
         first_index,
         PARAM_DTYPE,
         STATES,
         MASTER_DTYPE,
         STOCHASTIC,
         SETTLED,
+        TELEMETRY,
         1 if GROUPED else 0,
     )
     if tiles_end != remaining:
-        _update_tile(
+        more = _update_tile(
             arrays,
             scalars_ptr,
             tail,
-            tail < remaining,
             tail_group,
-            tail_group >= 0,
+            remaining,
             first_index,
             PARAM_DTYPE,
             STATES,
             MASTER_DTYPE,
             STOCHASTIC,
             SETTLED,
+            TELEMETRY,
             0,
         )
+        if TELEMETRY:
+            grad_sum += more[0]
+            update_sum += more[1]
+            param_sum += more[2]
+            unchanged += more[3]
+            not_finite += more[4]
+    if TELEMETRY:
+        chunk_sums_ptr += tl.program_id(0) * TELEMETRY_COLUMNS
+        tl.store(chunk_sums_ptr, grad_sum)
+        tl.store(chunk_sums_ptr + 1, update_sum)
+        tl.store(chunk_sums_ptr + 2, param_sum)
+        tl.store(chunk_sums_ptr + 3, unchanged)
+        tl.store(chunk_sums_ptr + 4, not_finite)
 
 
 def chunk_size() -> int:
@@ -201,7 +246,13 @@ def chunk_size() -> int:
     return launch_shape(current_backend()).chunk_size
 
 
-def adax_step(tensors: torch.Tensor, chunks: torch.Tensor, scalars: torch.Tensor, variant: StepVariant) -> None:
+def adax_step(
+    tensors: torch.Tensor,
+    chunks: torch.Tensor,
+    scalars: torch.Tensor,
+    variant: StepVariant,
+    chunk_sums: torch.Tensor | None = None,
+) -> None:
     """Apply one update to every tensor of a table, in place and in one launch.
 
     The update is that of `adax_triton.reference.adax_update`, in float32 arithmetic.
@@ -211,9 +262,11 @@ def adax_step(tensors: torch.Tensor, chunks: torch.Tensor, scalars: torch.Tensor
             exponents (0 where there are none); the index of the first element in its parameter, for the random bits;
             the number of elements; and the row of `scalars`. The arrays are contiguous.
         chunks: (programs,) int64: `tensor << 32 | chunk` for each run of `chunk_size()` elements of each tensor.
-        scalars: (rows, 9) float32: the fields of `StepScalars` in order, and the bits of the two words of the random
-            key.
+        scalars: (rows, 10) float32: the fields of `StepScalars` in order, the bits of the two words of the random
+            key, and `skip`: where it is not 0, nothing is written.
         variant: what all tensors of the table have in common.
+        chunk_sums: (programs, 5) float32, written by a variant with telemetry: what `telemetry.tile_sums` finds in each
+            chunk.
 
     The caller keeps every tensor behind an address alive until the launch is enqueued.
     """
@@ -226,6 +279,7 @@ def adax_step(tensors: torch.Tensor, chunks: torch.Tensor, scalars: torch.Tensor
             tensors,
             chunks,
             scalars,
+            chunk_sums,
             **variant.constants(shape),
             num_warps=shape.num_warps,
         )

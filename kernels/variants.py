@@ -36,6 +36,7 @@ class StepVariant(NamedTuple):
             is read instead of the parameter.
         stochastic: round the parameters themselves stochastically; bfloat16 without a master.
         settled: write second moments only where one in a group of 32 has changed.
+        telemetry: write the sums of each chunk, see `telemetry.tile_sums`.
         aligned: every address is a multiple of 16 bytes.
     """
 
@@ -45,6 +46,7 @@ class StepVariant(NamedTuple):
     master: str | None = None
     stochastic: bool = False
     settled: bool = False
+    telemetry: bool = False
     aligned: bool = True
 
     def constants(self, shape: LaunchShape) -> dict[str, Any]:
@@ -62,6 +64,7 @@ class StepVariant(NamedTuple):
             "MASTER_DTYPE": master_dtype,
             "STOCHASTIC": self.stochastic,
             "SETTLED": self.settled,
+            "TELEMETRY": self.telemetry,
             "CHUNK_SIZE": shape.chunk_size,
             # 16 bytes is the widest access.
             "VECTOR": min(128 // widest, shape.elements_per_thread),

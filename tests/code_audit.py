@@ -87,6 +87,13 @@ def step_variants() -> list[StepVariant]:
             StepVariant(fp16, fp16, states, "float32", settled=settled),
         ]
         variants += [variant._replace(aligned=False) for variant in variants[-6:] if not settled]
+    for states in STATES:
+        variants += [
+            StepVariant(fp32, fp32, states, telemetry=True),
+            StepVariant(bf16, bf16, states, stochastic=True, telemetry=True),
+            StepVariant(bf16, bf16, states, "int8", telemetry=True),
+            StepVariant(fp16, fp16, states, "float32", telemetry=True),
+        ]
     return sorted(set(variants), key=variants.index)
 
 
@@ -103,9 +110,9 @@ def record_launches(variant: StepVariant) -> list[Launch]:
 
     triton.knobs.runtime.jit_cache_hook = record
     for tensors, chunks, value in ((1, 1, 0.0), (1, 16, 1.0), (2, 3, 1e-3), (16, 4096, float("nan"))):
-        adax_step(
-            torch.full((tensors, 9), 16 * tensors), torch.arange(chunks), torch.full((tensors, 9), value), variant
-        )
+        chunk_sums = torch.zeros(chunks, 5) if variant.telemetry else None
+        tables = torch.full((tensors, 9), 16 * tensors), torch.arange(chunks), torch.full((tensors, 10), value)
+        adax_step(*tables, variant, chunk_sums)
     return launches
 
 
@@ -127,7 +134,7 @@ def read_accesses(code: str) -> list[tuple[str, str, str, int]]:
     source line to which the compiler ascribes the access.
     """
     source = Path(inspect.getsourcefile(adax_step_kernel.fn)).read_text().splitlines()
-    calls = [number for number, line in enumerate(source, start=1) if re.match(r"\s+_update_tile\(", line)]
+    calls = [number for number, line in enumerate(source, start=1) if re.match(r"\s+(?:.* = )?_update_tile\(", line)]
     assert len(calls) == 2, "one call for the tile, then one for the tail"
     accesses = []
     location = None

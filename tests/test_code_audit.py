@@ -60,12 +60,14 @@ def audit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Facts
 
 def variant_name(facts: Facts) -> str:
     words = [NAMES[facts["param_dtype"]], NAMES[facts["grad_dtype"]], facts["states"], facts["master"] or "alone"]
-    words += [name for name in ("stochastic", "settled") if facts[name]]
+    words += [name for name in ("stochastic", "settled", "telemetry") if facts[name]]
     return "-".join([*words, "aligned" if facts["aligned"] else "unaligned"])
 
 
 def is_plain(facts: Facts) -> bool:
-    return facts["states"] == "float32" and not (facts["master"] or facts["stochastic"] or facts["settled"])
+    return facts["states"] == "float32" and not any(
+        facts[name] for name in ("master", "stochastic", "settled", "telemetry")
+    )
 
 
 def has_codes(facts: Facts) -> bool:
@@ -136,6 +138,8 @@ def test_every_variant_is_compiled(audit: dict[str, dict[str, Facts]], target: s
         for pair, master in (*kept, *masters):
             endings = ("aligned", "unaligned", "settled-aligned")
             expected |= {f"{pair}-{states}-{master}-{ending}" for ending in endings}
+        for pair, master in (kept[0], kept[2], *masters[1:]):
+            expected.add(f"{pair}-{states}-{master}-telemetry-aligned")
     assert set(audit[target]) == expected
 
 

@@ -1,4 +1,4 @@
-"""Flat storage: where its views lie, what stays zero, and the tables by which a launch finds its tensors."""
+"""Flat storage: where its views lie, and what stays zero."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adax_triton.flat_buffer import ALIGNMENT, AddressTable, FlatBuffer, chunk_table, is_dense, memory_run
+from adax_triton.flat_buffer import ALIGNMENT, FlatBuffer, is_dense, memory_run
 
 SHAPES = [(1,), (), (127,), (128,), (129,), (0,), (3, 5, 7), (2, 0, 4), (1000,)]
 
@@ -148,48 +148,3 @@ def test_flatten_refuses_two_dtypes_and_moves_nothing() -> None:
     with pytest.raises(ValueError, match="one dtype"):
         FlatBuffer.flatten(params)
     assert [param.data_ptr() for param in params] == addresses
-
-
-@pytest.mark.parametrize("numels", [[], [0], [1], [8], [9], [7, 0, 8, 17, 1], [0, 0, 24]], ids=str)
-def test_chunk_table_agrees_with_a_plain_loop(numels: list[int]) -> None:
-    expected = []
-    for tensor, numel in enumerate(numels):
-        for chunk, _ in enumerate(range(0, numel, 8)):
-            expected.append(tensor * 2**32 + chunk)
-    assert torch.equal(chunk_table(numels, 8), torch.tensor(expected, dtype=torch.int64))
-
-
-def test_chunk_table_holds_chunks_past_2_31_elements() -> None:
-    assert chunk_table([3, 2**31 + 1], 2048)[-1].item() == (1 << 32) + 2**20
-
-
-class CountingTable(AddressTable):
-    """Counts its uploads."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"), chunk_size=8)
-        self.uploads = 0
-
-    def upload(self, host: Tensor) -> Tensor:
-        self.uploads += 1
-        return super().upload(host)
-
-
-@pytest.mark.parametrize(
-    ("rows", "numels", "uploads"),
-    [([(1, 2, 9), (3, 4, 5)], [9, 5], 0), ([(1, 8, 9), (3, 4, 5)], [9, 5], 1), ([(1, 2, 9), (3, 4, 8)], [9, 8], 2)],
-    ids=["nothing-changed", "address-changed", "numel-changed"],
-)
-def test_refresh_uploads_only_what_changed(rows: list[tuple[int, ...]], numels: list[int], uploads: int) -> None:
-    table = CountingTable()
-    table.refresh([(1, 2, 9), (3, 4, 5)], [9, 5])
-    table.uploads = 0
-    table.refresh(rows, numels)
-    assert table.uploads == uploads
-
-
-def test_refreshed_tables_hold_rows_and_chunks() -> None:
-    table = AddressTable(torch.device("cpu"), chunk_size=8)
-    table.refresh([(1, 2, 9)], [9])
-    table.refresh([(3, 4, 17), (2**62, 6, 1)], [17, 1])
-    assert (table.tensors.tolist(), table.chunks.tolist()) == ([[3, 4, 17], [2**62, 6, 1]], [0, 1, 2, 2**32])

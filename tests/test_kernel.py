@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton import AdaX
-from adax_triton.backends import Stepper
-from adax_triton.flat_buffer import chunk_table
+from adax_triton.backends import Stepper, Work
+from adax_triton.device_tables import chunk_table
+from adax_triton.pytorch_steps import HostRows
 from adax_triton.reference import adax_update
 from adax_triton.schedule import StepScalars, step_scalars
 from adax_triton.tensor_step import TensorStep
@@ -69,7 +70,7 @@ def launch(
     step_module.adax_step(
         torch.tensor(table, device=device),
         chunk_table([quad.param.numel() for quad in quads], CHUNK).to(device),
-        torch.tensor([(*row, 0.0, 0.0) for row in scalars], dtype=torch.float32, device=device),
+        torch.tensor([(*row, 0.0, 0.0, 0.0) for row in scalars], dtype=torch.float32, device=device),
         StepVariant(quads[0].param.dtype, quads[0].grad.dtype, aligned=aligned),
     )
 
@@ -228,7 +229,7 @@ def test_elements_past_a_power_of_two_are_addressed(exponent: int, dtype: str, d
     step_module.adax_step(
         torch.tensor([[0] * 9, [*addresses, 0, 0, 0, start + 1001, 0]], device=device),
         torch.tensor([(1 << 32) + chunk], device=device),
-        torch.tensor([(*SCALARS, 0.0, 0.0)], device=device),
+        torch.tensor([(*SCALARS, 0.0, 0.0, 0.0)], device=device),
         StepVariant(DTYPES[dtype], DTYPES[dtype]),
     )
     assert_as_accurate_as_torch(quad, before)
@@ -264,7 +265,8 @@ def test_launch_is_told_of_an_unaligned_address(
     quad = random_quad(10, device)
     if unaligned:
         quad = quad._replace(**{unaligned: getattr(quad, unaligned)[1:]})
-    Stepper().run([TensorStep(*(tensor[:9] for tensor in quad), 0)], [SCALARS], [(0, 0)])
+    rows = HostRows([SCALARS], [(0, 0)])
+    Stepper().run(Work([TensorStep(*(tensor[:9] for tensor in quad), 0)], rows, [], rows))
     assert [variant.aligned for variant in launches] == [unaligned is None]
 
 

@@ -10,13 +10,31 @@ FOLDERS = {"adax_triton": "adax_triton", "kernels": "adax_triton.kernels", "inte
 FRAMEWORKS = {"deepspeed", "transformers", "accelerate", "lightning", "pytorch_lightning"}
 # What a module of the package may import of the package; what is missing here may import nothing of ours.
 ALLOWED = {
-    "adax_triton": {"conversion", "flat_buffer", "horizon", "optimizer", "reference", "schedule", "version"},
-    "adax_triton.optimizer": {"moment_optimizer"},
-    "adax_triton.moment_optimizer": {
-        *("", "master_weights", "backends", "checkpoint", "horizon", "hyperparameters", "parameters", "precision"),
-        *("rounding", "schedule", "state_tensors", "transport"),
+    "adax_triton": {
+        *("adam", "conversion", "flat_buffer", "horizon", "optimizer", "reference", "schedule", "telemetry"),
+        *("telemetry_logging", "version"),
     },
-    "adax_triton.backends": {"cpu", "flat_buffer", "schedule", "tensor_step", "kernels"},
+    "adax_triton.adam": {"control", "moment_optimizer"},
+    "adax_triton.optimizer": {"control", "moment_optimizer"},
+    "adax_triton.moment_optimizer": {
+        *("", "master_weights", "backends", "checkpoint", "control", "horizon", "hyperparameters", "parameters"),
+        *("precision", "schedule", "state_tensors", "step_plan", "step_work", "telemetry", "transport"),
+    },
+    "adax_triton.backends": {
+        *("control", "cpu", "device_scalars", "device_tables", "gradient_norm", "launches", "pytorch_steps"),
+        *("schedule", "telemetry", "tensor_step", "kernels"),
+    },
+    "adax_triton.device_scalars": {"control", "device_tables", "hyperparameters", "schedule", "kernels"},
+    "adax_triton.gradient_norm": {"launches", "tensor_step"},
+    "adax_triton.launches": {"device_tables", "schedule", "telemetry", "tensor_step", "kernels"},
+    "adax_triton.pytorch_steps": {"control", "cpu", "schedule", "stored", "tensor_step"},
+    "adax_triton.step_plan": {"backends", "control", "device_tables", "launches", "pytorch_steps", "step_work"},
+    "adax_triton.step_work": {
+        *("backends", "control", "device_scalars", "device_tables", "hyperparameters", "parameters", "pytorch_steps"),
+        *("rounding", "schedule", "state_tensors", "telemetry", "tensor_step"),
+    },
+    "adax_triton.telemetry": {"device_tables", "kernels"},
+    "adax_triton.telemetry_logging": {"moment_optimizer", "telemetry"},
     "adax_triton.checkpoint": {
         *("compact", "flat_buffer", "precision", "sharding", "state_tensors", "stored"),
     },
@@ -29,11 +47,15 @@ ALLOWED = {
     "adax_triton.state_tensors": {"flat_buffer", "precision", "sharding", "tensor_step"},
     "adax_triton.stored": {"compact", "reference", "rounding", "schedule"},
     "adax_triton.transport": {"sharding"},
-    "adax_triton.tensor_step": {"flat_buffer", "precision"},
+    "adax_triton.tensor_step": {"compact", "flat_buffer", "precision"},
     "adax_triton.horizon": {"schedule"},
     "adax_triton.conversion": {"hyperparameters", "schedule"},
     "adax_triton.cpu": {"compact", "reference", "schedule", "stored", "tensor_step"},
-    "adax_triton.kernels.adax_step": {"kernels.compact", "kernels.launch", "kernels.rounding", "kernels.variants"},
+    "adax_triton.kernels.adax_step": {
+        *("kernels.compact", "kernels.launch", "kernels.rounding", "kernels.telemetry", "kernels.variants"),
+    },
+    "adax_triton.kernels.grad_stats": {"kernels.adax_step", "kernels.launch", "kernels.variants"},
+    "adax_triton.kernels.schedule": {"kernels.adax_step", "kernels.rounding"},
     "adax_triton.kernels.compact": {"kernels.rounding"},
     "adax_triton.kernels.variants": {"kernels.launch"},
     "adax_triton.doctor": {"backends", "optimizer", "precision", "reference", "schedule", "integrations"},

@@ -16,6 +16,7 @@ from adax_triton.cpu import COMPILE_FROM_NUMEL, EAGER_CHUNK, GATHERED_NUMEL
 from adax_triton.flat_buffer import is_dense
 from adax_triton.precision import STATES, Precision, state_bytes
 from adax_triton.reference import adax_update
+from adax_triton.step_work import scalars_of
 from adax_triton.stored import load_master, load_moments
 
 
@@ -159,7 +160,7 @@ def test_step_is_as_accurate_as_its_formats(mode: Mode, backend: torch.device) -
         param.grad = gradient(name, 4, param)
         values = (weights(optimizer, param), param.grad)
         before[name] = [*map(rows_of_32, values), *decoded(optimizer.state[param])]
-    scalars = optimizer._scalars(0, 4)._asdict()
+    scalars = scalars_of(optimizer.param_groups[0], 4)._asdict()
     optimizer.step()
     for name, param in params.items():
         states = mode.states if param.numel() >= 4096 else "float32"

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton import AdaX
-from adax_triton.backends import Stepper
+from adax_triton.backends import Stepper, Work, uses_kernel
 from adax_triton.flat_buffer import is_dense
 from adax_triton.precision import STATES
+from adax_triton.pytorch_steps import HostRows
 from adax_triton.rounding import random_key
 from adax_triton.schedule import StepScalars
 from adax_triton.stored import load_master, load_moments
@@ -132,7 +133,9 @@ def test_part_of_a_parameter_is_stepped_as_it_is_within_the_whole(states: str, b
         ]
         exponents = state["group_exponents"][start // 32 : end // 32].clone() if "group_exponents" in state else None
         step = TensorStep(*tensors, 0, states, None, exponents, stochastic=True, first_element=start)
-        Stepper().run([step], [scalars], [random_key(3, 2)])
+        rows = HostRows([scalars], [random_key(3, 2)])
+        by_kernel = uses_kernel(param.device, param.dtype)
+        Stepper().run(Work([step] if by_kernel else [], rows, [] if by_kernel else [step], rows))
         found.append(step)
     for index in (0, 2, 3):
         whole = found[0].tensors[index]

@@ -24,7 +24,7 @@ from adax_triton.kernels import adax_step as step_module
 from adax_triton.kernels.launch import current_backend, is_interpreted, launch_shape
 from adax_triton.kernels.variants import StepVariant
 
-from adax_triton.flat_buffer import chunk_table
+from adax_triton.device_tables import chunk_table
 
 every_class = pytest.mark.parametrize("optimizer_class", (AdaX, AdaXW, Adam, AdamW), ids=lambda each: each.__name__)
 HALF, WIDE = torch.float16, torch.float64
@@ -167,7 +167,7 @@ def launch(param: Tensor, grad: Tensor, state: dict[str, Any], variant: StepVari
     step_module.adax_step(
         torch.tensor([[*addresses, 0, param.numel(), 0]], device=param.device),
         chunk_table([param.numel()], launch_shape(current_backend()).chunk_size).to(param.device),
-        torch.cat([torch.tensor([scalars]), words], dim=1).to(param.device),
+        torch.cat([torch.tensor([scalars]), words, torch.zeros(1, 1)], dim=1).to(param.device),
         variant,
     )
 

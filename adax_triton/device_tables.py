@@ -1,0 +1,180 @@
+"""Small tables that the host fills and kernels read, such as those by which one launch reaches any tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK_BITS = 32
+UNPREPARED = (
+    "step(): a CUDA graph is being captured without a step of the same parameters before it; take one step outside of "
+    "the capture, and one between two captures"
+)
+
+
+class DeviceTable:
+    """A tensor that is uploaded when its content changes, without the host waiting and without a new allocation.
+
+    While a CUDA graph is captured the upload becomes part of the graph and reads its block of pinned memory at each
+    replay; that block is kept for it, and what the graph says does not change with later steps.
+
+    Args:
+        device: where kernels read it.
+
+    Attributes:
+        tensor: the content on the device; another tensor only for another shape, and around a capture.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._content: Any = None
+        self._blocks: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._spare: Tensor | None = None
+        self._captured: list[tuple[Tensor, Tensor]] = []
+        self.tensor = torch.empty(0, device=device)
+
+    def set(self, content: Any, build: Callable[[Any], Tensor]) -> Tensor:
+        """Make the table hold `build(content)`, a CPU tensor, and return it on the device.
+
+        Args:
+            content: compared with the last one; the table keeps it, so it must not be changed afterwards.
+            build: called if the content is another one.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and no step of the same tensors went before.
+        """
+        capturing = is_capturing(self._device)
+        if capturing or content != self._content:
+            self._upload(build(content), capturing)
+            self._content = None if capturing else content
+        return self.tensor
+
+    def forget(self) -> None:
+        """Have the next `set` upload; for who writes into `tensor` on the device."""
+        self._content = None
+
+    def _upload(self, host: Tensor, capturing: bool) -> None:
+        # Replays write the table that they read; it is theirs alone.
+        replayed = any(self.tensor is table for _, table in self._captured)
+        if capturing or replayed or not _alike(self.tensor, host):
+            self.tensor = torch.empty_like(host, device=self._device)
+            self._blocks.clear()
+        if self._device.type == "cpu":
+            self.tensor.copy_(host)
+            return
+        if capturing:
+            block = self._captured_block(host)
+            self.tensor.copy_(block, non_blocking=True)
+            self._captured.append((block, self.tensor))
+            return
+        block, copied = self._free_block(host)
+        self.tensor.copy_(block.copy_(host), non_blocking=True)
+        copied.record()
+        if self._spare is None or not _alike(self._spare, host):
+            self._spare = torch.empty_like(host, pin_memory=True)
+
+    def _free_block(self, host: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        # Pinned memory must not be written again before the copy from it is done.
+        for block, copied in self._blocks:
+            if copied.query():
+                return block, copied
+        self._blocks.append((torch.empty_like(host, pin_memory=True), torch.cuda.Event()))
+        return self._blocks[-1]
+
+    def _captured_block(self, host: Tensor) -> Tensor:
+        block, self._spare = self._spare, None  # pinned memory cannot be had during a capture
+        if block is None or not _alike(block, host):
+            raise RuntimeError(UNPREPARED)
+        return block.copy_(host)
+
+
+def _alike(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and left.dtype == right.dtype
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on a device goes into a CUDA graph instead of being done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on_device(host: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on a device, without the host waiting."""
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
+    """Return `tensor << 32 | chunk` for each run of `chunk_size` elements of each tensor, as 1-D int64 on the CPU."""
+    chunks = [
+        torch.arange(-(-numel // chunk_size), dtype=torch.int64, device="cpu") + (index << _CHUNK_BITS)
+        for index, numel in enumerate(numels)
+    ]
+    return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64, device="cpu")
+
+
+def run_table(lengths: Sequence[int]) -> Tensor:
+    """Return (first row, number of rows) of runs that follow each other, as (n, 2) int64 on the CPU."""
+    counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    return torch.stack([counts.cumsum(0) - counts, counts], dim=1)
+
+
+class AddressTable:
+    """The device copies of a launch's tables, uploaded only when they change.
+
+    Args:
+        device: where the kernel reads them.
+        chunk_size: elements per program, see `chunk_table`.
+
+    Attributes:
+        numels: of the tensors.
+        chunks: (programs,) int64 on the device, see `chunk_table`.
+    """
+
+    def __init__(self, device: torch.device, chunk_size: int) -> None:
+        self._device = device
+        self._chunk_size = chunk_size
+        self._tensors = DeviceTable(device)
+        self._rows = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._column: Sequence[int] | None = None
+        self.numels: Sequence[int] = ()
+        self.chunks = torch.empty(0, dtype=torch.int64, device=device)
+
+    @property
+    def tensors(self) -> Tensor:
+        """(n, columns) int64: what the rows say."""
+        return self._tensors.tensor
+
+    def refresh(self, rows: Sequence[tuple[int, ...]], numels: Sequence[int]) -> None:
+        """Make the tables say `rows`, one tuple of integers per tensor, for tensors of `numels` elements.
+
+        Raises:
+            RuntimeError: see `DeviceTable.set`.
+        """
+        if numels != self.numels:
+            if is_capturing(self._device):
+                raise RuntimeError(UNPREPARED)
+            # A captured graph may still read the old ones.
+            chunks = chunk_table(numels, self._chunk_size)
+            self.chunks = (
+                chunks if self._device.type == "cpu" else chunks.pin_memory().to(self._device, non_blocking=True)
+            )
+            self.numels = numels
+        self._tensors.set(rows, self._filled)
+        self._column = None
+
+    def _filled(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        return self._rows.clone()
+
+    def refresh_column(self, column: int, values: Sequence[int]) -> None:
+        """Make one column say `values`, and leave the rest of the rows."""
+        if values != self._column:
+            self._rows[:, column] = torch.tensor(values, dtype=torch.int64, device="cpu")
+            self._column = values
+        self._tensors.set(values, lambda _: self._rows)
+
+    def chunk_counts(self) -> list[int]:
+        """Return how many chunks each tensor has."""
+        return [-(-numel // self._chunk_size) for numel in self.numels]

@@ -1,0 +1,53 @@
+"""The norm of all gradients of a step, across devices and ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .tensor_step import TensorStep
+
+if TYPE_CHECKING:
+    from .launches import Launch
+
+
+def sum_of_squares(launches: Sequence[Launch], others: Sequence[TensorStep]) -> Tensor | None:
+    """Return the sum of the squares of all gradients, or None where there are none at all.
+
+    The gradients are read once. Those of sharded parameters are summed over their process groups, so every rank gets
+    the same number.
+
+    Args:
+        launches: refreshed, of the tensors that the kernel steps.
+        others: the tensors that PyTorch steps.
+
+    Returns:
+        0-d float64, on the device of the first tensor; not finite if any gradient is not.
+    """
+    parts: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for launch in launches:
+        parts[launch.process_groups].append(launch.sum_of_squares())
+    alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for step in others:
+        alike[step.process_groups, step.param.device].append(step.grad)
+    for (process_groups, _), grads in alike.items():
+        # In float64, which holds the squares of all float32 numbers.
+        norms = torch._foreach_norm(grads, 2, dtype=torch.float64)
+        parts[process_groups].append(torch.stack(norms).square().sum())
+    return sum_over_ranks(parts)
+
+
+def sum_over_ranks(parts: Mapping[tuple[Any, ...], Sequence[Tensor]]) -> Tensor | None:
+    """Return the sum of 0-d tensors on any devices, each also summed over the process groups that it is listed under."""
+    total = None
+    for process_groups, squares in parts.items():
+        device = squares[0].device
+        part = torch.stack([square.to(device, non_blocking=True) for square in squares]).sum()
+        for process_group in process_groups:
+            torch.distributed.all_reduce(part, group=process_group)
+        total = part if total is None else total + part.to(total.device, non_blocking=True)
+    return total

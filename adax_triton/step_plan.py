@@ -1,0 +1,178 @@
+"""A step like the last one: what is checked of its tensors before the tables of the last one serve again.
+
+To look at a parameter, check it and put it into tables costs the host tens of microseconds. In training nothing of that
+changes from step to step but counts and the addresses of gradients, and whether that is so is found out in bulk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from itertools import chain, compress
+from operator import attrgetter, is_, itemgetter, or_
+from typing import Any
+
+from torch import Tensor, nn
+
+from .backends import Work
+from .control import StepControl
+from .device_tables import is_capturing
+from .launches import ALIGNED_BYTES, KernelLaunch, is_settled
+from .pytorch_steps import HostRows
+from .step_work import Assembly, needs_device, rows_of
+
+_gradient = attrgetter("grad")
+_dtype = attrgetter("dtype")
+_options = itemgetter("weight_rounding", "capturable")
+
+
+class StepPlan:
+    """What one step found out of its tensors; see `next`. Make it by `plan_of`."""
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        launches: Sequence[KernelLaunch],
+        param_groups: Sequence[Mapping[str, Any]],
+        states: Mapping[Tensor, dict[str, Any]],
+    ) -> None:
+        self._launches = launches
+        self._kernel_rows = assembly.work.kernel_rows
+        self._owners = assembly.owners
+        self._group_options = list(map(_options, param_groups))
+        self._all_params = _params(param_groups)
+        self._all_states = list(states.values())
+        self._has_grad = [param.grad is not None for param in self._all_params]
+        self._params = list(compress(self._all_params, self._has_grad))
+        self._devices = {param.device for param in self._params}
+        self._numels = list(map(Tensor.numel, self._params))
+        self._grad_dtypes = [param.grad.dtype for param in self._params if param.grad is not None]
+        self._param_addresses = list(map(Tensor.data_ptr, self._params))
+        self._states = [states[param] for param in self._params]
+        values = list(chain.from_iterable(map(dict.values, self._states)))
+        self._is_count = [not isinstance(value, Tensor) for value in values]
+        self._is_tensor = [isinstance(value, Tensor) for value in values]
+        self._state_addresses = list(map(Tensor.data_ptr, compress(values, self._is_tensor)))
+        self._row_of = [step.scalar_row for step in assembly.work.kernel]
+        self._groups = [group_index for group_index, _ in assembly.places]
+        self._first_of_row = [self._row_of.index(row) for row in range(len(self._groups))]
+        self._kinds = sorted({(step.scalar_row, step.states) for step in assembly.work.kernel})
+        self._settled = self._settled_kinds(assembly.rows)
+
+    def next(
+        self, param_groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, dict[str, Any]], control: StepControl
+    ) -> Assembly | None:
+        """Return the next step, if it has the same tensors as the planned one but for where gradients lie; else None.
+
+        Args:
+            param_groups: of the optimizer.
+            states: of all its parameters.
+            control: of the step.
+        """
+        if not (self._fits_groups(param_groups, control) and self._fits_states(states)):
+            return None
+        gradients = self._gradient_addresses()
+        if gradients is None:
+            return None
+        work_rows, places, rows = self._kernel_rows, {}, HostRows([], [])
+        if isinstance(work_rows, HostRows):
+            counts = self._counts_of_rows()
+            if counts is None:
+                return None
+            places = {
+                (group, count + 1): row for row, (group, count) in enumerate(zip(self._groups, counts, strict=True))
+            }
+            work_rows = rows = rows_of(places, param_groups)
+            if self._settled_kinds(rows) != self._settled:
+                return None
+        for launch, indices in self._launches:
+            whole = len(indices) == len(gradients)
+            launch.refresh_gradients(gradients if whole else [gradients[index] for index in indices])
+        work = Work([], work_rows, [], HostRows([], []), (self._launches, self._params))
+        return Assembly(work, places, rows, self._states if places else [], self._owners)
+
+    def _fits_groups(self, param_groups: Sequence[Mapping[str, Any]], control: StepControl) -> bool:
+        if any(map(is_capturing, self._devices)) or list(map(_options, param_groups)) != self._group_options:
+            return False
+        if isinstance(self._kernel_rows, HostRows) and not (
+            control.is_idle and not any(map(needs_device, param_groups))
+        ):
+            return False
+        params = _params(param_groups)
+        return (
+            _are_same(params, self._all_params)
+            and list(map(Tensor.numel, self._params)) == self._numels
+            and list(map(Tensor.data_ptr, self._params)) == self._param_addresses
+        )
+
+    def _fits_states(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
+        if not _are_same(list(states.values()), self._all_states):
+            return False
+        self._values = list(chain.from_iterable(map(dict.values, self._states)))
+        if len(self._values) != len(self._is_tensor):
+            return False
+        try:
+            return list(map(Tensor.data_ptr, compress(self._values, self._is_tensor))) == self._state_addresses
+        except TypeError:  # a count where there was a tensor
+            return False
+
+    def _gradient_addresses(self) -> list[int] | None:
+        gradients = list(map(_gradient, self._all_params))
+        if [gradient is not None for gradient in gradients] != self._has_grad:
+            return None
+        gradients = list(compress(gradients, self._has_grad))
+        if set(map(type, gradients)) != {Tensor} or list(map(_dtype, gradients)) != self._grad_dtypes:
+            return None
+        try:
+            contiguous = all(map(Tensor.is_contiguous, gradients))
+            addresses = list(map(Tensor.data_ptr, gradients))
+        except RuntimeError:  # a sparse one
+            return None
+        if not contiguous:
+            return None
+        aligned = any(launch.bucket.aligned for launch, _ in self._launches)
+        return None if aligned and reduce(or_, addresses) % ALIGNED_BYTES else addresses
+
+    def _counts_of_rows(self) -> list[int] | None:
+        counts = list(compress(self._values, self._is_count))
+        of_rows = [counts[first] for first in self._first_of_row]
+        return of_rows if counts == [of_rows[row] for row in self._row_of] else None
+
+    def _settled_kinds(self, rows: HostRows) -> list[bool]:
+        if isinstance(self._kernel_rows, HostRows):
+            return [is_settled(states, rows.scalars[row].exp_avg_sq_weight) for row, states in self._kinds]
+        return []
+
+
+def plan_of(
+    assembly: Assembly,
+    launches: Sequence[KernelLaunch] | None,
+    param_groups: Sequence[Mapping[str, Any]],
+    states: Mapping[Tensor, dict[str, Any]],
+) -> StepPlan | None:
+    """Return a plan for steps like one just assembled, or None where tensors are not stepped just as they lie.
+
+    Args:
+        assembly: of the step, assembled and not planned itself.
+        launches: of the step; None if copies stood in for some of its tensors.
+        param_groups: of the optimizer.
+        states: of all its parameters.
+    """
+    params = _params(param_groups)
+    due = [param for param in params if param.grad is not None]
+    kernel = assembly.work.kernel
+    if launches is None or not kernel or len(due) != len(kernel) or any(map(is_capturing, {p.device for p in due})):
+        return None
+    for param, step in zip(due, kernel, strict=True):
+        plain = type(param) in (Tensor, nn.Parameter) and type(param.grad) is Tensor and param.grad is step.grad
+        if not (plain and param.is_contiguous() and step.grad.is_contiguous()):
+            return None
+    return StepPlan(assembly, launches, param_groups, states)
+
+
+def _params(param_groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    return list(chain.from_iterable(group["params"] for group in param_groups))
+
+
+def _are_same(left: Sequence[object], right: Sequence[object]) -> bool:
+    return len(left) == len(right) and all(map(is_, left, right))

@@ -1,0 +1,107 @@
+"""The sum of the squares of all gradients of a launch: one read, no atomics, the same bits every time."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .adax_step import TENSOR_COLUMNS
+from .launch import current_backend, launch_shape
+from .variants import TRITON_DTYPES
+
+# Programs, each of which writes one partial sum; all of them fit on a large GPU at once.
+MOST_PARTIALS = 1024
+
+
+@triton.jit
+def _locate(tensors_ptr, chunks_ptr, index, chunk_count, GRAD_DTYPE: tl.constexpr, CHUNK_SIZE: tl.constexpr):
+    present = index < chunk_count
+    chunk = tl.load(chunks_ptr + index, mask=present, other=0)
+    row_ptr = tensors_ptr + (chunk >> 32) * TENSOR_COLUMNS
+    start = (chunk & 0xFFFFFFFF) * CHUNK_SIZE  # int64: a tensor may exceed 2^31 elements
+    address = tl.load(row_ptr + 1, mask=present, other=0) + start * (GRAD_DTYPE.primitive_bitwidth // 8)
+    numel = tl.load(row_ptr + 7, mask=present, other=0)
+    return address, tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["chunk_count"])
+def grad_stats_kernel(
+    tensors_ptr,
+    chunks_ptr,
+    partials_ptr,
+    chunk_count: tl.int64,  # with do_not_specialize, what makes one variant serve every count
+    GRAD_DTYPE: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Add up the chunks program, program + programs, ...; VECTOR is the elements of one access."""
+    # max_contiguous caps the layout at VECTOR.
+    offsets = tl.max_contiguous(tl.arange(0, CHUNK_SIZE), VECTOR)
+    total = tl.zeros([CHUNK_SIZE], dtype=tl.float32)
+    tail_total = tl.zeros([VECTOR], dtype=tl.float32)
+    index = tl.program_id(0).to(tl.int64)
+    address, remaining = _locate(tensors_ptr, chunks_ptr, index, chunk_count, GRAD_DTYPE, CHUNK_SIZE)
+    while index < chunk_count:
+        grad_ptr = address.to(tl.pointer_type(GRAD_DTYPE))
+        if VECTOR > 1:
+            grad_ptr = tl.multiple_of(grad_ptr, 16)
+        # A mask at an arbitrary element would split every access; the rest is one small tile.
+        tile_end = (remaining // VECTOR) * VECTOR
+        grad = tl.load(grad_ptr + offsets, mask=offsets < tile_end, other=0.0)
+        # Looked up here, the next chunk's address does not wait for these gradients.
+        index += tl.num_programs(0)
+        next_address, next_remaining = _locate(tensors_ptr, chunks_ptr, index, chunk_count, GRAD_DTYPE, CHUNK_SIZE)
+        grad = grad.to(tl.float32)
+        total += grad * grad
+        if tile_end != remaining:
+            tail = tile_end + tl.arange(0, VECTOR)
+            tail_grad = tl.load(grad_ptr + tail, mask=tail < remaining, other=0.0).to(tl.float32)
+            tail_total += tail_grad * tail_grad
+        address, remaining = next_address, next_remaining
+    tl.store(partials_ptr + tl.program_id(0), tl.sum(total, axis=0) + tl.sum(tail_total, axis=0))
+
+
+def partial_count(chunks: int) -> int:
+    """Return how many partial sums `grad_stats` is given for a table of `chunks` chunks."""
+    return max(1, min(chunks, MOST_PARTIALS))
+
+
+def grad_stats(
+    tensors: torch.Tensor,
+    chunks: torch.Tensor,
+    partials: torch.Tensor,
+    grad_dtype: torch.dtype,
+    aligned: bool,
+) -> None:
+    """Write partial sums of the squares of all gradients of a table; their sum is the squared norm.
+
+    Gradients are converted to float32, and squared and added in float32, in an order that depends on the chunks and on
+    the number of partial sums alone. A gradient that is not finite, or whose square is not, makes its partial sum inf
+    or NaN.
+
+    Args:
+        tensors: (n, 9) int64, the table of `adax_step`; read are the gradient's address and the number of elements.
+        chunks: (programs,) int64: `tensor << 32 | chunk` for each run of `adax_step.chunk_size()` elements of each
+            tensor. There may be none.
+        partials: (k,) float32, 1 <= k <= MOST_PARTIALS, all written; see `partial_count`.
+        grad_dtype: of all gradients: float32, bfloat16, float16 or float64.
+        aligned: every gradient's address is a multiple of 16 bytes.
+
+    The caller keeps every gradient alive until the launch is enqueued.
+    """
+    shape = launch_shape(current_backend())
+    dtype = TRITON_DTYPES[grad_dtype]
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(tensors.device if tensors.is_cuda else -1):
+        grad_stats_kernel[(partials.numel(),)](
+            tensors,
+            chunks,
+            partials,
+            chunks.numel(),
+            GRAD_DTYPE=dtype,
+            CHUNK_SIZE=shape.chunk_size,
+            # 16 bytes is the widest access.
+            VECTOR=min(128 // dtype.primitive_bitwidth, shape.elements_per_thread) if aligned else 1,
+            num_warps=shape.num_warps,
+        )

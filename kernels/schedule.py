@@ -1,0 +1,154 @@
+"""The scalars of a step found on the device, so that a step can be skipped, or replayed from a graph, without the host.
+
+One small launch before the update: each lane takes one tensor's step count to the row of scalars that `adax_step`
+reads. All is float64; `adax_triton/schedule.py` has the closed forms, and their reasons.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .adax_step import SCALAR_COLUMNS
+from .rounding import from_bits, random_bits
+
+# Addresses of the step count and of the learning rate, with the row of the group between them.
+ROW_COLUMNS = tl.constexpr(3)
+# The fields of DeviceSchedule.
+SCHEDULE_COLUMNS = tl.constexpr(14)
+# What torch.nn.utils.clip_grad_norm_ adds to the norm.
+NORM_EPS = tl.constexpr(1e-6)
+# Tensors per program, one per thread.
+BLOCK_SIZE = 128
+
+
+@triton.jit
+def _one_minus_exp(x):
+    """Return `1 - exp(-x)` for x >= 0; the difference alone would lose as many digits as x is small."""
+    series = x * (1.0 - x / 2.0 * (1.0 - x / 3.0 * (1.0 - x / 4.0)))
+    return tl.where(x < 0.001, series, 1.0 - tl.exp(-x))
+
+
+@triton.jit
+def random_key(seed, step):
+    """Return the two words of `adax_triton.rounding.random_key`, for a uint32 seed and the lower 32 bits of the step.
+
+    With a key of zeros, `random_bits` is the plain mixer.
+    """
+    key0 = random_bits(seed ^ random_bits(step, 0, 0), 0, 0)
+    key1 = random_bits((step + 0x9E3779B9) ^ random_bits(seed ^ 0xFFFFFFFF, 0, 0), 0, 0)
+    return key0, key1
+
+
+@triton.jit
+def _decide(inputs_ptr):
+    """Return the norm, clip factor and scale of the gradients, and whether the step is taken."""
+    grad_scale = tl.load(inputs_ptr)
+    found_inf = tl.load(inputs_ptr + 1)
+    norm = tl.sqrt(tl.load(inputs_ptr + 2)) / grad_scale
+    max_grad_norm = tl.load(inputs_ptr + 3)
+    unclipped = max_grad_norm == 0.0
+    ratio = max_grad_norm / (norm + NORM_EPS)
+    clip = tl.where(unclipped | (ratio > 1.0), 1.0, ratio)
+    taken = (found_inf == 0.0) & (unclipped | (norm < float("inf")))
+    return tl.where(unclipped, float("nan"), norm), clip, grad_scale, taken
+
+
+@triton.jit(do_not_specialize=["n"])
+def prepare_step_kernel(
+    rows_ptr,
+    groups_ptr,
+    inputs_ptr,
+    scalars_ptr,
+    report_ptr,
+    n: tl.int64,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Advance the step counts of one block of tensors, and write their scalars."""
+    norm, clip, grad_scale, taken = _decide(inputs_ptr)
+    skip = tl.where(taken, 0.0, 1.0)
+    if tl.program_id(0) == 0:
+        tl.store(report_ptr, norm.to(tl.float32))
+        tl.store(report_ptr + 1, clip.to(tl.float32))
+        tl.store(report_ptr + 2, skip)
+
+    tensors = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = tensors < n
+    rows_ptr += tensors * ROW_COLUMNS
+    count_ptr = tl.load(rows_ptr, mask=mask, other=0).to(tl.pointer_type(tl.int64))
+    groups_ptr += tl.load(rows_ptr + 1, mask=mask, other=0) * SCHEDULE_COLUMNS
+    lr_address = tl.load(rows_ptr + 2, mask=mask, other=0)
+
+    # Ones keep the lanes without a tensor from dividing by 0.
+    group_lr = tl.load(groups_ptr, mask=mask, other=1.0)
+    bias_rate = tl.load(groups_ptr + 1, mask=mask, other=1.0)
+    one_minus_beta1 = tl.load(groups_ptr + 2, mask=mask, other=1.0)
+    weight_factor = tl.load(groups_ptr + 3, mask=mask, other=1.0)
+    weight_power = tl.load(groups_ptr + 4, mask=mask, other=1.0)
+    weight_decline = tl.load(groups_ptr + 5, mask=mask, other=1.0)
+    weight_rate = tl.load(groups_ptr + 6, mask=mask, other=1.0)
+    group_eps = tl.load(groups_ptr + 7, mask=mask, other=1.0)
+    raw_eps = tl.load(groups_ptr + 8, mask=mask, other=1.0)
+    smallest_eps = tl.load(groups_ptr + 9, mask=mask, other=1.0)
+    decoupled_decay = tl.load(groups_ptr + 10, mask=mask, other=1.0)
+    l2 = tl.load(groups_ptr + 11, mask=mask, other=1.0)
+    grad_sign = tl.load(groups_ptr + 12, mask=mask, other=1.0)
+    seed = tl.load(groups_ptr + 13, mask=mask, other=1.0)
+
+    own_lr = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=mask & (lr_address != 0), other=0.0)
+    lr = tl.where(lr_address != 0, own_lr.to(tl.float64), group_lr)
+    count = tl.load(count_ptr, mask=mask, other=0)
+    step = count + 1
+    t = step.to(tl.float64)
+    weight = weight_factor * tl.exp(-weight_power * tl.log(t) - weight_decline * t) / _one_minus_exp(weight_rate * t)
+    eps = tl.maximum(group_eps + raw_eps * tl.sqrt(weight), smallest_eps)
+    # float64 to an unsigned integer is not defined alike everywhere.
+    key0, key1 = random_key(seed.to(tl.int64).to(tl.uint32), step.to(tl.uint32))
+
+    scalars_ptr += tensors * SCALAR_COLUMNS
+    tl.store(scalars_ptr, (lr / _one_minus_exp(bias_rate * t)).to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + 1, one_minus_beta1.to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + 2, weight.to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + 3, eps.to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + 4, (lr * decoupled_decay).to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + 5, l2.to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + 6, (grad_sign * clip / grad_scale).to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + 7, from_bits(key0), mask=mask)
+    tl.store(scalars_ptr + 8, from_bits(key1), mask=mask)
+    tl.store(scalars_ptr + 9, skip, mask=mask)
+    tl.store(count_ptr, tl.where(taken, step, count), mask=mask)
+
+
+def prepare_step(
+    rows: torch.Tensor,
+    groups: torch.Tensor,
+    inputs: torch.Tensor,
+    scalars: torch.Tensor,
+    report: torch.Tensor,
+) -> None:
+    """Decide whether a step is taken, advance step counts if it is, and write the scalars of each tensor.
+
+    A step is skipped where `found_inf` is not 0, or where gradients are clipped and their norm is not finite. All
+    tensors lie on one device and are contiguous.
+
+    Args:
+        rows: (n, 3) int64: the address of the tensor's step count, 0-d int64; the row of `groups`; the address of its
+            learning rate, float32, or 0 for that of the group. No two rows have the same count.
+        groups: (k, 14) float64: the fields of `adax_triton.schedule.DeviceSchedule` in order.
+        inputs: (4,) float64: the scale that the gradients bear, 1 where there is none; `found_inf`, 0 where there is
+            none; the sum of squares of the gradients as they are; the norm to clip them to, inf to have it measured
+            only, 0 for neither, where the sum is not looked at.
+        scalars: (n, 10) float32, written: see `kernels.adax_step`, those of step t = count + 1. `grad_factor` also
+            divides by the scale and clips.
+        report: (3,) float32, written: the norm of the unscaled gradients, NaN where it is not asked for; what clips
+            them, `min(1, max_grad_norm / (norm + 1e-6))` as in `torch.nn.utils.clip_grad_norm_`, or 1; 1 if the step
+            is skipped, else 0.
+
+    The caller keeps every tensor behind an address alive until the launch is enqueued.
+    """
+    n = rows.shape[0]
+    programs = max(1, triton.cdiv(n, BLOCK_SIZE))  # one for the report at least
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(rows.device if rows.is_cuda else -1):
+        prepare_step_kernel[(programs,)](rows, groups, inputs, scalars, report, n, BLOCK_SIZE=BLOCK_SIZE)

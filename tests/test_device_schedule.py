@@ -1,0 +1,236 @@
+"""The scalars found on the device. Oracles: schedule.step_scalars, rounding.random_key, torch's clip_grad_norm_."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from adax_triton.rounding import random_key
+from adax_triton.schedule import DeviceSchedule, StepScalars, device_schedule, step_scalars
+
+pytest.importorskip("triton")
+
+from adax_triton.kernels.adax_step import SCALAR_COLUMNS
+from adax_triton.kernels.schedule import BLOCK_SIZE, SCHEDULE_COLUMNS, prepare_step
+
+SPACED = [round(10 ** (3.4 + index / 25)) for index in range(141)]  # to 1e9
+NEIGHBOURS = [power + offset for power in (2**24, 2**31, 2**32) for offset in (-1, 0, 1)]
+STEPS = [*range(1, 3001), *SPACED, *NEIGHBOURS, 2**32 + 5]
+
+ADAX = [("adax", beta2, "normalized") for beta2 in (0.0, 1e-12, 1e-8, 1e-4, 0.1)]
+ADAX += [("adax", beta2, "unnormalized") for beta2 in (1e-12, 1e-8, 1e-4, 0.1)]
+BETAS2 = (0.0, 0.9, 0.999, 1 - 1e-12)
+ADAM = [("adam", beta2, placement) for beta2 in BETAS2 for placement in ("normalized", "unnormalized")]
+ADAFACTOR = [("adafactor", beta2, "normalized") for beta2 in (0.8, 1.0)]
+
+GROUP = {
+    "lr": 0.3,
+    "betas": (0.9, 1e-4),
+    "eps": 1e-12,
+    "weight_decay": 0.07,
+    "decoupled_weight_decay": True,
+    "second_moment": "adax",
+    "eps_placement": "normalized",
+    "maximize": False,
+}
+FACTOR, KEY, SKIP = StepScalars._fields.index("grad_factor"), 7, 9
+CANARY = 1234.5
+
+
+class Prepared(NamedTuple):
+    """What one launch wrote, on the CPU."""
+
+    counts: list[int]
+    scalars: Tensor  # (n, 10)
+    report: list[float]
+
+    def column(self, name: str) -> Tensor:
+        return self.scalars[:, StepScalars._fields.index(name)]
+
+
+def prepare(
+    device: torch.device,
+    steps: Sequence[int],
+    groups: Sequence[dict[str, Any]] = (GROUP,),
+    *,
+    rows_of_groups: Sequence[int] | None = None,
+    lr_addresses: Sequence[int] | None = None,
+    inputs: Sequence[float] = (1.0, 0.0, 0.0, 0.0),
+) -> Prepared:
+    """Have the scalars of the given steps written, from counts that stand one before them."""
+    counts = torch.tensor([*steps, 8], dtype=torch.int64, device=device) - 1
+    addresses = [counts.data_ptr() + 8 * index for index in range(len(steps))]
+    table = [addresses, rows_of_groups or [0] * len(steps), lr_addresses or [0] * len(steps)]
+    rows = torch.tensor(table, dtype=torch.int64, device=device).T.contiguous()
+    schedules = [device_schedule(**{"seed": 0, **group}) for group in groups]
+    scalars = torch.full((len(steps) + 1, SCALAR_COLUMNS.value), CANARY, device=device)
+    report = torch.full((3,), CANARY, device=device)
+    prepare_step(
+        rows,
+        torch.tensor(schedules, dtype=torch.float64, device=device),
+        torch.tensor(inputs, dtype=torch.float64, device=device),
+        scalars[:-1],
+        report,
+    )
+    assert counts[-1] == 7 and torch.all(scalars[-1] == CANARY), "written behind the last row"
+    return Prepared(counts[:-1].tolist(), scalars[:-1].cpu(), report.tolist())
+
+
+def units_apart(found: Tensor, expected: Tensor) -> Tensor:
+    """Return how many float32 numbers lie between two, 0 if they are equal in every bit."""
+    words, others = (values.contiguous().view(torch.int32).to(torch.int64) for values in (found, expected))
+    return torch.where((words < 0) == (others < 0), words - others, 2**32).abs()
+
+
+def test_table_has_a_column_for_each_field() -> None:
+    assert len(DeviceSchedule._fields) == SCHEDULE_COLUMNS.value
+    assert len(StepScalars._fields) + 3 == SCALAR_COLUMNS.value
+
+
+@pytest.mark.parametrize(("rule", "beta2", "placement"), [*ADAX, *ADAM, *ADAFACTOR])
+def test_scalars_are_those_of_the_host(device: torch.device, rule: str, beta2: float, placement: str) -> None:
+    group = {**GROUP, "betas": (0.9, beta2), "second_moment": rule, "eps_placement": placement}
+    prepared = prepare(device, STEPS, [group])
+    expected = torch.tensor([step_scalars(step=step, **group) for step in STEPS], dtype=torch.float64)
+    apart = units_apart(prepared.scalars[:, :7], expected.to(torch.float32))
+    assert apart.max() <= 1, f"step {STEPS[int(apart.max(dim=1).values.argmax())]}"
+    assert prepared.column("exp_avg_sq_weight")[0] == 1.0
+    assert prepared.counts == STEPS
+    assert torch.all(prepared.scalars[:, SKIP] == 0.0)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9, 1 - 1e-12])
+def test_bias_correction_of_the_first_moment_is_that_of_the_host(device: torch.device, beta1: float) -> None:
+    group = {**GROUP, "betas": (beta1, 0.999), "second_moment": "adam"}
+    expected = torch.tensor([step_scalars(step=step, **group).step_size for step in STEPS], dtype=torch.float64)
+    assert units_apart(prepare(device, STEPS, [group]).column("step_size"), expected.to(torch.float32)).max() <= 1
+
+
+def test_eps_stays_above_the_resolution_of_the_root_unless_it_was_zero(device: torch.device) -> None:
+    groups = [{**GROUP, "eps": eps, "eps_placement": "unnormalized"} for eps in (0.0, 1e-50, 1e-8)]
+    prepared = prepare(device, [10**9] * 3, groups, rows_of_groups=[0, 1, 2])
+    assert prepared.column("eps").tolist() == [0.0, 2.0**-63, 2.0**-63]
+
+
+def test_each_tensor_has_the_scalars_of_its_group(device: torch.device) -> None:
+    groups = [
+        GROUP,
+        {**GROUP, "lr": 0.0, "decoupled_weight_decay": False, "maximize": True},
+        {**GROUP, "betas": (0.5, 0.999), "second_moment": "adam"},
+        {**GROUP, "betas": (0.5, 0.8), "second_moment": "adafactor", "weight_decay": 0.0},
+    ]
+    steps = [1, 7, 7, 2, 900, 1, 5, 3]
+    rows = [2, 0, 3, 3, 1, 1, 0, 2]
+    prepared = prepare(device, steps, groups, rows_of_groups=rows)
+    expected = [step_scalars(step=step, **groups[row]) for step, row in zip(steps, rows, strict=True)]
+    apart = units_apart(prepared.scalars[:, :7], torch.tensor(expected, dtype=torch.float64).to(torch.float32))
+    assert apart.max() <= 1
+
+
+def test_learning_rate_is_read_where_it_lies(device: torch.device) -> None:
+    lrs = torch.tensor([0.1, 1e-30, 0.0], device=device)
+    addresses = [lrs.data_ptr() + 4 * index for index in range(3)]
+    groups = [{**GROUP, "betas": (0.9, 0.999), "second_moment": "adam"}, GROUP]
+    rows, steps = [0, 1, 1, 0, 1], [3, 3, 3, 3, 3]
+    prepared = prepare(device, steps, groups, rows_of_groups=rows, lr_addresses=[*addresses, 0, 0])
+    known = [*lrs.tolist(), GROUP["lr"], GROUP["lr"]]
+    expected = [step_scalars(step=3, **{**groups[row], "lr": lr}) for row, lr in zip(rows, known, strict=True)]
+    apart = units_apart(prepared.scalars[:, :7], torch.tensor(expected, dtype=torch.float64).to(torch.float32))
+    assert apart.max() <= 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 1])
+def test_random_key_is_that_of_the_host(device: torch.device, seed: int) -> None:
+    steps = [*range(1, 300), *SPACED, *NEIGHBOURS, 2**32 + 5, 2**40 + 3]
+    words = prepare(device, steps, [{**GROUP, "seed": seed}]).scalars[:, KEY : KEY + 2].contiguous().view(torch.int32)
+    assert [(first & 0xFFFFFFFF, second & 0xFFFFFFFF) for first, second in words.tolist()] == [
+        random_key(seed, step) for step in steps
+    ]
+
+
+@pytest.mark.parametrize("n", [0, 1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE])
+def test_any_number_of_tensors(device: torch.device, n: int) -> None:
+    steps = list(range(5, 5 + n))
+    prepared = prepare(device, steps, inputs=(2.0, 0.0, 36.0, 1.5))
+    assert prepared.counts == steps
+    assert prepared.report == pytest.approx([3.0, 0.5, 0.0], rel=1e-6)
+    assert prepared.column("grad_factor").tolist() == pytest.approx([0.25] * n, rel=1e-6)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("grad_scale", [1.0, 1024.0, 3e-5])
+@pytest.mark.parametrize("max_grad_norm", [1e-4, 1.0, 20.0, 1e6, math.inf])
+def test_clipping_is_that_of_torch(
+    device: torch.device, max_grad_norm: float, grad_scale: float, maximize: bool
+) -> None:
+    param = torch.nn.Parameter(torch.zeros(100, dtype=torch.float64))
+    param.grad = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = param.grad.clone()
+    sum_of_squares = float((before * grad_scale).square().sum())
+    norm = float(torch.nn.utils.clip_grad_norm_(param, max_grad_norm))
+    clip = float(param.grad[0] / before[0])
+    group = {**GROUP, "maximize": maximize}
+    prepared = prepare(device, [1, 2], [group], inputs=(grad_scale, 0.0, sum_of_squares, max_grad_norm))
+    assert prepared.report == pytest.approx([norm, clip, 0.0], rel=1.2e-7)
+    factor = (-1.0 if maximize else 1.0) * clip / grad_scale
+    assert prepared.scalars[:, FACTOR].tolist() == pytest.approx([factor] * 2, rel=1.2e-7)
+
+
+@pytest.mark.parametrize("sum_of_squares", [0.0, 1e300, math.nan, math.inf])
+def test_without_clipping_the_sum_is_not_looked_at(device: torch.device, sum_of_squares: float) -> None:
+    prepared = prepare(device, [4], inputs=(8.0, 0.0, sum_of_squares, 0.0))
+    assert math.isnan(prepared.report[0]) and prepared.report[1:] == [1.0, 0.0]
+    assert prepared.scalars[0, FACTOR] == 0.125
+    assert prepared.counts == [4]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        (1.0, 0.0, math.nan, 1.0),
+        (1.0, 0.0, math.inf, 1.0),
+        (4.0, 0.0, math.inf, math.inf),
+        (1.0, 1.0, 0.0, 0.0),
+        (1.0, 1.0, 4.0, 1.0),
+        (1.0, 2.0**-149, 0.0, 0.0),
+        (1.0, -1.0, 0.0, 0.0),
+        (1.0, math.inf, 0.0, 0.0),
+        (1.0, math.nan, 0.0, 0.0),
+    ],
+)
+def test_skipped_step_leaves_the_counts(device: torch.device, inputs: tuple[float, ...]) -> None:
+    steps = [1, 17, 2**31, 2**40]
+    prepared = prepare(device, steps, inputs=inputs)
+    assert prepared.counts == [step - 1 for step in steps]
+    assert prepared.report[2] == 1.0
+    assert prepared.scalars[:, SKIP].tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("sum_of_squares", [0.0, 1e-300, 1e70])
+def test_finite_sums_are_clipped_and_never_skipped(device: torch.device, sum_of_squares: float) -> None:
+    prepared = prepare(device, [1], inputs=(1.0, 0.0, sum_of_squares, 1.0))
+    norm = math.sqrt(sum_of_squares)
+    assert prepared.report == pytest.approx([norm, min(1.0, 1.0 / (norm + 1e-6)), 0.0], rel=1.2e-7)
+    assert prepared.counts == [1]
+
+
+def test_counts_advance_from_launch_to_launch(device: torch.device) -> None:
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    rows = torch.tensor([[count.data_ptr(), 0, 0]], device=device)
+    groups = torch.tensor([device_schedule(**GROUP, seed=0)], dtype=torch.float64, device=device)
+    scalars, report = torch.empty(1, SCALAR_COLUMNS.value, device=device), torch.empty(3, device=device)
+    weights = []
+    for found_inf in (0.0, 1.0, 0.0):
+        inputs = torch.tensor([1.0, found_inf, 0.0, 0.0], dtype=torch.float64, device=device)
+        prepare_step(rows, groups, inputs, scalars, report)
+        weights.append(float(scalars[0, 2]))
+    assert count == 2
+    assert weights[0] == 1.0 and weights[1] == weights[2] == pytest.approx(1e-4 / (1.0001**2 - 1), rel=1e-6)
+
+
+def test_unknown_rule_is_named() -> None:
+    with pytest.raises(ValueError, match="adagrad"):
+        device_schedule(**{**GROUP, "second_moment": "adagrad"}, seed=0)
