@@ -1,0 +1,224 @@
+"""Steps that reuse the tables of the last one: when they may, and that whatever changed is noticed."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adax_triton import AdaX, AdaXW
+from adax_triton.moment_optimizer import MomentOptimizer
+
+SHAPES = [(5,), (4096,), (3, 7), (1,), (9, 4)]
+MODES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "low": {"states": "low"},
+    "masters": {"states": "bfloat16", "master_weights": "24bit"},
+    "stochastic": {"weight_rounding": "stochastic"},
+    "clipped": {"max_grad_norm": 0.5},
+    "capturable": {"capturable": True},
+    "telemetry": {"telemetry": True},
+}
+
+
+def parameters(device: torch.device, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in SHAPES]
+
+
+def gradient(param: Tensor, index: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + index)
+    return torch.randn(param.shape, generator=generator).to(param.device, param.dtype)
+
+
+def give_gradients(params: list[nn.Parameter], step: int) -> None:
+    for index, param in enumerate(params):
+        param.grad = gradient(param, index, step)
+
+
+class Pair:
+    """An optimizer, and a twin on equal parameters that forgets what it found out before each step."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        self.params, self.twins = parameters(device, dtype), parameters(device, dtype)
+        self.optimizer, self.twin = self._optimizer(self.params, options), self._optimizer(self.twins, options)
+
+    @staticmethod
+    def _optimizer(params: list[nn.Parameter], options: dict[str, Any]) -> MomentOptimizer:
+        return AdaXW([{"params": params[:2]}, {"params": params[2:], "lr": 0.03}], lr=0.01, **options)
+
+    def step(self, number: int, change: Callable[[MomentOptimizer, list[nn.Parameter]], None] | None = None) -> bool:
+        """Step both after an equal change; return whether the first one used its plan."""
+        self.twin._plan = None
+        for optimizer, params in ((self.optimizer, self.params), (self.twin, self.twins)):
+            give_gradients(params, number)
+            if change is not None:
+                change(optimizer, params)
+        assembled = []
+        original = self.optimizer._assembled
+        self.optimizer._assembled = lambda control: assembled.append(control) or original(control)  # type: ignore[method-assign]
+        self.optimizer.step()
+        self.twin.step()
+        del self.optimizer._assembled
+        self.check()
+        return not assembled
+
+    def check(self) -> None:
+        for param, twin in zip(self.params, self.twins, strict=True):
+            assert torch.equal(param, twin)
+            found, expected = self.optimizer.state[param], self.twin.state[twin]
+            assert set(found) == set(expected)
+            assert all(torch.equal(torch.as_tensor(found[name]), torch.as_tensor(expected[name])) for name in expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_steady_steps_are_planned_and_the_same(mode: str, device: torch.device) -> None:
+    pair = Pair(device, torch.bfloat16 if mode in ("masters", "stochastic") else torch.float32, **MODES[mode])
+    planned = [pair.step(number) for number in range(5)]
+    assert planned == [False, True, True, True, True]
+
+
+def freeze(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    params[1].grad = None
+
+
+def move_data(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    params[2].data = params[2].data.clone()
+
+
+def replace_state(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    optimizer.state[params[3]]["exp_avg_sq"] = optimizer.state[params[3]]["exp_avg_sq"].clone()
+
+
+def move_state_data(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    optimizer.state[params[0]]["exp_avg"].data = optimizer.state[params[0]]["exp_avg"].data.clone()
+
+
+def set_count(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    optimizer.state[params[4]]["step"] = 9
+
+
+def copy_state(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    optimizer.state[params[4]] = copy.deepcopy(optimizer.state[params[4]])
+
+
+def load(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def add_parameter(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    params.append(nn.Parameter(torch.ones_like(params[0])))
+    params[-1].grad = torch.ones_like(params[0])
+    optimizer.add_param_group({"params": params[-1:]})
+
+
+def transpose_gradient(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    assert params[4].grad is not None
+    params[4].grad = params[4].grad.T.contiguous().T
+
+
+def make_sparse(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    assert params[0].grad is not None
+    params[0].grad = params[0].grad.to_sparse()
+
+
+def misalign_gradient(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    grad = params[1].grad
+    assert grad is not None
+    shifted = torch.empty(grad.numel() + 1, device=grad.device)[1:]
+    params[1].grad = shifted.view_as(grad).copy_(grad)
+
+
+def swap_groups(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups = optimizer.param_groups[:1]  # as ZeRO does around its steps
+
+
+def clip(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    optimizer.max_grad_norm = 0.1
+
+
+CHANGES = [
+    *(freeze, move_data, replace_state, move_state_data, set_count, copy_state, load, add_parameter),
+    *(transpose_gradient, make_sparse, misalign_gradient, swap_groups, clip),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_noticed(change: Callable[..., None], device: torch.device) -> None:
+    pair = Pair(device)
+    pair.step(0)
+    assert pair.step(1)
+    assert not pair.step(2, change)
+    pair.step(3)
+    assert pair.step(4)
+
+
+def scale_lr(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[1]["lr"] *= 0.7
+
+
+def change_rule(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    optimizer.param_groups[0].update(betas=(0.8, 1e-3), weight_decay=0.3, eps=1e-6, seed=4, maximize=True)
+
+
+@pytest.mark.parametrize("mode", ["float32", "stochastic", "clipped", "capturable"])
+@pytest.mark.parametrize("change", [scale_lr, change_rule], ids=lambda change: change.__name__)
+def test_hyperparameters_are_read_at_planned_steps(
+    change: Callable[..., None], mode: str, device: torch.device
+) -> None:
+    pair = Pair(device, torch.bfloat16 if mode == "stochastic" else torch.float32, **MODES[mode])
+    pair.step(0)
+    assert all(pair.step(number, change) for number in (1, 2, 3))
+
+
+def test_another_way_of_rounding_is_noticed(device: torch.device) -> None:
+    def round_stochastically(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+        optimizer.param_groups[0]["weight_rounding"] = "stochastic"
+
+    pair = Pair(device, torch.bfloat16)
+    pair.step(0)
+    assert not pair.step(1, round_stochastically)
+
+
+def test_settling_second_moments_change_the_launch(device: torch.device) -> None:
+    def age(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+        for state in optimizer.state.values():
+            state["step"] = 150_000
+
+    pair = Pair(device)
+    pair.step(0)
+    pair.step(1)
+    variants = [launch.bucket.settled for launch, _ in pair.optimizer._plan._launches]
+    assert variants == [False]
+    assert not pair.step(2, age)
+    assert [launch.bucket.settled for launch, _ in pair.optimizer._plan._launches] == [True]
+    assert pair.step(3)
+
+
+def test_gradients_are_not_kept_alive(device: torch.device) -> None:
+    import weakref
+
+    param = nn.Parameter(torch.ones(100, device=device))
+    optimizer = AdaX([param], telemetry=True, max_grad_norm=1.0)
+    for _ in range(3):
+        param.grad = torch.ones(100, device=device)
+        held = weakref.ref(param.grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert held() is None
+
+
+def test_a_copied_optimizer_steps_its_own_parameters(device: torch.device) -> None:
+    pair = Pair(device)
+    pair.step(0)
+    pair.step(1)
+    twin = copy.deepcopy((pair.optimizer, pair.params))
+    before = [param.detach().clone() for param in pair.params]
+    give_gradients(twin[1], 5)
+    twin[0].step()
+    assert all(torch.equal(param, old) for param, old in zip(pair.params, before, strict=True))
+    assert pair.step(5)
+    for param, copied in zip(pair.params, twin[1], strict=True):
+        assert torch.equal(param, copied)
