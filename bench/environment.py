@@ -38,8 +38,11 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the checkout's commit, `-dirty` if the tree differs; without git, the variable COMMIT, else "unknown"."""
-    where = Path(__file__).resolve().parent
+    """Return the checkout's commit, `-dirty` if the tree differs; without git, the variable COMMIT, else "unknown".
+
+    The checkout is where this file lies, or where the variable CHECKOUT says: a copy cannot ask git for it.
+    """
+    where = os.environ.get("CHECKOUT", Path(__file__).resolve().parent)
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

@@ -1,97 +1,121 @@
-"""`adax-triton bench step`: runs the step benchmark over several workloads, and leaves a table and a JSON file."""
+"""`adax-triton bench step`: time of one optimizer step, ours beside others', over sizes, models and modes.
+
+Every provider is compared in the mode of its own dtypes. One that is not installed, cannot run here or is wrong is
+listed with the reason. On a GPU times are the device's, and what the host needs to launch a step stands beside them;
+bandwidths are bytes by formula over time, and their share is that of a copy in the same run.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .environment import describe
-from .providers import PROVIDERS
-from .step import BYTES_PER_ELEMENT, measure
-from .workloads import Shapes, flat, gpt2
+from .modes import MODES
+from .providers import Provider
+from .step_run import choose, failures, run
+from .timing import free_bytes
+from .workloads import LISTS, Shapes, flat
 
-DEFAULT_SIZES = {"cuda": (1_000_000, 30_000_000, 300_000_000), "cpu": (1_000_000, 10_000_000, 50_000_000)}
-OURS = "adax_triton.AdaXW"
+SIZES = {
+    "cuda": (1_000_000, 10_000_000, 100_000_000, 1_000_000_000, 4_000_000_000),
+    "cpu": (1_000_000, 10_000_000, 50_000_000),
+}
+MODELS = {"cuda": tuple(LISTS), "cpu": ("gpt2", "resnet50", "many-small")}
+BUDGET_S = 420.0
+ROUNDS = 30
+# One flat tensor and one list, in float32 and in one mode of codes, without what compiles for long.
+QUICK_SIZES, QUICK_MODELS, QUICK_MODES, QUICK_BUDGET_S = (1_000_000,), ("many-small",), ("fp32", "bf16 + low"), 50.0
+# Bytes per element without which a size is no use: float32 parameters, gradients and states, and a copy.
+_FLOAT32_BYTES = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmark's options."""
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument(
-        "--sizes", type=_numel, nargs="*", help="elements of the flat tensors, such as 5e7; default: three sizes"
+        "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each provider; default: %(default)s")
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="providers whose name contains one of these")
-    parser.add_argument("--no-model", action="store_true", help="leave out the 148 tensors of GPT-2 small")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument(
+        "--sizes", type=_numel, nargs="*", help="elements of the flat tensors, such as 5e7; default: 1e6 to what fits"
+    )
+    parser.add_argument("--models", nargs="*", choices=list(LISTS), help="lists of tensors; default: by device")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), metavar="MODE", help="as in --list; default: all")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="providers whose label contains one of these")
+    parser.add_argument(
+        "--rounds", type=_count, default=ROUNDS, help="timed steps of each provider at most; default: %(default)s"
+    )
+    parser.add_argument(
+        "--budget",
+        type=_seconds,
+        help=f"seconds for all of it, shared among the workloads; default: {BUDGET_S:.0f}, after which what is left is "
+        "listed as not reached",
+    )
+    parser.add_argument("--quick", action="store_true", help="one size, one list and two modes, within a minute")
+    parser.add_argument("--threads", type=_count, help="CPU threads; default: PyTorch's")
+    parser.add_argument("--json", type=Path, help="write the result here, anew after each workload")
+    parser.add_argument("--list", action="store_true", help="print workloads, modes and providers, and do nothing else")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run what the options ask for; return an exit code, 1 where one of our own optimizers got no time."""
+    """Run what the options ask for; return an exit code, 1 where one of our own optimizers failed or was wrong."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    sizes = DEFAULT_SIZES[device.type] if arguments.sizes is None else arguments.sizes
-    workloads = {f"flat {size:,}": flat(size) for size in sizes}
-    if not arguments.no_model:
-        workloads["GPT-2 small, 148 tensors"] = gpt2()
-    result = run(workloads, device, arguments.rounds, arguments.only)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of the events that time
+    quick = arguments.quick
+    sizes = arguments.sizes if arguments.sizes is not None else QUICK_SIZES if quick else default_sizes(device)
+    models = arguments.models if arguments.models is not None else QUICK_MODELS if quick else MODELS[device.type]
+    modes = arguments.modes or (QUICK_MODES if quick else tuple(MODES))
+    workloads = {f"flat {size:,}": flat(size) for size in sizes} | {LISTS[name][0]: LISTS[name][1]() for name in models}
+    try:
+        if not workloads:
+            raise ValueError("sizes, models: no workload is left")
+        chosen = choose(device, modes, arguments.only)
+    except ValueError as error:
+        print(f"adax-triton bench step: {error}", file=sys.stderr)
+        return 2
+    if quick and not arguments.only:
+        chosen = [provider for provider in chosen if provider.most_tensors is None]
+    if arguments.list:
+        print(listing(workloads, chosen))
+        return 0
+    budget = arguments.budget or (QUICK_BUDGET_S if quick else BUDGET_S)
+    named = bool(arguments.only)
+    for result in run(workloads, device, chosen, arguments.rounds, budget, named):
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    failed = [
-        (name, row["absent"])
-        for workload in result["workloads"]
-        for name, row in workload["providers"].items()
-        if name.startswith("adax_triton") and "absent" in row
-    ]
-    for name, why in failed:
+    failed = failures(result)
+    for name, why in failed.items():
         print(f"{name}: {why}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def run(workloads: dict[str, Shapes], device: torch.device, rounds: int, only: list[str] | None) -> dict[str, Any]:
-    """Measure every workload and return the result, JSON-friendly.
+def default_sizes(device: torch.device) -> tuple[int, ...]:
+    """Return the sizes of a device's list whose float32 step fits in its memory."""
+    return tuple(size for size in SIZES[device.type] if _FLOAT32_BYTES * size <= free_bytes(device))
 
-    Raises:
-        ValueError: no provider's name contains any of `only`.
-    """
-    chosen = [
-        provider
-        for provider in PROVIDERS
-        if device.type in provider.device_types and (not only or any(part in provider.name for part in only))
-    ]
-    if not chosen:
-        raise ValueError(f"only: no provider of {[provider.name for provider in PROVIDERS]} matches {only}")
-    result: dict[str, Any] = {
-        "environment": describe(device),
-        "rounds": rounds,
-        "dtype": "float32",
-        "bytes_per_element": BYTES_PER_ELEMENT,
-        "workloads": [],
-    }
+
+def listing(workloads: dict[str, Shapes], providers: list[Provider]) -> str:
+    """Return what would be run, as text."""
+    lines = ["workloads"]
     for name, shapes in workloads.items():
-        for done, rows in measure(chosen, shapes, device, rounds):
-            print(f"\r{name}: round {done}/{rounds} ", end="" if rows is None else "\n", file=sys.stderr, flush=True)
-        assert rows is not None
-        _add_ratios(rows)
-        numel = sum(torch.Size(shape).numel() for shape in shapes)
-        result["workloads"].append({"name": name, "numel": numel, "tensors": len(shapes), "providers": rows})
-    return result
-
-
-def _add_ratios(rows: dict[str, Any]) -> None:
-    ours = rows.get(OURS, {}).get("median_ms")
-    for row in rows.values():
-        if ours and "median_ms" in row:
-            row["ours_over_this"] = ours / row["median_ms"]
+        lines.append(f"  {name}: {sum(torch.Size(shape).numel() for shape in shapes):,} elements")
+    lines.append("modes, and bytes per element")
+    for mode in dict.fromkeys(provider.mode for provider in providers):
+        lines.append(f"  {mode.name}: {mode.bytes_per_element:g}")
+    lines.append("providers")
+    for provider in providers:
+        missing = provider.missing
+        lines.append(f"  {provider.label}" + (f": absent: {missing}" if missing else ""))
+    return "\n".join(lines)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -99,33 +123,63 @@ def table(result: dict[str, Any]) -> str:
     environment = result["environment"]
     lines = [
         f"{environment['device']}, torch {environment['torch']}, triton {environment['triton']}, "
-        f"commit {environment['commit']}, {environment['date']}; "
-        f"{result['dtype']}, {result['bytes_per_element']} bytes per element",
+        f"commit {environment['commit']}, {environment['date']}",
     ]
+    titles = ("median ms", "p20", "p80", "bytes", "GB/s", "of copy", "host us", "peak MB", "launches", "first step s")
     for workload in result["workloads"]:
-        lines += [
-            "",
-            f"| {workload['name']} | median ms | p20 | p80 | GB/s | of copy | first step s | AdaXW / this |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+        lines += ["", f"| {workload['name']} | {' | '.join(titles)} | AdaXW / this |", "|---" * (len(titles) + 2) + "|"]
         for name, row in workload["providers"].items():
-            lines.append(_table_row(name, row))
+            cells = [f"absent: {row['absent']}", *[""] * len(titles)] if "absent" in row else _cells(row)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _table_row(name: str, row: dict[str, Any]) -> str:
-    if "absent" in row:
-        return f"| {name} | absent: {row['absent']} | | | | | | |"
-    first = f"{row['first_step_s']:.2f}" if "first_step_s" in row else ""
-    ratio = f"{row['ours_over_this']:.2f}" if "ours_over_this" in row else ""
-    return (
-        f"| {name} | {row['median_ms']:.3f} | {row['p20_ms']:.3f} | {row['p80_ms']:.3f} | {row['gb_per_s']:.1f} "
-        f"| {row['copy_share']:.0%} | {first} | {ratio} |"
-    )
+def _cells(row: dict[str, Any]) -> list[str]:
+    formats = {
+        **{"median_ms": "{:.3f}", "p20_ms": "{:.3f}", "p80_ms": "{:.3f}", "bytes_per_element": "{:.4g}"},
+        **{"gb_per_s": "{:.1f}", "copy_share": "{:.0%}", "host_us": "{:.0f}"},
+        **{"peak_bytes": "{:,.0f}", "launches": "{}", "first_step_s": "{:.2f}", "ours_over_this": "{:.2f}"},
+    }
+    units = {"peak_bytes": 1e6}
+    return [
+        "" if row.get(key) is None else form.format(row[key] / units[key] if key in units else row[key])
+        for key, form in formats.items()
+    ]
 
 
 def _numel(text: str) -> int:
-    numel = int(float(text))
+    numel = int(_number(text))
     if numel < 1 or numel != float(text):
         raise argparse.ArgumentTypeError(f"invalid size {text!r}: expected a whole number of elements, at least 1")
     return numel
+
+
+def _count(text: str) -> int:
+    if _number(text) != int(_number(text)) or _number(text) < 1:
+        raise argparse.ArgumentTypeError(f"invalid count {text!r}: expected a whole number, at least 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    if _number(text) <= 0:
+        raise argparse.ArgumentTypeError(f"invalid time {text!r}: expected seconds, more than 0")
+    return _number(text)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid number {text!r}") from None
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"invalid number {text!r}: expected a finite one")
+    return number
+
+
+def _device(text: str) -> str:
+    kind = text.partition(":")[0]
+    if kind not in SIZES:
+        raise argparse.ArgumentTypeError(f"invalid device {text!r}: expected one of {', '.join(SIZES)}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"invalid device {text!r}: PyTorch sees no GPU")
+    return text

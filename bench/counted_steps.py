@@ -1,0 +1,54 @@
+"""A step of one flat tensor in every mode, for a profiler that reads hardware counters: see `gpu_check.py`.
+
+    ncu --kernel-name regex:adax_step --metrics dram__bytes_read.sum python -m adax_triton.bench.counted_steps
+
+Prints one JSON line per mode, in the order of the launches: the bytes per element that the counters should show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import torch
+
+from ..precision import bytes_loaded, bytes_stored
+from .modes import MODES
+from .providers import OURS, PROVIDERS, RULES
+from .step import make_params
+from .timing import release
+from .workloads import flat
+
+STEPS = 2  # the first finds states of zeros
+
+
+def main() -> int:
+    """Step once and again in every mode."""
+    parser = argparse.ArgumentParser(description="Steps to be counted by a profiler.")
+    parser.add_argument("--numel", type=int, default=100_000_000, help="elements; default: %(default)s")
+    parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    for mode in MODES.values():
+        (provider,) = (one for one in PROVIDERS if one.mode == mode and one.name == OURS)
+        step = provider.build(
+            make_params(flat(arguments.numel), device, seed=1, dtype=mode.param_dtype), RULES[provider.second_moment]
+        )
+        for _ in range(STEPS):
+            step()
+        del step
+        release(device)
+        expected = {
+            "mode": mode.name,
+            "numel": arguments.numel,
+            "launches": STEPS,
+            "bytes_loaded": bytes_loaded(mode.param_dtype, mode.param_dtype, mode.precision),
+            "bytes_stored": bytes_stored(mode.param_dtype, mode.precision),
+        }
+        print(json.dumps(expected), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""`adax-triton bench report`: result files as Markdown tables and pictures, and the benchmark section of a README.
+
+A README's section stands between two marks, which stay:
+
+    <!-- bench:begin -->
+    <!-- bench:end -->
+
+It names every file that it was made from, so that `section(files_of(text), folder)` makes it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import long_run, plots, precision_study, scale, train
+from .origin import origin
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+_SOURCE = re.compile(r"^From `([^`]+\.json)`", re.MULTILINE)
+
+# Columns of a step's table: those of the figures that a file has.
+STEP_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "mode": ("mode", str),
+    "median_ms": ("median ms", lambda value: f"{value:.3f}"),
+    "p20_ms": ("p20", lambda value: f"{value:.3f}"),
+    "p80_ms": ("p80", lambda value: f"{value:.3f}"),
+    "bytes_per_element": ("bytes/element", lambda value: f"{value:.4g}"),
+    "gb_per_s": ("GB/s", lambda value: f"{value:.1f}"),
+    "copy_share": ("of copy", lambda value: f"{value:.0%}"),
+    "host_us": ("host us", lambda value: f"{value:.0f}"),
+    "launches": ("launches", str),
+    "peak_bytes": ("peak MB", lambda value: f"{value / 1e6:,.0f}"),
+    "first_step_s": ("first step s", lambda value: f"{value:.2f}"),
+    "ours_over_this": ("AdaXW / this", lambda value: f"{value:.2f}"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON files that benchmarks wrote")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and a PNG per file here")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help=f"rewrite what stands between its {BEGIN} and {END}"
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the tables, or write what the options ask for; return 2 where that cannot be."""
+    try:
+        text = report(arguments.files)
+        if arguments.readme is not None:
+            rewrite(arguments.readme, arguments.files)
+        if arguments.out is not None:
+            write(arguments.out, arguments.files)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"adax-triton bench report: {error}", file=sys.stderr)
+        return 2
+    if arguments.out is None and arguments.readme is None:
+        print(text)
+    return 0
+
+
+def read(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the kind of a result, and the result.
+
+    Raises:
+        ValueError: the file is not JSON, or not of a benchmark of this package.
+        OSError: it cannot be read.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    keys = set(result) if isinstance(result, dict) else set()
+    signs = {"workloads": "step", "cases": "train", "kinds": "precision", "rates": "modes", "final": "long run"}
+    found = result.get("benchmark") if keys else None
+    kind = found or next((kind for sign, kind in signs.items() if sign in keys), None)
+    if kind not in TABLES or "environment" not in keys:
+        raise ValueError(f"{path}: not a result of a benchmark of this package")
+    return kind, result
+
+
+def step_table(result: dict[str, Any]) -> str:
+    """Return a step benchmark as Markdown, with the columns that its rows have."""
+    named = result.get("bytes_per_element")
+    lines = [f"{result['dtype']}" + ("" if named is None else f", {named:g} bytes per element")]
+    for workload in result["workloads"]:
+        rows = workload["providers"]
+        present = [key for key in STEP_COLUMNS if any(row.get(key) is not None for row in rows.values())]
+        titles = [workload["name"], *(STEP_COLUMNS[key][0] for key in present)]
+        lines += ["", _row(titles), "|---" * len(titles) + "|"]
+        for name, row in rows.items():
+            cells = ["" if row.get(key) is None else STEP_COLUMNS[key][1](row[key]) for key in present]
+            if "absent" in row:
+                cells = [f"absent: {row['absent']}", *[""] * (len(present) - 1)]
+            lines.append(_row([name, *cells]))
+    return "\n".join(lines)
+
+
+def modes_table(result: dict[str, Any]) -> str:
+    """Return `examples/compare_modes.py`'s result as Markdown."""
+    titles = ["lr", "weights and states", "validation loss", "difference from float32"]
+    lines = [
+        f"{result['weights']:,} weights, {result['steps']} steps, {result['seeds']} seeds",
+        "",
+        _row(titles),
+        "|---" * len(titles) + "|",
+    ]
+    for rate in result["rates"]:
+        for name, row in rate["modes"].items():
+            error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
+            difference = "" if name == "float32" else f"{row['difference']:+.4f}{error}"
+            lines.append(_row([f"{rate['lr']:g}", name, f"{row['mean']:.4f}", difference]))
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "step": step_table,
+    "train": train.table,
+    "scale": scale.table,
+    "precision": precision_study.table,
+    "long run": long_run.table,
+    "modes": modes_table,
+}
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def report(files: Sequence[Path]) -> str:
+    """Return all results as Markdown.
+
+    Raises:
+        ValueError: a file is no result.
+    """
+    parts = []
+    for path in files:
+        kind, result = read(path)
+        parts.append(f"## {path.stem}\n\n{kind}: {origin(result)}\n\n{TABLES[kind](result)}\n")
+    return "\n".join(parts)
+
+
+def write(folder: Path, files: Sequence[Path]) -> None:
+    """Write report.md, and a picture of each file whose kind has one.
+
+    Raises:
+        ValueError: a file is no result, or two have one name.
+        ImportError: matplotlib is not installed.
+    """
+    stems = [path.stem for path in files]
+    if len(set(stems)) < len(stems):
+        raise ValueError(f"files: two have the same name, in {stems}; pictures are named after them")
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for path in files:
+        kind, result = read(path)
+        drawn = plots.draw(result, kind, folder / f"{path.stem}.png")
+        parts.append(report([path]) + (f"\n![{path.stem}]({path.stem}.png)\n" if drawn else ""))
+    (folder / "report.md").write_text("\n".join(parts))
+
+
+def section(files: Sequence[Path], root: Path) -> str:
+    """Return what stands between the marks of a README.
+
+    Args:
+        files: results, below `root`.
+        root: the README's folder, from which files are named.
+
+    Raises:
+        ValueError: a file is no result, or not below `root`.
+    """
+    parts = []
+    for path in files:
+        kind, result = read(path)
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"{path}: not below {root}, so the README cannot name it")
+        name = path.resolve().relative_to(root.resolve()).as_posix()
+        parts.append(f"From `{name}`: {kind}, {origin(result)}.\n\n{TABLES[kind](result)}\n")
+    return "\n".join(parts)
+
+
+def files_of(readme: Path) -> list[Path]:
+    """Return the files that a README's section was made from.
+
+    Raises:
+        ValueError: the README has no marks.
+    """
+    return [readme.parent / name for name in _SOURCE.findall(_split(readme)[1])]
+
+
+def rewrite(readme: Path, files: Sequence[Path]) -> None:
+    """Replace what stands between the marks.
+
+    Raises:
+        ValueError: the README does not have each mark once, in order, or a file is no result.
+    """
+    before, _, after = _split(readme)
+    readme.write_text(f"{before}{BEGIN}\n{section(files, readme.parent)}{END}{after}")
+
+
+def between_marks(readme: Path) -> str:
+    """Return what stands between the marks.
+
+    Raises:
+        ValueError: the README does not have each mark once, in order.
+    """
+    return _split(readme)[1]
+
+
+def _split(readme: Path) -> tuple[str, str, str]:
+    text = readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{readme}: expected {BEGIN} and then {END}, once each")
+    before, _, rest = text.partition(BEGIN)
+    between, _, after = rest.partition(END)
+    return before, between.removeprefix("\n"), after

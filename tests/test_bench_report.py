@@ -1,0 +1,174 @@
+"""Tables and pictures of results: a small one by hand, and those that are committed."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adax_triton.bench import report
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMITTED = sorted((ROOT / "bench" / "results").glob("*.json"))
+STEPS = [path for path in COMMITTED if path.name.startswith("cpu-")]
+ENVIRONMENT = {"device": "A Machine", "threads": 3, "torch": "2.13", "commit": "abc123", "date": "2026-01-02T03:04:05"}
+
+
+def step(**of_ours: Any) -> dict[str, Any]:
+    row = {"median_ms": 2.0, "p20_ms": 1.0, "p80_ms": 3.5, "gb_per_s": 14.0, "copy_share": 0.5}
+    rows = {"adax_triton.AdaXW": {**row, **of_ours}, "another": {"absent": "ImportError: no | such"}, "copy": row}
+    workload = {"name": "flat 10", "numel": 10, "tensors": 1, "providers": rows}
+    return {
+        "environment": ENVIRONMENT,
+        "rounds": 2,
+        "dtype": "float32",
+        "bytes_per_element": 28.0,
+        "workloads": [workload],
+    }
+
+
+def scaling() -> dict[str, Any]:
+    points = [{"numel": n, "tensors": 1, "median_ms": n / 1e3, "p20_ms": 1, "p80_ms": 1} for n in (10, 1000)]
+    slopes = {f"{line}_slope{last}": 1.0 for line in ("elements", "tensors") for last in ("", "_last")}
+    rows = {"copy": {"elements": points, "tensors": points, **slopes}, "adax_triton.AdaXW": {"absent": "why"}}
+    top = {"benchmark": "scale", "environment": ENVIRONMENT, "rounds": 1, "dtype": "float32", "tensor_size": 10}
+    return {**top, "too_large": [], "copy_bytes_per_s": 5e9, "providers": rows}
+
+
+def training() -> dict[str, Any]:
+    shape = {"layers": 1, "width": 8, "ranks": 1, "batch": 1, "context": 8, "steps": 3, "warmup": 0, "clipping": 1.0}
+    row = {"tokens_per_s": 10.0, "median_ms": 1, "p20_ms": 1, "p80_ms": 1, "optimizer_share": 0.5, "loss": 2.0}
+    row |= {"peak_bytes": 2e6, "host_peak_bytes": 2e6, "host_before_bytes": 1e6, "state_bytes": 5e5}
+    rows = {"plain / AdaXW": {**row, "optimizer_class": "a.b.AdaXW"}, "ZeRO-1 / AdaXW": {"absent": "why"}}
+    top = {"benchmark": "train", "environment": ENVIRONMENT, "dtype": "float32", "device": "cpu"}
+    return {**top, **shape, "cases": rows}
+
+
+def written(folder: Path, name: str, result: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(result))
+    return folder / name
+
+
+def run(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    return report.main(parser.parse_args([str(word) for word in words]))
+
+
+def test_table_is_that_of_the_figures() -> None:
+    assert report.step_table(step()).splitlines() == [
+        "float32, 28 bytes per element",
+        "",
+        "| flat 10 | median ms | p20 | p80 | GB/s | of copy |",
+        "|---|---|---|---|---|---|",
+        "| adax_triton.AdaXW | 2.000 | 1.000 | 3.500 | 14.0 | 50% |",
+        "| another | absent: ImportError: no / such |  |  |  |  |",
+        "| copy | 2.000 | 1.000 | 3.500 | 14.0 | 50% |",
+    ]
+
+
+def test_columns_are_those_that_some_row_has() -> None:
+    more = {"mode": "bf16", "bytes_per_element": 14.0625, "host_us": 31.4, "peak_bytes": 25e6, "launches": 2}
+    lines = report.step_table(step(**more)).splitlines()
+    titles = "mode | median ms | p20 | p80 | bytes/element | GB/s | of copy | host us | launches | peak MB"
+    assert lines[2] == f"| flat 10 | {titles} |"
+    assert lines[4] == "| adax_triton.AdaXW | bf16 | 2.000 | 1.000 | 3.500 | 14.06 | 14.0 | 50% | 31 | 2 | 25 |"
+    assert lines[6] == "| copy |  | 2.000 | 1.000 | 3.500 |  | 14.0 | 50% |  |  |  |"
+    assert {line.count("|") for line in lines[2:]} == {12}
+
+
+def test_every_kind_of_result_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = {"step.json": step(), "scale.json": scaling(), "train.json": training()}
+    files = [written(tmp_path, name, result) for name, result in made.items()]
+    assert run(*files, *COMMITTED) == 0
+    printed = capsys.readouterr().out
+    for path in COMMITTED:
+        environment = json.loads(path.read_text())["environment"]
+        assert f"## {path.stem}\n" in printed
+        assert f"commit {environment['commit']}" in printed
+    for kind in ("step", "scale", "train", "precision", "long run", "modes"):
+        assert f"\n{kind}: " in printed
+    assert "step: A Machine, 3 threads, torch 2.13, commit abc123, 2026-01-02\n" in printed
+
+
+def test_committed_figures_stand_in_the_table() -> None:
+    result = json.loads((ROOT / "bench" / "results" / "cpu-epyc-2core-50m.json").read_text())
+    row = result["workloads"][0]["providers"]["adax_triton.AdaXW"]
+    (line,) = [line for line in report.step_table(result).splitlines() if line.startswith("| adax_triton.AdaXW |")]
+    assert line.split(" | ")[1:6] == [
+        *(f"{row[name]:.3f}" for name in ("median_ms", "p20_ms", "p80_ms")),
+        f"{row['gb_per_s']:.1f}",
+        f"{row['copy_share']:.0%}",
+    ]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"benchmark": "another", "environment": {}}'])
+def test_what_is_no_result_is_named(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "wrong.json").write_text(text)
+    assert run(tmp_path / "wrong.json") == 2
+    assert "wrong.json" in capsys.readouterr().err
+
+
+def test_folder_gets_tables_and_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    made = {"step.json": step(), "scale.json": scaling(), "train.json": training()}
+    files = [written(tmp_path, name, result) for name, result in made.items()]
+    out = tmp_path / "out"
+    no_picture = ROOT / "bench" / "results" / "gpt-modes.json"
+    assert run(*files, STEPS[0], no_picture, "--out", out) == 0
+    drawn = {path.stem for path in out.glob("*.png")}
+    assert drawn == {"step", "scale", "train", STEPS[0].stem}
+    assert all((out / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in drawn)
+    text = (out / "report.md").read_text()
+    assert all(f"]({name}.png)" in text for name in drawn)
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [written(tmp_path / folder, "step.json", step()) for folder in ("a", "b")]
+    assert run(*files, "--out", tmp_path / "out") == 2
+    assert "same name" in capsys.readouterr().err
+
+
+def test_missing_matplotlib_is_an_error_that_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    file = written(tmp_path, "step.json", step())
+    assert run(file, "--out", tmp_path / "out") == 2
+    assert "adax-triton[bench]" in capsys.readouterr().err
+    assert run(file) == 0  # tables need none
+
+
+def test_readme_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    files = [written(tmp_path / "results", path.name, json.loads(path.read_text())) for path in STEPS]
+    assert run(*files, "--readme", readme) == 0
+    first = readme.read_text()
+    assert first.startswith(f"before\n\n{report.BEGIN}\nFrom `results/{STEPS[0].name}`: step, AMD EPYC, 2 threads, ")
+    assert first.endswith(f"|\n{report.END}\n\nafter\n")
+    assert "old" not in first
+    assert report.files_of(readme) == files
+    assert report.between_marks(readme) == report.section(files, tmp_path)
+    assert run(*files, "--readme", readme) == 0
+    assert readme.read_text() == first
+
+
+@pytest.mark.parametrize("text", ["", "<!-- bench:begin -->", "<!-- bench:end --> <!-- bench:begin -->"])
+def test_readme_without_its_marks_is_left_alone(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    assert run(written(tmp_path, "step.json", step()), "--readme", readme) == 2
+    assert "bench:begin" in capsys.readouterr().err
+    assert readme.read_text() == text
+
+
+def test_this_readme_is_what_the_committed_files_give() -> None:
+    readme = ROOT / "README.md"
+    if report.BEGIN not in readme.read_text():
+        pytest.skip("README.md has no benchmark section")
+    files = report.files_of(readme)
+    assert files
+    assert report.between_marks(readme) == report.section(files, ROOT)

@@ -1,0 +1,237 @@
+"""The step benchmark: its formulas, its workloads, its figures, and the command."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from adax_triton.bench import gate, providers, step, step_report, step_run, timing, workloads
+from adax_triton.bench.modes import FP32, MODES, Mode
+from adax_triton.bench.providers import PROVIDERS, Provider
+from torch import nn
+
+from adax_triton import AdaXW
+from adax_triton.cli import main
+
+CPU = torch.device("cpu")
+ONE = {"flat 1,000": workloads.flat(1000)}
+
+
+@pytest.fixture(autouse=True)
+def few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "SHAPES", [(33, 17), (3,)])
+
+
+def named(*labels: str) -> list[Provider]:
+    return [provider for provider in PROVIDERS if provider.label in labels]
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=list(MODES))
+def test_bytes_per_element_are_those_of_tensors(mode: Mode, compiled_cpu: torch.device) -> None:
+    param = nn.Parameter(torch.ones(128, 64, device=compiled_cpu, dtype=mode.param_dtype))
+    param.grad = torch.ones_like(param)
+    optimizer = AdaXW([param], states=mode.precision.states, master_weights=mode.precision.master_weights)
+    optimizer.step()
+    states = sum(value.nbytes for value in optimizer.state[param].values() if isinstance(value, torch.Tensor))
+    # All are read and, but for the gradient, written.
+    assert mode.bytes_per_element == (2 * param.nbytes + param.grad.nbytes + 2 * states) / param.numel()
+    assert mode.state_bytes == states / param.numel()
+
+
+def test_bytes_per_element_are_those_that_the_audit_holds_against_code() -> None:
+    pytest.importorskip("triton")
+    spec = importlib.util.spec_from_file_location("code_audit", Path(__file__).with_name("code_audit.py"))
+    code_audit = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(code_audit)
+    masters = {None: None, "float32": "int16", "24bit": "int8"}
+    for mode in MODES.values():
+        states, master_weights = mode.precision
+        variant = code_audit.StepVariant(
+            mode.param_dtype,
+            mode.param_dtype,
+            states,
+            masters[master_weights],
+            stochastic=mode.weight_rounding == "stochastic",
+        )
+        assert variant in code_audit.step_variants(), mode.name
+
+
+@pytest.mark.parametrize(
+    ("shapes", "tensors", "numel"),
+    [
+        (workloads.gpt2(), 148, 124_439_808),
+        (workloads.llama3_8b(), 291, 8_030_261_248),
+        (workloads.llama3_8b(ranks=8), 291, 8_030_261_248 // 8),
+        (workloads.resnet50(), 161, 25_557_032),
+        (workloads.vit_l(), 296, 304_326_632),
+        (workloads.many_small(), 1000, 4_096_000),
+        (workloads.flat(7), 1, 7),
+    ],
+    ids=["gpt2", "llama3-8b", "llama3-8b-shard", "resnet50", "vit-l", "many-small", "flat"],
+)
+def test_workloads_have_their_tensors_and_elements(shapes: workloads.Shapes, tensors: int, numel: int) -> None:
+    assert len(shapes) == tensors
+    assert sum(torch.Size(shape).numel() for shape in shapes) == numel
+
+
+def test_figures_follow_from_times_and_formula() -> None:
+    copy, entry = step.Entry(None, times=[0.25, 0.25]), step.Entry(named("adax_triton.AdaXW")[0])
+    entry.times, entry.host_times = [0.5, 1.0, 2.0], [1e-4, 2e-4, 3e-4]
+    row = step.summarize(entry, [copy, entry], 10**9)
+    assert row["median_ms"] == 1000.0
+    assert row["p20_ms"] == pytest.approx(700.0) and row["p80_ms"] == pytest.approx(1600.0)
+    assert row["gb_per_s"] == 28.0
+    assert row["copy_share"] == 28 / 32  # the copy moves 8 bytes per element, at 32 GB/s
+    assert row["host_us"] == 200.0
+    assert step.summarize(copy, [copy, entry], 10**9)["gb_per_s"] == 32.0
+
+
+def test_wrong_provider_gets_no_number() -> None:
+    (fused,) = named("torch AdamW fused")
+    wrong = dataclasses.replace(fused, name="wrong", second_moment="adax")
+    *_, result = step_run.run(ONE, CPU, [fused, wrong], rounds=2, budget=60)
+    rows = result["workloads"][0]["providers"]
+    assert "WrongResultError" in rows["wrong"]["absent"]
+    assert "median_ms" not in rows["wrong"]
+    assert rows["torch AdamW fused"]["rounds"] == rows["copy"]["rounds"] == 2
+    assert rows["torch AdamW fused"]["error"] <= rows["torch AdamW fused"]["tolerance"]
+    assert step_run.failures(result) == {}  # not ours
+
+
+def test_what_is_not_installed_is_listed_with_the_reason() -> None:
+    (fused,) = named("torch AdamW fused")
+    passed, turned_away = step_run.admit([dataclasses.replace(fused, package="no_such_package")], CPU)
+    assert passed == {}
+    assert turned_away[fused.label]["absent"] == "no_such_package is not installed"
+
+
+def test_one_of_ours_that_breaks_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def broken(params: list[torch.Tensor], rule: providers.Rule) -> providers.Step:
+        raise RuntimeError("no such kernel")
+
+    (ours,) = named("adax_triton.AdaXW")
+    monkeypatch.setattr(step_run, "PROVIDERS", (dataclasses.replace(ours, build=broken), *named("torch AdamW fused")))
+    words = ["bench", "step", "--device", "cpu", "--sizes", "10", "--models", "--rounds", "1"]
+    assert main([*words, "--only", "AdaXW", "fused"]) == 1
+    assert "adax_triton.AdaXW: RuntimeError: no such kernel" in capsys.readouterr().err
+
+
+def test_what_the_budget_does_not_reach_is_no_failure() -> None:
+    *_, result = step_run.run(ONE, CPU, named("adax_triton.AdaXW"), rounds=1, budget=1e-9)
+    row = result["workloads"][0]["providers"]["adax_triton.AdaXW"]
+    assert row["absent"] == "not reached within the budget of time"
+    assert step_run.failures(result) == {}
+
+
+def test_long_compilation_is_left_to_those_who_ask_for_it() -> None:
+    compiled = dataclasses.replace(named("torch AdamW fused")[0], most_tensors=1)
+    for asked in (False, True):
+        *_, result = step_run.run({"two": [(5,), (7,)]}, CPU, [compiled], rounds=1, budget=60, named=asked)
+        row = result["workloads"][0]["providers"][compiled.label]
+        assert ("median_ms" in row) == asked
+        assert asked or "--only" in row["absent"]
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        (1e12, [["adax_triton.AdaXW", "adax_triton.AdamW", "torch AdamW fused", "torch AdamW foreach"]]),
+        # 16 GB are shared; of the rest, 8 for each.
+        (
+            (16e9 + 2.5 * 8e9) / step.USABLE,
+            [["adax_triton.AdaXW", name] for name in ("adax_triton.AdamW", "torch AdamW fused", "torch AdamW foreach")],
+        ),
+        ((16e9 + 1.5 * 8e9) / step.USABLE, None),
+        (16e9, []),
+    ],
+    ids=["all", "two", "one", "none"],
+)
+def test_heats_fit_in_memory_and_hold_ours(
+    free: float, expected: list[list[str]] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "free_bytes", lambda device: free)
+    chosen = named("adax_triton.AdaXW", "adax_triton.AdamW", "torch AdamW fused", "torch AdamW foreach")
+    found = [[provider.label for provider in heat] for heat in step.heats(chosen, 10**9, CPU)]
+    assert found == ([[provider.label] for provider in chosen] if expected is None else expected)
+
+
+def test_what_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "free_bytes", lambda device: 1e9)
+    rows = step.measure(named("adax_triton.AdaXW"), workloads.flat(10**9), None, CPU, 1, 1.0)
+    assert "16 GB" in rows["adax_triton.AdaXW"]["absent"]
+
+
+def test_kernels_are_counted_without_copies_and_annotations() -> None:
+    gpu, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [
+        SimpleNamespace(device_type=gpu, name="adax_step_kernel", is_user_annotation=False),
+        SimpleNamespace(device_type=gpu, name="void at::native::fill", is_user_annotation=False),
+        SimpleNamespace(device_type=gpu, name="Memcpy HtoD (Pinned -> Device)", is_user_annotation=False),
+        SimpleNamespace(device_type=gpu, name="Memset (Device)", is_user_annotation=False),
+        SimpleNamespace(device_type=gpu, name="Optimizer.step#AdaXW.step", is_user_annotation=True),
+        SimpleNamespace(device_type=host, name="cudaLaunchKernel", is_user_annotation=False),
+    ]
+    assert timing.kernels_among(events) == 2
+
+
+def test_report_renders_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "step.json"
+    words = ["bench", "step", "--device", "cpu", "--sizes", "1000", "--models", "--modes", "fp32", "--rounds", "2"]
+    assert main([*words, "--only", "fused", "AdaXW", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["benchmark"] == "step"
+    assert (result["dtype"], result["bytes_per_element"]) == ("float32", 28.0)
+    text = capsys.readouterr().out
+    assert text.strip() == step_report.table(result)
+    assert result["environment"]["commit"] in text
+    (workload,) = result["workloads"]
+    for name in ("adax_triton.AdaXW", "torch AdamW fused", "copy"):
+        line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        assert line.count("|") == 13
+        assert workload["providers"][name]["median_ms"] > 0
+    row = workload["providers"]["adax_triton.AdaXW"]
+    assert row["mode"] == FP32.name
+    assert row["ours_over_this"] == 1.0
+    for key in ("host_us", "peak_bytes", "launches"):  # of a GPU
+        assert row[key] is None
+
+
+def test_list_names_what_would_be_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", "--device", "cpu", "--list"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert {f"  {mode.name}: {mode.bytes_per_element:g}" for mode in MODES.values()} <= set(printed)
+    assert "  GPT-2 small, 148 tensors: 124,439,808 elements" in printed
+    assert "  adax_triton.AdaXW, bf16 + low" in printed
+    assert main(["bench", "step", "--device", "cpu", "--quick", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "flat 1,000,000" in printed
+    assert "GPT-2" not in printed and "compiled" not in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "named_in_error"),
+    [
+        (["--only", "no-such-thing"], "no-such-thing"),
+        (["--sizes", "1.5"], "1.5"),
+        (["--sizes", "0"], "'0'"),
+        (["--sizes", "inf"], "'inf'"),
+        (["--sizes", "--models"], "no workload"),
+        (["--rounds", "0"], "'0'"),
+        (["--threads", "x"], "'x'"),
+        (["--budget", "-1"], "'-1'"),
+        (["--modes", "fp64"], "fp64"),
+        (["--models", "gpt5"], "gpt5"),
+        (["--device", "tpu"], "tpu"),
+    ],
+)
+def test_bad_arguments_are_named(words: list[str], named_in_error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(["bench", "step", "--device", "cpu", *words])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    assert named_in_error in capsys.readouterr().err
