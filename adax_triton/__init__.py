@@ -3,6 +3,7 @@
 from .adam import Adam, AdamW
 from .conversion import adax_from_adam, from_released_adax, from_torch_adam, to_released_adax, to_torch_adam
 from .flat_buffer import FlatBuffer
+from .gradient_release import GradientRelease
 from .horizon import beta2_for_horizon, steps_until_frozen
 from .optimizer import AdaX, AdaXW
 from .reference import adax_update
@@ -17,6 +18,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "FlatBuffer",
+    "GradientRelease",
     "JsonLinesLogger",
     "StepScalars",
     "StepTelemetry",

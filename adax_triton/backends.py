@@ -14,7 +14,7 @@ from torch import Tensor
 from .control import TAKEN, Decision, StepControl
 from .cpu import COMPILE_FROM_NUMEL, compiler_problem
 from .device_scalars import DeviceRow, DeviceScalars
-from .device_tables import DeviceTable, is_capturing
+from .device_tables import DeviceTable, KeptByStream
 from .gradient_norm import sum_of_squares
 from .launches import KernelLaunch, Launches
 from .pytorch_steps import HostRows, run_steps, run_steps_with_sums
@@ -93,9 +93,8 @@ class Stepper:
 
     def __init__(self) -> None:
         self._launches = Launches()
-        self._device_scalars: dict[tuple[torch.device, int, int], DeviceScalars] = {}
-        self._host_scalars: dict[tuple[torch.device, int], DeviceTable] = {}
-        self._captured: list[DeviceScalars] = []
+        self._device_scalars: KeptByStream[DeviceScalars] = KeptByStream()
+        self._host_scalars: KeptByStream[DeviceTable] = KeptByStream()
 
     def run(
         self,
@@ -146,7 +145,7 @@ class Stepper:
             original.copy_(copy)
         grad_norm = None
         if squares is not None:
-            grad_norm = torch.tensor(decision.grad_norm) if report is None else report[0]
+            grad_norm = squares.new_tensor(decision.grad_norm).float() if report is None else report[0].clone()
         skipped = None if report is None else report[2]
         return StepResult(not decision.skip, skipped, grad_norm, None if copies else launches)
 
@@ -186,20 +185,12 @@ class Stepper:
         return report
 
     def _uploaded(self, device: torch.device, rows: HostRows) -> Tensor:
-        key = device, _stream(device)
-        table = self._host_scalars.setdefault(key, DeviceTable(device))
+        table = self._host_scalars.get(device, device, lambda: DeviceTable(device))
         return table.set((rows.scalars, rows.keys), _scalar_table)
 
     def _prepared(self, device: torch.device, rows: Sequence[DeviceRow]) -> DeviceScalars:
-        key = device, _stream(device), rows[0].step.data_ptr()
-        prepared = self._device_scalars.setdefault(key, DeviceScalars(device))
-        if is_capturing(device):
-            self._captured.append(prepared)  # replays read its tables
-        return prepared
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        key = device, rows[0].step.data_ptr()
+        return self._device_scalars.get(key, device, lambda: DeviceScalars(device))
 
 
 def _scalar_table(rows: tuple[list[StepScalars], list[tuple[int, int]]]) -> Tensor:

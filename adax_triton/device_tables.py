@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 _CHUNK_BITS = 32
+# Releasing gradients steps each parameter by itself, and so has tables for each.
+_MOST_KEPT = 8192
 UNPREPARED = (
     "step(): a CUDA graph is being captured without a step of the same parameters before it; take one step outside of "
     "the capture, and one between two captures"
@@ -18,14 +22,14 @@ UNPREPARED = (
 class DeviceTable:
     """A tensor that is uploaded when its content changes, without the host waiting and without a new allocation.
 
-    While a CUDA graph is captured the upload becomes part of the graph and reads its block of pinned memory at each
-    replay; that block is kept for it, and what the graph says does not change with later steps.
+    While a CUDA graph is captured the upload becomes part of the graph, and at each replay it reads a block of pinned
+    memory that was got before. From then on the table is the graph's: keep it, and set it no more.
 
     Args:
         device: where kernels read it.
 
     Attributes:
-        tensor: the content on the device; another tensor only for another shape, and around a capture.
+        tensor: the content on the device; another tensor only for another shape.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +37,6 @@ class DeviceTable:
         self._content: Any = None
         self._blocks: list[tuple[Tensor, torch.cuda.Event]] = []
         self._spare: Tensor | None = None
-        self._captured: list[tuple[Tensor, Tensor]] = []
         self.tensor = torch.empty(0, device=device)
 
     def set(self, content: Any, build: Callable[[Any], Tensor]) -> Tensor:
@@ -49,7 +52,7 @@ class DeviceTable:
         capturing = is_capturing(self._device)
         if capturing or content != self._content:
             self._upload(build(content), capturing)
-            self._content = None if capturing else content
+            self._content = content
         return self.tensor
 
     def forget(self) -> None:
@@ -57,22 +60,18 @@ class DeviceTable:
         self._content = None
 
     def _upload(self, host: Tensor, capturing: bool) -> None:
-        # Replays write the table that they read; it is theirs alone.
-        replayed = any(self.tensor is table for _, table in self._captured)
-        if capturing or replayed or not _alike(self.tensor, host):
+        if not _alike(self.tensor, host):
             self.tensor = torch.empty_like(host, device=self._device)
             self._blocks.clear()
         if self._device.type == "cpu":
             self.tensor.copy_(host)
             return
         if capturing:
-            block = self._captured_block(host)
-            self.tensor.copy_(block, non_blocking=True)
-            self._captured.append((block, self.tensor))
+            self.tensor.copy_(self._captured_block(host), non_blocking=True)
             return
         block, copied = self._free_block(host)
         self.tensor.copy_(block.copy_(host), non_blocking=True)
-        copied.record()
+        copied.record(torch.cuda.current_stream(self._device))
         if self._spare is None or not _alike(self._spare, host):
             self._spare = torch.empty_like(host, pin_memory=True)
 
@@ -85,14 +84,40 @@ class DeviceTable:
         return self._blocks[-1]
 
     def _captured_block(self, host: Tensor) -> Tensor:
-        block, self._spare = self._spare, None  # pinned memory cannot be had during a capture
-        if block is None or not _alike(block, host):
+        if self._spare is None or not _alike(self._spare, host):
             raise RuntimeError(UNPREPARED)
-        return block.copy_(host)
+        return self._spare.copy_(host)
 
 
 def _alike(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and left.dtype == right.dtype
+
+
+class KeptByStream(Generic[T]):
+    """What owns tables, one per key and stream: the allocator orders reuse of a table's memory by one stream.
+
+    A CUDA graph that is captured takes its owner for good, whatever stream that was prepared on; the next step outside
+    of the capture makes another.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, dict[int, T]] = {}
+        self._captured: list[T] = []
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
+        """Return the owner of a key for the current stream, made if there is none yet."""
+        if is_capturing(device):
+            prepared = self._kept.pop(key, {})
+            self._captured.append(next(iter(prepared.values()), None) or make())
+            return self._captured[-1]
+        if key not in self._kept and len(self._kept) >= _MOST_KEPT:
+            # What has moved is never found again.
+            self._kept.clear()
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        of_streams = self._kept.setdefault(key, {})
+        if stream not in of_streams:
+            of_streams[stream] = make()
+        return of_streams[stream]
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -42,7 +42,7 @@ def sum_of_squares(launches: Sequence[Launch], others: Sequence[TensorStep]) -> 
 
 
 def sum_over_ranks(parts: Mapping[tuple[Any, ...], Sequence[Tensor]]) -> Tensor | None:
-    """Return the sum of 0-d tensors on any devices, each also summed over the process groups that it is listed under."""
+    """Return the sum of 0-d tensors on any devices, each summed over the process groups that it is listed under too."""
     total = None
     for process_groups, squares in parts.items():
         device = squares[0].device

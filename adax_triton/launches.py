@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .device_tables import AddressTable, is_capturing
+from .device_tables import AddressTable, KeptByStream
 from .schedule import StepScalars
 from .tensor_step import TensorStep
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 ALIGNED_BYTES = 16
 _GRAD_COLUMN = 1  # of the kernel's table of tensors
-# Releasing gradients steps each parameter by itself, and so has a table for each.
-_MOST_TABLES = 8192
 # Weights of the newest squared gradient below which about one group of 32 elements in ten, or fewer, still changes a
 # bit of its second moment in a step: the coarser the code, the earlier. From here the kernel writes only those.
 _SETTLED_BELOW = {"float32": 2.0**-27, "bfloat16": 2.0**-15, "low": 2.0**-16, "lowest": 2.0**-14}
@@ -114,8 +113,7 @@ class Launches:
     """The launches of all steps so far, each found again by its kind and first tensor."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[object, ...], Launch] = {}
-        self._captured: list[Launch] = []
+        self._kept: KeptByStream[Launch] = KeptByStream()
 
     def of(
         self, steps: Sequence[TensorStep], scalars: Sequence[StepScalars] | None, telemetry: bool
@@ -127,7 +125,7 @@ class Launches:
             scalars: the rows of the steps, where the host knows them.
             telemetry: whether sums are wanted.
         """
-        from adax_triton.kernels.adax_step import chunk_size
+        from adax_triton.kernels.launch import chunk_size
 
         all_addresses = [addresses_of(step) for step in steps]
         alike: dict[tuple[Bucket, tuple[Any, ...]], list[int]] = defaultdict(list)
@@ -137,23 +135,13 @@ class Launches:
             alike[bucket, step.process_groups].append(index)
         launches = []
         for (bucket, process_groups), indices in alike.items():
-            launch = self._launch(bucket, process_groups, all_addresses[indices[0]][0], chunk_size())
+            # ZeRO calls step() once per group, so several are live at once.
+            key = bucket, process_groups, all_addresses[indices[0]][0]
+            make = functools.partial(Launch, bucket, process_groups, chunk_size())
+            launch = self._kept.get(key, bucket.device, make)
             launch.refresh([steps[index] for index in indices], [all_addresses[index] for index in indices])
-            if is_capturing(bucket.device):
-                self._captured.append(launch)  # replays read its tables
             launches.append((launch, indices))
         return launches
-
-    def _launch(self, bucket: Bucket, process_groups: tuple[Any, ...], first_address: int, chunk_size: int) -> Launch:
-        # ZeRO calls step() once per group, so several are live at once. One whose tensors have moved is never found
-        # again: forget all when there are many. The allocator orders reuse of a table's memory by one stream.
-        stream = torch.cuda.current_stream(bucket.device).cuda_stream if bucket.device.type == "cuda" else 0
-        key = bucket, process_groups, first_address, stream
-        if key not in self._kept:
-            if len(self._kept) >= _MOST_TABLES:
-                self._kept.clear()
-            self._kept[key] = Launch(bucket, process_groups, chunk_size)
-        return self._kept[key]
 
 
 def is_settled(states: str, exp_avg_sq_weight: float) -> bool:

@@ -12,7 +12,8 @@ The type is read in any letter case, and `params` takes the keyword arguments of
 optimizer object or callable passed to `deepspeed.initialize` gets the same checks and repairs.
 
 DeepSpeed resolves an unknown type through its list of names and `torch.optim`, and admits optimizers to ZeRO by their
-exact class; the entries made there need no patch. Three methods are wrapped, for optimizers of this package only:
+exact class; the entries made there need no patch. Three methods are wrapped, for optimizers of this package only, and
+those of `deepspeed_checkpoints`:
 
 - `DeepSpeedEngine._do_sanity_check` and `_do_optimizer_sanity_check` first call `check_config`;
 - `FP16_UnfusedOptimizer.initialize_optimizer_states` (stage 0 with bf16) skips its step on zero gradients, which would
@@ -34,10 +35,24 @@ from packaging.version import Version
 from adax_triton import Adam, AdamW, AdaX, AdaXW
 from adax_triton.moment_optimizer import MomentOptimizer
 
+from .deepspeed_checkpoints import checkpoint_methods_to_wrap, refuse_lossy_checkpoints
+from .deepspeed_switch import switching_optimizer
+
+__all__ = ["check_config", "register", "switching_optimizer", "unregister"]
+
 OLDEST_DEEPSPEED = "0.19.1"
 
 _CONFIG_TYPES: dict[str, type[MomentOptimizer]] = {"adax": AdaX, "adaxw": AdaXW}
 _ZERO_CLASSES: tuple[type[MomentOptimizer], ...] = (AdaX, AdaXW, Adam, AdamW)
+
+# What the optimizer does by itself elsewhere, and what does it here.
+_DEEPSPEED_CONTROLS = {
+    "max_grad_norm": "set gradient_clipping at the top level of the configuration instead of max_grad_norm",
+    "error_if_nonfinite": "DeepSpeed skips such steps",
+    "norm_process_group": "DeepSpeed measures the norm",
+    "capturable": "DeepSpeed keeps step counts as numbers",
+    "telemetry": "read the norm from engine.get_global_grad_norm()",
+}
 
 # (owner, method name, the method before wrapping), in the order of wrapping; empty when not registered.
 _originals: list[tuple[type, str, Callable[..., Any]]] = []
@@ -103,26 +118,41 @@ def check_config(config: Mapping[str, Any], client_optimizer: MomentOptimizer | 
         optimizer_class = _CONFIG_TYPES.get(str(section.get("type")).lower())
         if optimizer_class is None:
             return
-        _refuse_unknown_params(optimizer_class, section.get("params") or {})
+        params = section.get("params") or {}
+        _refuse_unknown_params(optimizer_class, params)
         name = optimizer_class.__name__
+        _refuse_own_control(name, params)
+        states = [str((section.get("params") or {}).get("states", "float32"))]
     else:
         name = type(client_optimizer).__name__
+        _refuse_own_control(name, _options_of(client_optimizer))
+        states = [group["states"] for group in client_optimizer.param_groups]
         _refuse_unforced_client_offload(name, config)
     _refuse_wrong_steps(name, config)
+    refuse_lossy_checkpoints(name, config, states)
 
 
 def _refuse_unknown_params(optimizer_class: type[MomentOptimizer], params: Mapping[str, Any]) -> None:
-    accepted = [key for key in inspect.signature(optimizer_class).parameters if key != "params"]
-    unknown = [key for key in params if key not in accepted]
-    if not unknown:
-        return
-    message = (
-        f"optimizer.params has unknown keys for {optimizer_class.__name__}: {', '.join(unknown)}; "
-        f"accepted are: {', '.join(accepted)}"
-    )
-    if "max_grad_norm" in unknown:
-        message += "; instead of max_grad_norm set gradient_clipping at the top level of the configuration"
-    raise ValueError(message)
+    names = inspect.signature(optimizer_class).parameters
+    accepted = [key for key in names if key not in ("params", *_DEEPSPEED_CONTROLS)]
+    unknown = [key for key in params if key not in names or key == "params"]
+    if unknown:
+        raise ValueError(
+            f"optimizer.params has unknown keys for {optimizer_class.__name__}: {', '.join(unknown)}; "
+            f"accepted are: {', '.join(accepted)}"
+        )
+
+
+def _refuse_own_control(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse what needs all gradients of a step in one call: ZeRO calls the optimizer once per group or part of one."""
+    for option, remedy in _DEEPSPEED_CONTROLS.items():
+        if options.get(option):
+            raise ValueError(f"{option}={options[option]!r} is not offered for {name} under DeepSpeed; {remedy}")
+
+
+def _options_of(optimizer: MomentOptimizer) -> dict[str, Any]:
+    capturable = any(group["capturable"] for group in optimizer.param_groups)
+    return {**optimizer.options._asdict(), "max_grad_norm": optimizer.max_grad_norm, "capturable": capturable}
 
 
 def _refuse_unforced_client_offload(name: str, config: Mapping[str, Any]) -> None:
@@ -166,6 +196,7 @@ def _methods_to_wrap() -> list[tuple[type, str, Callable[[Callable[..., Any]], C
         (engine, "_do_sanity_check", _check_before_building),
         (engine, "_do_optimizer_sanity_check", _check_before_wrapping),
         (unfused, "initialize_optimizer_states", _skip_zero_gradient_step),
+        *checkpoint_methods_to_wrap(),
     ]
 
 
@@ -185,7 +216,11 @@ def _check_before_wrapping(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _do_optimizer_sanity_check(self: Any, basic_optimizer: torch.optim.Optimizer) -> Any:
         if isinstance(basic_optimizer, MomentOptimizer):
-            _refuse_wrong_steps(type(basic_optimizer).__name__, self._config._param_dict)
+            name = type(basic_optimizer).__name__
+            _refuse_own_control(name, _options_of(basic_optimizer))
+            _refuse_wrong_steps(name, self._config._param_dict)
+            states = [group["states"] for group in basic_optimizer.param_groups]
+            refuse_lossy_checkpoints(name, self._config._param_dict, states)
         return original(self, basic_optimizer)
 
     return _do_optimizer_sanity_check

@@ -133,6 +133,33 @@ def _array(address_ptr, DTYPE: tl.constexpr, start, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _arrays(
+    row_ptr,
+    start,
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    STATES: tl.constexpr,
+    EXP_AVG_DTYPE: tl.constexpr,
+    EXP_AVG_SQ_DTYPE: tl.constexpr,
+    MASTER_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    param_ptr = _array(row_ptr, PARAM_DTYPE, start, ALIGNED)
+    grad_ptr = _array(row_ptr + 1, GRAD_DTYPE, start, ALIGNED)
+    exp_avg_ptr = _array(row_ptr + 2, EXP_AVG_DTYPE, start, ALIGNED)
+    exp_avg_sq_ptr = _array(row_ptr + 3, EXP_AVG_SQ_DTYPE, start, ALIGNED)
+    master_ptr = param_ptr
+    if MASTER_DTYPE is not None:
+        master_ptr = _array(row_ptr + 4, MASTER_DTYPE, start, ALIGNED)
+    group_exponents_ptr = param_ptr
+    if STATES == "low":
+        group_exponents_ptr = _array(row_ptr + 5, tl.uint8, start // GROUP, False)
+    elif STATES == "lowest":
+        group_exponents_ptr = _array(row_ptr + 5, tl.uint16, start // GROUP, False)
+    return param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr
+
+
+@triton.jit
 def _block(SIZE: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr):
     # max_contiguous caps the layout at VECTOR, else the widest stores need a trip through shared memory.
     if GROUPED:
@@ -170,18 +197,9 @@ def adax_step_kernel(
     chunk = tl.load(chunks_ptr + tl.program_id(0))
     row_ptr = tensors_ptr + (chunk >> 32) * TENSOR_COLUMNS
     start = (chunk & 0xFFFFFFFF) * CHUNK_SIZE  # int64: a tensor may exceed 2^31 elements
-    param_ptr = _array(row_ptr, PARAM_DTYPE, start, ALIGNED)
-    grad_ptr = _array(row_ptr + 1, GRAD_DTYPE, start, ALIGNED)
-    exp_avg_ptr = _array(row_ptr + 2, EXP_AVG_DTYPE, start, ALIGNED)
-    exp_avg_sq_ptr = _array(row_ptr + 3, EXP_AVG_SQ_DTYPE, start, ALIGNED)
-    master_ptr = param_ptr
-    if MASTER_DTYPE is not None:
-        master_ptr = _array(row_ptr + 4, MASTER_DTYPE, start, ALIGNED)
-    group_exponents_ptr = param_ptr
-    if STATES == "low":
-        group_exponents_ptr = _array(row_ptr + 5, tl.uint8, start // GROUP, False)
-    elif STATES == "lowest":
-        group_exponents_ptr = _array(row_ptr + 5, tl.uint16, start // GROUP, False)
+    arrays = _arrays(
+        row_ptr, start, PARAM_DTYPE, GRAD_DTYPE, STATES, EXP_AVG_DTYPE, EXP_AVG_SQ_DTYPE, MASTER_DTYPE, ALIGNED
+    )
     first_index = (tl.load(row_ptr + 6) + start).to(tl.uint32)
     remaining = tl.minimum(tl.load(row_ptr + 7) - start, CHUNK_SIZE).to(tl.int32)
     scalars_ptr += tl.load(row_ptr + 8) * SCALAR_COLUMNS
@@ -194,7 +212,6 @@ def adax_step_kernel(
     tiles_end = (remaining // UNIT) * UNIT
     tail = tiles_end + tl.arange(0, UNIT)
     tail_group = tiles_end // GROUP + tl.arange(0, 1)
-    arrays = (param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr)
     grad_sum, update_sum, param_sum, unchanged, not_finite = _update_tile(
         arrays,
         scalars_ptr,
@@ -241,11 +258,6 @@ def adax_step_kernel(
         tl.store(chunk_sums_ptr + 4, not_finite)
 
 
-def chunk_size() -> int:
-    """Return the elements one program of `adax_step` updates; the chunk table is built for it."""
-    return launch_shape(current_backend()).chunk_size
-
-
 def adax_step(
     tensors: torch.Tensor,
     chunks: torch.Tensor,
@@ -261,7 +273,7 @@ def adax_step(
         tensors: (n, 9) int64: the addresses of param, grad, exp_avg, exp_avg_sq, of the master and of the group
             exponents (0 where there are none); the index of the first element in its parameter, for the random bits;
             the number of elements; and the row of `scalars`. The arrays are contiguous.
-        chunks: (programs,) int64: `tensor << 32 | chunk` for each run of `chunk_size()` elements of each tensor.
+        chunks: (programs,) int64: `tensor << 32 | chunk` for each run of `launch.chunk_size()` elements of each tensor.
         scalars: (rows, 10) float32: the fields of `StepScalars` in order, the bits of the two words of the random
             key, and `skip`: where it is not 0, nothing is written.
         variant: what all tensors of the table have in common.

@@ -82,7 +82,7 @@ def grad_stats(
 
     Args:
         tensors: (n, 9) int64, the table of `adax_step`; read are the gradient's address and the number of elements.
-        chunks: (programs,) int64: `tensor << 32 | chunk` for each run of `adax_step.chunk_size()` elements of each
+        chunks: (programs,) int64: `tensor << 32 | chunk` for each run of `launch.chunk_size()` elements of each
             tensor. There may be none.
         partials: (k,) float32, 1 <= k <= MOST_PARTIALS, all written; see `partial_count`.
         grad_dtype: of all gradients: float32, bfloat16, float16 or float64.

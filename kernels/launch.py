@@ -37,6 +37,11 @@ def current_backend() -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
+def chunk_size() -> int:
+    """Return the elements one program updates; chunk tables are built for it."""
+    return launch_shape(current_backend()).chunk_size
+
+
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1` when Triton was imported)."""
     return bool(triton.knobs.runtime.interpret)

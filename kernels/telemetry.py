@@ -60,4 +60,4 @@ def add_rows(rows: torch.Tensor, runs: torch.Tensor, sums: torch.Tensor) -> None
         return
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(rows.device if rows.is_cuda else -1):
-        add_rows_kernel[(runs.shape[0],)](rows, runs, sums, ROWS=ROWS_PER_PROGRAM)
+        add_rows_kernel[(runs.shape[0],)](rows, runs, sums, ROWS=ROWS_PER_PROGRAM, num_warps=8)

@@ -166,12 +166,31 @@ def test_unknown_params_are_all_named_with_the_accepted_ones(
     adapter: ModuleType, optimizer_type: str, accepted: str
 ) -> None:
     settings = config(optimizer_type)
-    settings["optimizer"]["params"] |= {"amsgrad": False, "betaz": [0.9, 1e-4], "max_grad_norm": 1.0, "params": []}
+    settings["optimizer"]["params"] |= {"amsgrad": False, "betaz": [0.9, 1e-4], "params": []}
     with pytest.raises(ValueError) as caught:
         adapter.check_config(settings)
-    message = str(caught.value)
-    assert "amsgrad, betaz, max_grad_norm, params; accepted are: " + accepted in message
-    assert "gradient_clipping" in message
+    assert "amsgrad, betaz, params; accepted are: " + accepted in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ({"max_grad_norm": 1.0}, "gradient_clipping"),
+        ({"max_grad_norm": 1.0, "error_if_nonfinite": True}, "gradient_clipping"),
+        ({"capturable": True}, "step counts"),
+        ({"telemetry": True}, "get_global_grad_norm"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("as_object", [False, True], ids=["config", "object"])
+def test_what_needs_all_gradients_at_once_is_refused(
+    adapter: ModuleType, option: dict[str, Any], remedy: str, as_object: bool
+) -> None:
+    settings = config()
+    optimizer = AdaX([torch.zeros(2, requires_grad=True)], **option) if as_object else None
+    settings["optimizer"]["params"] |= {} if as_object else option
+    with pytest.raises(ValueError, match=f"{next(iter(option))}=.*AdaX.*{remedy}"):
+        adapter.check_config(settings, optimizer)
 
 
 def test_check_config_does_not_change_the_configuration(adapter: ModuleType) -> None:

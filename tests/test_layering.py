@@ -11,7 +11,7 @@ FRAMEWORKS = {"deepspeed", "transformers", "accelerate", "lightning", "pytorch_l
 # What a module of the package may import of the package; what is missing here may import nothing of ours.
 ALLOWED = {
     "adax_triton": {
-        *("adam", "conversion", "flat_buffer", "horizon", "optimizer", "reference", "schedule", "telemetry"),
+        *("adam", "conversion", "flat_buffer", "gradient_release", "horizon", "optimizer", "reference", "schedule", "telemetry"),
         *("telemetry_logging", "version"),
     },
     "adax_triton.adam": {"control", "moment_optimizer"},
@@ -25,6 +25,7 @@ ALLOWED = {
         *("schedule", "telemetry", "tensor_step", "kernels"),
     },
     "adax_triton.device_scalars": {"control", "device_tables", "hyperparameters", "schedule", "kernels"},
+    "adax_triton.gradient_release": {"control", "gradient_norm", "moment_optimizer", "parameters", "sharding"},
     "adax_triton.gradient_norm": {"launches", "tensor_step"},
     "adax_triton.launches": {"device_tables", "schedule", "telemetry", "tensor_step", "kernels"},
     "adax_triton.pytorch_steps": {"control", "cpu", "schedule", "stored", "tensor_step"},
@@ -60,7 +61,15 @@ ALLOWED = {
     "adax_triton.kernels.variants": {"kernels.launch"},
     "adax_triton.doctor": {"backends", "optimizer", "precision", "reference", "schedule", "integrations"},
     "adax_triton.cli": {"doctor", "version", "bench"},
-    "adax_triton.integrations.deepspeed": {"", "moment_optimizer", "optimizer", "flat_buffer", "checkpoint"},
+    "adax_triton.integrations.deepspeed": {
+        *("", "moment_optimizer", "optimizer", "flat_buffer", "checkpoint"),
+        *("integrations.deepspeed_checkpoints", "integrations.deepspeed_switch"),
+    },
+    "adax_triton.integrations.deepspeed_checkpoints": {
+        *("integrations.deepspeed_universal", "moment_optimizer", "state_tensors"),
+    },
+    "adax_triton.integrations.deepspeed_universal": {"moment_optimizer", "precision", "state_tensors"},
+    "adax_triton.integrations.deepspeed_switch": {"conversion", "moment_optimizer", "schedule"},
 }
 
 

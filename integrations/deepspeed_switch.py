@@ -1,0 +1,101 @@
+"""Going on with AdaX from a DeepSpeed checkpoint of Adam, and back."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from adax_triton.conversion import adax_from_adam, from_torch_adam, to_torch_adam
+from adax_triton.moment_optimizer import MomentOptimizer
+from adax_triton.schedule import one_minus_power
+
+
+@contextmanager
+def switching_optimizer(engine: Any) -> Iterator[None]:
+    """Within the block, `engine.load_checkpoint` takes checkpoints of Adam for AdaX, and of AdaX for Adam.
+
+        with switching_optimizer(engine):
+            engine.load_checkpoint(folder)
+
+    An engine that runs AdaX or AdaXW takes checkpoints of DeepSpeed's and torch's Adam and AdamW. An engine that runs
+    one of those takes checkpoints of AdaX and AdaXW. Weights, moments and step counts come from the checkpoint, all
+    hyper-parameters from the engine's own configuration. With m, v normalised as in this package:
+
+        Adam to AdaX:   m = exp_avg / (1 - b1^t),   v = exp_avg_sq / (1 - b2^t)     b1, b2 of the checkpoint
+        AdaX to Adam:   exp_avg = m (1 - b1^t),     exp_avg_sq = v (1 - b2^t)       b1, b2 of the engine
+
+    At the same number of ranks and ZeRO stage; an engine of AdaX also takes universal checkpoints. A state of the
+    scheduler is loaded as always: pass `load_lr_scheduler_states=False` where the new optimizer's is another.
+
+    Args:
+        engine: from `deepspeed.initialize`.
+
+    Raises:
+        ValueError: the engine runs another optimizer, or has groups of several rules; from `load_checkpoint`, before
+            anything of the optimizer changes, a checkpoint that does not fit: see `conversion`.
+
+    Source: `adax_triton.conversion.adax_from_adam` and its inverse.
+    """
+    optimizer = engine.basic_optimizer
+    if isinstance(optimizer, MomentOptimizer):
+        rules = {group["second_moment"] for group in optimizer.param_groups}
+        if rules != {"adax"}:
+            raise ValueError(f"the engine's second_moment is {sorted(rules)}; only 'adax' can be switched to")
+        convert = _adax_from_deepspeed_adam
+    elif type(optimizer).__name__ in ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"):
+        if engine.load_universal_checkpoint():
+            raise ValueError(
+                f"checkpoint.load_universal=true: DeepSpeed's {type(optimizer).__name__} cannot be switched to from a "
+                "universal checkpoint of AdaX; load an ordinary one"
+            )
+        convert = _deepspeed_adam_from_adax
+    else:
+        raise ValueError(f"the engine runs {type(optimizer).__name__}; expected AdaX, AdaXW, Adam or AdamW")
+    handle = optimizer.register_load_state_dict_pre_hook(convert)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _adax_from_deepspeed_adam(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    groups = []
+    for index, group in enumerate(state_dict["param_groups"]):
+        if "second_moment" in group:
+            raise ValueError(f"param_groups[{index}] was saved by adax_triton: load it outside switching_optimizer")
+        if not group.get("bias_correction", True):
+            raise ValueError(f"param_groups[{index}]['bias_correction'] is False: its moments have other factors")
+        # DeepSpeed's groups do not say which weight decay they have; the configuration's stands anyway.
+        groups.append({"decoupled_weight_decay": False, **group})
+    converted = adax_from_adam(from_torch_adam({**state_dict, "param_groups": groups}))
+    return {**converted, "param_groups": _own_groups(optimizer, converted["param_groups"])}
+
+
+def _deepspeed_adam_from_adax(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    saved = state_dict["param_groups"]
+    own = _own_groups(optimizer, saved)
+    rules = {group.get("second_moment") for group in saved}
+    if rules != {"adax"}:
+        raise ValueError(f"the checkpoint's second_moment is {sorted(map(str, rules))}; expected 'adax'")
+    as_adam = {"second_moment": "adam", "eps_placement": "normalized"}
+    groups = [{**group, **as_adam, "betas": mine["betas"]} for group, mine in zip(saved, own, strict=True)]
+    beta1_of = {key: group["betas"][0] for group in groups for key in group["params"]}
+    states = {}
+    for key, state in state_dict["state"].items():
+        states[key] = dict(state)
+        if state:
+            factor = one_minus_power(beta1_of[key], state["step"])
+            states[key]["exp_avg"] = (state["exp_avg"].double() * factor).float()
+    converted = to_torch_adam({"state": states, "param_groups": groups})
+    for state in converted["state"].values():
+        state["step"] = int(state["step"])  # DeepSpeed's Adam takes nothing else; torch's makes a tensor of it
+    return {**converted, "param_groups": own}
+
+
+def _own_groups(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if len(saved) != len(optimizer.param_groups):
+        raise ValueError(
+            f"the checkpoint has {len(saved)} parameter groups, the optimizer {len(optimizer.param_groups)}"
+        )
+    return [{**own, "params": group["params"]} for own, group in zip(optimizer.param_groups, saved, strict=True)]

@@ -1,0 +1,253 @@
+"""AdaX through DeepSpeed checkpoints: other layouts, other optimizers, and what is refused.
+
+Oracle: a run in one process that never stops, in deepspeed_checkpoint_worker.py. Three launches, on one, two and one
+rank, carry every case of this file; each test reads the results of its case.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from adax_triton import AdaX
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.deepspeed
+
+# One unit in the last place of a value below 1 is 6e-8.
+FP32_TOLERANCE = 1e-7
+
+Case = dict[str, Any]
+Leg = dict[str, Any]
+FP32_ACCUMULATION = {"config": {"data_types": {"grad_accum_dtype": "fp32"}}, "accumulate_in_fp32": True}
+# A leg that resumes is configured with another learning rate, which must come from the checkpoint, for every group.
+RESUMES = {"params": {"lr": 0.5}}
+UNIVERSAL = {"universal": True, **RESUMES}
+ADAMW = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 1e-2, "torch_adam": True}}
+TO_ADAX = {"type": "AdaX", "params": {"lr": 5e-3, "betas": [0.85, 1e-3]}}
+TO_ADAXW = {"type": "AdaXW", "params": {"lr": 5e-3, "weight_decay": 2e-2}}
+SGD = {"type": "SGD", "params": {"lr": 1.0}, "config": {"zero_allow_untested_optimizer": True}}
+OTHER_ADAM = {"type": "AdamW", "params": {"lr": 2e-2, "betas": [0.8, 0.99], "torch_adam": True}}
+
+
+def named(cases: dict[str, list[Leg]]) -> list[Any]:
+    return [pytest.param({"name": name, "legs": legs}, id=name) for name, legs in cases.items()]
+
+
+def bf16(stage: int, **more: Any) -> Leg:
+    return {"stage": stage, "dtype": "bf16", **more}
+
+
+# Three groups with their own lr and weight decay, a tied, a frozen and a one-element parameter in every case; the last
+# leaves one of two ranks only padding.
+UNIVERSALS = named(
+    {
+        "z1-1-rank-to-2-to-1": [
+            {"stage": 1, "dtype": "fp32", "launch": 0},
+            bf16(2, **UNIVERSAL),
+            {"stage": 1, "dtype": "fp32", "launch": 2, **UNIVERSAL},
+        ],
+        "z3-1-rank-to-2-to-1": [
+            bf16(3, launch=0),
+            bf16(3, zero={"sub_group_size": 100}, **UNIVERSAL),
+            {"stage": 3, "dtype": "fp32", "launch": 2, **UNIVERSAL},
+        ],
+        "bf16-optimizer-to-z2-offload-to-bf16-optimizer": [
+            bf16(1, **FP32_ACCUMULATION),
+            bf16(2, zero={"offload_optimizer": {"device": "cpu"}}, **UNIVERSAL),
+            bf16(1, **FP32_ACCUMULATION, **UNIVERSAL),
+        ],
+    }
+)
+SWITCHES = named(
+    {
+        "z0-fp32": [{"stage": 0, **ADAMW}, {"stage": 0, "switch": True, **TO_ADAX}],
+        **{
+            f"z{stage}-and-back": [
+                bf16(stage, **ADAMW),
+                bf16(stage, switch=True, **TO_ADAXW),
+                bf16(stage, switch=True, **OTHER_ADAM),
+            ]
+            for stage in (2, 3)
+        },
+        "universal-z1-to-z2": [bf16(1, **ADAMW), bf16(2, switch=True, universal=True, **TO_ADAX)],
+    }
+)
+LOW = {"width": 128, "params": {"lr": 1e-2, "weight_decay": 1e-2, "states": "low"}}
+TO_LOW = named(
+    {f"z{stage}-float32-to-low": [bf16(stage, width=128), bf16(stage, universal=True, **LOW)] for stage in (2, 3)}
+)
+LOWEST = {"width": 128, "params": {"lr": 1e-2, "states": "lowest"}}
+REFUSED = {"expect_error": True, "steps": 1}
+REFUSALS = [
+    pytest.param({"name": name, "legs": [*before, {**leg, **REFUSED}]}, words, id=name)
+    for name, before, leg, words in (
+        ("lowest-universal", [bf16(2, steps=1, **LOWEST)], bf16(2, universal=True, **LOWEST), ["'lowest'", "float32"]),
+        ("low-universal-z3", [bf16(3, steps=1, **LOW)], bf16(3, universal=True, **LOW), ["'low'", "float32"]),
+        ("z2-to-z3", [bf16(2, steps=1)], bf16(3, universal=True), ["below ZeRO 3", "zero_to_fp32"]),
+        ("z3-to-z2", [bf16(3, steps=1)], bf16(2), ["at ZeRO 3", "zero_to_fp32"]),
+        ("adam-unannounced", [bf16(2, steps=1, **ADAMW)], bf16(2, **TO_ADAX), ["second_moment", "adax_triton"]),
+        (
+            "adam-universal-unannounced",
+            [bf16(3, steps=1, **ADAMW)],
+            bf16(3, universal=True, **TO_ADAX),
+            ["second_moment", "adax_triton"],
+        ),
+        ("adax-within-switch", [bf16(1, steps=1)], bf16(1, switch=True), ["outside switching_optimizer"]),
+        (
+            "adax-universal-to-adam",
+            [bf16(1, steps=1)],
+            bf16(1, switch=True, universal=True, **OTHER_ADAM),
+            ["load_universal=true", "AdamW"],
+        ),
+        ("sgd-within-switch", [bf16(1, steps=1)], bf16(1, switch=True, **SGD), ["runs SGD", "AdamW"]),
+    )
+]
+# DeepSpeed gives every group the hyper-parameters of the first; ours are kept from it, others are not.
+OTHER_OPTIMIZER: Case = {
+    "name": "z3-adamw-universal",
+    "legs": [bf16(3, steps=1, **ADAMW), bf16(3, steps=1, universal=True, **ADAMW)],
+}
+
+
+def launch(folder: Path, cases: list[Case], launches: list[str]) -> dict[str, Any]:
+    """Return {case name: [result of each leg]}."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    script = Path(__file__).with_name("deepspeed_checkpoint_launch.py")
+    command = [sys.executable, str(script), str(folder / "cases.json"), str(folder), *launches]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    cases = [parameter.values[0] for parameter in (*UNIVERSALS, *SWITCHES, *TO_LOW, *REFUSALS)]
+    return launch(tmp_path_factory.mktemp("checkpoints"), [*cases, OTHER_OPTIMIZER], ["0", "1", "2"])
+
+
+def assert_never_stopped(case: Case, legs: list[dict[str, Any]]) -> None:
+    taken = 0
+    for leg, result in zip(case["legs"], legs, strict=True):
+        taken += leg.get("steps", 2)
+        assert result["deviation"] <= (FP32_TOLERANCE if leg.get("dtype", "fp32") == "fp32" else 0.0)
+        assert result["steps"] == [taken]
+
+
+@pytest.mark.parametrize("case", UNIVERSALS)
+def test_universal_checkpoint_goes_on_as_if_never_stopped(results: dict[str, Any], case: Case) -> None:
+    assert_never_stopped(case, results[case["name"]])
+
+
+def test_other_optimizers_keep_deepspeeds_overwritten_groups(results: dict[str, Any]) -> None:
+    # Fails when DeepSpeed repairs it; then the adapter's wrapper for it can go as well.
+    first, second = results[OTHER_OPTIMIZER["name"]]
+    assert first["weight_decay"] == [1e-2, 0.0, 1e-2]
+    assert second["weight_decay"] == [1e-2, 1e-2, 1e-2]
+
+
+@pytest.mark.parametrize("case", SWITCHES)
+def test_switch_goes_on_with_converted_states(results: dict[str, Any], case: Case) -> None:
+    legs = results[case["name"]]
+    assert_never_stopped(case, legs)
+    assert [leg["optimizer"] for leg in legs] == [leg["type"] for leg in case["legs"]]
+
+
+@pytest.mark.parametrize("case", TO_LOW)
+def test_universal_checkpoint_is_loaded_into_low_states(results: dict[str, Any], case: Case) -> None:
+    first, second = results[case["name"]]
+    assert first["states"] == ["torch.float32"]
+    assert "torch.int16" in second["states"]
+    assert 0.0 < second["deviation"] < 1e-3  # two steps move a weight by about 1e-2
+
+
+def test_zero_to_fp32_returns_the_masters(results: dict[str, Any]) -> None:
+    found = [leg["zero_to_fp32"] for legs in results.values() for leg in legs if "zero_to_fp32" in leg]
+    assert len(found) > 10
+    assert set(found) == {0.0}
+
+
+@pytest.mark.parametrize(("case", "words"), REFUSALS)
+def test_checkpoint_that_cannot_be_loaded_is_refused(results: dict[str, Any], case: Case, words: list[str]) -> None:
+    result = results[case["name"]][-1]
+    assert result.get("error") == "ValueError", result
+    for word in words:
+        assert word in result["message"]
+
+
+@pytest.fixture
+def adapter() -> Iterator[ModuleType]:
+    """The adapter, registered; unregistered afterwards so that no other test runs under its patches."""
+    from adax_triton.integrations import deepspeed as module
+
+    module.register()
+    yield module
+    module.unregister()
+
+
+def test_unregister_takes_back_every_wrapped_method(adapter: ModuleType) -> None:
+    import deepspeed
+
+    owners = {
+        deepspeed.runtime.engine.DeepSpeedEngine: 3,
+        deepspeed.runtime.base_optimizer.ZeROOptimizer: 1,
+        deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3: 1,
+        deepspeed.runtime.bf16_optimizer.BF16_Optimizer: 1,
+    }
+    wrapped = {owner: {n for n, value in vars(owner).items() if hasattr(value, "__wrapped__")} for owner in owners}
+    adapter.unregister()
+    for owner, count in owners.items():
+        left = {name for name, value in vars(owner).items() if hasattr(value, "__wrapped__")}
+        assert len(wrapped[owner] - left) == count
+
+
+NVME_OFFLOAD = {"offload_optimizer": {"device": "nvme", "nvme_path": "/swapped"}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, ["elastic_checkpoint=true", "universal"]),
+        ({"checkpoint": {"load_universal": True}}, ["load_universal=true", "stage=0", "to 1"]),
+        (
+            {"zero_optimization": {"stage": 3, **NVME_OFFLOAD}, "checkpoint": {"load_universal": True}},
+            ["nvme", "load_universal=true", "cpu"],
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 3, **NVME_OFFLOAD},
+                "optimizer": {"type": "AdaX", "params": {"states": "low"}},
+            },
+            ["nvme", "states='low'", "float32"],
+        ),
+    ],
+    ids=["elastic", "universal-z0", "nvme-universal", "nvme-low"],
+)
+def test_settings_that_lose_a_checkpoint_are_refused(
+    adapter: ModuleType, sections: dict[str, Any], words: list[str]
+) -> None:
+    config = {"train_batch_size": 1, "optimizer": {"type": "AdaX"}, **sections}
+    with pytest.raises(ValueError) as caught:
+        adapter.check_config(config)
+    for word in words:
+        assert word in str(caught.value)
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], **config["optimizer"].get("params", {})}]
+    client = {**config, "zero_force_ds_cpu_optimizer": False}
+    with pytest.raises(ValueError, match=words[0]):
+        adapter.check_config(client, AdaX(groups))
+
+
+def test_settings_that_keep_a_checkpoint_are_accepted(adapter: ModuleType) -> None:
+    for sections in (
+        {"zero_optimization": {"stage": 3, **NVME_OFFLOAD}},
+        {"zero_optimization": {"stage": 2, **NVME_OFFLOAD}, "checkpoint": {"load_universal": True}},
+        {"zero_optimization": {"stage": 1}, "checkpoint": {"load_universal": True}},
+        {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdaX", "params": {"states": "low"}}},
+    ):
+        assert adapter.check_config({"optimizer": {"type": "AdaX"}, **sections}) is None

@@ -1,0 +1,96 @@
+"""AdaX whose states DeepSpeed swaps to files: resumed, and what is refused.
+
+Oracle: as in test_deepspeed_checkpoints.py.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils import cpp_extension
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.deepspeed
+
+Case = dict[str, Any]
+RESUMES = {"params": {"lr": 0.5}}  # the checkpoint's has to stand
+REFUSED = {"expect_error": True, "steps": 1}
+
+
+def bf16(**more: Any) -> dict[str, Any]:
+    return {"stage": 3, "dtype": "bf16", **more}
+
+
+SWAPPED = {
+    "sub_group_size": 4000,  # the largest matrix is swapped, all else is not
+    "stage3_param_persistence_threshold": 100000,
+    "offload_optimizer": {"device": "nvme", "nvme_path": "$FOLDER/swapped"},
+}
+PIPELINED = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 10}
+PIPELINED_SWAPPED = {**SWAPPED, "offload_optimizer": {**SWAPPED["offload_optimizer"], **PIPELINED}}
+RESUMED: dict[str, Case] = {
+    name: {"name": name, "legs": legs}
+    for name, legs in {
+        "plain": [bf16(zero=SWAPPED, width=800), bf16(zero=SWAPPED, width=800, **RESUMES)],
+        "pipelined-fp16": [
+            {"stage": 3, "dtype": "fp16", "zero": PIPELINED_SWAPPED, "width": 800},
+            {"stage": 3, "dtype": "fp16", "zero": PIPELINED_SWAPPED, "width": 800, **RESUMES},
+        ],
+    }.items()
+}
+REFUSALS = [
+    pytest.param({"name": name, "legs": [first, {**second, **REFUSED}]}, words, id=name)
+    for name, first, second, words in (
+        ("nvme-to-cpu", bf16(steps=1, zero=SWAPPED), bf16(), ["saved with optimizer offload"]),
+        ("cpu-to-nvme", bf16(steps=1), bf16(zero=SWAPPED), ["saved without optimizer offload"]),
+        (
+            "nvme-other-sub-groups",
+            bf16(steps=1, zero=SWAPPED, width=800),
+            bf16(zero={**SWAPPED, "sub_group_size": 10**9}, width=800),
+            ["no file of partition", "sub_group_size"],
+        ),
+    )
+]
+
+
+def launch(folder: Path, cases: list[Case], launches: list[str]) -> dict[str, Any]:
+    """Return {case name: [result of each leg]}."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    script = Path(__file__).with_name("deepspeed_checkpoint_launch.py")
+    command = [sys.executable, str(script), str(folder / "cases.json"), str(folder), *launches]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("needs libaio, for DeepSpeed's async_io")
+    built = Path(cpp_extension._get_build_directory("async_io", verbose=False)) / "async_io.so"
+    if not built.exists():
+        pytest.skip(
+            "needs DeepSpeed's async_io, which takes minutes to build, once: "
+            "python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()'"
+        )
+    refused = [parameter.values[0] for parameter in REFUSALS]
+    return launch(tmp_path_factory.mktemp("nvme"), [*RESUMED.values(), *refused], ["1"])
+
+
+@pytest.mark.parametrize("case", RESUMED.values(), ids=RESUMED)
+def test_nvme_resume_goes_on_as_if_never_stopped(results: dict[str, Any], case: Case) -> None:
+    assert [leg["deviation"] for leg in results[case["name"]]] == [0.0, 0.0]
+    assert [leg["steps"] for leg in results[case["name"]]] == [[2], [4]]
+
+
+@pytest.mark.parametrize(("case", "words"), REFUSALS)
+def test_checkpoint_of_other_offload_is_refused(results: dict[str, Any], case: Case, words: list[str]) -> None:
+    result = results[case["name"]][-1]
+    assert result.get("error") == "ValueError", result
+    for word in words:
+        assert word in result["message"]

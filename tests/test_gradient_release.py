@@ -1,0 +1,256 @@
+"""Gradient release against the same run with `step()`, bit for bit; the norm of the last pass; and what is alive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
+from torch.optim import lr_scheduler
+from torch.utils.checkpoint import checkpoint
+
+from adax_triton import AdamW, AdaX, AdaXW
+from adax_triton.gradient_release import GradientRelease
+
+SHAPES = ((129,), (), (0, 3), (1,))
+COMPACT = (65, 64)  # enough elements for codes, and no whole number of blocks
+# Each kind of state and each kind of weight once at least.
+MODES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    "float32-master": (torch.bfloat16, {"master_weights": "float32"}),
+    "bfloat16-stochastic": (torch.bfloat16, {"states": "bfloat16", "weight_rounding": "stochastic"}),
+    "low-24bit": (torch.bfloat16, {"states": "low", "master_weights": "24bit"}),
+    "low-float16": (torch.float16, {"states": "low", "master_weights": "float32"}),
+    "lowest-stochastic": (torch.bfloat16, {"states": "lowest", "weight_rounding": "stochastic"}),
+}
+Build = Callable[[list[Parameter]], torch.optim.Optimizer]
+
+
+def parameters(
+    device: torch.device, dtype: torch.dtype = torch.float32, shapes: tuple[tuple[int, ...], ...] = SHAPES
+) -> list[Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
+
+
+def loss_of(params: list[Parameter], step: int) -> Tensor:
+    """A loss whose gradients depend on the weights, so that an error in one step stays."""
+    generator = torch.Generator().manual_seed(1 + step)
+    targets = [torch.randn(param.shape, generator=generator).to(param) for param in params]
+    losses = [(param - target).abs().square().sum() for param, target in zip(params, targets, strict=True)]
+    return torch.stack([loss.float() for loss in losses]).sum()
+
+
+def everything(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The weights, and all there is in the states, in order."""
+    state_dict = optimizer.state_dict()
+    states = [value for _, state in sorted(state_dict["state"].items()) for _, value in sorted(state.items())]
+    return [param.detach() for group in optimizer.param_groups for param in group["params"]] + states
+
+
+def assert_same(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> None:
+    for a, b in zip(everything(left), everything(right), strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def assert_release_changes_no_number(build: Build, params: Callable[[], list[Parameter]], steps: int = 2) -> None:
+    """Train with and without release, the learning rate halved at each step."""
+    optimizers = []
+    for released in (False, True):
+        own = params()
+        optimizer = build(own)
+        if released:
+            GradientRelease(optimizer)
+        scheduler = lr_scheduler.StepLR(optimizer, 1, 0.5)
+        for step in range(steps):
+            loss_of(own, step).backward()
+            assert all((param.grad is None) == released for param in own)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        optimizers.append(optimizer)
+    assert_same(*optimizers)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_steps_as_without_release(mode: str, backend: torch.device) -> None:
+    dtype, options = MODES[mode]
+    shapes = (COMPACT, (129,))
+    assert_release_changes_no_number(
+        lambda params: AdaXW(params, **options), lambda: parameters(backend, dtype, shapes), steps=3
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
+def test_dtypes_that_the_kernel_leaves_step_as_without_release(dtype: torch.dtype, device: torch.device) -> None:
+    assert_release_changes_no_number(AdaX, lambda: [*parameters(device, dtype), *parameters(device)])
+
+
+def test_groups_and_schedulers_step_as_without_release(backend: torch.device) -> None:
+    def build(params: list[Parameter]) -> AdamW:
+        return AdamW([{"params": params[:2]}, {"params": params[2:], "lr": 0.3, "weight_decay": 0.5}], lr=0.1)
+
+    assert_release_changes_no_number(build, lambda: parameters(backend), steps=3)
+
+
+def test_schedule_on_the_device_steps_as_without_release(device: torch.device) -> None:
+    assert_release_changes_no_number(lambda params: AdaXW(params, capturable=True), lambda: parameters(device))
+
+
+class Tied(nn.Module):
+    """Its embedding is used twice; `unused` is not, nor `frozen` trained."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 8)
+        self.hidden = nn.Linear(8, 8)
+        self.unused = nn.Linear(2, 2)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.to(device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.frozen(torch.tanh(self.hidden(self.embed(tokens))))
+        return nn.functional.cross_entropy(x @ self.embed.weight.t(), tokens)
+
+
+def test_tied_parameters_step_once_and_unused_ones_not(backend: torch.device) -> None:
+    model, twin = Tied(backend), Tied(backend)
+    optimizer, plain = AdaXW(model.parameters()), AdaXW(twin.parameters())
+    tokens = torch.arange(11, device=backend)
+    with GradientRelease(optimizer):
+        for _ in range(3):
+            model(tokens).backward()
+            twin(tokens).backward()
+            plain.step()
+            plain.zero_grad()
+    assert_same(optimizer, plain)
+    assert model.embed.weight in optimizer.state and model.unused.weight not in optimizer.state
+    assert optimizer.state[model.embed.weight]["step"] == 3
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_segments_step_as_without_release(use_reentrant: bool, compiled_cpu: torch.device) -> None:
+    runs = []
+    for released in (False, True):
+        torch.manual_seed(0)
+        layers = nn.ModuleList(nn.Linear(7, 7) for _ in range(4))
+        optimizer = AdaXW(layers.parameters())
+        release = GradientRelease(optimizer, max_last_norm=float("inf")) if released else None
+        for step in range(2):
+            x = torch.full((3, 7), 1.0 + step, requires_grad=True)
+            for layer in layers[:3]:
+                x = checkpoint(layer, x, use_reentrant=use_reentrant)
+            layers[3](x).square().sum().backward()
+            norm = torch.nn.utils.get_total_norm(
+                [param.grad for param in layers.parameters() if param.grad is not None]
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((optimizer, norm if release is None else release.grad_norm))
+    assert_same(runs[0][0], runs[1][0])
+    torch.testing.assert_close(runs[0][1], runs[1][1])  # one norm of the whole pass
+
+
+def test_gradients_live_one_at_a_time(backend: torch.device) -> None:
+    layers = [nn.Linear(16, 16, bias=False, device=backend) for _ in range(8)]
+    params = [layer.weight for layer in layers]
+    gradients: list[StorageWeakRef] = []
+    alive: list[int] = []
+
+    def count(param: Tensor) -> None:
+        assert param.grad is not None
+        gradients.append(StorageWeakRef(param.grad.untyped_storage()))
+        alive.append(sum(not gradient.expired() for gradient in gradients))
+
+    for param in params:
+        param.register_post_accumulate_grad_hook(count)
+    optimizer = AdaXW(params)
+    release = GradientRelease(optimizer)
+    for _ in range(2):
+        nn.Sequential(*layers)(torch.ones(2, 16, device=backend)).sum().backward()
+    assert len(alive) == 16 and max(alive) == 1
+    assert all(gradient.expired() for gradient in gradients)
+    release.remove()
+    alive.clear()
+    nn.Sequential(*layers)(torch.ones(2, 16, device=backend)).sum().backward()
+    assert max(alive) == 8  # or the test would count nothing
+
+
+def test_clips_by_the_norm_of_the_last_backward(backend: torch.device) -> None:
+    limit = 10.0
+    params, twin = parameters(backend), parameters(backend)
+    optimizer, plain = AdaXW(params, lr=0.1), AdaXW(twin, lr=0.1)
+    release = GradientRelease(optimizer, max_last_norm=limit)
+    factor = 1.0
+    clipped = 0
+    for step in range(4):
+        (loss_of(params, step) * 10.0 ** (step % 3 - 1)).backward()
+        (loss_of(twin, step) * 10.0 ** (step % 3 - 1)).backward()
+        norm = torch.nn.utils.get_total_norm([param.grad for param in twin])
+        for param in twin:
+            param.grad *= factor
+        plain.step()
+        plain.zero_grad()
+        torch.testing.assert_close(release.grad_norm, norm, rtol=1e-5, atol=0.0)
+        factor = min(1.0, limit / (float(norm) + 1e-6))
+        clipped += factor < 1.0
+    assert 0 < clipped < 4
+    for param, expected in zip(params, twin, strict=True):
+        torch.testing.assert_close(param, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_norm_that_is_not_finite_does_not_clip(value: float, compiled_cpu: torch.device) -> None:
+    bad, good, twin = (Parameter(torch.ones(3)) for _ in range(3))
+    optimizer, plain = AdaX([bad, good]), AdaX([twin])
+    GradientRelease(optimizer, max_last_norm=1e9)
+    for scale in (value, 1.0):
+        (scale * bad.sum() + good.square().sum()).backward()
+        twin.square().sum().backward()
+        plain.step()
+        plain.zero_grad()
+    assert torch.equal(good, twin)
+
+
+def test_removed_release_leaves_gradients_to_step(backend: torch.device) -> None:
+    params, twin = parameters(backend), parameters(backend)
+    optimizer, plain = AdaXW(params), AdaXW(twin)
+    loss_of(params, 0).backward()
+    optimizer.step()  # what this leaves to the next whole step must not outlive the release
+    optimizer.zero_grad()
+    with GradientRelease(optimizer):
+        loss_of(params, 1).backward()
+    loss_of(params, 2).backward()
+    assert all(param.grad is not None for param in params)
+    optimizer.step()
+    for step in range(3):
+        plain.zero_grad()
+        loss_of(twin, step).backward()
+        plain.step()
+    assert_same(optimizer, plain)
+
+
+def test_parameters_that_join_later_are_released(backend: torch.device) -> None:
+    params, twin = parameters(backend), parameters(backend)
+    optimizer, plain = AdaXW(params[:2]), AdaXW(twin[:2])
+    params[0].requires_grad_(False)
+    GradientRelease(optimizer)
+    for step in range(3):
+        if step == 1:
+            optimizer.add_param_group({"params": params[2:], "lr": 0.2})
+            plain.add_param_group({"params": twin[2:], "lr": 0.2})
+            params[0].requires_grad_(True)
+        used = slice(1, 2) if step == 0 else slice(None)
+        loss_of(params[used], step).backward()
+        loss_of(twin[used], step).backward()
+        plain.step()
+        plain.zero_grad()
+        assert all(param.grad is None for param in params)
+    assert_same(optimizer, plain)
+    with pytest.raises(ValueError, match="another GradientRelease"):
+        GradientRelease(AdaX(params[-1:]))

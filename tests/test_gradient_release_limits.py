@@ -1,0 +1,159 @@
+"""What gradient release refuses, what it raises, and what it does where gradients are reduced over ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.checkpoint import checkpoint
+
+from adax_triton import AdaX, AdaXW
+from adax_triton.gradient_release import GradientRelease
+
+RANKS_TIMEOUT_S = 120
+
+
+def test_norm_of_failed_backward_counts_for_nothing(backend: torch.device) -> None:
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            raise ArithmeticError("no gradient")
+
+    first, second = (Parameter(torch.ones(3, device=backend)) for _ in range(2))
+    release = GradientRelease(AdaX([first, second]), max_last_norm=float("inf"))
+    with pytest.raises(ArithmeticError):
+        (Fails.apply(first).sum() + 5.0 * second.sum()).backward()
+    assert second.grad is None and first not in release._optimizer.state  # the second came first
+    (2.0 * first.sum()).backward()
+    assert release.grad_norm == torch.full((3,), 2.0).norm()
+
+
+def test_bad_state_surfaces_from_backward(backend: torch.device) -> None:
+    param = Parameter(torch.ones(5, device=backend))
+    optimizer = AdaXW([param])
+    GradientRelease(optimizer)
+    param.sum().backward()
+    state, before = optimizer.state[param], param.detach().clone()
+    kept, state["exp_avg"] = state["exp_avg"], torch.zeros(3, device=backend)
+    with pytest.raises(ValueError, match="exp_avg"):
+        param.sum().backward()
+    assert torch.equal(param, before)
+    param.grad, state["exp_avg"] = None, kept
+    param.sum().backward()
+    assert state["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "max_last_norm", "error", "message"),
+    [
+        ({"max_grad_norm": 1.0}, None, ValueError, "max_last_norm"),
+        ({"telemetry": True}, None, ValueError, "telemetry=True"),
+        ({}, 0.0, ValueError, "max_last_norm: 0.0"),
+        ({}, float("nan"), ValueError, "max_last_norm: nan"),
+        ({}, "1", TypeError, "max_last_norm"),
+        ({}, True, TypeError, "max_last_norm"),
+    ],
+)
+def test_refuses_what_it_cannot_do(
+    options: dict[str, Any], max_last_norm: Any, error: type[Exception], message: str
+) -> None:
+    param = Parameter(torch.ones(3))
+    with pytest.raises(error, match=message):
+        GradientRelease(AdaX([param], **options), max_last_norm)
+    param.sum().backward()
+    assert param.grad is not None  # nothing was hooked
+
+
+def test_refuses_optimizers_and_parameters_of_others() -> None:
+    param = Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match="got SGD"):
+        GradientRelease(torch.optim.SGD([param]))  # type: ignore[arg-type]
+    param._fsdp_flattened = True  # as FSDP1 marks it
+    with pytest.raises(ValueError, match="FSDP1"):
+        GradientRelease(AdaX([param]))
+
+
+def test_refuses_offloaded_shards_of_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    mesh = DeviceMesh("cuda", [0], _init_backend=False, _rank=0)
+    local = torch.ones(4, 3)
+    meta = TensorMeta(local.shape, local.stride(), local.dtype)
+    param = DTensor(local, DTensorSpec(mesh, (Replicate(),), tensor_meta=meta), requires_grad=True)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1+cu130"))
+    with pytest.raises(ValueError, match="offloads"):
+        GradientRelease(AdaX([param]))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0"))
+    GradientRelease(AdaX([param])).remove()
+
+
+def test_gradient_in_parts_is_refused(compiled_cpu: torch.device) -> None:
+    shared, last = nn.Linear(4, 4), nn.Linear(4, 4)
+    GradientRelease(AdaX([*shared.parameters(), *last.parameters()]))
+    x = torch.ones(2, 4, requires_grad=True)
+    for _ in range(2):
+        x = checkpoint(shared, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="in parts"):
+        last(x).sum().backward()
+
+
+def test_clipping_set_later_is_refused(compiled_cpu: torch.device) -> None:
+    param = Parameter(torch.ones(3))
+    optimizer = AdaX([param])
+    GradientRelease(optimizer)
+    optimizer.max_grad_norm = 1.0
+    with pytest.raises(ValueError, match="max_last_norm"):
+        param.sum().backward()
+    assert torch.equal(param, torch.ones(3))
+
+
+def test_grad_scaler_is_refused(backend: torch.device) -> None:
+    param = Parameter(torch.ones(3, device=backend))
+    optimizer = AdaX([param])
+    GradientRelease(optimizer)
+    scaler = torch.amp.GradScaler(backend.type)
+    scaler.scale(param.sum()).backward()
+    with pytest.raises(RuntimeError, match="bfloat16 without a scaler"):
+        scaler.step(optimizer)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, str]]]:
+    """What two processes with gloo found: by the name of a check, what is wrong, or nothing."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    worker = Path(__file__).with_name("gradient_release_worker.py")
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    started = [
+        subprocess.Popen([sys.executable, str(worker), str(rank), str(folder)], env=environment, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=RANKS_TIMEOUT_S)[1].decode() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
+    yield [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("check", ["fsdp2", "norm", "accumulation", "twice", "ddp"])
+def test_on_two_ranks(check: str, ranks: list[dict[str, str]]) -> None:
+    assert [found[check] for found in ranks] == ["", ""]
