@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 test: $(READY)  ## all tests this machine can run
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)  ## mypy reads an installed copy: it cannot see folders that are mapped into the package
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
