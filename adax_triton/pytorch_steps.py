@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import cpu
 from .control import TAKEN, Decision
 from .cpu import COMPILE_FROM_NUMEL, GATHERED_NUMEL, update_cpu, update_eager, update_small_cpu, update_stored
 from .schedule import StepScalars
@@ -57,10 +58,13 @@ def run_steps_with_sums(steps: Sequence[TensorStep], rows: HostRows, decision: D
         # In parts, for the sake of the copies.
         for start in range(0, step.param.numel(), GATHERED_NUMEL):
             part = step.part(start, min(start + GATHERED_NUMEL, step.param.numel()))
-            before = _weights(part)
+            wide = torch.float64 if part.param.dtype == torch.float64 else torch.float32
+            before = _weights(part).to(wide, copy=True)
             if not decision.skip:
                 _run(part, scalars[part.scalar_row], rows.keys[part.scalar_row])
-            row += _sums(part.grad, before, _weights(part))
+            tensors = part.grad, before, _weights(part)
+            dtypes = (*(tensor.dtype for tensor in tensors),)
+            row += (cpu._compiled(_sums, dtypes) if cpu._worth_compiling(part.param) else _sums)(*tensors)
 
 
 def _scaled(scalars: list[StepScalars], decision: Decision) -> list[StepScalars]:
@@ -77,19 +81,13 @@ def _run(step: TensorStep, scalars: StepScalars, key: tuple[int, int]) -> None:
 
 
 def _weights(step: TensorStep) -> Tensor:
-    if step.param.dtype == torch.float64:
-        return step.param.clone()
-    return load_master(step.param, step.master)
+    if step.master is None:
+        return step.param
+    return step.master if step.master.dtype == torch.float32 else load_master(step.param, step.master)
 
 
 def _sums(grad: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    update, grad = after - before, grad.to(before.dtype)
-    return torch.stack(
-        [
-            grad.square().sum(),
-            update.square().sum(),
-            after.square().sum(),
-            (update == 0).sum().to(before.dtype),
-            grad.isfinite().logical_not().sum().to(before.dtype),
-        ]
-    ).float()
+    after, grad = after.to(before.dtype), grad.to(before.dtype)
+    update = after - before
+    columns = (grad.square(), update.square(), after.square(), update == 0, grad - grad != 0)
+    return torch.stack([column.to(before.dtype).sum() for column in columns]).float()

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .device_tables import run_table
+from .device_tables import is_capturing, on_device, run_table
 
 _COLUMNS = 5
 
 
 class Telemetry(NamedTuple):
-    """Of one step and one parameter, or one group of them.
+    """Of one step and one parameter, or one group of them; from float32 sums, so norms are finite up to 1.8e19.
 
     grad_norm: 2-norm of the gradients, unscaled and not clipped.
     update_norm: 2-norm of what the step changed in the parameters as they are stored, masters included.
@@ -71,18 +71,18 @@ class DeviceSums:
             self._counts = counts
         return self._stages[0][0]
 
-    def _plan(self, counts: Sequence[int]) -> Any:
+    def _plan(self, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         from adax_triton.kernels.telemetry import ROWS_PER_PROGRAM
 
         while True:
             rows = torch.zeros(sum(counts), _COLUMNS, dtype=torch.float32, device=self._device)
             if all(count <= ROWS_PER_PROGRAM for count in counts):
-                yield rows, run_table(counts).to(self._device)
+                yield rows, on_device(run_table(counts), self._device)
                 return
             blocks = [
                 min(ROWS_PER_PROGRAM, count - start) for count in counts for start in range(0, count, ROWS_PER_PROGRAM)
             ]
-            yield rows, run_table(blocks).to(self._device)
+            yield rows, on_device(run_table(blocks), self._device)
             counts = [-(-count // ROWS_PER_PROGRAM) for count in counts]
 
     def add_up(self, sums: Tensor) -> None:
@@ -101,13 +101,19 @@ class StepSums:
         self._owners: Sequence[Owner] = ()
         self._order: dict[torch.device, list[int]] = {}
         self._buffers: dict[torch.device, Tensor] = {}
+        self._captured: list[Tensor] = []
         self._grad_scale: Tensor | None = None
         self._skip: Tensor | bool | None = None
 
     def begin(self, owners: Sequence[Owner], grad_scale: Tensor | None) -> None:
         """Forget the last step; the next one has tensors of these owners, and gradients of this scale."""
-        self._owners, self._grad_scale, self._skip = owners, grad_scale, None
+        self._owners, self._skip = owners, None
         self._order = {}
+        # A copy: whoever set it may write the next step's scale into the same tensor before this one is read.
+        if grad_scale is not None and self._grad_scale is not None and self._grad_scale.device == grad_scale.device:
+            self._grad_scale.copy_(grad_scale.reshape(()), non_blocking=True)
+        else:
+            self._grad_scale = None if grad_scale is None else grad_scale.reshape(()).clone()
 
     def rows(self, device: torch.device, indices: Sequence[int]) -> Tensor:
         """Return (n, 5) float32 on a device, to be written: the rows of the owners of these indices."""
@@ -116,6 +122,8 @@ class StepSums:
         if buffer is None or buffer.shape[0] < len(self._owners):
             buffer = torch.zeros(len(self._owners), _COLUMNS, dtype=torch.float32, device=device)
             self._buffers[device] = buffer
+        if is_capturing(device):
+            self._captured.append(buffer)  # replays write it
         start = len(order)
         order.extend(indices)
         return buffer[start : len(order)]
@@ -128,10 +136,10 @@ class StepSums:
         """Return the numbers; the host waits for the devices, and for the other ranks where parameters are sharded.
 
         Raises:
-            RuntimeError: there has been no step yet.
+            RuntimeError: there has been no step yet, or the last one raised.
         """
         if self._skip is None:
-            raise RuntimeError("read_telemetry(): no step has been taken with telemetry=True")
+            raise RuntimeError("read_telemetry(): there has been no step yet, or the last one raised")
         scale = 1.0 if self._grad_scale is None else float(self._grad_scale)
         rows = self._all_rows()
         groups = [[0.0] * (_COLUMNS + 1) for _ in range(group_count)]
@@ -148,16 +156,18 @@ class StepSums:
     def _all_rows(self) -> list[list[float]]:
         rows: list[list[float]] = [[0.0] * _COLUMNS for _ in self._owners]
         for device, order in self._order.items():
-            found = self._buffers[device][: len(order)].double()
-            sharded: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-            for position, index in enumerate(order):
-                sharded[self._owners[index].process_groups].append(position)
-            for process_groups, positions in sharded.items():
-                part = found[positions]
+            found = self._buffers[device]
+            sharded: dict[tuple[Any, ...], list[tuple[int, int]]] = defaultdict(list)
+            # In the order of the owners, which is that of all ranks; launches may differ from rank to rank.
+            for index, position in sorted((index, position) for position, index in enumerate(order)):
+                sharded[self._owners[index].process_groups].append((index, position))
+            for process_groups, places in sharded.items():
+                part = found[[position for _, position in places]]
                 for process_group in process_groups:
+                    part = part.double()
                     torch.distributed.all_reduce(part, group=process_group)
-                for position, row in zip(positions, part.tolist(), strict=True):
-                    rows[order[position]] = row
+                for (index, _), row in zip(places, part.tolist(), strict=True):
+                    rows[index] = row
         return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,7 +47,8 @@ class JsonLinesLogger(_EveryNthStep):
     Numbers that are not finite are null.
 
     Args:
-        path: of the file; lines are added to what it has.
+        path: of the file; lines are added to what it has. None writes nothing: for all ranks but one, which must read
+            along where parameters are DTensors.
         every: steps from line to line; steps are counted from the logger's making, skipped ones included. Default: 1.
         per_parameter: whether to log single parameters too. Default: False.
 
@@ -54,11 +56,13 @@ class JsonLinesLogger(_EveryNthStep):
         ValueError: `every` is not a positive integer.
     """
 
-    def __init__(self, path: str | os.PathLike[str], every: int = 1, per_parameter: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, every: int = 1, per_parameter: bool = False) -> None:
         super().__init__(every, per_parameter)
-        self._path = Path(path)
+        self._path = None if path is None else Path(path)
 
     def _log(self, step: int, telemetry: StepTelemetry) -> None:
+        if self._path is None:
+            return
         line = {
             "step": step,
             "skipped": telemetry.skipped,
@@ -75,7 +79,7 @@ class TensorBoardLogger(_EveryNthStep):
         optimizer.register_step_post_hook(TensorBoardLogger(SummaryWriter(), every=100))
 
     Args:
-        writer: a `torch.utils.tensorboard.SummaryWriter`, or what has its `add_scalar`.
+        writer: a `torch.utils.tensorboard.SummaryWriter`, or what has its `add_scalar`. None: see `JsonLinesLogger`.
         every, per_parameter: see `JsonLinesLogger`.
         prefix: of the tags. Default: "optimizer".
 
@@ -84,13 +88,15 @@ class TensorBoardLogger(_EveryNthStep):
     """
 
     def __init__(
-        self, writer: ScalarWriter, every: int = 1, per_parameter: bool = False, prefix: str = "optimizer"
+        self, writer: ScalarWriter | None, every: int = 1, per_parameter: bool = False, prefix: str = "optimizer"
     ) -> None:
         super().__init__(every, per_parameter)
         self._writer = writer
         self._prefix = prefix
 
     def _log(self, step: int, telemetry: StepTelemetry) -> None:
+        if self._writer is None:
+            return
         self._writer.add_scalar(f"{self._prefix}/skipped", float(telemetry.skipped), step)
         named = {f"group{index}": group for index, group in enumerate(telemetry.groups)}
         for owner, numbers in {**named, **telemetry.params}.items():
@@ -99,4 +105,4 @@ class TensorBoardLogger(_EveryNthStep):
 
 
 def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if value - value == 0 else None for name, value in numbers.items()}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}

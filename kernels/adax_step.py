@@ -244,11 +244,9 @@ def adax_step_kernel(
             0,
         )
         if TELEMETRY:
-            grad_sum += more[0]
-            update_sum += more[1]
+            grad_sum, update_sum = grad_sum + more[0], update_sum + more[1]
             param_sum += more[2]
-            unchanged += more[3]
-            not_finite += more[4]
+            unchanged, not_finite = unchanged + more[3], not_finite + more[4]
     if TELEMETRY:
         chunk_sums_ptr += tl.program_id(0) * TELEMETRY_COLUMNS
         tl.store(chunk_sums_ptr, grad_sum)

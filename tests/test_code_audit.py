@@ -21,15 +21,17 @@ TARGETS = (*NVIDIA, "gfx942")
 DATA = ("param", "grad", "exp_avg", "exp_avg_sq", "master")
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
-# Per thread, over triton 3.6.0 and 3.7.1. Gradients of the parameter's dtype, aligned, are the case to be fast: 40
-# registers leave 48 warps on an SM of 65536, 48 leave 40, 64 leave 32, 80 leave 24. On gfx942, up to 64 leave all 8
-# waves of a SIMD and up to 72 leave 7.
+# Per thread, in triton 3.7.1. Gradients of the parameter's dtype, aligned, are the case to be fast: 40 registers leave
+# 48 warps on an SM of 65536, 48 leave 40, 64 leave 32, 80 leave 24, 112 leave 16. On gfx942, up to 64 leave all 8 waves
+# of a SIMD and up to 72 leave 7. On sm_90 the flag by which the device skips a step took float32 from 40 to 42, so from
+# 48 warps to 40; bfloat16 and float16 still have 40.
 REGISTERS = {
-    # target: float32 states: gradients like parameters, other aligned, unaligned; all else: aligned, unaligned
-    "sm_80": (48, 64, 80, 80, 168),
-    "sm_90": (40, 64, 80, 64, 128),
-    "sm_100": (40, 64, 80, 72, 128),
-    "gfx942": (64, 64, 72, 72, 96),
+    # target: float32 states: gradients like parameters, other aligned, unaligned; all else: aligned, unaligned; and
+    # with telemetry, aligned: without codes, with codes
+    "sm_80": (48, 64, 80, 80, 184, 80, 112),
+    "sm_90": (48, 64, 64, 64, 128, 80, 112),
+    "sm_100": (48, 64, 64, 72, 128, 80, 112),
+    "gfx942": (64, 64, 80, 64, 96, 72, 72),
 }
 
 MERGED = ("tile", "load", "group_exponents")
@@ -203,17 +205,32 @@ def test_code_stays_out_of_shared_memory(audit: dict[str, dict[str, Facts]], tar
     for name, facts in audit[target].items():
         # One trip spreads the groups' exponents to their elements; AMD's reductions within a wave are ds_ operations.
         trips = 1 if has_codes(facts) else 0
-        assert (facts["barriers"], facts["layout_conversions"]) == (trips, trips), name
+        assert facts["layout_conversions"] == trips, name
+        if facts["telemetry"]:
+            # Five sums over the warps of a program, each through a word per warp.
+            assert facts["barriers"] <= 16 and 0 < facts["shared"] <= 160, name
+            continue
+        assert facts["barriers"] == trips, name
         reduces = has_codes(facts) or (facts["settled"] and target == "gfx942")
         assert facts["shared"] <= (300 if reduces else 0), name
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_telemetry_stores_five_words_per_program(audit: dict[str, dict[str, Facts]], target: str) -> None:
+    for name, facts in audit[target].items():
+        found = [access for access in facts["accesses"] if access[2] == "chunk_sums"]
+        assert all(access[:2] == ["table", "store"] for access in found), name
+        assert sum(bits for *_, bits in found) == (5 * 32 if facts["telemetry"] else 0), name
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_registers_are_within_bounds(audit: dict[str, dict[str, Facts]], target: str) -> None:
-    alike, aligned, unaligned, rounded_aligned, rounded_unaligned = REGISTERS[target]
+    alike, aligned, unaligned, rounded_aligned, rounded_unaligned, *with_telemetry = REGISTERS[target]
     excess = {}
     for name, facts in audit[target].items():
-        if not is_plain(facts):
+        if facts["telemetry"]:
+            bound = with_telemetry[has_codes(facts)]
+        elif not is_plain(facts):
             bound = rounded_aligned if facts["aligned"] else rounded_unaligned
         elif not facts["aligned"]:
             bound = unaligned
