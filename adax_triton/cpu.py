@@ -170,7 +170,8 @@ def _update_run(
         part = part.mapped(lambda tensor: tensor.view(-1, GROUP))
         exponents = exponents.view(-1)[start // GROUP : (start + length) // GROUP]
     # As 32-bit words that wrap around.
-    words = torch.tensor([step.first_element + start, *key], dtype=torch.int64).to(torch.int32).to(part.param.device)
+    words = torch.tensor([step.first_element + start, *key], dtype=torch.int64, device="cpu").to(torch.int32)
+    words = words.to(part.param.device)
     tensors = (*part.tensors, part.master, exponents)
     if not compiled:
         return stored_update(*tensors, scalars, words, step.stochastic)

@@ -74,10 +74,11 @@ class DeviceScalars:
             lambda _: torch.tensor(
                 [(row.step.data_ptr(), place[row.group_index], addresses[place[row.group_index]]) for row in rows],
                 dtype=torch.int64,
+                device="cpu",
             ).view(-1, 3),
         )
         group_table = self._groups.set(
-            constants, lambda given: torch.tensor(given, dtype=torch.float64).view(-1, columns)
+            constants, lambda given: torch.tensor(given, dtype=torch.float64, device="cpu").view(-1, columns)
         )
         if self._scalars.shape[0] < len(rows):
             self._scalars = torch.empty(len(rows), SCALAR_COLUMNS, dtype=torch.float32, device=self._device)
@@ -92,7 +93,9 @@ class DeviceScalars:
             self._inputs.forget()
             self._written = present
         limit = control.max_grad_norm or 0.0
-        inputs = self._inputs.set((1.0, 0.0, 0.0, limit), lambda given: torch.tensor(given, dtype=torch.float64))
+        inputs = self._inputs.set(
+            (1.0, 0.0, 0.0, limit), lambda given: torch.tensor(given, dtype=torch.float64, device="cpu")
+        )
         for index, value in enumerate(given):
             if value is not None:
                 inputs[index].copy_(value.detach().reshape(()), non_blocking=True)

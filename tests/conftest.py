@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
@@ -14,8 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 LAUNCH_TIMEOUT_S = 900
+# The functions of the package that launch a kernel.
+LAUNCHERS = {"adax_step": "adax_step", "schedule": "prepare_step", "grad_stats": "grad_stats", "telemetry": "add_rows"}
 
 # Triton decides at its import, so this comes before any import of it; torch.cuda is also the HIP device.
 if not torch.cuda.is_available():
@@ -39,6 +45,66 @@ def compiled_cpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 def backend(request: pytest.FixtureRequest) -> torch.device:
     """The device whose tensors are stepped by the kernel, and that of those stepped by PyTorch on the CPU."""
     return request.getfixturevalue("device" if request.param == "kernel" else "compiled_cpu")
+
+
+class Recording(TorchDispatchMode):
+    """The kernel launches within a block and the tensor operations between them, to be done again, in order.
+
+    As in a CUDA graph, operations write the same memory each time, and no Python runs between them.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
+        self._entered = self._launching = False
+        for module, name in LAUNCHERS.items():
+            owner = importlib.import_module(f"adax_triton.kernels.{module}")
+            monkeypatch.setattr(owner, name, self._recorded(getattr(owner, name)))
+
+    def _recorded(self, launch: Callable[..., None]) -> Callable[..., None]:
+        def record(*args: Any) -> None:
+            if self._entered:
+                self._calls.append((launch, args, {}, None))
+            self._launching = True  # what the interpreter does is part of the launch
+            launch(*args)
+            self._launching = False
+
+        return record
+
+    def __enter__(self) -> Recording:
+        self._entered = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered = False
+        super().__exit__(*error)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not self._launching:
+            self._calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for function, args, kwargs, results in self._calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
+                if isinstance(new, Tensor) and new.data_ptr() != old.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def launchers() -> dict[str, str]:
+    """The functions that launch a kernel, by module of adax_triton.kernels."""
+    return LAUNCHERS
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
+    """Stands in for a CUDA graph where kernels are interpreted."""
+    return Recording(monkeypatch)
 
 
 @pytest.fixture(scope="session")

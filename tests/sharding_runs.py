@@ -87,9 +87,12 @@ def held(run: Run) -> dict[str, Tensor]:
     for name, param in named(run).items():
         found[name] = param
         for part, value in run[1].state[param].items():
-            assert isinstance(value, int) if part == "step" else type(value) is type(param.data), (name, part)
-            found[f"{name}/{part}"] = torch.tensor(value) if part == "step" else value
-            assert part == "step" or getattr(value, "placements", 0) == getattr(param, "placements", 0)
+            if part == "step":
+                found[f"{name}/{part}"] = torch.tensor(int(value))
+                continue
+            assert type(value) is type(param.data), (name, part)
+            found[f"{name}/{part}"] = value
+            assert getattr(value, "placements", 0) == getattr(param, "placements", 0)
     return found
 
 

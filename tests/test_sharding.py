@@ -67,13 +67,19 @@ MESHES = {f"meshes of {name}": {**MODES[name], "check": "meshes"} for name in ("
 Results = dict[str, list[dict[str, Any]]]
 
 
-def launch(folder: Path, world_size: int, cases: dict[str, dict[str, Any]], interpret: str = "0") -> Results:
-    """Run the worker on every rank and return each case's results of all; no process outlives the call."""
+def launch(
+    folder: Path,
+    world_size: int,
+    cases: dict[str, dict[str, Any]],
+    interpret: str = "0",
+    worker: str = "sharding_worker.py",
+) -> Results:
+    """Run a worker on every rank and return each case's results of all; no process outlives the call."""
     own = folder / f"{world_size}-{interpret}"
     own.mkdir()
     (own / "cases.json").write_text(json.dumps([{**case, "name": name} for name, case in cases.items()]))
-    worker = Path(__file__).with_name("sharding_worker.py")
-    command = [sys.executable, str(worker), str(own / "cases.json"), str(own / "store"), str(folder)]
+    script = Path(__file__).with_name(worker)
+    command = [sys.executable, str(script), str(own / "cases.json"), str(own / "store"), str(folder)]
     environment = {
         **os.environ,
         "WORLD_SIZE": str(world_size),

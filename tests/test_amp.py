@@ -1,0 +1,250 @@
+"""Automatic mixed precision: an unmodified torch.amp.GradScaler, which leaves unscaling and skipping to the step.
+
+Oracle: the same optimizer, stepped with gradients without a scale, in the finite iterations alone; bit for bit, because
+scales are powers of two, and because the scalars of a step are those of the host wherever they are computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from adax_triton import AdamW, AdaX, AdaXW
+from adax_triton.backends import uses_kernel
+
+SHAPES = ((5, 7), (), (0,), (4097,))
+INFINITE, FROZEN, STEPS = (1, 3), (2,), range(5)
+
+
+class Mode(NamedTuple):
+    dtype: torch.dtype
+    states: str = "float32"
+    master_weights: str | None = None
+    weight_rounding: str = "nearest"
+
+    def optimizer(self, params: Sequence[Tensor], **options: Any) -> AdaX:
+        known = {key: value for key, value in self._asdict().items() if key != "dtype"}
+        return AdaXW(params, lr=0.01, seed=3, **known, **options)
+
+
+MODES = {
+    "fp32": Mode(torch.float32),
+    "bf16": Mode(torch.bfloat16),
+    "fp16": Mode(torch.float16),
+    "bf16 states, stochastic": Mode(torch.bfloat16, "bfloat16", None, "stochastic"),
+    "low, fp16 master": Mode(torch.float16, "low", "float32"),
+    "lowest, 24bit": Mode(torch.bfloat16, "lowest", "24bit"),
+}
+each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+
+
+def parameters(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in SHAPES]
+
+
+def gradient(param: Tensor, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + param.numel())
+    return torch.randn(param.shape, generator=generator).to(param.device, param.dtype)
+
+
+def backward(params: Sequence[Tensor], step: int, scaler: torch.amp.GradScaler, infinite: bool = False) -> None:
+    """Have `gradient` of each parameter, times the scale, come of a backward pass; the first is frozen at times."""
+    due = params[step in FROZEN :]
+    for param in params:
+        param.grad = None
+    loss = torch.stack([(param.float() * gradient(param, step).float()).sum() for param in due]).sum()
+    if infinite:
+        loss = loss + due[-1].float()[-1] * torch.inf
+    scaler.scale(loss).backward()
+
+
+def train_scaled(
+    optimizer: AdaX, params: Sequence[Tensor], steps: Iterable[int], infinite: Collection[int] = ()
+) -> torch.amp.GradScaler:
+    scaler = torch.amp.GradScaler(params[0].device.type, init_scale=2.0**10, growth_interval=2)
+    for step in steps:
+        backward(params, step, scaler, step in infinite)
+        scaler.step(optimizer)
+        scaler.update()
+    return scaler
+
+
+def train(optimizer: AdaX, params: Sequence[Tensor], steps: Iterable[int]) -> None:
+    for step in steps:
+        for index, param in enumerate(params):
+            param.grad = None if index == 0 and step in FROZEN else gradient(param, step)
+        optimizer.step()
+
+
+def finite(steps: Iterable[int]) -> list[int]:
+    return [step for step in steps if step not in INFINITE]
+
+
+def contents(optimizer: AdaX) -> list[tuple[str, Any]]:
+    """Return every bit of parameters and states."""
+    found = []
+    for param in optimizer.param_groups[0]["params"]:
+        found.append(("param", bits(param)))
+        for name, value in optimizer.state[param].items():
+            found.append((name, bits(value) if name != "step" else int(value)))
+    return found
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+@each_mode
+def test_scaled_steps_equal_unscaled_ones_without_the_infinite(mode: Mode, backend: torch.device) -> None:
+    params, twins = parameters(backend, mode.dtype), parameters(backend, mode.dtype)
+    optimizer, twin = mode.optimizer(params), mode.optimizer(twins)
+    scaler = train_scaled(optimizer, params, STEPS, INFINITE)
+    train(twin, twins, finite(STEPS))
+    assert contents(optimizer) == contents(twin)
+    counts = [state["step"] for state in optimizer.state_dict()["state"].values()]
+    assert counts == [2, 3, 3, 3] and all(type(count) is int for count in counts)
+    assert scaler.get_scale() == 2.0**8  # halved twice
+
+
+@each_mode
+def test_skipped_step_changes_nothing(mode: Mode, backend: torch.device) -> None:
+    params = parameters(backend, mode.dtype)
+    optimizer = mode.optimizer(params)
+    scaler = train_scaled(optimizer, params, [0, 1])
+    before = contents(optimizer)
+    backward(params, 3, scaler, infinite=True)
+    grads = [bits(param.grad) for param in params]
+    scaler.step(optimizer)
+    assert contents(optimizer) == before
+    assert [bits(param.grad) for param in params] == grads
+    scaler.update()
+    assert scaler.get_scale() == 2.0**10  # doubled after two steps, then halved
+
+
+def test_first_step_may_be_skipped(backend: torch.device) -> None:
+    params, twins = parameters(backend), parameters(backend)
+    optimizer, twin = AdaX(params, lr=0.01), AdaX(twins, lr=0.01)
+    train_scaled(optimizer, params, [1], INFINITE)
+    assert all(torch.equal(param, twin) for param, twin in zip(params, twins, strict=True))
+    train_scaled(optimizer, params, [4])
+    train(twin, twins, [4])
+    assert contents(optimizer) == contents(twin)
+
+
+@pytest.mark.parametrize("mode", [MODES["fp32"], MODES["lowest, 24bit"]], ids=["fp32", "lowest, 24bit"])
+def test_gradients_that_the_user_unscales_and_clips(mode: Mode, backend: torch.device) -> None:
+    params, twins = parameters(backend, mode.dtype), parameters(backend, mode.dtype)
+    optimizer, twin = mode.optimizer(params), mode.optimizer(twins)
+    scaler = torch.amp.GradScaler(backend.type, init_scale=2.0**10)
+    for step in STEPS:
+        backward(params, step, scaler, infinite=step in INFINITE)
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    for step in finite(STEPS):
+        for index, param in enumerate(twins):
+            param.grad = None if index == 0 and step in FROZEN else gradient(param, step)
+        torch.nn.utils.clip_grad_norm_(twins, 1.0)
+        twin.step()
+    assert contents(optimizer) == contents(twin)
+
+
+def test_step_leaves_scaled_gradients_as_they_are(backend: torch.device) -> None:
+    params = parameters(backend)
+    optimizer, scaler = AdaX(params), torch.amp.GradScaler(backend.type, init_scale=2.0**10)
+    backward(params, 0, scaler)
+    before = [bits(param.grad) for param in params]
+    scaler.step(optimizer)
+    assert [bits(param.grad) for param in params] == before
+    assert torch.equal(params[0].grad, 1024 * gradient(params[0], 0))
+
+
+def test_scale_that_is_no_power_of_two_is_divided_out(backend: torch.device) -> None:
+    params = parameters(backend)
+    exact = [Parameter(param.detach().double()) for param in params]
+    optimizer, twin = AdaX(params, lr=0.01), AdaX(exact, lr=0.01)
+    for step in range(3):
+        for param, other in zip(params, exact, strict=True):
+            param.grad, other.grad = 3000 * gradient(param, step), gradient(param, step).double()
+        optimizer.grad_scale, optimizer.found_inf = torch.full((), 3000.0, device=backend), None
+        optimizer.step()
+        twin.step()
+    for param, expected in zip(params, exact, strict=True):
+        torch.testing.assert_close(param.detach().double(), expected.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_one_scaler_over_an_optimizer_without_gradients(backend: torch.device) -> None:
+    params, idle = parameters(backend), parameters(backend)
+    optimizer, other = AdaX(params), AdaX(idle)
+    scaler = torch.amp.GradScaler(backend.type, init_scale=2.0**10)
+    backward(params, 0, scaler)
+    scaler.step(optimizer)
+    scaler.step(other)
+    scaler.update()
+    assert all(torch.equal(param, fresh) for param, fresh in zip(idle, parameters(backend), strict=True))
+    assert len(other.state) == 0
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize("value", [1.0, True, "1", torch.ones(2), [1.0]], ids=repr)
+def test_wrong_type_is_refused_by_name(name: str, value: object, backend: torch.device) -> None:
+    params = parameters(backend)
+    optimizer = AdaX(params)
+    train(optimizer, params, [0])
+    before = contents(optimizer)
+    setattr(optimizer, name, value)
+    with pytest.raises(TypeError, match=f"Invalid type of {name}: "):
+        optimizer.step()
+    assert contents(optimizer) == before
+
+
+def test_counts_follow_a_scaler_that_comes_and_goes(backend: torch.device) -> None:
+    params, twins = parameters(backend), parameters(backend)
+    optimizer, twin = AdamW(params, lr=0.01), AdamW(twins, lr=0.01)
+    train(optimizer, params, [0, 2])
+    train_scaled(optimizer, params, [4, 5], [4])
+    train(optimizer, params, [3])
+    train(twin, twins, [0, 2, 5, 3])
+    assert [state["step"] for state in optimizer.state_dict()["state"].values()] == [3, 4, 4, 4]
+    assert contents(optimizer) == contents(twin)
+
+
+@pytest.mark.parametrize("mode", [MODES["fp32"], MODES["lowest, 24bit"]], ids=["fp32", "lowest, 24bit"])
+@pytest.mark.parametrize("way", ["state dict", "deepcopy", "pickle"])
+def test_copy_continues_bit_for_bit(mode: Mode, way: str, backend: torch.device) -> None:
+    params = parameters(backend, mode.dtype)
+    optimizer = mode.optimizer(params)
+    train_scaled(optimizer, params, [0, 1], INFINITE)
+    if way == "state dict":
+        twins = [Parameter(param.detach().clone()) for param in params]
+        twin = mode.optimizer(twins)
+        saved = pickle.loads(pickle.dumps(optimizer.state_dict()))
+        assert {type(state["step"]) for state in saved["state"].values()} == {int}
+        twin.load_state_dict(saved)
+    else:
+        both = params, optimizer
+        twins, twin = copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both))
+    for each, own in ((optimizer, params), (twin, twins)):
+        train_scaled(each, own, [4])
+    assert contents(optimizer) == contents(twin)
+
+
+def test_state_dict_loads_into_counts_where_they_lie(backend: torch.device) -> None:
+    params, source = parameters(backend), parameters(backend)
+    optimizer, saved = AdaX(params, lr=0.01), AdaX(source, lr=0.01)
+    train_scaled(optimizer, params, [0])
+    train(saved, source, [0, 1])
+    places = [optimizer.state[param]["step"] for param in params]
+    optimizer.load_state_dict(saved.state_dict())
+    assert [optimizer.state[param]["step"] for param in params] == [2] * len(params)
+    if uses_kernel(backend, torch.float32):
+        assert all(optimizer.state[param]["step"] is place for param, place in zip(params, places, strict=True))

@@ -1,0 +1,66 @@
+"""Clipping by a norm of gradients on several ranks, on real gloo processes; see clipping_worker.py for the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
+
+CASES: dict[str, dict[str, Any]] = {
+    "fsdp2": {"check": "dtensors", "dtype": "float32"},
+    "fsdp2, low": {"check": "dtensors", "dtype": "bfloat16", "states": "low", "master_weights": "24bit"},
+    "by hand": {"check": "dtensors", "by hand": True},
+    "ZeRO-1": {"check": "zero"},
+    "own part": {"check": "own part"},
+    "idle rank": {"check": "own part", "idle": True},
+}
+INTERPRETED = ("fsdp2", "by hand", "own part", "idle rank")
+
+Results = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module", params=["compiled", "interpreted"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The results of each case on both ranks: of PyTorch's steps on the CPU, or of the kernel in the interpreter."""
+    interpreted = request.param == "interpreted"
+    cases = {name: case for name, case in CASES.items() if not interpreted or name in INTERPRETED}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        from test_sharding import launch
+
+        return launch(tmp_path_factory.mktemp("norm"), 2, cases, str(int(interpreted)), "clipping_worker.py")
+
+
+def of_case(results: Results, case: str) -> list[dict[str, Any]]:
+    if case not in results:
+        pytest.skip("not in the interpreter, where it takes long")
+    return results[case]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_norm_and_step_are_those_of_one_process(results: Results, case: str) -> None:
+    for result in of_case(results, case):
+        ours, expected = result["norms"]
+        assert ours == expected
+        assert expected[1] < 100.0 < expected[0]  # so one step of two was clipped
+        assert result["differing"] == []
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "ZeRO-1"])
+def test_nan_on_one_rank_skips_on_all(results: Results, case: str) -> None:
+    for result in of_case(results, case):
+        assert result["skipped"] is True
+        assert result["norm"] == "nan"
+
+
+@pytest.mark.parametrize("case", ["fsdp2", "fsdp2, low", "by hand"])
+def test_steps_after_a_skipped_one_are_those_of_one_process(results: Results, case: str) -> None:
+    for result in of_case(results, case):
+        ours, expected = result["more"]
+        assert ours == expected
+        assert result["differing after"] == []
