@@ -1,6 +1,7 @@
 """AdaX as one fused Triton kernel, behind the interface of `torch.optim`."""
 
 from .adam import Adam, AdamW
+from .beside import Beside
 from .conversion import adax_from_adam, from_released_adax, from_torch_adam, to_released_adax, to_torch_adam
 from .flat_buffer import FlatBuffer
 from .gradient_release import GradientRelease
@@ -17,6 +18,7 @@ __all__ = [
     "AdaXW",
     "Adam",
     "AdamW",
+    "Beside",
     "FlatBuffer",
     "GradientRelease",
     "JsonLinesLogger",

@@ -23,6 +23,7 @@ from .telemetry import StepSums
 from .tensor_step import TensorStep, laid_out_alike
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GRAD_FACTOR_COLUMN = StepScalars._fields.index("grad_factor")
 
 
 def uses_kernel(device: torch.device, param_dtype: torch.dtype) -> bool:
@@ -172,7 +173,9 @@ class Stepper:
         scalars: dict[torch.device, Tensor] = {}
         for device in dict.fromkeys(launch.bucket.device for launch, _ in launches):
             if isinstance(rows, HostRows):
-                scalars[device] = self._uploaded(device, rows)
+                uploaded = self._uploaded(device, rows)
+                factor = control.grad_factor
+                scalars[device] = uploaded if factor is None else _scaled(uploaded, factor)
             else:
                 prepared = self._prepared(device, rows.rows[device])
                 local = None if squares is None else squares.to(device, non_blocking=True)
@@ -191,6 +194,13 @@ class Stepper:
     def _prepared(self, device: torch.device, rows: Sequence[DeviceRow]) -> DeviceScalars:
         key = device, rows[0].step.data_ptr()
         return self._device_scalars.get(key, device, lambda: DeviceScalars(device))
+
+
+def _scaled(scalars: Tensor, grad_factor: Tensor) -> Tensor:
+    # In a copy: the table is uploaded only when what the host knows changes.
+    scaled = scalars.clone()
+    scaled[:, _GRAD_FACTOR_COLUMN].mul_(grad_factor.detach().reshape(()).to(scalars.device, non_blocking=True))
+    return scaled
 
 
 def _scalar_table(rows: tuple[list[StepScalars], list[tuple[int, int]]]) -> Tensor:

@@ -19,11 +19,13 @@ class StepControl(NamedTuple):
     found_inf: 1 element; the step is skipped where it is not 0. Likewise.
     max_grad_norm: clip to this norm, all gradients of the step together; with a norm that is not finite the step is
         skipped.
+    grad_factor: 1 element; all gradients are to be multiplied by it. With this alone the host schedules the step.
     """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     max_grad_norm: float | None = None
+    grad_factor: Tensor | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -36,6 +38,8 @@ class StepControl(NamedTuple):
         Args:
             sum_of_squares: of the gradients as they are, 0-d; needed with `max_grad_norm`.
         """
+        if self.grad_factor is not None:
+            return Decision(float(self.grad_factor), False, None)
         scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
         skip = self.found_inf is not None and bool(self.found_inf != 0)
         if self.max_grad_norm is None or sum_of_squares is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
@@ -12,13 +11,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import master_weights
 from .backends import Stepper, StepResult
+from .beside import Beside, BesideStep, assembly_beside, checked_beside, due_beside
 from .checkpoint import check_state_dict, held_params, hold_tensors, restore, with_own_options
 from .control import ProgramOptions, StepControl, check_max_grad_norm, check_one_element
-from .horizon import FROZEN_WEIGHT
-from .hyperparameters import LATER_GROUP_DEFAULTS, as_float, validate_group
+from .horizon import warned_of_frozen
+from .hyperparameters import LATER_GROUP_DEFAULTS, validate_group
 from .parameters import check_param
 from .precision import Precision, precision_for
-from .schedule import StepScalars
 from .state_tensors import misfit, new_states
 from .step_plan import StepPlan, plan_of
 from .step_work import Assembly, due_params, host_places, owners_of, rows_of, work_of
@@ -67,6 +66,7 @@ class MomentOptimizer(Optimizer):
         self._stepper = Stepper()
         self._sums = StepSums() if self.options.telemetry else None
         self._plan: StepPlan | None = None
+        self._beside: BesideStep | None = None
         self._warned_frozen = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -128,6 +128,9 @@ class MomentOptimizer(Optimizer):
             check_one_element(getattr(self, "found_inf", None), "found_inf"),
             check_max_grad_norm(self.max_grad_norm),
         )
+        if self._beside is not None:
+            beside, self._beside = self._beside, None
+            return self._step_beside(beside, control)
         planned = None if self._plan is None else self._plan.next(self.param_groups, self.state, control)
         assembly = planned or self._assembled(control)
         if self._sums is not None:
@@ -140,11 +143,37 @@ class MomentOptimizer(Optimizer):
         if planned is None:
             self._plan = plan_of(assembly, result.launches, self.param_groups, self.state)
 
+    def lay_beside(self, parts: Sequence[Beside], grad_factor: Tensor | None = None) -> None:
+        """Have the next `step()` update these parameters from gradients beside them, and no other parameters.
+
+        Gradients are read once, in their own dtype, and multiplied in float32; the host does not wait for the factor.
+        The numbers are those of a step whose `grad` is the product.
+
+        Args:
+            parts: the parameters, their gradients, and where to write their weights in another dtype.
+            grad_factor: 1 element, any device; multiplies all gradients. Default: None, they are taken as they are.
+
+        Raises:
+            TypeError, ValueError: a tensor that does not fit, or an optimizer made with `telemetry`. `step()` raises
+                ValueError for a parameter that is in no group or whose steps the device counts, and for clipping.
+        """
+        self._beside = checked_beside(parts, grad_factor, self.options.telemetry)
+
+    def _step_beside(self, beside: BesideStep, control: StepControl) -> None:
+        due = due_beside(beside.parts, control, self._group_indices(), self.param_groups, self.state)
+        self._create_states([(param, group_index) for param, _, group_index in due if not self.state[param]])
+        assembly = assembly_beside(beside.parts, due, self.state, self.param_groups)
+        self._plan = None  # its launches may serve this step
+        result = self._stepper.run(assembly.work, control._replace(grad_factor=beside.grad_factor))
+        torch.autograd.graph.increment_version([param for param, _, _ in due])
+        self._advance(assembly, result)
+
     def _advance(self, assembly: Assembly, result: StepResult) -> None:
         if result.taken:
             for state in assembly.host_states:
                 state["step"] += 1
-            self._warn_if_frozen(assembly.places, assembly.rows.scalars)
+            if not self._warned_frozen:
+                self._warned_frozen = warned_of_frozen(assembly.places, assembly.rows.scalars, self.param_groups)
 
     def _step_one(self, param: Tensor, group_index: int, grad_scale: Tensor | None) -> None:
         control = StepControl(grad_scale)
@@ -161,20 +190,6 @@ class MomentOptimizer(Optimizer):
         work = work_of(due, self.state, self.param_groups, places, rows, self.options.norm_process_group)
         owners = owners_of(due, work, self.param_groups) if self.options.telemetry else []
         return Assembly(work, places, rows, [self.state[param] for param, _, _ in due.of_host], owners)
-
-    def _warn_if_frozen(self, rows: dict[tuple[int, int], int], scalars: list[StepScalars]) -> None:
-        for (group_index, step), row in rows.items():
-            group = self.param_groups[group_index]
-            if self._warned_frozen or group["second_moment"] != "adax":
-                continue
-            if scalars[row].exp_avg_sq_weight < FROZEN_WEIGHT:
-                self._warned_frozen = True
-                warnings.warn(
-                    f"At step {step} with betas[1]={as_float(group['betas'][1], 'betas[1]')} the second moments of "
-                    f"param_groups[{group_index}] are frozen: from here on this is momentum with fixed step sizes. If "
-                    "that is not wanted, train with betas[1]=adax_triton.beta2_for_horizon(total_steps).",
-                    stacklevel=6,
-                )
 
     def _create_states(self, params: list[tuple[Tensor, int]]) -> None:
         precisions = [self._precision(param, self.param_groups[group_index]) for param, group_index in params]

@@ -11,18 +11,32 @@ FRAMEWORKS = {"deepspeed", "transformers", "accelerate", "lightning", "pytorch_l
 # What a module of the package may import of the package; what is missing here may import nothing of ours.
 ALLOWED = {
     "adax_triton": {
-        *("adam", "conversion", "flat_buffer", "gradient_release", "horizon", "optimizer", "reference", "schedule"),
-        *("telemetry", "telemetry_logging", "version"),
+        *("adam", "beside", "conversion", "flat_buffer", "gradient_release", "horizon", "optimizer", "reference"),
+        *("schedule", "telemetry", "telemetry_logging", "version"),
     },
     "adax_triton.adam": {"control", "moment_optimizer"},
     "adax_triton.optimizer": {"control", "moment_optimizer"},
     "adax_triton.moment_optimizer": {
-        *("", "master_weights", "backends", "checkpoint", "control", "horizon", "hyperparameters", "parameters"),
+        *(
+            "",
+            "master_weights",
+            "backends",
+            "beside",
+            "checkpoint",
+            "control",
+            "horizon",
+            "hyperparameters",
+            "parameters",
+        ),
         *("precision", "schedule", "state_tensors", "step_plan", "step_work", "telemetry", "transport"),
     },
     "adax_triton.backends": {
         *("control", "cpu", "device_scalars", "device_tables", "gradient_norm", "launches", "pytorch_steps"),
         *("schedule", "telemetry", "tensor_step", "kernels"),
+    },
+    "adax_triton.beside": {
+        *("backends", "compact", "control", "cpu", "precision", "state_tensors", "step_work"),
+        "tensor_step",
     },
     "adax_triton.device_scalars": {"control", "device_tables", "hyperparameters", "schedule", "kernels"},
     "adax_triton.gradient_release": {"control", "gradient_norm", "moment_optimizer", "parameters", "sharding"},
@@ -49,7 +63,7 @@ ALLOWED = {
     "adax_triton.stored": {"compact", "reference", "rounding", "schedule"},
     "adax_triton.transport": {"sharding"},
     "adax_triton.tensor_step": {"compact", "flat_buffer", "precision"},
-    "adax_triton.horizon": {"schedule"},
+    "adax_triton.horizon": {"hyperparameters", "schedule"},
     "adax_triton.conversion": {"hyperparameters", "schedule"},
     "adax_triton.cpu": {"compact", "reference", "schedule", "stored", "tensor_step"},
     "adax_triton.kernels.adax_step": {

@@ -1,0 +1,179 @@
+"""Steps of float32 weights from gradients that lie beside them, which also write the weights in another dtype.
+
+Who keeps float32 weights beside those of the model, as ZeRO does, has gradients in the model's dtype, in pieces, and
+wants the new weights in that dtype. A cast, a scaling and a copy around a step move more bytes than the step itself;
+here they are part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .backends import Work, uses_kernel
+from .compact import GROUP
+from .control import StepControl, check_one_element
+from .cpu import COMPILE_FROM_NUMEL
+from .precision import PARAM_DTYPES, is_compact
+from .state_tensors import misfit, tensor_step
+from .step_work import Assembly, Due, host_places, needs_device, rows_of
+from .tensor_step import TensorStep
+
+_IMAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Beside(NamedTuple):
+    """A parameter, and what its step reads and writes beside it.
+
+    param: float32 and contiguous; in a group of the optimizer when it steps.
+    grads: tensors on its device, of float dtypes; their elements, one tensor after another, are the gradient.
+    image: set to the new weights, rounded to nearest; float32, bfloat16 or float16, contiguous, of as many elements, on
+        the same device. None for none.
+    """
+
+    param: Tensor
+    grads: Sequence[Tensor]
+    image: Tensor | None = None
+
+
+class BesideStep(NamedTuple):
+    """A step of these parameters and no others; the factor of all their gradients, one element, or None for 1."""
+
+    parts: Sequence[Beside]
+    grad_factor: Tensor | None
+
+
+def checked_beside(parts: Sequence[Beside], grad_factor: Tensor | None, telemetry: bool) -> BesideStep:
+    """Return what was given as a step.
+
+    Raises:
+        TypeError: a tensor of the wrong kind or dtype.
+        ValueError: one of the wrong size or device, a parameter that is given twice, or telemetry.
+    """
+    if telemetry:
+        raise ValueError("lay_beside(): not offered with telemetry=True, whose sums are of whole gradients")
+    for index, (param, grads, image) in enumerate(parts):
+        if type(param) not in (Tensor, nn.Parameter) or param.dtype != torch.float32 or not param.is_contiguous():
+            raise TypeError(f"parts[{index}].param: expected a contiguous float32 tensor, got {_kind(param)}")
+        given = [(f"grads[{position}]", grad, PARAM_DTYPES) for position, grad in enumerate(grads)]
+        if image is not None:
+            given.append(("image", image, _IMAGE_DTYPES))
+            if image.numel() != param.numel() or not image.is_contiguous():
+                raise ValueError(
+                    f"parts[{index}].image: {_kind(image)}; expected a contiguous one of {param.numel()} elements"
+                )
+        for name, tensor, dtypes in given:
+            if tensor.dtype not in dtypes or tensor.layout != torch.strided:
+                raise TypeError(
+                    f"parts[{index}].{name}: {_kind(tensor)}; expected one of {', '.join(map(str, dtypes))}"
+                )
+            if tensor.device != param.device:
+                raise ValueError(f"parts[{index}].{name}: on {tensor.device} for a parameter on {param.device}")
+        count = sum(grad.numel() for grad in grads)
+        if count != param.numel() or not grads:
+            raise ValueError(f"parts[{index}].grads: {count} elements for a parameter of {param.numel()}")
+    if len({id(part.param) for part in parts}) != len(parts):
+        raise ValueError("parts: a parameter is given twice")
+    return BesideStep(parts, check_one_element(grad_factor, "grad_factor"))
+
+
+def _kind(tensor: object) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+
+
+def due_beside(
+    parts: Sequence[Beside],
+    control: StepControl,
+    group_of: Mapping[Tensor, int],
+    param_groups: Sequence[Mapping[str, Any]],
+    states: Mapping[Tensor, Mapping[str, Any]],
+) -> list[Due]:
+    """Return the parameters of a step, which the host schedules, with their groups; nothing changes.
+
+    Raises:
+        ValueError: clipping or a gradient scaler; a parameter in no group; a group or state whose steps the device
+            counts; a state that does not fit.
+    """
+    if not control.is_idle:
+        raise ValueError(
+            "step(): neither max_grad_norm nor grad_scale and found_inf go with lay_beside(); give it a grad_factor"
+        )
+    for index, part in enumerate(parts):
+        if part.param not in group_of:
+            raise ValueError(f"parts[{index}].param: in none of the optimizer's groups")
+        group, state = param_groups[group_of[part.param]], states.get(part.param)
+        if needs_device(group) or (state and isinstance(state.get("step"), Tensor)):
+            raise ValueError(
+                f"parts[{index}].param: its steps are counted on the device; lay_beside() needs capturable=False, a "
+                "learning rate that is a number, and no steps taken with grad_scale or max_grad_norm"
+            )
+        problem = misfit(state, part.param) if state else None
+        if problem is not None:
+            raise ValueError(problem)
+    return [Due(part.param, part.grads[0], group_of[part.param]) for part in parts]
+
+
+def assembly_beside(
+    parts: Sequence[Beside],
+    due: Sequence[Due],
+    states: MutableMapping[Tensor, dict[str, Any]],
+    param_groups: Sequence[Mapping[str, Any]],
+) -> Assembly:
+    """Return all that a step of checked parameters needs, which have their states by now."""
+    places = host_places(due, states)
+    rows = rows_of(places, param_groups)
+    kernel: list[TensorStep] = []
+    others: list[TensorStep] = []
+    for part, (param, _, group_index) in zip(parts, due, strict=True):
+        state, group = states[param], param_groups[group_index]
+        whole = tensor_step(param, param, state, places[group_index, state["step"] + 1], group).as_runs()
+        if part.image is not None:
+            whole = whole._replace(param=part.image.detach().view(-1), master=whole.param)
+        on_kernel = uses_kernel(param.device, whole.param.dtype)
+        start = 0
+        for grad in _pieces(part.grads, on_kernel, is_compact(whole.states)):
+            piece = whole.part(start, start + grad.numel())
+            (kernel if on_kernel else others).append(piece._replace(grad=grad))
+            start += grad.numel()
+    return Assembly(Work(kernel, rows, others, rows), places, rows, [states[param] for param, _, _ in due], [])
+
+
+def _pieces(grads: Sequence[Tensor], on_kernel: bool, in_groups: bool) -> list[Tensor]:
+    """Return the gradient in as few 1-D tensors as reading it in place allows."""
+    pieces: list[Tensor] = []
+    for grad in grads:
+        flat = grad.detach().reshape(-1)
+        if pieces and _follows(pieces[-1], flat):
+            pieces[-1] = pieces[-1].as_strided((pieces[-1].numel() + flat.numel(),), (1,))
+        else:
+            pieces.append(flat)
+    if in_groups and any(piece.numel() % GROUP for piece in pieces[:-1]):
+        return [torch.cat(pieces)]  # codes have one exponent per group
+    return pieces if on_kernel else _without_small(pieces)
+
+
+def _follows(first: Tensor, second: Tensor) -> bool:
+    return (
+        first.dtype == second.dtype
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and first.storage_offset() + first.numel() == second.storage_offset()
+    )
+
+
+def _without_small(pieces: Sequence[Tensor]) -> list[Tensor]:
+    """Gather neighbours that are too small to be worth a call each on a CPU."""
+    gathered: list[Tensor] = []
+    small: list[Tensor] = []
+    for piece in [*pieces, None]:
+        if piece is not None and piece.numel() < COMPILE_FROM_NUMEL:
+            small.append(piece)
+            continue
+        if small:
+            gathered.append(torch.cat(small) if len(small) > 1 else small[0])
+            small = []
+        if piece is not None:
+            gathered.append(piece)
+    return gathered

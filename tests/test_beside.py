@@ -1,0 +1,186 @@
+"""Steps from gradients that lie beside their parameters. Oracle: a cast, a product, a step of `grad` and a copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adax_triton import AdaX, AdaXW, Beside
+from adax_triton.backends import uses_kernel
+from adax_triton.cpu import COMPILE_FROM_NUMEL
+
+SIZES = [1, 31, 700, 33, 3]  # pieces of a gradient: odd ones, of no whole groups of codes
+STEPS = 3
+
+
+def pieces(sizes: list[int], dtype: torch.dtype, device: torch.device, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+
+
+def rounded(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.bfloat16 and weights.device.type == "cpu" and uses_kernel(weights.device, dtype):
+        # What the interpreter makes of a conversion, which on a GPU rounds.
+        return (weights.view(torch.int32) & ~0xFFFF).view(torch.float32).to(dtype)
+    return weights.to(dtype)
+
+
+def pair(numel: int, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
+    start = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(device)
+    return nn.Parameter(start.clone()), nn.Parameter(start.clone())
+
+
+def step_both(
+    optimizers: tuple[AdaX, AdaX],
+    params: tuple[nn.Parameter, nn.Parameter],
+    grads: list[Tensor],
+    image: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> None:
+    optimizers[0].lay_beside([Beside(params[0], grads, image)], factor)
+    optimizers[0].step()
+    whole = torch.cat([grad.flatten() for grad in grads]).float()
+    params[1].grad = whole if factor is None else whole * factor
+    optimizers[1].step()
+
+
+def assert_same(optimizers: tuple[AdaX, AdaX], params: tuple[nn.Parameter, nn.Parameter]) -> None:
+    state, expected = (
+        optimizer.state[param] | {"param": param.detach()} for optimizer, param in zip(optimizers, params, strict=True)
+    )
+    assert state["step"] == expected["step"] == STEPS
+    for key, value in expected.items():
+        assert key == "step" or torch.equal(state[key], value), key
+
+
+@pytest.mark.parametrize("factor", [None, 0.37])
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("image_dtype", [torch.bfloat16, torch.float16, torch.float32, None], ids=str)
+def test_equals_cast_scaling_step_and_copy(
+    backend: torch.device, image_dtype: torch.dtype | None, grad_dtype: torch.dtype, factor: float | None
+) -> None:
+    params = pair(sum(SIZES), backend)
+    optimizers = AdaXW([params[0]], lr=1e-2, weight_decay=0.1), AdaXW([params[1]], lr=1e-2, weight_decay=0.1)
+    image = None if image_dtype is None else torch.zeros(sum(SIZES), dtype=image_dtype, device=backend)
+    for step in range(STEPS):
+        multiplier = None if factor is None else torch.tensor(factor / (step + 1), device=backend)
+        step_both(optimizers, params, pieces(SIZES, grad_dtype, backend, step), image, multiplier)
+        if image is not None:
+            assert torch.equal(image, rounded(params[1].detach(), image.dtype))
+    assert_same(optimizers, params)
+
+
+@pytest.mark.parametrize("states", ["bfloat16", "low", "lowest"])
+def test_equals_them_with_low_memory_states(backend: torch.device, states: str) -> None:
+    sizes = [4096, 33, 77]
+    params = pair(sum(sizes), backend)
+    optimizers = AdaX([params[0]], lr=1e-2, states=states), AdaX([params[1]], lr=1e-2, states=states)
+    image = torch.zeros(sum(sizes), dtype=torch.float16, device=backend)
+    for step in range(STEPS):
+        step_both(optimizers, params, pieces(sizes, torch.float16, backend, step), image)
+    assert_same(optimizers, params)
+    assert torch.equal(image, params[1].half())
+
+
+def test_large_pieces_are_compiled_and_small_ones_gathered(compiled_cpu: torch.device) -> None:
+    sizes = [COMPILE_FROM_NUMEL + 5, 3, 9, COMPILE_FROM_NUMEL]
+    params = pair(sum(sizes), compiled_cpu)
+    optimizers = AdaX([params[0]], lr=1e-2, weight_decay=0.1), AdaX([params[1]], lr=1e-2, weight_decay=0.1)
+    image = torch.zeros(sum(sizes), dtype=torch.bfloat16)
+    for step in range(STEPS):
+        step_both(optimizers, params, pieces(sizes, torch.bfloat16, compiled_cpu, step), image, torch.tensor(0.3))
+    assert_same(optimizers, params)
+    assert torch.equal(image, params[1].bfloat16())
+
+
+def test_pieces_that_follow_each_other_or_have_other_shapes_and_dtypes(backend: torch.device) -> None:
+    params = pair(40, backend)
+    optimizers = AdaXW([params[0]], lr=1e-2), AdaXW([params[1]], lr=1e-2)
+    for step in range(STEPS):
+        whole, tail = pieces([40, 8], torch.bfloat16, backend, step)
+        transposed = tail.view(2, 4).t().float()
+        grads = [whole[:20], whole[20:28].view(2, 4), whole[4:8], transposed]
+        step_both(optimizers, params, grads)
+    assert_same(optimizers, params)
+
+
+def test_several_groups_and_other_gradients_stay_apart(backend: torch.device) -> None:
+    (first, expected_first), (second, expected_second), (third, _) = (pair(50, backend) for _ in range(3))
+    third.grad = torch.ones_like(third)
+    before = third.detach().clone()
+    groups = [{"params": [first], "lr": 1e-3}, {"params": [second], "weight_decay": 0.5}, {"params": [third]}]
+    optimizer = AdaXW(groups, lr=1e-2)
+    oracle = AdaXW([{"params": [expected_first], "lr": 1e-3}, {"params": [expected_second], "weight_decay": 0.5}], 1e-2)
+    grads = pieces([50, 20, 30], torch.float16, backend, 0)
+    factor = torch.tensor(0.1, dtype=torch.float64)  # on the CPU, of another dtype
+    optimizer.lay_beside([Beside(second, grads[1:]), Beside(first, grads[:1])], factor)
+    optimizer.step()
+    expected_first.grad = grads[0].float() * factor.float().to(backend)
+    expected_second.grad = torch.cat(grads[1:]).float() * factor.float().to(backend)
+    oracle.step()
+    assert torch.equal(first, expected_first)
+    assert torch.equal(second, expected_second)
+    assert torch.equal(third, before)
+    optimizer.step()  # what was laid beside served one step: this one is of `grad`
+    assert not torch.equal(third, before)
+    assert optimizer.state[first]["step"] == 1
+
+
+def test_autograd_sees_that_the_weights_changed(backend: torch.device) -> None:
+    param, _ = pair(8, backend)
+    product = (param * param).sum()
+    optimizer = AdaX([param])
+    optimizer.lay_beside([Beside(param, [torch.ones(8, device=backend)], torch.zeros(8, device=backend))])
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+PARAM = nn.Parameter(torch.zeros(6))
+GRAD = torch.zeros(6)
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ([Beside(nn.Parameter(GRAD.half()), [GRAD])], TypeError, "contiguous float32 tensor, got torch.float16"),
+        ([Beside(nn.Parameter(torch.zeros(3, 2).t()), [GRAD])], TypeError, "contiguous float32 tensor"),
+        ([Beside(PARAM, [GRAD[:5]])], ValueError, "5 elements for a parameter of 6"),
+        ([Beside(PARAM, [])], ValueError, "0 elements for a parameter of 6"),
+        ([Beside(PARAM, [GRAD.int()])], TypeError, r"grads\[0\]: torch.int32"),
+        ([Beside(PARAM, [torch.zeros(6, device="meta")])], ValueError, "on meta for a parameter on cpu"),
+        ([Beside(PARAM, [GRAD], GRAD.double())], TypeError, "image: torch.float64"),
+        ([Beside(PARAM, [GRAD], GRAD[:4])], ValueError, "contiguous one of 6 elements"),
+        ([Beside(PARAM, [GRAD]), Beside(PARAM, [GRAD])], ValueError, "given twice"),
+    ],
+)
+def test_what_does_not_fit_is_refused(parts: list[Beside], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        AdaX([PARAM]).lay_beside(parts)
+
+
+def test_factor_of_several_elements_is_refused() -> None:
+    with pytest.raises(TypeError, match="grad_factor"):
+        AdaX([PARAM]).lay_beside([Beside(PARAM, [GRAD])], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_grad_norm": 1.0}, "max_grad_norm"),
+        ({"telemetry": True}, "telemetry"),
+        ({"capturable": True}, "counted on the device"),
+        ({"elsewhere": True}, "in none of the optimizer's groups"),
+    ],
+)
+def test_options_that_need_more_are_refused_before_anything_changes(options: dict[str, Any], message: str) -> None:
+    elsewhere = options.pop("elsewhere", False)
+    optimizer = AdaX([nn.Parameter(torch.zeros(6)) if elsewhere else PARAM], **options)
+    with pytest.raises(ValueError, match=message):
+        optimizer.lay_beside([Beside(PARAM, [GRAD + 1])])
+        optimizer.step()
+    assert not optimizer.state
+    assert not PARAM.any()
