@@ -58,7 +58,9 @@ def checked_beside(parts: Sequence[Beside], grad_factor: Tensor | None, telemetr
     for index, (param, grads, image) in enumerate(parts):
         if type(param) not in (Tensor, nn.Parameter) or param.dtype != torch.float32 or not param.is_contiguous():
             raise TypeError(f"parts[{index}].param: expected a contiguous float32 tensor, got {_kind(param)}")
-        given = [(f"grads[{position}]", grad, PARAM_DTYPES) for position, grad in enumerate(grads)]
+        given: list[tuple[str, Tensor, tuple[torch.dtype, ...]]] = [
+            (f"grads[{position}]", grad, PARAM_DTYPES) for position, grad in enumerate(grads)
+        ]
         if image is not None:
             given.append(("image", image, _IMAGE_DTYPES))
             if image.numel() != param.numel() or not image.is_contiguous():

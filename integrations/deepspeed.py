@@ -12,10 +12,11 @@ The type is read in any letter case, and `params` takes the keyword arguments of
 optimizer object or callable passed to `deepspeed.initialize` gets the same checks and repairs.
 
 DeepSpeed resolves an unknown type through its list of names and `torch.optim`, and admits optimizers to ZeRO by their
-exact class; the entries made there need no patch. Three methods are wrapped, for optimizers of this package only, and
+exact class; the entries made there need no patch. Four methods are wrapped, for optimizers of this package only, and
 those of `deepspeed_checkpoints`:
 
 - `DeepSpeedEngine._do_sanity_check` and `_do_optimizer_sanity_check` first call `check_config`;
+- `DeepSpeedEngine._configure_optimizer` then has the passes around the step fused with it, see `deepspeed_fuse`;
 - `FP16_UnfusedOptimizer.initialize_optimizer_states` (stage 0 with bf16) skips its step on zero gradients, which would
   count as the first step of the schedule and decay the weights once more.
 
@@ -36,9 +37,10 @@ from adax_triton import Adam, AdamW, AdaX, AdaXW
 from adax_triton.moment_optimizer import MomentOptimizer
 
 from .deepspeed_checkpoints import checkpoint_methods_to_wrap, refuse_lossy_checkpoints
+from .deepspeed_fuse import describe, fuse_after_building, fuse_mode
 from .deepspeed_switch import switching_optimizer
 
-__all__ = ["check_config", "register", "switching_optimizer", "unregister"]
+__all__ = ["check_config", "describe", "register", "switching_optimizer", "unregister"]
 
 OLDEST_DEEPSPEED = "0.19.1"
 
@@ -128,6 +130,7 @@ def check_config(config: Mapping[str, Any], client_optimizer: MomentOptimizer | 
         _refuse_own_control(name, _options_of(client_optimizer))
         states = [group["states"] for group in client_optimizer.param_groups]
         _refuse_unforced_client_offload(name, config)
+    fuse_mode(config)
     _refuse_wrong_steps(name, config)
     refuse_lossy_checkpoints(name, config, states)
 
@@ -195,6 +198,7 @@ def _methods_to_wrap() -> list[tuple[type, str, Callable[[Callable[..., Any]], C
     return [
         (engine, "_do_sanity_check", _check_before_building),
         (engine, "_do_optimizer_sanity_check", _check_before_wrapping),
+        (engine, "_configure_optimizer", fuse_after_building),
         (unfused, "initialize_optimizer_states", _skip_zero_gradient_step),
         *checkpoint_methods_to_wrap(),
     ]

@@ -77,11 +77,16 @@ ALLOWED = {
     "adax_triton.cli": {"doctor", "version", "bench"},
     "adax_triton.integrations.deepspeed": {
         *("", "moment_optimizer", "optimizer", "flat_buffer", "checkpoint"),
-        *("integrations.deepspeed_checkpoints", "integrations.deepspeed_switch"),
+        *("integrations.deepspeed_checkpoints", "integrations.deepspeed_fuse", "integrations.deepspeed_switch"),
     },
     "adax_triton.integrations.deepspeed_checkpoints": {
         *("integrations.deepspeed_universal", "moment_optimizer", "state_tensors"),
     },
+    "adax_triton.integrations.deepspeed_fuse": {
+        *("integrations.deepspeed_fuse_hooks", "integrations.deepspeed_fuse_steps", "moment_optimizer", "step_work"),
+    },
+    "adax_triton.integrations.deepspeed_fuse_hooks": {"beside"},
+    "adax_triton.integrations.deepspeed_fuse_steps": {"beside", "integrations.deepspeed_fuse_hooks"},
     "adax_triton.integrations.deepspeed_universal": {"moment_optimizer", "precision", "state_tensors"},
     "adax_triton.integrations.deepspeed_switch": {"conversion", "moment_optimizer", "schedule"},
 }

@@ -1,0 +1,192 @@
+"""Steps in place of those of DeepSpeed's ZeRO 1 and 2 and BF16_Optimizer, where theirs is one that these were held to.
+
+They do what DeepSpeed's do, in the same order, but for the passes over gradients and weights. A `step()` that is not
+among `VERIFIED_STEPS` may do something else: then these stay out of the way.
+"""
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from typing import Any
+
+import torch
+from deepspeed import comm
+from deepspeed.runtime.utils import all_gather_dp_groups, get_global_norm_of_tensors, is_invalid_grad_norm
+from deepspeed.runtime.zero import stage_1_and_2
+from torch import Tensor
+
+from adax_triton.beside import Beside
+
+from .deepspeed_fuse_hooks import Zero12Hooks
+
+# `step_hash` of the class of that name, and the last DeepSpeed in which it was found.
+VERIFIED_STEPS = {
+    "DeepSpeedZeroOptimizer": {"2debb4f6bc7c9f6abd155e63b4ab3e2c195e97e854d74f152cd97af220e7d294": "0.19.8"},
+    "BF16_Optimizer": {"67ae0c483bb4b2e26aac22cdd1d298861de0a61b39d36fd5c11fefa7a3b189ae": "0.19.8"},
+}
+_CLIP_EPS = 1e-6  # of deepspeed.runtime.utils.clip_tensors_by_global_norm
+
+
+def step_hash(upstream: type) -> str:
+    """Return the SHA-256 of the code of a class's `step`, whatever its comments, docstring and layout.
+
+    Raises:
+        OSError: the source is not there.
+    """
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(upstream.step))).body  # type: ignore[attr-defined]
+    assert isinstance(function, ast.FunctionDef)
+    if ast.get_docstring(function) is not None:
+        del function.body[0]
+    return hashlib.sha256(ast.unparse(function).encode()).hexdigest()
+
+
+def is_verified(upstream: type) -> bool:
+    """Whether the `step` of a class of DeepSpeed's is one that the step here was held to."""
+    try:
+        return step_hash(upstream) in VERIFIED_STEPS.get(upstream.__name__, {})
+    except OSError:
+        return False
+
+
+class Zero12Step(Zero12Hooks):
+    """ZeRO 1 and 2: the step reads the pieces of a partition's gradient and writes the weights in the model's dtype."""
+
+    def step(self, closure: Any = None) -> None:
+        """As DeepSpeed's; a closure is ignored there too."""
+        self.micro_step_id = stage_1_and_2.INITIAL_MICRO_STEP_ID
+        self._wait_for_offload_copies()
+        if self.cpu_offload:
+            self._offload_accumulated_param_ids: set[int] = set()
+        scale = self.loss_scale
+        norm = self._norm_if_finite()
+        self._update_scale(self.overflow)
+        if self.overflow:
+            self._drop_step()
+            return
+        if norm is not None:
+            self._global_grad_norm = norm / scale
+        for index in range(len(self.bit16_groups)):
+            self._step_group(index, norm)
+        if self.cpu_offload:
+            self.reset_cpu_buffers()
+        self.timers(stage_1_and_2.OPTIMIZER_ALLGATHER_TIMER).start()
+        all_gather_dp_groups(
+            groups_flat=self.bit16_groups_flat,
+            partitioned_param_groups=self.parallel_partitioned_bit16_groups,
+            dp_process_group=self.real_dp_process_group,
+            start_alignment_factor=self.nccl_start_alignment_factor,
+            allgather_bucket_size=self.allgather_bucket_size,
+        )
+        self.timers(stage_1_and_2.OPTIMIZER_ALLGATHER_TIMER).stop()
+        for index in range(len(self.bit16_groups)):
+            self._update_model_bit16_weights(index)
+        self.timers.log(stage_1_and_2.OPTIMIZER_TIMERS)
+
+    def _norm_if_finite(self) -> Tensor | None:
+        if not self.compute_grad_norm:
+            self._global_grad_norm = None
+        self.overflow: bool = False
+        if self.check_grad_overflow:
+            self.check_overflow(partition_gradients=self.partition_gradients)
+        if self.overflow or not self.compute_grad_norm:
+            return None
+        norm: Tensor = self.scaled_global_norm()
+        if self.dtype != torch.bfloat16 or self.check_grad_overflow:
+            self.overflow = is_invalid_grad_norm(norm)
+        return norm
+
+    def _drop_step(self) -> None:
+        if self.compute_grad_norm:
+            self._global_grad_norm = float("inf")
+        self.zero_grad(set_to_none=True)
+        self._release_preflattened_grad_buffers()
+        if self.cpu_offload:
+            self.reset_cpu_buffers()
+        else:
+            for index in self.averaged_gradients:
+                self.averaged_gradients[index] = self.all_grad_tensors[index] = None
+        for timer in stage_1_and_2.OPTIMIZER_TIMERS:
+            self.timers(timer).start()
+            self.timers(timer).stop()
+
+    def _step_group(self, index: int, norm: Tensor | None) -> None:
+        self.timers(stage_1_and_2.OPTIMIZER_GRADIENTS_TIMER).start()
+        master = self.single_partition_of_fp32_groups[index]
+        rank = comm.get_rank(group=self.real_dp_process_group[index])
+        model_weights = self.parallel_partitioned_bit16_groups[index][rank]
+        if self.cpu_offload:
+            written, gradients = self.param_buffer_of_bit16_for_cpu_offload_groups[index], [master.grad]
+        else:
+            self.free_grad_in_param_list(self.params_not_in_partition[index])
+            written, gradients = model_weights, self._pieces(index, master)
+        self._part = Beside(master, gradients, written)
+        self.unscale_and_clip_grads([master], norm)
+        self.timers(stage_1_and_2.OPTIMIZER_GRADIENTS_TIMER).stop()
+        self.timers(stage_1_and_2.OPTIMIZER_STEP_TIMER).start()
+        self._optimizer_step(index)
+        if self.cpu_offload:
+            model_weights.data.copy_(written.data, non_blocking=True)
+        else:
+            self.free_grad_in_param_list(self.params_in_partition[index])
+            self.all_grad_tensors[index] = None
+        self._release_preflattened_grad_buffers(index)
+        self.averaged_gradients[index] = None
+        self.timers(stage_1_and_2.OPTIMIZER_STEP_TIMER).stop()
+
+    def _pieces(self, index: int, master: Tensor) -> list[Tensor]:
+        flat = self._get_preflattened_grad_partition(index)
+        pieces = list(self.averaged_gradients[index]) if flat is None else [flat]
+        missing = master.numel() - sum(piece.numel() for piece in pieces)
+        if missing > 0:  # the last partition is padded
+            pieces.append(torch.zeros(missing, dtype=pieces[0].dtype if pieces else master.dtype, device=master.device))
+        return pieces
+
+
+class BF16Step:
+    """BF16_Optimizer: gradients are clipped by the step, which also writes the weights in bfloat16."""
+
+    @torch.no_grad()
+    def step(self: Any, closure: Any = None) -> None:
+        """As DeepSpeed's.
+
+        Raises:
+            NotImplementedError: a closure is given.
+        """
+        if closure is not None:
+            raise NotImplementedError(f"{type(self).__name__} does not support closure.")
+        self.overflow = False
+        gradients, _ = self.get_grads_for_norm()
+        norm = get_global_norm_of_tensors(input_tensors=gradients, mpu=self.mpu, norm_type=self.norm_type)
+        self._global_grad_norm = norm
+        if is_invalid_grad_norm(norm):
+            self.overflow = True
+            self._global_grad_norm = float("inf")
+            self.clear_hp_grads()
+            self.clear_lp_grads()
+            return
+        factor = (self.clip_grad / (norm + _CLIP_EPS)).clamp(max=1.0) if self.clip_grad > 0.0 else None
+        parts = zip(
+            self.fp32_groups_flat_partition,
+            self.fp32_groups_gradient_flat_partition,
+            self.bf16_partitioned_groups,
+            self.real_dp_process_group,
+            strict=True,
+        )
+        self.optimizer.lay_beside(
+            [
+                Beside(master, [gradient], partitions[comm.get_rank(group=group)])
+                for master, gradient, partitions, group in parts
+            ],
+            factor,
+        )
+        self.optimizer.step()
+        self._lazy_init_hp_params_optimizer_state()
+        all_gather_dp_groups(
+            groups_flat=self.bf16_groups_flat,
+            partitioned_param_groups=self.bf16_partitioned_groups,
+            dp_process_group=self.real_dp_process_group,
+            start_alignment_factor=self.nccl_start_alignment_factor,
+            allgather_bucket_size=self.allgather_bucket_size,
+        )
+        self.clear_hp_grads()
