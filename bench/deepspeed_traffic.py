@@ -1,0 +1,96 @@
+"""Bytes that a block of code reads and writes in tensors, by the operations PyTorch dispatches and our own steps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from ..backends import Stepper, Work
+from ..tensor_step import TensorStep
+
+# Smaller tensors are scalars and tables.
+SMALLEST_NUMEL = 1024
+STEP = "step"
+_OVERWRITING = ("copy_", "fill_", "zero_")
+_ALLOCATING = ("empty", "new_empty", "empty_like", "empty_strided")
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes of every operation within a `with` block, once for each tensor that it reads or writes.
+
+    A step of this package counts as what its formula reads and writes, whatever runs it: on a CPU PyTorch's kernels,
+    which are not looked into either.
+
+    Attributes:
+        bytes: by the name of the operation; those of our steps under `STEP`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = defaultdict(int)
+        self._patch: Any = None
+
+    def __enter__(self) -> Traffic:
+        run = Stepper.run
+
+        def counted(stepper: Stepper, work: Work, *arguments: Any) -> Any:
+            self.bytes[STEP] += sum(map(step_bytes, [*work.kernel, *work.others]))
+            with _disable_current_modes():  # under which nothing is compiled
+                return run(stepper, work, *arguments)
+
+        self._patch = mock.patch.object(Stepper, "run", counted)
+        self._patch.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.stop()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name.removeprefix("aten::")
+        self.bytes[name] += _bytes(function, name, args, kwargs or {}, result)
+        return result
+
+
+def step_bytes(step: TensorStep) -> int:
+    """Return what an update of one tensor reads and writes: a float32 master is read instead of the parameter."""
+    copied = step.master is not None and step.master.dtype == torch.float32
+    written = [*step.written, *([] if step.group_exponents is None else [step.group_exponents])]
+    return sum(map(_size, written)) * 2 + _size(step.grad) - (_size(step.param) if copied else 0)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _bytes(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    if name in _ALLOCATING:
+        return 0
+    schema = function._schema
+    is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns)
+    if is_view:
+        return 0
+    total = 0
+    for index, argument in enumerate(schema.arguments):
+        value = args[index] if index < len(args) else kwargs.get(argument.name)
+        size = sum(map(_size, _large(value)))
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        read = not (written and name.removeprefix("_foreach_") in _OVERWRITING)
+        total += size * (written + read)
+    if all(value.alias_info is None for value in schema.returns):
+        total += sum(map(_size, _large(result)))
+    return total
+
+
+def _large(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.numel() >= SMALLEST_NUMEL]
