@@ -10,7 +10,6 @@ configuration, `"adax_triton": {"fuse": "off"}` leaves it as it is; the default 
 """
 
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from adax_triton.moment_optimizer import MomentOptimizer
 from adax_triton.step_work import needs_device
 
 from .deepspeed_fuse_hooks import LateLinks, Zero3Hooks, Zero12Hooks
-from .deepspeed_fuse_steps import BF16Step, Zero12Step, is_verified
+from .deepspeed_fuse_steps import BF16Step, Zero12Step, is_verified, methods_of
 
 SECTION = "adax_triton"
 MODES = ("auto", "off")
@@ -200,7 +199,7 @@ def _obstacle(wrapper: Any) -> str | None:
 
 def _unknown_method(upstream: type) -> str | None:
     for name, expected in _METHODS.get(upstream.__name__, {}).items():
-        method = getattr(upstream, name, None)
-        if method is None or tuple(inspect.signature(method).parameters)[1:] != expected:
+        method = methods_of(upstream).get(name)
+        if method is None or tuple(argument.arg for argument in method.args.args)[1:] != expected:
             return f"{upstream.__name__}.{name} of DeepSpeed {deepspeed.__version__} is not the method it was"
     return None

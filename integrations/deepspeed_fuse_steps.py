@@ -5,9 +5,11 @@ among `VERIFIED_STEPS` may do something else: then these stay out of the way.
 """
 
 import ast
+import copy
+import functools
 import hashlib
 import inspect
-import textwrap
+import sys
 from typing import Any
 
 import torch
@@ -28,14 +30,23 @@ VERIFIED_STEPS = {
 _CLIP_EPS = 1e-6  # of deepspeed.runtime.utils.clip_tensors_by_global_norm
 
 
-def step_hash(upstream: type) -> str:
-    """Return the SHA-256 of the code of a class's `step`, whatever its comments, docstring and layout.
+@functools.cache
+def methods_of(upstream: type) -> dict[str, ast.FunctionDef]:
+    """Return the methods that a class itself defines, by name; none if its module has no source.
 
-    Raises:
-        OSError: the source is not there.
+    DeepSpeed's decorators hide signatures from `inspect`.
     """
-    (function,) = ast.parse(textwrap.dedent(inspect.getsource(upstream.step))).body  # type: ignore[attr-defined]
-    assert isinstance(function, ast.FunctionDef)
+    try:
+        module = ast.parse(inspect.getsource(sys.modules[upstream.__module__]))
+    except OSError:
+        return {}
+    (definition,) = (item for item in module.body if isinstance(item, ast.ClassDef) and item.name == upstream.__name__)
+    return {item.name: item for item in definition.body if isinstance(item, ast.FunctionDef)}
+
+
+def step_hash(upstream: type) -> str:
+    """Return the SHA-256 of the code of a class's `step`, whatever its comments, docstring and layout."""
+    function = copy.deepcopy(methods_of(upstream)["step"])
     if ast.get_docstring(function) is not None:
         del function.body[0]
     return hashlib.sha256(ast.unparse(function).encode()).hexdigest()
@@ -43,10 +54,7 @@ def step_hash(upstream: type) -> str:
 
 def is_verified(upstream: type) -> bool:
     """Whether the `step` of a class of DeepSpeed's is one that the step here was held to."""
-    try:
-        return step_hash(upstream) in VERIFIED_STEPS.get(upstream.__name__, {})
-    except OSError:
-        return False
+    return "step" in methods_of(upstream) and step_hash(upstream) in VERIFIED_STEPS.get(upstream.__name__, {})
 
 
 class Zero12Step(Zero12Hooks):
