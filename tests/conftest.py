@@ -108,8 +108,8 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
 
 
 @pytest.fixture(scope="session")
-def launch_deepspeed() -> Callable[[Path, list[dict[str, Any]]], dict[str, Any]]:
-    """Runs cases of deepspeed_worker.py, with files in a folder, and returns their results."""
+def launch_deepspeed() -> Callable[..., dict[str, Any]]:
+    """Runs cases of deepspeed_worker.py or another worker, with files in a folder, and returns their results."""
     return launch
 
 
@@ -119,11 +119,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch(folder: Path, cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Run deepspeed_worker.py on two ranks and return its results; no process outlives the call."""
+def launch(
+    folder: Path, cases: list[dict[str, Any]], worker: str = "deepspeed_worker.py", interpreted: bool = False
+) -> dict[str, Any]:
+    """Run a worker on two ranks, with the kernel in the interpreter or not, and return its results.
+
+    No process outlives the call.
+    """
     (folder / "cases.json").write_text(json.dumps(cases))
-    worker = Path(__file__).with_name("deepspeed_worker.py")
-    command = [sys.executable, str(worker), str(folder / "cases.json"), str(folder / "results.json")]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name(worker)),
+        str(folder / "cases.json"),
+        str(folder / "results.json"),
+    ]
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -132,7 +141,7 @@ def launch(folder: Path, cases: list[dict[str, Any]]) -> dict[str, Any]:
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": "0",
+        "TRITON_INTERPRET": str(int(interpreted)),
     }
     log = folder / "ranks.log"
     with log.open("w") as output:

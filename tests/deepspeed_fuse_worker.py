@@ -1,0 +1,176 @@
+"""Run DeepSpeed cases on one rank, each with its step fused and as DeepSpeed takes it, and compare the two.
+
+Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=2 python deepspeed_fuse_worker.py CASES.json RESULTS.json
+
+CASES.json is a list of dictionaries (see `CASE_DEFAULTS`); RESULTS.json becomes {case name: result}.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+import traceback
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import adax_triton.integrations.deepspeed as adapter
+import deepspeed
+import deepspeed_worker
+import torch
+import torch.distributed as dist
+from adax_triton.integrations import deepspeed_fuse_steps
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed_worker import averaged_gradients, build_model, start_engine, train, trainable
+from torch import Tensor
+
+CASE_DEFAULTS = {
+    **deepspeed_worker.CASE_DEFAULTS,
+    "steps": 3,
+    "unknown": False,  # as with a DeepSpeed whose step() is none of those known
+    "crossing": False,  # a run whose engines take turns, each going on from the checkpoint of the other
+    "linked": False,  # one step, then look at the states that DeepSpeed has linked to the parameters
+}
+MASTERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+MODEL_WEIGHTS = ("bit16_groups_flat", "bf16_groups_flat")
+
+
+def engine_of(case: dict[str, Any], fuse: str, seed: int = 0) -> Any:
+    known = {} if case["unknown"] else deepspeed_fuse_steps.VERIFIED_STEPS
+    case = {**case, "config": {**case["config"], "adax_triton": {"fuse": fuse}}}
+    with mock.patch.object(deepspeed_fuse_steps, "VERIFIED_STEPS", known):
+        return start_engine(case, build_model(case, seed))
+
+
+def snapshot(engine: Any) -> dict[str, Tensor]:
+    """All that a step changes: on this rank, or under ZeRO 3, whose padding is never written, of whole parameters."""
+    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
+        return whole_parameters(engine)
+    found = {}
+    for names in (MASTERS, MODEL_WEIGHTS):
+        name = next(name for name in names if hasattr(engine.optimizer, name))
+        for index, tensor in enumerate(getattr(engine.optimizer, name)):
+            found[f"{names[0]} {index}"] = tensor.detach().float().clone()
+    for index, state in enumerate(engine.basic_optimizer.state.values()):
+        assert type(state["step"]) is int
+        found |= {f"{key} {index}": torch.as_tensor(value).float().clone() for key, value in state.items()}
+    return found
+
+
+def whole_parameters(engine: Any) -> dict[str, Tensor]:
+    found = {}
+    for name, param in trainable(engine.module).items():
+        found[f"master {name}"] = safe_get_full_fp32_param(param).clone()
+        for key in ("exp_avg", "exp_avg_sq"):
+            found[f"{key} {name}"] = safe_get_full_optimizer_state(param, key).clone()
+        with deepspeed.zero.GatheredParameters([param]):
+            found[f"weights {name}"] = param.detach().float().clone()
+    for index, state in enumerate(engine.basic_optimizer.state.values()):
+        assert type(state["step"]) is int
+        found[f"step {index}"] = torch.tensor(float(state["step"]))
+    return found
+
+
+def deviation(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """The largest difference on any rank, relative to the largest value of its tensor; infinite for unlike tensors."""
+    worst = float("inf")
+    if list(left) == list(right):
+        worst = max(
+            float((left[key] - right[key]).abs().max() / right[key].abs().max().clamp(min=1e-30)) for key in left
+        )
+    worst_of_all = torch.tensor(worst if worst == worst else float("inf"))
+    dist.all_reduce(worst_of_all, op=dist.ReduceOp.MAX)
+    return float(worst_of_all)
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    last, norms, described, skipped = {}, {}, {}, {}
+    for fuse in ("auto", "off"):
+        engine = engine_of(case, fuse)
+        norms[fuse] = []
+        for step in range(case["steps"]):
+            *_, _ = train(engine, range(step, step + 1), case)
+            norms[fuse].append(float(engine.get_global_grad_norm()))
+        last[fuse], described[fuse] = snapshot(engine), adapter.describe(engine)
+        skipped[fuse] = engine.skipped_steps
+        engine.destroy()
+    return {
+        "deviation": deviation(last["auto"], last["off"]),
+        "norms": norms,
+        "described": described,
+        "skipped": skipped,
+        "crossed": crossed(case, last["off"]) if case["crossing"] else None,
+    }
+
+
+def crossed(case: dict[str, Any], uninterrupted: dict[str, Tensor]) -> float:
+    """The deviation of a run of three steps: fused, not fused, fused."""
+    with tempfile.TemporaryDirectory() as directory:
+        folder: list[str] = [directory]
+        dist.broadcast_object_list(folder)
+        for step, fuse in enumerate(("auto", "off", "auto")):
+            engine = engine_of(case, fuse, seed=step)
+            if step:
+                engine.load_checkpoint(folder[0], tag=f"step-{step}")
+            *_, _ = train(engine, range(step, step + 1), case)
+            engine.save_checkpoint(folder[0], tag=f"step-{step + 1}")
+            found = snapshot(engine)
+            engine.destroy()
+        dist.barrier()
+    return deviation(found, uninterrupted)
+
+
+def run_linked_case(case: dict[str, Any]) -> dict[str, Any]:
+    """How far the first moments that DeepSpeed links to parameters are from (1 - b1) times the mean gradients."""
+    gradients = averaged_gradients(build_model(case), 0, case)
+    worst = {}
+    for fuse in ("auto", "off"):
+        engine = engine_of(case, fuse)
+        *_, _ = train(engine, range(1), case)
+        worst[fuse] = max(
+            float((safe_get_full_optimizer_state(param, "exp_avg") - 0.1 * gradients[name]).abs().max())
+            for name, param in trainable(engine.module).items()
+        )
+        engine.destroy()
+    return {"worst": worst}
+
+
+class Said(logging.Handler):
+    """What was logged of fused steps."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "adax_triton: step of" in record.getMessage():
+            self.messages.append(record.getMessage())
+
+
+def main(cases_path: str, results_path: str) -> None:
+    # An inference-only kernel that DeepSpeed would compile for every new environment.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=120), verbose=False)
+    # DeepSpeed asks the accelerator whether fp16 is offered; on a CPU its logic is the same.
+    get_accelerator().is_fp16_supported = lambda: True
+    results: dict[str, Any] = {}
+    with open(cases_path) as file:
+        cases = [{**CASE_DEFAULTS, **case} for case in json.load(file)]
+    for case in cases:
+        said = Said()
+        deepspeed.utils.logger.addHandler(said)
+        try:
+            results[case["name"]] = run_linked_case(case) if case["linked"] else run_case(case)
+        except Exception:
+            results[case["name"]] = {"failure": traceback.format_exc()}
+        deepspeed.utils.logger.removeHandler(said)
+        results[case["name"]]["said"] = said.messages
+    if dist.get_rank() == 0:
+        with open(results_path, "w") as file:
+            json.dump(results, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
