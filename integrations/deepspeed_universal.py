@@ -156,6 +156,12 @@ def _saved_groups(checkpoint_dir: str) -> list[dict[str, Any]]:
                 "universal checkpoint cannot hold: load the original checkpoint at its own number of ranks into an "
                 'optimizer with states="float32", save that, and convert it'
             )
+        if group.get("master_weights") is not None:
+            raise ValueError(
+                f"{checkpoint_dir} was converted from master_weights={group['master_weights']!r} "
+                f"(param_groups[{index}]), of which a universal checkpoint holds the 16-bit weights alone: go on from "
+                "the original checkpoint, at its own number of ranks"
+            )
     return groups
 
 

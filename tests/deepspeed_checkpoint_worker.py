@@ -5,7 +5,7 @@ Usage, once per rank: RANK=... WORLD_SIZE=... python deepspeed_checkpoint_worker
 A case is a list of legs (see `LEG_DEFAULTS`), each an engine that loads what the one before has saved. A launch runs
 the legs of its number, so that legs may have other numbers of ranks; FOLDER carries the checkpoints from launch to
 launch, and FOLDER/results-LAUNCH.json becomes {case name: [result of each leg]}. The oracle is a loop in one process,
-as in deepspeed_worker.py.
+as in deepspeed_oracle.py.
 """
 
 import argparse
@@ -26,18 +26,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from deepspeed_worker import (
-    CASE_DEFAULTS,
-    DTYPES,
-    OPTIMIZERS,
-    averaged_gradients,
-    batch,
-    build_model,
-    deviation,
-    master_weights,
-    start_engine,
-    trainable,
-)
+from deepspeed_oracle import CASE_DEFAULTS, DTYPES, OPTIMIZERS, averaged_gradients, batch, build_model, trainable
+from deepspeed_worker import deviation, master_weights, start_engine
 from torch import Tensor, nn
 
 from adax_triton import AdaX, AdaXW

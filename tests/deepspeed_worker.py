@@ -1,14 +1,11 @@
-"""Run DeepSpeed cases on one rank and, on rank 0, compare each with a single-process AdaX run.
+"""Run DeepSpeed cases on one rank and, on rank 0, compare each with the single-process run of deepspeed_oracle.py.
 
 Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=2 python deepspeed_worker.py CASES.json RESULTS.json
 
-CASES.json is a list of dictionaries (see `CASE_DEFAULTS`); RESULTS.json becomes {case name: result}. The oracle is a
-plain loop: both ranks' gradients are computed here, averaged, clipped, and given to AdaX on float32 master weights.
+CASES.json is a list of dictionaries (see `CASE_DEFAULTS`); RESULTS.json becomes {case name: result}.
 """
 
-import functools
 import json
-import operator
 import sys
 import tempfile
 import traceback
@@ -21,128 +18,22 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import safe_get_full_fp32_param
-from torch import Tensor, nn
-
-from adax_triton import AdaX, AdaXW
-
-WORLD_SIZE = 2
-MICRO_BATCH = 4
-VOCABULARY = 12
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS = {"adax": AdaX, "adaxw": AdaXW, "adamax": torch.optim.Adamax}
-CASE_DEFAULTS = {
-    "type": "AdaX",  # "optimizer.type" of the configuration
-    "params": {"lr": 1e-2, "weight_decay": 1e-2},  # "optimizer.params"
-    "stage": 0,
-    "dtype": "fp32",
-    "zero": {},  # more of "zero_optimization"
-    "config": {},  # more of the configuration
-    "client": None,  # "instance" or "callable": hand deepspeed.initialize an optimizer instead of the section
-    "width": 16,
-    "steps": 4,
-    "resume_at": None,  # save after this many steps, load into a new engine, go on, and compare
-    "overflow_at": None,  # the step at which rank 1 alone has an infinite loss
-    "reduce_each_micro_batch": False,  # DeepSpeed's order of summation on this path, for the oracle
-    "accumulate_in_fp32": False,
-    "expect_error": False,
-}
-
-
-class TiedModel(nn.Module):
-    """A tied weight, a frozen layer, and a one-element parameter that leaves a rank of its group only padding."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, width)
-        self.frozen = nn.Linear(width, width).requires_grad_(False)
-        self.hidden = nn.Linear(width, width)
-        self.gain = nn.Parameter(torch.ones(1))
-        self.out = nn.Linear(width, VOCABULARY, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        x = x + self.gain * torch.tanh(self.hidden(self.frozen(x)))
-        return nn.functional.cross_entropy(self.out(x).float(), targets)
-
-    def groups(self) -> list[dict[str, Any]]:
-        return [
-            {"params": [self.embed.weight, *self.frozen.parameters(), self.hidden.weight]},
-            {"params": [self.hidden.bias], "weight_decay": 0.0},
-            {"params": [self.gain], "lr": 3e-3},
-        ]
-
-
-def build_model(case: dict[str, Any], seed: int = 0) -> TiedModel:
-    torch.manual_seed(seed)
-    return TiedModel(case["width"])
-
-
-def batch(step: int, micro_step: int, rank: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1000 * step + 10 * micro_step + rank)
-    tokens, targets = torch.randint(VOCABULARY, (2, MICRO_BATCH), generator=generator)
-    return tokens, targets
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: param for name, param in model.named_parameters() if param.requires_grad}
-
-
-# The oracle: one process, no DeepSpeed.
-
-
-def averaged_gradients(model: TiedModel, step: int, case: dict[str, Any]) -> dict[str, Tensor]:
-    micro_steps = case["config"].get("gradient_accumulation_steps", 1)
-    names, params = zip(*trainable(model).items(), strict=True)
-    # Powers of two: the scale leaves every bit of a normal number alone.
-    scale = 2.0**8 if case["dtype"] == "fp16" else 1.0
-
-    def gradients(micro_step: int, rank: int) -> list[Tensor]:
-        loss = model(*batch(step, micro_step, rank)) / micro_steps
-        found = torch.autograd.grad(loss * scale, params)
-        return [g.float() if case["accumulate_in_fp32"] else g for g in found]
-
-    def total(parts: list[list[Tensor]]) -> list[Tensor]:
-        return [functools.reduce(operator.add, tensors) for tensors in zip(*parts, strict=True)]
-
-    def mean_over_ranks(parts: list[list[Tensor]]) -> list[Tensor]:
-        # DeepSpeed communicates in the type of the model also where it accumulates in float32.
-        parts = [[g.to(p.dtype) for g, p in zip(part, params, strict=True)] for part in parts]
-        return [g / WORLD_SIZE for g in total(parts)]
-
-    micro, ranks = range(micro_steps), range(WORLD_SIZE)
-    if case["reduce_each_micro_batch"]:
-        found = total([mean_over_ranks([gradients(i, rank) for rank in ranks]) for i in micro])
-    else:
-        found = mean_over_ranks([total([gradients(i, rank) for i in micro]) for rank in ranks])
-    return {name: g.float() / scale for name, g in zip(names, found, strict=True)}
-
-
-def single_process_trajectory(case: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
-    model = build_model(case).to(DTYPES[case["dtype"]])
-    lp_params = trainable(model)
-    masters = {name: nn.Parameter(param.detach().float().clone()) for name, param in lp_params.items()}
-    master_of = {id(param): masters[name] for name, param in lp_params.items()}
-    groups = [
-        {**group, "params": [master_of[id(p)] for p in group["params"] if p.requires_grad]} for group in model.groups()
-    ]
-    optimizer = OPTIMIZERS[case["type"].lower()](groups, **case["params"])
-    max_norm = case["config"].get("gradient_clipping", 0.0)
-    for step in range(case["steps"]):
-        if step != case["overflow_at"]:
-            for name, grad in averaged_gradients(model, step, case).items():
-                masters[name].grad = grad
-            if max_norm:
-                nn.utils.clip_grad_norm_(masters.values(), max_norm, foreach=False)
-            optimizer.step()
-            with torch.no_grad():
-                for name, param in lp_params.items():
-                    param.copy_(masters[name])
-        yield {name: master.detach().clone() for name, master in masters.items()}
-
-
-# DeepSpeed.
+from deepspeed_moe import run_moe_case
+from deepspeed_oracle import (
+    CASE_DEFAULTS,
+    DTYPES,
+    MICRO_BATCH,
+    OPTIMIZERS,
+    WORLD_SIZE,
+    TiedModel,
+    batch,
+    build_model,
+    single_process_trajectory,
+    trainable,
+)
+from torch import Tensor
 
 
 def start_engine(case: dict[str, Any], model: TiedModel) -> Any:
@@ -163,6 +54,9 @@ def start_engine(case: dict[str, Any], model: TiedModel) -> Any:
         arguments["optimizer"] = lambda groups: optimizer_class(groups, **case["params"])
         if case["client"] == "instance":
             arguments = {"optimizer": optimizer_class(model.groups(), **case["params"])}
+    if case["client_scheduler"] is not None:
+        step_lr = torch.optim.lr_scheduler.StepLR
+        arguments["lr_scheduler"] = lambda optimizer: step_lr(optimizer, 1, gamma=case["client_scheduler"])
     return deepspeed.initialize(model=model, config={**config, **case["config"]}, **arguments)[0]
 
 
@@ -187,6 +81,9 @@ def train(engine: Any, steps: range, case: dict[str, Any]) -> Iterator[dict[str,
                 loss = loss * float("inf")
             engine.backward(loss)
             engine.step()
+        if step == case["offload_at"]:
+            engine.offload_states(include=case["offload"] and [OffloadStateTypeEnum(kind) for kind in case["offload"]])
+            engine.reload_states()
         yield master_weights(engine)
 
 
@@ -215,6 +112,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     model = build_model(case)
     initial = {name: p.detach().to(DTYPES[case["dtype"]]).float().clone() for name, p in trainable(model).items()}
     engine = start_engine(case, model)
+    if case["compile"]:
+        engine.compile(backend="eager")
     expected = single_process_trajectory(case)
     deviations = []
     with tempfile.TemporaryDirectory() as directory:
@@ -233,6 +132,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             "optimizer": type(engine.basic_optimizer).__name__,
             "weight_decay": engine.basic_optimizer.defaults["weight_decay"],
             "wrapper": type(engine.optimizer).__name__,
+            "states": sorted({str(state["exp_avg_sq"].dtype) for state in engine.basic_optimizer.state.values()}),
             "loss_scale": getattr(engine.optimizer, "loss_scale", None),
         }
         engine.destroy()
@@ -278,7 +178,8 @@ def main(cases_path: str, results_path: str) -> None:
         cases = [{**CASE_DEFAULTS, **case} for case in json.load(file)]
     for case in cases:
         try:
-            results[case["name"]] = run_refused_case(case) if case["expect_error"] else run_case(case)
+            run = run_refused_case if case["expect_error"] else run_moe_case if case["moe"] else run_case
+            results[case["name"]] = run(case)
         except Exception:
             results[case["name"]] = {"failure": traceback.format_exc()}
     if dist.get_rank() == 0:

@@ -1,6 +1,6 @@
 """AdaX under real DeepSpeed engines on two gloo CPU ranks.
 
-Oracle: a single-process AdaX run on float32 master weights, in deepspeed_worker.py. One launch runs every case of this
+Oracle: a single-process AdaX run on float32 master weights, in deepspeed_oracle.py. One launch runs every case of this
 file; each test reads the results of its case.
 """
 

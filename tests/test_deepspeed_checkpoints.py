@@ -84,6 +84,11 @@ TO_LOW = named(
     {f"z{stage}-float32-to-low": [bf16(stage, width=128), bf16(stage, universal=True, **LOW)] for stage in (2, 3)}
 )
 LOWEST = {"width": 128, "params": {"lr": 1e-2, "states": "lowest"}}
+OWN_MASTERS = {
+    "params": {"lr": 1e-2, "states": "bfloat16", "master_weights": "24bit"},
+    "config": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
+    "bf16_masters": True,
+}
 REFUSED = {"expect_error": True, "steps": 1}
 REFUSALS = [
     pytest.param({"name": name, "legs": [*before, {**leg, **REFUSED}]}, words, id=name)
@@ -92,6 +97,13 @@ REFUSALS = [
         ("low-universal-z3", [bf16(3, steps=1, **LOW)], bf16(3, universal=True, **LOW), ["'low'", "float32"]),
         ("z2-to-z3", [bf16(2, steps=1)], bf16(3, universal=True), ["below ZeRO 3", "zero_to_fp32"]),
         ("z3-to-z2", [bf16(3, steps=1)], bf16(2), ["at ZeRO 3", "zero_to_fp32"]),
+        ("z3-to-z2-universal", [bf16(3, steps=1)], bf16(2, universal=True), ["at ZeRO 3", "zero_to_fp32"]),
+        (
+            "own-masters-universal",
+            [bf16(2, steps=1, **OWN_MASTERS)],
+            bf16(2, universal=True, **OWN_MASTERS),
+            ["master_weights='24bit'", "own number of ranks"],
+        ),
         ("adam-unannounced", [bf16(2, steps=1, **ADAMW)], bf16(2, **TO_ADAX), ["second_moment", "adax_triton"]),
         (
             "adam-universal-unannounced",
@@ -197,7 +209,7 @@ def test_unregister_takes_back_every_wrapped_method(adapter: ModuleType) -> None
     owners = {
         deepspeed.runtime.engine.DeepSpeedEngine: 3,
         deepspeed.runtime.base_optimizer.ZeROOptimizer: 1,
-        deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3: 1,
+        deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3: 3,
         deepspeed.runtime.bf16_optimizer.BF16_Optimizer: 1,
     }
     wrapped = {owner: {n for n, value in vars(owner).items() if hasattr(value, "__wrapped__")} for owner in owners}
@@ -246,7 +258,6 @@ def test_settings_that_lose_a_checkpoint_are_refused(
 def test_settings_that_keep_a_checkpoint_are_accepted(adapter: ModuleType) -> None:
     for sections in (
         {"zero_optimization": {"stage": 3, **NVME_OFFLOAD}},
-        {"zero_optimization": {"stage": 2, **NVME_OFFLOAD}, "checkpoint": {"load_universal": True}},
         {"zero_optimization": {"stage": 1}, "checkpoint": {"load_universal": True}},
         {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdaX", "params": {"states": "low"}}},
     ):

@@ -32,8 +32,9 @@ def deepspeed_hooks() -> dict[str, Any]:
     return {
         "engine": dict(vars(engine)),
         "unfused": dict(vars(unfused)),
+        "one_cycle": dict(vars(deepspeed.runtime.lr_schedules.OneCycle)),
+        "stage_3": dict(vars(deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3)),
         "names": list(deepspeed.runtime.config.DEEPSPEED_OPTIMIZERS),
-        "zero": list(deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS),
         "torch": dict(vars(torch.optim)),
     }
 
@@ -73,6 +74,17 @@ def test_register_refuses_an_older_deepspeed_and_names_both_versions(
     assert deepspeed_hooks() == original
 
 
+def test_register_warns_once_of_a_newer_deepspeed(adapter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter.unregister()
+    monkeypatch.setattr(deepspeed, "__version__", "99.0.1")
+    with pytest.warns(
+        UserWarning, match=rf"to {adapter.NEWEST_DEEPSPEED}, found 99\.0\.1.*DEEPSPEED=99\.0\.1"
+    ) as caught:
+        adapter.register()
+        adapter.register()
+    assert len(caught) == 1
+
+
 def test_register_does_not_replace_another_optimizer(adapter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter.unregister()
     monkeypatch.setattr(torch.optim, "adaxw", torch.optim.SGD, raising=False)
@@ -91,7 +103,7 @@ def test_register_does_not_replace_another_optimizer(adapter: ModuleType, monkey
         {"zero_optimization": zero(1), "fp16": {"enabled": True}},
         {"zero_optimization": zero(3, offload_optimizer={"device": "cpu"}), "fp16": {"enabled": "auto"}},
         {"optimizer": {"type": "AdaX"}},
-        {"optimizer": {"type": "AdaX", "params": {"lr": "auto", "betas": [0.9, 1e-4], "second_moment": "adam"}}},
+        {"optimizer": {"type": "AdaX", "params": {"lr": "auto", "betas": [0.9, 1e-4], "second_moment": "adax"}}},
     ],
 )
 def test_check_config_accepts(adapter: ModuleType, optimizer_type: str, sections: dict[str, Any]) -> None:
@@ -146,7 +158,7 @@ def test_check_config_names_the_flag_for_an_offloaded_client_optimizer(
     adapter: ModuleType, offload: dict[str, Any], refused: bool
 ) -> None:
     optimizer = AdaXW([torch.nn.Parameter(torch.ones(1))])
-    settings = {"zero_optimization": zero(2, **offload)}
+    settings = {"zero_optimization": zero(3, **offload)}
     adapter.check_config({**settings, "zero_force_ds_cpu_optimizer": False}, optimizer)
     if not refused:
         adapter.check_config(settings, optimizer)

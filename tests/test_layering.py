@@ -76,9 +76,13 @@ ALLOWED = {
     "adax_triton.doctor": {"backends", "optimizer", "precision", "reference", "schedule", "integrations"},
     "adax_triton.cli": {"doctor", "version", "bench"},
     "adax_triton.integrations.deepspeed": {
-        *("", "moment_optimizer", "optimizer", "flat_buffer", "checkpoint"),
-        *("integrations.deepspeed_checkpoints", "integrations.deepspeed_fuse", "integrations.deepspeed_switch"),
+        *("moment_optimizer", "integrations.deepspeed_checkpoints", "integrations.deepspeed_fuse"),
+        *("integrations.deepspeed_refusals", "integrations.deepspeed_repairs", "integrations.deepspeed_switch"),
     },
+    "adax_triton.integrations.deepspeed_refusals": {
+        *("", "moment_optimizer", "integrations.deepspeed_checkpoints", "integrations.deepspeed_fuse"),
+    },
+    "adax_triton.integrations.deepspeed_repairs": {"moment_optimizer"},
     "adax_triton.integrations.deepspeed_checkpoints": {
         *("integrations.deepspeed_universal", "moment_optimizer", "state_tensors"),
     },
