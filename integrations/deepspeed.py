@@ -13,7 +13,7 @@ optimizer object or callable passed to `deepspeed.initialize` gets the same chec
 
 DeepSpeed resolves an unknown type through its list of names and `torch.optim`, and admits optimizers to ZeRO by their
 exact class; the entries made there need no patch. Three methods are wrapped, for optimizers of this package only, and
-those of `deepspeed_checkpoints`:
+those of `deepspeed_checkpoints` and `deepspeed_in_use`:
 
 - `DeepSpeedEngine._do_sanity_check` and `_do_optimizer_sanity_check` first call `check_config`;
 - `FP16_UnfusedOptimizer.initialize_optimizer_states` (stage 0 with bf16) skips its step on zero gradients, which would
@@ -36,6 +36,7 @@ from adax_triton import Adam, AdamW, AdaX, AdaXW
 from adax_triton.moment_optimizer import MomentOptimizer
 
 from .deepspeed_checkpoints import checkpoint_methods_to_wrap, refuse_lossy_checkpoints
+from .deepspeed_in_use import log_optimizer_in_use, refuse_betas_of_adam, replacement_to_wrap
 from .deepspeed_switch import switching_optimizer
 
 __all__ = ["check_config", "register", "switching_optimizer", "unregister"]
@@ -122,6 +123,7 @@ def check_config(config: Mapping[str, Any], client_optimizer: MomentOptimizer | 
         _refuse_unknown_params(optimizer_class, params)
         name = optimizer_class.__name__
         _refuse_own_control(name, params)
+        refuse_betas_of_adam(name, params)
         states = [str((section.get("params") or {}).get("states", "float32"))]
     else:
         name = type(client_optimizer).__name__
@@ -196,6 +198,7 @@ def _methods_to_wrap() -> list[tuple[type, str, Callable[[Callable[..., Any]], C
         (engine, "_do_sanity_check", _check_before_building),
         (engine, "_do_optimizer_sanity_check", _check_before_wrapping),
         (unfused, "initialize_optimizer_states", _skip_zero_gradient_step),
+        replacement_to_wrap(),
         *checkpoint_methods_to_wrap(),
     ]
 
@@ -221,6 +224,7 @@ def _check_before_wrapping(original: Callable[..., Any]) -> Callable[..., Any]:
             _refuse_wrong_steps(name, self._config._param_dict)
             states = [group["states"] for group in basic_optimizer.param_groups]
             refuse_lossy_checkpoints(name, self._config._param_dict, states)
+        log_optimizer_in_use(self, basic_optimizer)
         return original(self, basic_optimizer)
 
     return _do_optimizer_sanity_check

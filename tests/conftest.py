@@ -108,8 +108,8 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
 
 
 @pytest.fixture(scope="session")
-def launch_deepspeed() -> Callable[[Path, list[dict[str, Any]]], dict[str, Any]]:
-    """Runs cases of deepspeed_worker.py, with files in a folder, and returns their results."""
+def launch_deepspeed() -> Callable[..., dict[str, Any]]:
+    """Runs cases of deepspeed_worker.py or another worker, with files in a folder, and returns their results."""
     return launch
 
 
@@ -119,10 +119,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch(folder: Path, cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Run deepspeed_worker.py on two ranks and return its results; no process outlives the call."""
+def launch(folder: Path, cases: list[dict[str, Any]], script: str = "deepspeed_worker.py") -> dict[str, Any]:
+    """Run a worker on two ranks and return its results; no process outlives the call."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    worker = Path(__file__).with_name("deepspeed_worker.py")
+    worker = Path(__file__).with_name(script)
     command = [sys.executable, str(worker), str(folder / "cases.json"), str(folder / "results.json")]
     environment = {
         **os.environ,

@@ -32,6 +32,7 @@ def deepspeed_hooks() -> dict[str, Any]:
     return {
         "engine": dict(vars(engine)),
         "unfused": dict(vars(unfused)),
+        "cpu_adam": dict(vars(deepspeed.ops.adam.DeepSpeedCPUAdam)),
         "names": list(deepspeed.runtime.config.DEEPSPEED_OPTIMIZERS),
         "zero": list(deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS),
         "torch": dict(vars(torch.optim)),

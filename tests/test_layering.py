@@ -63,8 +63,12 @@ ALLOWED = {
     "adax_triton.cli": {"doctor", "version", "bench"},
     "adax_triton.integrations.deepspeed": {
         *("", "moment_optimizer", "optimizer", "flat_buffer", "checkpoint"),
-        *("integrations.deepspeed_checkpoints", "integrations.deepspeed_switch"),
+        *("integrations.deepspeed_checkpoints", "integrations.deepspeed_in_use", "integrations.deepspeed_switch"),
     },
+    "adax_triton.integrations.deepspeed_in_use": {
+        *("hyperparameters", "integrations.deepspeed_universal", "moment_optimizer"),
+    },
+    "adax_triton.integrations.huggingface": {"integrations.deepspeed", "moment_optimizer"},
     "adax_triton.integrations.deepspeed_checkpoints": {
         *("integrations.deepspeed_universal", "moment_optimizer", "state_tensors"),
     },
