@@ -13,7 +13,7 @@ from .precision import MASTER_WEIGHTS, STATES, WEIGHT_ROUNDINGS
 from .schedule import EPS_PLACEMENTS, SECOND_MOMENTS
 
 # The rules read betas[1] differently, and each one's default lies far outside the others' sense.
-_LARGEST_ADAX_BETA2 = 0.1
+LARGEST_ADAX_BETA2 = 0.1
 _SMALLEST_DECAY = 0.01
 # Groups of checkpoints and pickles written before a key existed get its default.
 LATER_GROUP_DEFAULTS: dict[str, Any] = {
@@ -112,10 +112,10 @@ def _check_precision(group: Mapping[str, Any]) -> None:
 def _check_beta2(beta2: float, second_moment: str) -> None:
     title = f"Invalid beta parameter at index 1: {beta2};"
     if second_moment == "adax":
-        if not 0.0 <= beta2 <= _LARGEST_ADAX_BETA2:
+        if not 0.0 <= beta2 <= LARGEST_ADAX_BETA2:
             raise ValueError(
                 f"{title} AdaX's betas[1] is the growth rate of its memory, 1e-4 by default and at most "
-                f"{_LARGEST_ADAX_BETA2}; a value like 0.999 is Adam's decay, for second_moment='adam'"
+                f"{LARGEST_ADAX_BETA2}; a value like 0.999 is Adam's decay, for second_moment='adam'"
             )
     elif second_moment == "adam":
         if not 0.0 <= beta2 < 1.0:

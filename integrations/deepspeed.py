@@ -12,7 +12,7 @@ The type is read in any letter case, and `params` takes the keyword arguments of
 optimizer object or callable passed to `deepspeed.initialize` gets the same checks and repairs.
 
 DeepSpeed resolves an unknown type through its list of names and `torch.optim`; the entries made there need no patch.
-Three methods are wrapped, for optimizers of this package only, and those of `deepspeed_repairs` and
+Three methods are wrapped, for optimizers of this package only, and those of `deepspeed_repairs`, `deepspeed_in_use` and
 `deepspeed_checkpoints`:
 
 - `DeepSpeedEngine._do_sanity_check` and `_do_optimizer_sanity_check` first call `check_config`, and the latter admits
@@ -37,6 +37,7 @@ from adax_triton.moment_optimizer import MomentOptimizer
 
 from .deepspeed_checkpoints import checkpoint_methods_to_wrap
 from .deepspeed_fuse import describe, fuse_after_building
+from .deepspeed_in_use import log_optimizer_in_use, replacement_to_wrap
 from .deepspeed_refusals import CONFIG_TYPES, check_config, check_optimizer
 from .deepspeed_repairs import methods_to_repair
 from .deepspeed_switch import switching_optimizer
@@ -102,6 +103,7 @@ def _methods_to_wrap() -> list[tuple[type, str, Callable[[Callable[..., Any]], C
         (engine, "_do_sanity_check", _check_before_building),
         (engine, "_do_optimizer_sanity_check", _check_before_wrapping),
         (engine, "_configure_optimizer", fuse_after_building),
+        replacement_to_wrap(),
         *methods_to_repair(),
         *checkpoint_methods_to_wrap(),
     ]
@@ -122,6 +124,7 @@ def _check_before_wrapping(original: Callable[..., Any]) -> Callable[..., Any]:
     # A callable given as client optimizer shows what it builds only here.
     @functools.wraps(original)
     def _do_optimizer_sanity_check(self: Any, basic_optimizer: torch.optim.Optimizer) -> Any:
+        log_optimizer_in_use(self, basic_optimizer)
         if not isinstance(basic_optimizer, MomentOptimizer):
             return original(self, basic_optimizer)
         check_optimizer(self._config._param_dict, basic_optimizer)

@@ -12,6 +12,7 @@ from adax_triton.moment_optimizer import MomentOptimizer
 
 from .deepspeed_checkpoints import refuse_lossy_checkpoints
 from .deepspeed_fuse import fuse_mode
+from .deepspeed_in_use import refuse_betas_of_adam
 
 CONFIG_TYPES: dict[str, type[MomentOptimizer]] = {"adax": AdaX, "adaxw": AdaXW}
 
@@ -54,6 +55,7 @@ def check_config(config: Mapping[str, Any], client_optimizer: MomentOptimizer | 
     params = section.get("params") or {}
     _refuse_unknown_params(optimizer_class, params)
     _refuse_own_control(optimizer_class.__name__, params)
+    refuse_betas_of_adam(optimizer_class.__name__, params)
     # The optimizer knows best what it takes; "auto" is filled in later, by the framework that wrote it.
     given = {key: value for key, value in params.items() if value != "auto"}
     check_optimizer(config, optimizer_class([torch.nn.Parameter(torch.zeros(1))], **given))

@@ -34,6 +34,7 @@ def deepspeed_hooks() -> dict[str, Any]:
         "unfused": dict(vars(unfused)),
         "one_cycle": dict(vars(deepspeed.runtime.lr_schedules.OneCycle)),
         "stage_3": dict(vars(deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3)),
+        "cpu_adam": dict(vars(deepspeed.ops.adam.DeepSpeedCPUAdam)),
         "names": list(deepspeed.runtime.config.DEEPSPEED_OPTIMIZERS),
         "torch": dict(vars(torch.optim)),
     }

@@ -77,12 +77,18 @@ ALLOWED = {
     "adax_triton.cli": {"doctor", "version", "bench"},
     "adax_triton.integrations.deepspeed": {
         *("moment_optimizer", "integrations.deepspeed_checkpoints", "integrations.deepspeed_fuse"),
-        *("integrations.deepspeed_refusals", "integrations.deepspeed_repairs", "integrations.deepspeed_switch"),
+        *("integrations.deepspeed_in_use", "integrations.deepspeed_refusals", "integrations.deepspeed_repairs"),
+        "integrations.deepspeed_switch",
     },
     "adax_triton.integrations.deepspeed_refusals": {
         *("", "moment_optimizer", "integrations.deepspeed_checkpoints", "integrations.deepspeed_fuse"),
+        "integrations.deepspeed_in_use",
     },
     "adax_triton.integrations.deepspeed_repairs": {"moment_optimizer"},
+    "adax_triton.integrations.deepspeed_in_use": {
+        *("hyperparameters", "integrations.deepspeed_universal", "moment_optimizer"),
+    },
+    "adax_triton.integrations.huggingface": {"integrations.deepspeed", "moment_optimizer"},
     "adax_triton.integrations.deepspeed_checkpoints": {
         *("integrations.deepspeed_universal", "moment_optimizer", "state_tensors"),
     },

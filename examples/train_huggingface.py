@@ -1,0 +1,47 @@
+"""Train a small GPT-2 with the Trainer of transformers, through DeepSpeed, with the optimizer huggingface.json names.
+
+deepspeed examples/train_huggingface.py                        # one process per GPU
+torchrun --nproc-per-node 1 examples/train_huggingface.py      # on a CPU, where the Trainer takes one process
+"""
+
+import logging
+import tempfile
+
+import adax_triton.integrations.huggingface  # noqa: F401  registers AdaX and AdaXW
+import torch
+from gpt2_on_text import DEEPSPEED_CONFIG, Windows, build_model, parse_arguments
+from transformers import Trainer, TrainingArguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train from the command line, and print the losses."""
+    args = parse_arguments(argv, __doc__)
+    logging.basicConfig(level=logging.INFO)  # shows what DeepSpeed steps
+    with tempfile.TemporaryDirectory() as folder:
+        training = TrainingArguments(
+            output_dir=folder,
+            deepspeed=str(DEEPSPEED_CONFIG),
+            per_device_train_batch_size=args.batch,
+            max_steps=args.steps,
+            # What is "auto" in the configuration. Without betas and eps in it, AdaXW has its own.
+            learning_rate=args.lr,
+            weight_decay=args.weight_decay,
+            bf16=torch.cuda.is_available(),
+            warmup_steps=args.steps // 10,
+            lr_scheduler_type="cosine",
+            logging_steps=max(1, args.steps // 10),
+            save_strategy="no",
+            report_to="none",
+        )
+        trainer = Trainer(build_model(args.width), training, train_dataset=Windows(args.data))
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if trainer.is_world_process_zero():
+        inner = type(trainer.deepspeed.basic_optimizer)
+        print(
+            f"{inner.__module__}.{inner.__qualname__}: loss {losses[0]:.3f}, after {args.steps} steps {losses[-1]:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
