@@ -28,12 +28,12 @@ from adax_triton.state_tensors import MOMENTS
 Method = Callable[..., Any]
 
 # What DeepSpeed's optimizer files hold besides tensors and plain values.
-_SAVED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+SAVED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def read_optimizer_file(path: str) -> Any:
     """Return what DeepSpeed has saved, by `torch.load(weights_only=True)`."""
-    with torch.serialization.safe_globals(_SAVED_CLASSES):
+    with torch.serialization.safe_globals(SAVED_CLASSES):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

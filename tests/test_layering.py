@@ -66,8 +66,9 @@ ALLOWED = {
         *("integrations.deepspeed_checkpoints", "integrations.deepspeed_switch"),
     },
     "adax_triton.integrations.deepspeed_checkpoints": {
-        *("integrations.deepspeed_universal", "moment_optimizer", "state_tensors"),
+        *("integrations.deepspeed_complete", "integrations.deepspeed_universal", "moment_optimizer", "state_tensors"),
     },
+    "adax_triton.integrations.deepspeed_complete": {"integrations.deepspeed_universal", "moment_optimizer"},
     "adax_triton.integrations.deepspeed_universal": {"moment_optimizer", "precision", "state_tensors"},
     "adax_triton.integrations.deepspeed_switch": {"conversion", "moment_optimizer", "schedule"},
 }
