@@ -19,8 +19,8 @@ from adax_triton.state_tensors import MOMENTS
 
 from .deepspeed_complete import complete_tag, save_whole
 from .deepspeed_universal import (
-    SAVED_CLASSES,
     Method,
+    allowing_saved_classes,
     load_every_group,
     load_every_group_at_stage_3,
     partitions_in_groups,
@@ -97,7 +97,7 @@ def _restore_what_is_left_out(original: Method) -> Method:
         if own:
             tag = complete_tag(self, load_dir, tag)
             _refuse_other_layout(self, load_dir, tag)
-        with torch.serialization.safe_globals(SAVED_CLASSES):  # for TORCH_FORCE_WEIGHTS_ONLY_LOAD=1
+        with allowing_saved_classes():  # for TORCH_FORCE_WEIGHTS_ONLY_LOAD=1
             loaded = original(
                 self,
                 load_dir,

@@ -22,7 +22,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from adax_triton.integrations.deepspeed import switching_optimizer
-from adax_triton.integrations.deepspeed_universal import SAVED_CLASSES
+from adax_triton.integrations.deepspeed_universal import allowing_saved_classes
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.zero.partition_parameters import Init
@@ -144,7 +144,7 @@ def to_universal(folder: Path) -> None:
     failure: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
-            with torch.serialization.safe_globals(SAVED_CLASSES):
+            with allowing_saved_classes():
                 ds_to_universal.main(arguments)
         except Exception as error:
             failure = [f"{type(error).__name__}: {error}"]
@@ -185,7 +185,7 @@ def run_leg(case: dict[str, Any], index: int, expected: list[dict[str, Tensor]],
         target = folder / str(index)
         engine.save_checkpoint(str(target), tag="saved")
         if leg["stage"] > 0 and "nvme" not in str(zero) and result["wrapper"] != "BF16_Optimizer":
-            with torch.serialization.safe_globals(SAVED_CLASSES):
+            with allowing_saved_classes():
                 found = get_fp32_state_dict_from_zero_checkpoint(str(target), tag="saved")
             result["zero_to_fp32"] = deviation({name: found[name] for name in weights[-1]}, weights[-1])
         if case["legs"][index + 1]["universal"] and case["legs"][index + 1]["launch"] != leg["launch"]:
