@@ -50,7 +50,8 @@ ALLOWED = {
     "adax_triton.transport": {"sharding"},
     "adax_triton.tensor_step": {"compact", "flat_buffer", "precision"},
     "adax_triton.horizon": {"schedule"},
-    "adax_triton.conversion": {"hyperparameters", "schedule"},
+    "adax_triton.conversion": {"converted_states", "hyperparameters", "schedule"},
+    "adax_triton.converted_states": {"hyperparameters"},
     "adax_triton.cpu": {"compact", "reference", "schedule", "stored", "tensor_step"},
     "adax_triton.kernels.adax_step": {
         *("kernels.compact", "kernels.launch", "kernels.rounding", "kernels.telemetry", "kernels.variants"),
@@ -60,7 +61,9 @@ ALLOWED = {
     "adax_triton.kernels.compact": {"kernels.rounding"},
     "adax_triton.kernels.variants": {"kernels.launch"},
     "adax_triton.doctor": {"backends", "optimizer", "precision", "reference", "schedule", "integrations"},
-    "adax_triton.cli": {"doctor", "version", "bench"},
+    "adax_triton.cli": {"convert_command", "doctor", "version", "bench"},
+    "adax_triton.convert_command": {"bench.progress", "convert", "integrations.deepspeed_convert", "precision"},
+    "adax_triton.convert": {"conversion", "converted_states", "optimizer", "precision", "transport"},
     "adax_triton.integrations.deepspeed": {
         *("", "moment_optimizer", "optimizer", "flat_buffer", "checkpoint"),
         *("integrations.deepspeed_checkpoints", "integrations.deepspeed_switch"),
@@ -69,8 +72,16 @@ ALLOWED = {
         *("integrations.deepspeed_complete", "integrations.deepspeed_universal", "moment_optimizer", "state_tensors"),
     },
     "adax_triton.integrations.deepspeed_complete": {"integrations.deepspeed_universal", "moment_optimizer"},
+    "adax_triton.integrations.deepspeed_convert": {
+        *(
+            "convert",
+            "integrations.deepspeed_complete",
+            "integrations.deepspeed_switch",
+            "integrations.deepspeed_universal",
+        ),
+    },
     "adax_triton.integrations.deepspeed_universal": {"moment_optimizer", "precision", "state_tensors"},
-    "adax_triton.integrations.deepspeed_switch": {"conversion", "moment_optimizer", "schedule"},
+    "adax_triton.integrations.deepspeed_switch": {"conversion", "moment_optimizer"},
 }
 
 
