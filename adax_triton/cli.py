@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from adax_triton.bench import host, memory, report, scale, step_report, train
 
-    from . import doctor
+    from . import convert_command, doctor
 
     benchmarks = {
         "memory": (memory, "bytes per parameter of every mode, beside other optimizers"),
@@ -33,8 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what this machine can run, and whether the kernel is right on it")
+    summary = "checkpoints of one optimizer or precision as checkpoints of another"
+    convert_command.add_arguments(commands.add_parser("convert", help=summary, description=convert_command.__doc__))
     bench = commands.add_parser("bench", help="benchmarks").add_subparsers(dest="benchmark", required=True)
     for name, (module, summary) in benchmarks.items():
         module.add_arguments(bench.add_parser(name, help=summary, description=module.__doc__))
     arguments = parser.parse_args(argv)
-    return doctor.main() if arguments.command == "doctor" else benchmarks[arguments.benchmark][0].main(arguments)
+    if arguments.command == "doctor":
+        return doctor.main()
+    if arguments.command == "convert":
+        return convert_command.main(arguments)
+    return benchmarks[arguments.benchmark][0].main(arguments)

@@ -5,6 +5,7 @@
     from_released_adax   the paper's program, AdaX, AdaXW  to  AdaX, AdaXW
     to_released_adax     AdaX, AdaXW                       to  the paper's program
     adax_from_adam       Adam, AdamW                       to  AdaX, AdaXW: a start, not the same optimizer
+    adam_from_adax       AdaX, AdaXW                       to  Adam, AdamW: likewise
 
 This package keeps the second moment over its bias factor, the others keep it raw. Factors are taken in float64 and each
 moment is rounded once, to float32 or, where it was float64, to that. What is given is never changed, what is returned
@@ -16,33 +17,18 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from .hyperparameters import LATER_GROUP_DEFAULTS, as_float, validate_group
+from .converted_states import FOREIGN_KEYS, NEEDED_KEYS, TORCH_OPTIONS, Rule, checked_group, converted, other_keys
+from .hyperparameters import as_float
 from .schedule import one_minus_power
 
-_FOREIGN_KEYS = ("lr", "betas", "eps", "weight_decay")
-_NEEDED_KEYS = (*_FOREIGN_KEYS, "second_moment", "eps_placement")
-_OWN_KEYS = (*_NEEDED_KEYS, *LATER_GROUP_DEFAULTS)
-_TORCH_OPTIONS = {"amsgrad": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
-_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 _ADAM = {"second_moment": "adam", "eps_placement": "normalized"}
 _RELEASED_ADAX = {"second_moment": "adax", "eps_placement": "unnormalized"}
-_ConvertGroup = Callable[[Mapping[str, Any], str], dict[str, Any]]  # a group, and how messages name it
 _LARGEST_GROWTH = 709.0  # exp(x) overflows float64 a little further
-
-
-class _Rule(NamedTuple):
-    """How the moments of one state become those of another."""
-
-    factors: Callable[[float, float, int], tuple[float, float]]  # of (b1, b2, t), for exp_avg and exp_avg_sq
-    combine: Callable[[Any, Any], Any]  # truediv or mul
-    raw_adax: bool = False  # one side is AdaX's raw moment, which overflows
-    count: Callable[[int], Any] = int  # what the other program keeps as step
 
 
 def from_torch_adam(state_dict: Mapping[str, Any], *, decoupled_weight_decay: bool | None = None) -> dict[str, Any]:
@@ -51,15 +37,16 @@ def from_torch_adam(state_dict: Mapping[str, Any], *, decoupled_weight_decay: bo
         m = exp_avg,   v = exp_avg_sq / (1 - b2^step)
 
     Groups keep their hyper-parameters and what schedulers wrote into them, but not torch's choices of implementation
-    (`foreach`, `fused`, `capturable`, `differentiable`). bfloat16 and float16 states become float32.
+    (`foreach`, `fused`, `capturable`, `differentiable`). bfloat16 and float16 states become float32. DeepSpeed's Adam
+    is taken for torch's.
 
     Args:
         state_dict: of the torch optimizer.
-        decoupled_weight_decay: whether it was an AdamW, for groups of older versions of torch, which do not say it
-            themselves. Default: None, all groups say it.
+        decoupled_weight_decay: whether it was an AdamW, for groups of DeepSpeed and of older versions of torch, which
+            do not say it themselves. Default: None, all groups say it.
 
     Raises:
-        ValueError: keys are missing, or a state has further ones; `amsgrad`; moments that are not floating-point; a
+        ValueError: keys are missing, or a state has further ones; `amsgrad`; no bias correction; moments that are not floating-point; a
             group that does not say which weight decay it has, or contradicts the argument; a value that `Adam` refuses.
         TypeError: a value of the wrong type.
 
@@ -76,10 +63,13 @@ def from_torch_adam(state_dict: Mapping[str, Any], *, decoupled_weight_decay: bo
             raise ValueError(f"{where} has no 'decoupled_weight_decay': give the argument, True for an AdamW")
         if decoupled_weight_decay is not None and own != decoupled_weight_decay:
             raise ValueError(f"decoupled_weight_decay={decoupled_weight_decay!r}, but {where} says {own!r}")
+        if not group.get("bias_correction", True):
+            raise ValueError(f"{where}['bias_correction'] is False; without it moments have other factors")
         maximize = group.get("maximize", False)
+        group = {key: value for key, value in group.items() if key != "bias_correction"}
         return _own_group(group, where, {**_ADAM, "decoupled_weight_decay": own, "maximize": maximize})
 
-    return _converted(state_dict, _FOREIGN_KEYS, convert_group, _Rule(_adam_factors, operator.truediv))
+    return converted(state_dict, FOREIGN_KEYS, convert_group, Rule(_adam_factors, operator.truediv))
 
 
 def to_torch_adam(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,12 +92,12 @@ def to_torch_adam(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        own = _checked(group, where, _ADAM)
-        kept = (*_FOREIGN_KEYS, "decoupled_weight_decay", "maximize")
-        return copy.deepcopy({**_others(group), **{key: own[key] for key in kept}, **_TORCH_OPTIONS})
+        own = checked_group(group, where, _ADAM)
+        kept = (*FOREIGN_KEYS, "decoupled_weight_decay", "maximize")
+        return copy.deepcopy({**other_keys(group), **{key: own[key] for key in kept}, **TORCH_OPTIONS})
 
-    rule = _Rule(_adam_factors, operator.mul, count=lambda step: torch.tensor(float(step), dtype=torch.float32))
-    return _converted(state_dict, _NEEDED_KEYS, convert_group, rule)
+    rule = Rule(_adam_factors, operator.mul, count=lambda step: torch.tensor(float(step), dtype=torch.float32))
+    return converted(state_dict, NEEDED_KEYS, convert_group, rule)
 
 
 def from_released_adax(state_dict: Mapping[str, Any], *, decoupled_weight_decay: bool) -> dict[str, Any]:
@@ -134,7 +124,7 @@ def from_released_adax(state_dict: Mapping[str, Any], *, decoupled_weight_decay:
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
         return _own_group(group, where, {**_RELEASED_ADAX, "decoupled_weight_decay": decoupled_weight_decay})
 
-    return _converted(state_dict, _FOREIGN_KEYS, convert_group, _Rule(_adax_factors, operator.truediv, raw_adax=True))
+    return converted(state_dict, FOREIGN_KEYS, convert_group, Rule(_adax_factors, operator.truediv, raw_adax=True))
 
 
 def to_released_adax(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,10 +148,10 @@ def to_released_adax(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        own = _checked(group, where, {**_RELEASED_ADAX, "maximize": False})
-        return copy.deepcopy({**_others(group), **{key: own[key] for key in _FOREIGN_KEYS}})
+        own = checked_group(group, where, {**_RELEASED_ADAX, "maximize": False})
+        return copy.deepcopy({**other_keys(group), **{key: own[key] for key in FOREIGN_KEYS}})
 
-    return _converted(state_dict, _NEEDED_KEYS, convert_group, _Rule(_adax_factors, operator.mul, raw_adax=True))
+    return converted(state_dict, NEEDED_KEYS, convert_group, Rule(_adax_factors, operator.mul, raw_adax=True))
 
 
 def adax_from_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e-4) -> dict[str, Any]:
@@ -186,13 +176,43 @@ def adax_from_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e-4) -> dic
     """
 
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        own = _checked(group, where, _ADAM)
+        own = checked_group(group, where, _ADAM)
         betas = (as_float(own["betas"][0], "betas[0]"), as_float(beta2, "beta2"))
-        own = _checked({**own, "betas": betas, "second_moment": "adax"}, f"beta2={beta2!r}", {})
-        return copy.deepcopy({**_others(group), **own})
+        own = checked_group({**own, "betas": betas, "second_moment": "adax"}, f"beta2={beta2!r}", {})
+        return copy.deepcopy({**other_keys(group), **own})
 
-    rule = _Rule(lambda beta1, _, step: (one_minus_power(beta1, step), 1.0), operator.truediv)
-    return _converted(state_dict, _NEEDED_KEYS, convert_group, rule)
+    rule = Rule(lambda beta1, _, step: (one_minus_power(beta1, step), 1.0), operator.truediv)
+    return converted(state_dict, NEEDED_KEYS, convert_group, rule)
+
+
+def adam_from_adax(state_dict: Mapping[str, Any], *, beta2: float = 0.999) -> dict[str, Any]:
+    """Return an AdaX state dict of this package as one from which its `Adam` and `AdamW` start warm.
+
+        m_adam = m (1 - b1^step),   v_adam = v
+
+    The inverse of `adax_from_adam`, to one unit in the last place, and like it a start, not an equality. Learning
+    rates, eps, weight decays and `step` stay AdaX's, and eps is added to the root of v.
+
+    Args:
+        state_dict: of the rule `second_moment="adax"`.
+        beta2: Adam's decay, in place of AdaX's growth rate. Default: 0.999.
+
+    Raises:
+        ValueError: keys are missing, or a state has further ones; another rule than AdaX's; `beta2` out of range;
+            moments that are not floating-point.
+        TypeError: a value of the wrong type.
+
+    Source: as `adax_from_adam`.
+    """
+
+    def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
+        own = checked_group(group, where, {"second_moment": "adax"})
+        betas = (as_float(own["betas"][0], "betas[0]"), as_float(beta2, "beta2"))
+        own = checked_group({**own, "betas": betas, **_ADAM}, f"beta2={beta2!r}", {})
+        return copy.deepcopy({**other_keys(group), **own})
+
+    rule = Rule(lambda beta1, _, step: (one_minus_power(beta1, step), 1.0), operator.mul)
+    return converted(state_dict, NEEDED_KEYS, convert_group, rule)
 
 
 def _adam_factors(_: float, beta2: float, step: int) -> tuple[float, float]:
@@ -207,90 +227,5 @@ def _adax_factors(_: float, beta2: float, step: int) -> tuple[float, float]:
 def _own_group(group: Mapping[str, Any], where: str, changes: dict[str, Any]) -> dict[str, Any]:
     if "second_moment" in group:
         raise ValueError(f"{where}['second_moment'] is {group['second_moment']!r}: adax_triton has saved this")
-    own = _checked({**{key: group[key] for key in _FOREIGN_KEYS}, **changes}, where, {})
-    return copy.deepcopy({**_others(group), **own})
-
-
-def _checked(group: Mapping[str, Any], where: str, only: dict[str, Any]) -> dict[str, Any]:
-    """Return the hyper-parameters of a group of this package; `only` is what the other side can express."""
-    own = {**LATER_GROUP_DEFAULTS, **{key: group[key] for key in _OWN_KEYS if key in group}}
-    try:
-        validate_group(own)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{where}: {error}") from None
-    for key, value in only.items():
-        if own[key] != value:
-            raise ValueError(f"{where}[{key!r}] is {own[key]!r}; this conversion is for {value!r} only")
-    return own
-
-
-def _others(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in _OWN_KEYS and key not in _TORCH_OPTIONS}
-
-
-def _require_keys(given: Any, keys: tuple[str, ...], where: str) -> None:
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{where} is a {type(given).__name__}; expected a dict")
-    missing = [key for key in keys if key not in given]
-    if missing:
-        raise ValueError(f"{where} has no {', '.join(map(repr, missing))}; its keys are {sorted(map(str, given))}")
-
-
-def _converted(
-    state_dict: Mapping[str, Any], needed: tuple[str, ...], convert_group: _ConvertGroup, rule: _Rule
-) -> dict[str, Any]:
-    _require_keys(state_dict, ("state", "param_groups"), "state_dict")
-    groups, betas_of = [], {}
-    for index, group in enumerate(state_dict["param_groups"]):
-        where = f"state_dict['param_groups'][{index}]"
-        _require_keys(group, ("params", *needed), where)
-        groups.append(convert_group(group, where))
-        betas_of.update(dict.fromkeys(group["params"], group["betas"]))
-    states = {key: (state, f"state_dict['state'][{key!r}]") for key, state in state_dict["state"].items()}
-    for key, (state, where) in states.items():
-        if key not in betas_of:
-            raise ValueError(f"{where} is of no parameter of state_dict['param_groups']")
-        _check_state(state, where, rule)
-    new_states = {key: _converted_state(*states[key], betas_of[key], rule) if states[key][0] else {} for key in states}
-    others = copy.deepcopy({key: state_dict[key] for key in state_dict if key not in ("state", "param_groups")})
-    return {**others, "state": new_states, "param_groups": groups}
-
-
-def _check_state(state: Any, where: str, rule: _Rule) -> None:
-    if state == {}:  # a parameter that has had no gradient
-        return
-    _require_keys(state, _STATE_KEYS, where)
-    advice = "save it first from an optimizer with states='float32' and no master_weights"
-    if len(state) > len(_STATE_KEYS):
-        raise ValueError(f"{where} has keys {sorted(map(str, state))}; expected {list(_STATE_KEYS)}; {advice}")
-    step = state["step"].item() if isinstance(state["step"], Tensor) and state["step"].numel() == 1 else state["step"]
-    if isinstance(step, bool) or not isinstance(step, (int, float)) or step < 0 or not float(step).is_integer():
-        raise TypeError(f"{where}['step'] is {state['step']!r}; expected a count of steps")
-    for name in _STATE_KEYS[1:]:
-        if not isinstance(state[name], Tensor):
-            raise TypeError(f"{where}[{name!r}] is a {type(state[name]).__name__}; expected a tensor")
-        if not (state[name].is_floating_point() or state[name].is_complex()):
-            raise ValueError(f"{where}[{name!r}] is of {state[name].dtype}; {advice}")
-        if rule.raw_adax and state[name].is_complex():
-            raise ValueError(f"{where}[{name!r}] is complex, where the released program's moments mean something else")
-
-
-def _converted_state(state: Mapping[str, Any], where: str, betas: Any, rule: _Rule) -> dict[str, Any]:
-    step = int(state["step"])
-    beta1, beta2 = (as_float(beta, "betas") for beta in betas)
-    # Moments of no step are zeros on both sides, and so is the bias factor.
-    factors = rule.factors(beta1, beta2, step) if step else (1.0, 1.0)
-    exp_avg = _scaled(state["exp_avg"], factors[0], rule.combine)
-    exp_avg_sq = _scaled(state["exp_avg_sq"], factors[1], rule.combine)
-    if rule.raw_adax and not (state["exp_avg_sq"].isfinite().all() and exp_avg_sq.isfinite().all()):
-        last = math.log(torch.finfo(exp_avg_sq.dtype).max) / math.log1p(beta2)
-        growth = f"it grows as (1 + {beta2})^t, which leaves {exp_avg_sq.dtype} at about step {last:.0f}"
-        raise ValueError(f"{where}['exp_avg_sq']: the raw moment of step {step} is not finite; {growth}")
-    return {"step": rule.count(step), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-
-
-def _scaled(moment: Tensor, factor: float, combine: Callable[[Any, Any], Any]) -> Tensor:
-    values = torch.view_as_real(moment.detach()) if moment.is_complex() else moment.detach()
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    scaled = combine(values.to(torch.float64), factor).to(dtype)
-    return torch.view_as_complex(scaled) if moment.is_complex() else scaled
+    own = checked_group({**{key: group[key] for key in FOREIGN_KEYS}, **changes}, where, {})
+    return copy.deepcopy({**other_keys(group), **own})

@@ -1,6 +1,7 @@
-"""DeepSpeed checkpoints of this package's optimizers: refusals, and what DeepSpeed leaves out when it loads.
+"""DeepSpeed checkpoints of this package's optimizers: refusals, and what DeepSpeed leaves out when it saves and loads.
 
-With NVMe offload `DeepSpeedEngine.load_checkpoint` leaves the optimizer without states, and small sub-groups with their
+A checkpoint is saved whole or not at all, and one that is not whole is never loaded: see `deepspeed_complete`. With
+NVMe offload `DeepSpeedEngine.load_checkpoint` leaves the optimizer without states, and small sub-groups with their
 initial weights; here both are restored. For universal checkpoints see `deepspeed_universal`. All of it is for
 optimizers of this package only.
 """
@@ -16,8 +17,10 @@ import torch
 from adax_triton.moment_optimizer import MomentOptimizer
 from adax_triton.state_tensors import MOMENTS
 
+from .deepspeed_complete import complete_tag, save_whole
 from .deepspeed_universal import (
     Method,
+    allowing_saved_classes,
     load_every_group,
     load_every_group_at_stage_3,
     partitions_in_groups,
@@ -34,6 +37,7 @@ def checkpoint_methods_to_wrap() -> list[tuple[type, str, Callable[[Method], Met
     stage_3 = deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
     bf16 = deepspeed.runtime.bf16_optimizer.BF16_Optimizer
     return [
+        (engine, "save_checkpoint", save_whole),
         (engine, "load_checkpoint", _restore_what_is_left_out),
         (zero, "load_hp_checkpoint_state_from_checkpoint_dir", load_every_group),
         (stage_3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", load_every_group_at_stage_3),
@@ -91,20 +95,22 @@ def _restore_what_is_left_out(original: Method) -> Method:
     ) -> Any:
         own = isinstance(self.basic_optimizer, MomentOptimizer)
         if own:
+            tag = complete_tag(self, load_dir, tag)
             _refuse_other_layout(self, load_dir, tag)
-        loaded = original(
-            self,
-            load_dir,
-            tag,
-            load_module_strict,
-            load_optimizer_states,
-            load_lr_scheduler_states,
-            load_module_only,
-            custom_load_fn,
-        )
-        if own and loaded[0] is not None and self.zero_optimization():
-            states = load_optimizer_states and not load_module_only
-            _restore(self, loaded[0], states)
+        with allowing_saved_classes():  # for TORCH_FORCE_WEIGHTS_ONLY_LOAD=1
+            loaded = original(
+                self,
+                load_dir,
+                tag,
+                load_module_strict,
+                load_optimizer_states,
+                load_lr_scheduler_states,
+                load_module_only,
+                custom_load_fn,
+            )
+            if own and loaded[0] is not None and self.zero_optimization():
+                states = load_optimizer_states and not load_module_only
+                _restore(self, loaded[0], states)
         return loaded
 
     return load_checkpoint

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from adax_triton.conversion import adax_from_adam, from_torch_adam, to_torch_adam
+from adax_triton.conversion import adam_from_adax, adax_from_adam, from_torch_adam, to_torch_adam
 from adax_triton.moment_optimizer import MomentOptimizer
-from adax_triton.schedule import one_minus_power
 
 
 @contextmanager
@@ -42,14 +41,14 @@ def switching_optimizer(engine: Any) -> Iterator[None]:
         rules = {group["second_moment"] for group in optimizer.param_groups}
         if rules != {"adax"}:
             raise ValueError(f"the engine's second_moment is {sorted(rules)}; only 'adax' can be switched to")
-        convert = _adax_from_deepspeed_adam
+        convert = _into_adax
     elif type(optimizer).__name__ in ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"):
         if engine.load_universal_checkpoint():
             raise ValueError(
                 f"checkpoint.load_universal=true: DeepSpeed's {type(optimizer).__name__} cannot be switched to from a "
                 "universal checkpoint of AdaX; load an ordinary one"
             )
-        convert = _deepspeed_adam_from_adax
+        convert = _into_deepspeed_adam
     else:
         raise ValueError(f"the engine runs {type(optimizer).__name__}; expected AdaX, AdaXW, Adam or AdamW")
     handle = optimizer.register_load_state_dict_pre_hook(convert)
@@ -59,37 +58,61 @@ def switching_optimizer(engine: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _adax_from_deepspeed_adam(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def adax_from_deepspeed_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e-4) -> dict[str, Any]:
+    """Return a state dict of DeepSpeed's or torch's Adam as one from which AdaX and AdaXW start warm.
+
+    Args:
+        state_dict: of the optimizer itself, as in the files of ZeRO. DeepSpeed's groups do not say which weight decay
+            they have; theirs becomes that of AdaX.
+        beta2: AdaX's growth rate. Default: 1e-4.
+
+    Raises:
+        ValueError: it was saved by this package; else as `conversion`.
+    """
     groups = []
     for index, group in enumerate(state_dict["param_groups"]):
         if "second_moment" in group:
-            raise ValueError(f"param_groups[{index}] was saved by adax_triton: load it outside switching_optimizer")
-        if not group.get("bias_correction", True):
-            raise ValueError(f"param_groups[{index}]['bias_correction'] is False: its moments have other factors")
-        # DeepSpeed's groups do not say which weight decay they have; the configuration's stands anyway.
+            raise ValueError(
+                f"param_groups[{index}] was saved by adax_triton; load it as it is, outside switching_optimizer"
+            )
         groups.append({"decoupled_weight_decay": False, **group})
-    converted = adax_from_adam(from_torch_adam({**state_dict, "param_groups": groups}))
+    return adax_from_adam(from_torch_adam({**state_dict, "param_groups": groups}), beta2=beta2)
+
+
+def deepspeed_adam_from_adax(state_dict: Mapping[str, Any], betas: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Return an AdaX state dict of this package as one that DeepSpeed's and torch's Adam load.
+
+    Args:
+        state_dict: of the optimizer itself, as in the files of ZeRO.
+        betas: Adam's, for each group.
+
+    Raises:
+        ValueError: as `conversion`.
+    """
+    groups = [
+        {**group, "betas": (beta1, group["betas"][1])}
+        for group, (beta1, _) in zip(state_dict["param_groups"], betas, strict=True)
+    ]
+    adam = adam_from_adax({**state_dict, "param_groups": groups})
+    for group, own in zip(adam["param_groups"], betas, strict=True):
+        group["betas"] = tuple(own)
+    converted = to_torch_adam(adam)
+    for group in converted["param_groups"]:
+        group["bias_correction"] = True
+    for state in converted["state"].values():
+        if state:
+            state["step"] = int(state["step"])  # DeepSpeed's Adam takes nothing else; torch's makes a tensor of it
+    return converted
+
+
+def _into_adax(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    converted = adax_from_deepspeed_adam(state_dict)
     return {**converted, "param_groups": _own_groups(optimizer, converted["param_groups"])}
 
 
-def _deepspeed_adam_from_adax(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    saved = state_dict["param_groups"]
-    own = _own_groups(optimizer, saved)
-    rules = {group.get("second_moment") for group in saved}
-    if rules != {"adax"}:
-        raise ValueError(f"the checkpoint's second_moment is {sorted(map(str, rules))}; expected 'adax'")
-    as_adam = {"second_moment": "adam", "eps_placement": "normalized"}
-    groups = [{**group, **as_adam, "betas": mine["betas"]} for group, mine in zip(saved, own, strict=True)]
-    beta1_of = {key: group["betas"][0] for group in groups for key in group["params"]}
-    states = {}
-    for key, state in state_dict["state"].items():
-        states[key] = dict(state)
-        if state:
-            factor = one_minus_power(beta1_of[key], state["step"])
-            states[key]["exp_avg"] = (state["exp_avg"].double() * factor).float()
-    converted = to_torch_adam({"state": states, "param_groups": groups})
-    for state in converted["state"].values():
-        state["step"] = int(state["step"])  # DeepSpeed's Adam takes nothing else; torch's makes a tensor of it
+def _into_deepspeed_adam(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    own = _own_groups(optimizer, state_dict["param_groups"])
+    converted = deepspeed_adam_from_adax(state_dict, [group["betas"] for group in own])
     return {**converted, "param_groups": own}
 
 

@@ -31,9 +31,18 @@ Method = Callable[..., Any]
 _SAVED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
+@contextmanager
+def allowing_saved_classes() -> Iterator[None]:
+    """Within the block `torch.load(weights_only=True)` reads what DeepSpeed saves; also within another such block."""
+    allowed = torch.serialization.get_safe_globals()
+    # At its end the inner of two blocks of torch's would take the classes from the outer one, too.
+    with torch.serialization.safe_globals([saved for saved in _SAVED_CLASSES if saved not in allowed]):
+        yield
+
+
 def read_optimizer_file(path: str) -> Any:
     """Return what DeepSpeed has saved, by `torch.load(weights_only=True)`."""
-    with torch.serialization.safe_globals(_SAVED_CLASSES):
+    with allowing_saved_classes():
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -46,6 +46,7 @@ def run_ranks(cases_path: str, folder: str, launch: str, log: Path) -> list[int 
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "0",
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",  # also where DeepSpeed asks for the contrary: nothing of ours needs it
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where torch looks for ninja
     }
     worker = Path(__file__).with_name("deepspeed_checkpoint_worker.py")

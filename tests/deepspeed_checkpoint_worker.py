@@ -22,6 +22,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from adax_triton.integrations.deepspeed import switching_optimizer
+from adax_triton.integrations.deepspeed_universal import allowing_saved_classes
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.zero.partition_parameters import Init
@@ -133,7 +134,8 @@ def to_universal(folder: Path) -> None:
     failure: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
-            ds_to_universal.main(arguments)
+            with allowing_saved_classes():
+                ds_to_universal.main(arguments)
         except Exception as error:
             failure = [f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(failure)
@@ -164,6 +166,7 @@ def run_leg(case: dict[str, Any], index: int, expected: list[dict[str, Tensor]],
         "deviation": max(deviation(*pair) for pair in zip(weights, expected, strict=True)),
         "steps": of_all_ranks({int(state["step"]) for state in engine.basic_optimizer.state.values()}),
         "weight_decay": [group["weight_decay"] for group in engine.basic_optimizer.param_groups],
+        "stage": leg["stage"],
         "wrapper": type(engine.optimizer).__name__,
         "optimizer": type(engine.basic_optimizer).__name__,
         "states": sorted({str(state["exp_avg_sq"].dtype) for state in engine.basic_optimizer.state.values()}),
@@ -172,7 +175,8 @@ def run_leg(case: dict[str, Any], index: int, expected: list[dict[str, Tensor]],
         target = folder / str(index)
         engine.save_checkpoint(str(target), tag="saved")
         if leg["stage"] > 0 and "nvme" not in str(zero) and result["wrapper"] != "BF16_Optimizer":
-            found = get_fp32_state_dict_from_zero_checkpoint(str(target), tag="saved")
+            with allowing_saved_classes():
+                found = get_fp32_state_dict_from_zero_checkpoint(str(target), tag="saved")
             result["zero_to_fp32"] = deviation({name: found[name] for name in weights[-1]}, weights[-1])
         if case["legs"][index + 1]["universal"] and case["legs"][index + 1]["launch"] != leg["launch"]:
             to_universal(target)

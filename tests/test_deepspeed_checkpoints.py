@@ -180,9 +180,9 @@ def test_universal_checkpoint_is_loaded_into_low_states(results: dict[str, Any],
 
 
 def test_zero_to_fp32_returns_the_masters(results: dict[str, Any]) -> None:
-    found = [leg["zero_to_fp32"] for legs in results.values() for leg in legs if "zero_to_fp32" in leg]
-    assert len(found) > 10
-    assert set(found) == {0.0}
+    found = [leg for legs in results.values() for leg in legs if "zero_to_fp32" in leg]
+    assert {leg["stage"] for leg in found if leg["optimizer"] in ("AdaX", "AdaXW")} == {1, 2, 3}
+    assert {leg["zero_to_fp32"] for leg in found} == {0.0}
 
 
 @pytest.mark.parametrize(("case", "words"), REFUSALS)
@@ -207,7 +207,7 @@ def test_unregister_takes_back_every_wrapped_method(adapter: ModuleType) -> None
     import deepspeed
 
     owners = {
-        deepspeed.runtime.engine.DeepSpeedEngine: 3,
+        deepspeed.runtime.engine.DeepSpeedEngine: 4,
         deepspeed.runtime.base_optimizer.ZeROOptimizer: 1,
         deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3: 3,
         deepspeed.runtime.bf16_optimizer.BF16_Optimizer: 1,

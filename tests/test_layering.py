@@ -64,7 +64,8 @@ ALLOWED = {
     "adax_triton.transport": {"sharding"},
     "adax_triton.tensor_step": {"compact", "flat_buffer", "precision"},
     "adax_triton.horizon": {"hyperparameters", "schedule"},
-    "adax_triton.conversion": {"hyperparameters", "schedule"},
+    "adax_triton.conversion": {"converted_states", "hyperparameters", "schedule"},
+    "adax_triton.converted_states": {"hyperparameters"},
     "adax_triton.cpu": {"compact", "reference", "schedule", "stored", "tensor_step"},
     "adax_triton.kernels.adax_step": {
         *("kernels.compact", "kernels.launch", "kernels.rounding", "kernels.telemetry", "kernels.variants"),
@@ -74,7 +75,9 @@ ALLOWED = {
     "adax_triton.kernels.compact": {"kernels.rounding"},
     "adax_triton.kernels.variants": {"kernels.launch"},
     "adax_triton.doctor": {"backends", "optimizer", "precision", "reference", "schedule", "integrations"},
-    "adax_triton.cli": {"doctor", "version", "bench"},
+    "adax_triton.cli": {"convert_command", "doctor", "version", "bench"},
+    "adax_triton.convert_command": {"bench.progress", "convert", "integrations.deepspeed_convert", "precision"},
+    "adax_triton.convert": {"conversion", "converted_states", "optimizer", "precision", "transport"},
     "adax_triton.integrations.deepspeed": {
         *("moment_optimizer", "integrations.deepspeed_checkpoints", "integrations.deepspeed_fuse"),
         *("integrations.deepspeed_in_use", "integrations.deepspeed_refusals", "integrations.deepspeed_repairs"),
@@ -90,7 +93,16 @@ ALLOWED = {
     },
     "adax_triton.integrations.huggingface": {"integrations.deepspeed", "moment_optimizer"},
     "adax_triton.integrations.deepspeed_checkpoints": {
-        *("integrations.deepspeed_universal", "moment_optimizer", "state_tensors"),
+        *("integrations.deepspeed_complete", "integrations.deepspeed_universal", "moment_optimizer", "state_tensors"),
+    },
+    "adax_triton.integrations.deepspeed_complete": {"integrations.deepspeed_universal", "moment_optimizer"},
+    "adax_triton.integrations.deepspeed_convert": {
+        *(
+            "convert",
+            "integrations.deepspeed_complete",
+            "integrations.deepspeed_switch",
+            "integrations.deepspeed_universal",
+        ),
     },
     "adax_triton.integrations.deepspeed_fuse": {
         *("integrations.deepspeed_fuse_hooks", "integrations.deepspeed_fuse_steps", "moment_optimizer", "step_work"),
@@ -98,7 +110,7 @@ ALLOWED = {
     "adax_triton.integrations.deepspeed_fuse_hooks": {"beside"},
     "adax_triton.integrations.deepspeed_fuse_steps": {"beside", "integrations.deepspeed_fuse_hooks"},
     "adax_triton.integrations.deepspeed_universal": {"moment_optimizer", "precision", "state_tensors"},
-    "adax_triton.integrations.deepspeed_switch": {"conversion", "moment_optimizer", "schedule"},
+    "adax_triton.integrations.deepspeed_switch": {"conversion", "moment_optimizer"},
 }
 
 

@@ -1,0 +1,123 @@
+"""DeepSpeed checkpoints of Adam as checkpoints of AdaX and back, off line; see `adax_triton.convert_command`."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adax_triton.convert import Progress, refusing_unsafe
+
+from .deepspeed_complete import LIST, folder_to_load, list_files, write_flushed
+from .deepspeed_switch import adax_from_deepspeed_adam, deepspeed_adam_from_adax
+from .deepspeed_universal import read_optimizer_file
+
+FORMS = ("adax", "adaxw", "adam", "adamw")
+# Where the file of a rank has the state dict of the optimizer itself: ZeRO 1 and 2, BF16_Optimizer; ZeRO 3.
+_KEYS = ("base_optimizer_state", "optimizer_state_dict")
+
+
+def convert_folder(
+    source: Path, target: Path, to: str | None, beta2: float | None, lr: float | None, progress: Progress
+) -> str:
+    """Write a checkpoint of ZeRO 1, 2 or 3 with the optimizer's states converted, all else copied.
+
+    The optimizer files of one rank at a time are in memory. The result is what `switching_optimizer` would load, and
+    its number of ranks is that of the source.
+
+    Args:
+        source: a checkpoint, or a folder of checkpoints and `latest`.
+        target: a folder of checkpoints with this one and `latest`; must not exist.
+        to: one of `FORMS`. The w stands for decoupled weight decay.
+        beta2: betas[1] of the new rule. Default: None, 1e-4 for AdaX and 0.999 for Adam.
+        lr: learning rate of all groups. Default: None, those of the checkpoint.
+        progress: of a number of files and a label; yields what is called with files done and a name.
+
+    Returns:
+        A sentence of what has been written.
+
+    Raises:
+        ValueError: the checkpoint is of another kind, not complete, or of an optimizer that cannot be converted; no
+            target is left.
+    """
+    if to not in FORMS:
+        raise ValueError(f"--to {to}: a DeepSpeed checkpoint is converted to {', '.join(FORMS)}")
+    folder = _checkpoint(source)
+    optimizer_files = _optimizer_files(folder)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LIST]
+    part = target.with_name(f"{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with progress(len(files), "convert") as advance:
+            for path in files:
+                written = part / folder.name / path.relative_to(folder)
+                written.parent.mkdir(parents=True, exist_ok=True)
+                if path in optimizer_files:
+                    torch.save(_converted(path, to, beta2, lr), written)
+                else:
+                    shutil.copyfile(path, written)  # no link: DeepSpeed writes over files of the same tag in place
+                advance(1, path.name)
+        list_files(str(part / folder.name))
+        if (folder.parent / "zero_to_fp32.py").is_file():
+            shutil.copy(folder.parent / "zero_to_fp32.py", part)
+        write_flushed(str(part / "latest"), folder.name)
+        os.rename(part, target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return f"{target / folder.name}: {len(optimizer_files)} optimizer files converted, {len(files)} files in all"
+
+
+def _checkpoint(source: Path) -> Path:
+    """Return the folder of a tag, which must be complete if that is known."""
+    at_tag = not (source / "latest").is_file()
+    folder, tag = (source.absolute().parent, source.absolute().name) if at_tag else (source, None)
+    name, warning = folder_to_load(str(folder), tag)
+    if name is None or warning is not None:
+        raise ValueError(warning or f"{source} has no checkpoint")
+    return folder / name
+
+
+def _optimizer_files(folder: Path) -> set[Path]:
+    names = sorted(path.name for path in folder.iterdir())
+    if "zero" in names:
+        raise ValueError(f"{folder} is a universal checkpoint; convert the one that it was made from")
+    if "offloaded_tensors" in names:
+        raise ValueError(f"{folder} was saved with optimizer offload to NVMe, whose states are in files of the swapper")
+    found = {path for path in folder.iterdir() if path.name.endswith("_optim_states.pt")}
+    other = sorted(path.name for path in found if "zero_pp_rank_" not in path.name)
+    if not found or other:
+        raise ValueError(
+            f"{folder} has no optimizer files of ZeRO{', but ' + other[0] if other else ''}; of ZeRO 0 in fp32 convert "
+            "the file of model states, with --key optimizer"
+        )
+    return found
+
+
+def _converted(path: Path, to: str, beta2: float | None, lr: float | None) -> dict[str, Any]:
+    with refusing_unsafe(path):
+        saved: dict[str, Any] = read_optimizer_file(str(path))
+    zero = saved["optimizer_state_dict"]
+    key = next((key for key in _KEYS if key in zero), _KEYS[0])
+    if not isinstance(zero.get(key), Mapping) or "param_groups" not in zero[key]:
+        raise ValueError(f"{path} is an elastic checkpoint; save it with zero_optimization.elastic_checkpoint=false")
+    try:
+        zero[key] = _state_dict_of_other_rule(zero[key], to, beta2)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path.name}: {error}") from None
+    for group in zero[key]["param_groups"]:
+        group["decoupled_weight_decay"] = to.endswith("w")
+        if lr is not None:
+            group["lr"] = lr
+    return saved
+
+
+def _state_dict_of_other_rule(state_dict: Mapping[str, Any], to: str, beta2: float | None) -> dict[str, Any]:
+    if to.startswith("adax"):
+        return adax_from_deepspeed_adam(state_dict, beta2=1e-4 if beta2 is None else beta2)
+    if not all("second_moment" in group for group in state_dict["param_groups"]):
+        raise ValueError(f"it was not saved by adax_triton; --to {to} is for checkpoints of AdaX and AdaXW")
+    decay = 0.999 if beta2 is None else beta2
+    return deepspeed_adam_from_adax(state_dict, [(group["betas"][0], decay) for group in state_dict["param_groups"]])

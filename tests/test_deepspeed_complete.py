@@ -1,0 +1,108 @@
+"""A checkpoint folder after a process died at any operation on files. Oracle: what was in it before, or the new one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from adax_triton.integrations.deepspeed_complete import begin, folder_to_load, publish
+
+FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
+
+
+def save(folder: Path, tag: str, contents: str) -> None:
+    begin(str(folder), tag)
+    staged = folder / f"{tag}.saving"
+    (staged / "inner").mkdir(parents=True)
+    for name in ("weights", "inner/states"):
+        (staged / name).write_text(contents)
+    publish(str(folder), tag, as_latest=True)
+
+
+def contents(folder: Path) -> str:
+    """Return what the checkpoint to be loaded has; it must be whole."""
+    name, _ = folder_to_load(str(folder), None)
+    assert name is not None
+    (found,) = {(folder / name / file).read_text() for file in ("weights", "inner/states")}
+    return found
+
+
+def dies(before_operation: int, action: Callable[[], None]) -> bool:
+    """Run an action in a process that is killed before one of its operations on files; False if it has fewer."""
+    pid = os.fork()
+    if pid == 0:
+        left = before_operation
+
+        def on_event(event: str, _: tuple[Any, ...]) -> None:
+            nonlocal left
+            if event in FILE_EVENTS:
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(on_event)
+            action()
+            os._exit(0)
+        finally:
+            os._exit(1)  # never back into pytest
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+@pytest.mark.parametrize("tag", ["same", "other"])
+def test_death_at_any_operation_leaves_a_whole_checkpoint(tmp_path: Path, tag: str) -> None:
+    found, count = [], 0
+    while True:
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        save(folder, "same", "old")
+        died = dies(count, lambda folder=folder: save(folder, tag, "new" * 100))
+        found.append(contents(folder))
+        save(folder, tag, "newer")
+        assert contents(folder) == "newer"
+        assert {path.name for path in folder.iterdir()} == {"same", tag, "latest"}
+        if not died:
+            break
+        count += 1
+    assert count > 20
+    switched = found.index("new" * 100)
+    assert found == ["old"] * switched + ["new" * 100] * (len(found) - switched)
+
+
+def test_incomplete_folder_is_refused_by_tag_and_passed_over_without_one(tmp_path: Path) -> None:
+    for tag in ("first", "second"):
+        save(tmp_path, tag, tag)
+    (tmp_path / "second" / "inner" / "states").write_text("sec")
+    name, warning = folder_to_load(str(tmp_path), None)
+    assert name == "first"
+    assert warning is not None and "second is not a complete checkpoint; loading 'first' instead" in warning
+    with pytest.raises(ValueError, match="second is not a complete checkpoint; complete are: first"):
+        folder_to_load(str(tmp_path), "second")
+    with pytest.raises(ValueError, match="third is not a complete checkpoint; complete are: first"):
+        folder_to_load(str(tmp_path), "third")
+    (tmp_path / "latest").write_text("")
+    assert folder_to_load(str(tmp_path), None)[0] == "first"
+    (tmp_path / "first" / "weights").unlink()
+    with pytest.raises(ValueError, match="is not a complete checkpoint; complete are: none"):
+        folder_to_load(str(tmp_path), None)
+
+
+def test_folder_of_another_program_is_left_to_its_reader(tmp_path: Path) -> None:
+    assert folder_to_load(str(tmp_path), None) == (None, None)
+    for tag in ("theirs", "theirs.saving"):
+        (tmp_path / tag).mkdir()
+    (tmp_path / "latest").write_text("theirs\n")
+    assert folder_to_load(str(tmp_path), None) == ("theirs", None)
+    assert folder_to_load(str(tmp_path), "theirs") == ("theirs", None)
+    with pytest.raises(ValueError, match=r"theirs\.saving is not a complete checkpoint"):
+        folder_to_load(str(tmp_path), "theirs.saving")

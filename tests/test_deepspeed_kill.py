@@ -1,0 +1,64 @@
+"""A rank is killed at any moment, and nothing is lost but the steps since the last checkpoint.
+
+Oracle: the same run, never killed; losses, weights, states and schedule are compared bit for bit. One launch of
+deepspeed_kill_server.py makes all kills. KILLS sets their number, KILL_SEED what they are drawn from.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.deepspeed
+
+KILLS = int(os.environ.get("KILLS", "24"))
+SEED = int(os.environ.get("KILL_SEED", random.SystemRandom().randrange(10**6)))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("kills")
+    print(f"KILLS={KILLS} KILL_SEED={SEED}")
+    script = Path(__file__).with_name("deepspeed_kill_server.py")
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a process that has threads is not to be forked
+        "TRITON_INTERPRET": "0",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where torch looks for ninja
+    }
+    command = [sys.executable, str(script), str(folder), str(KILLS), str(SEED)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    print(f"{len(found['kills'])} kills in {found['runs']} runs, {found['seconds']:.0f} s")
+    return found
+
+
+def test_killed_run_goes_on_as_if_never_killed(results: dict[str, Any]) -> None:
+    assert results["failures"] == [], f"KILL_SEED={SEED}"
+    assert len(results["kills"]) == KILLS
+    assert {kill["way"] for kill in results["kills"]} == {"step", "bytes", "operation"}
+
+
+def test_nothing_is_lost_but_steps_since_the_last_checkpoint(results: dict[str, Any]) -> None:
+    lost = [kill["lost"] for kill in results["kills"]]
+    assert max(lost) == 2  # steps from checkpoint to checkpoint
+
+
+def test_damaged_checkpoint_is_refused_by_tag_and_passed_over_without_one(results: dict[str, Any]) -> None:
+    damaged = results["damaged"]
+    assert len(damaged["refused"]) == 2  # on both ranks
+    for message in damaged["refused"]:
+        assert "global_step10 is not a complete checkpoint; complete are: global_step8, global_step6" in message
+    assert damaged["loaded"] == [8]
+    assert damaged["warned"]
+    assert damaged["problems"] == []
