@@ -88,6 +88,8 @@ class StepPlan:
             places = {
                 (group, count + 1): row for row, (group, count) in enumerate(zip(self._groups, counts, strict=True))
             }
+            if len(places) != len(counts):  # two rows of a group have come to the same step
+                return None
             work_rows = rows = rows_of(places, param_groups)
             if self._settled_kinds(rows) != self._settled:
                 return None

@@ -183,6 +183,19 @@ def test_a_transposed_parameter_is_noticed(device: torch.device) -> None:
     assert not pair.step(1, transpose)
 
 
+def test_counts_that_become_equal_are_noticed(device: torch.device) -> None:
+    def equalize(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+        for state in optimizer.state.values():
+            state["step"] = 7
+
+    pair = Pair(device)
+    pair.step(0, freeze)
+    pair.step(1)
+    assert pair.step(2)
+    assert not pair.step(3, equalize)
+    assert pair.step(4)
+
+
 def scale_lr(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
     optimizer.param_groups[1]["lr"] *= 0.7
 
