@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from struct import Struct
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from .schedule import StepScalars
 from .telemetry import StepSums
 from .tensor_step import TensorStep, laid_out_alike
 
+# A row for the kernel: floats, the two words of the key, then 0, which skips nothing.
+_SCALAR_ROW = Struct("7f2I4x").pack
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAD_FACTOR_COLUMN = StepScalars._fields.index("grad_factor")
 
@@ -204,8 +206,5 @@ def _scaled(scalars: Tensor, grad_factor: Tensor) -> Tensor:
 
 
 def _scalar_table(rows: tuple[list[StepScalars], list[tuple[int, int]]]) -> Tensor:
-    # Words of 32 bits: floats, then those of the key, then 0, which skips nothing. Arrays, for the host's time.
-    table = b"".join(
-        array("f", scalars).tobytes() + array("I", key).tobytes() + bytes(4) for scalars, key in zip(*rows, strict=True)
-    )
+    table = b"".join([_SCALAR_ROW(*scalars, *key) for scalars, key in zip(*rows, strict=True)])
     return torch.frombuffer(bytearray(table), dtype=torch.float32).view(len(rows[0]), -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -162,7 +163,7 @@ class AddressTable:
         self._chunk_size = chunk_size
         self._tensors = DeviceTable(device)
         self._rows = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._column: Sequence[int] | None = None
+        self._column: array[int] | None = None
         self.numels: Sequence[int] = ()
         self.chunks = torch.empty(0, dtype=torch.int64, device=device)
 
@@ -193,10 +194,10 @@ class AddressTable:
         self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
         return self._rows.clone()
 
-    def refresh_column(self, column: int, values: Sequence[int]) -> None:
-        """Make one column say `values`, and leave the rest of the rows."""
+    def refresh_column(self, column: int, values: array[int]) -> None:
+        """Make one column say `values`, an array of int64 that stays as it is, and leave the rest of the rows."""
         if values != self._column:
-            self._rows[:, column] = torch.tensor(values, dtype=torch.int64, device="cpu")
+            self._rows[:, column] = torch.frombuffer(values, dtype=torch.int64)
             self._column = values
         self._tensors.set(values, lambda _: self._rows)
 

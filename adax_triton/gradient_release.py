@@ -128,6 +128,8 @@ class GradientRelease:
         self._group_of.update(params)
         self._handles += [param.register_post_accumulate_grad_hook(self._on_gradient) for param in params]
 
+    # A backward pass within a compiled function is run by Python, but the hooks in it would be compiled.
+    @torch._disable_dynamo
     def _on_gradient(self, param: Tensor) -> None:
         with self._lock, torch.no_grad():
             if self._end is None or self._end() is None:
@@ -161,6 +163,7 @@ class GradientRelease:
         param.grad = None
         self._stepped.add(param)
 
+    @torch._disable_dynamo
     def _finish(self) -> None:
         with self._lock, torch.no_grad():
             self._end = None

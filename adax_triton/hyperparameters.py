@@ -34,6 +34,8 @@ def as_float(value: float | torch.Tensor, name: str) -> float:
         TypeError: not a number.
         ValueError: a tensor of another size.
     """
+    if type(value) is float:  # the usual case, at each step
+        return value
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")

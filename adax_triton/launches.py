@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,7 +69,7 @@ class Launch:
         ]
         self._table.refresh(rows, [step.param.numel() for step in steps])
 
-    def refresh_gradients(self, addresses: Sequence[int]) -> None:
+    def refresh_gradients(self, addresses: array[int]) -> None:
         """Take up the tensors of the last `refresh` with gradients that lie elsewhere."""
         self._table.refresh_column(_GRAD_COLUMN, addresses)
 

@@ -119,8 +119,17 @@ class MomentOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._step()
+            if torch.compiler.is_dynamo_compiling():
+                self._step_as_written()
+            else:
+                self._step()
         return loss
+
+    # In a function that torch.compile traces, a step breaks the graph once. Traced into, its counts and addresses would
+    # be constants of what is compiled, and each step would compile again.
+    @torch._disable_dynamo
+    def _step_as_written(self) -> None:
+        self._step()
 
     def _step(self) -> None:
         control = StepControl(

@@ -6,6 +6,7 @@ changes from step to step but counts and the addresses of gradients, and whether
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from itertools import chain, compress
@@ -24,6 +25,7 @@ from .step_work import Assembly, needs_device, rows_of
 _gradient = attrgetter("grad")
 _dtype = attrgetter("dtype")
 _options = itemgetter("weight_rounding", "capturable")
+_list_of_params = itemgetter("params")
 
 
 class StepPlan:
@@ -40,13 +42,17 @@ class StepPlan:
         self._kernel_rows = assembly.work.kernel_rows
         self._owners = assembly.owners
         self._group_options = list(map(_options, param_groups))
+        self._group_sizes = _group_sizes(param_groups)
         self._all_params = _params(param_groups)
         self._all_states = list(states.values())
+        self._grad_types = [type(param.grad) for param in self._all_params]
         self._has_grad = [param.grad is not None for param in self._all_params]
         self._params = list(compress(self._all_params, self._has_grad))
         self._devices = {param.device for param in self._params}
         self._numels = list(map(Tensor.numel, self._params))
         self._grad_dtypes = [param.grad.dtype for param in self._params if param.grad is not None]
+        self._grad_addresses = array("q")
+        self._aligned = any(launch.bucket.aligned for launch, _ in launches)
         self._param_addresses = list(map(Tensor.data_ptr, self._params))
         self._states = [states[param] for param in self._params]
         values = list(chain.from_iterable(map(dict.values, self._states)))
@@ -71,8 +77,8 @@ class StepPlan:
         """
         if not (self._fits_groups(param_groups, control) and self._fits_states(states)):
             return None
-        gradients = self._gradient_addresses()
-        if gradients is None:
+        addresses = self._addresses_of_gradients()
+        if addresses is None:
             return None
         work_rows, places, rows = self._kernel_rows, {}, HostRows([], [])
         if isinstance(work_rows, HostRows):
@@ -82,12 +88,16 @@ class StepPlan:
             places = {
                 (group, count + 1): row for row, (group, count) in enumerate(zip(self._groups, counts, strict=True))
             }
+            if len(places) != len(counts):  # two rows of a group have come to the same step
+                return None
             work_rows = rows = rows_of(places, param_groups)
             if self._settled_kinds(rows) != self._settled:
                 return None
-        for launch, indices in self._launches:
-            whole = len(indices) == len(gradients)
-            launch.refresh_gradients(gradients if whole else [gradients[index] for index in indices])
+        if addresses != self._grad_addresses:
+            self._grad_addresses = addresses
+            for launch, indices in self._launches:
+                whole = len(indices) == len(addresses)
+                launch.refresh_gradients(addresses if whole else array("q", [addresses[index] for index in indices]))
         work = Work([], work_rows, [], HostRows([], []), (self._launches, self._params))
         return Assembly(work, places, rows, self._states if places else [], self._owners)
 
@@ -98,11 +108,12 @@ class StepPlan:
             control.is_idle and not any(map(needs_device, param_groups))
         ):
             return False
-        params = _params(param_groups)
         return (
-            _are_same(params, self._all_params)
+            _group_sizes(param_groups) == self._group_sizes
+            and _are_same(_params(param_groups), self._all_params)
             and list(map(Tensor.numel, self._params)) == self._numels
             and list(map(Tensor.data_ptr, self._params)) == self._param_addresses
+            and all(map(Tensor.is_contiguous, self._params))
         )
 
     def _fits_states(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
@@ -116,27 +127,27 @@ class StepPlan:
         except TypeError:  # a count where there was a tensor
             return False
 
-    def _gradient_addresses(self) -> list[int] | None:
+    def _addresses_of_gradients(self) -> array[int] | None:
         gradients = list(map(_gradient, self._all_params))
-        if [gradient is not None for gradient in gradients] != self._has_grad:
+        if list(map(type, gradients)) != self._grad_types:
             return None
-        gradients = list(compress(gradients, self._has_grad))
-        if set(map(type, gradients)) != {Tensor} or list(map(_dtype, gradients)) != self._grad_dtypes:
-            return None
+        if len(self._params) != len(gradients):
+            gradients = list(compress(gradients, self._has_grad))
         try:
-            contiguous = all(map(Tensor.is_contiguous, gradients))
+            if list(map(_dtype, gradients)) != self._grad_dtypes or not all(map(Tensor.is_contiguous, gradients)):
+                return None
             addresses = list(map(Tensor.data_ptr, gradients))
         except RuntimeError:  # a sparse one
             return None
-        if not contiguous:
-            return None
-        aligned = any(launch.bucket.aligned for launch, _ in self._launches)
-        return None if aligned and reduce(or_, addresses) % ALIGNED_BYTES else addresses
+        return None if self._aligned and reduce(or_, addresses) % ALIGNED_BYTES else array("q", addresses)
 
     def _counts_of_rows(self) -> list[int] | None:
         counts = list(compress(self._values, self._is_count))
+        # Not what a tensor among them would make of the sum, or of being compared.
+        if type(sum(counts)) is not int:
+            return None
         of_rows = [counts[first] for first in self._first_of_row]
-        return of_rows if counts == [of_rows[row] for row in self._row_of] else None
+        return of_rows if counts == list(map(of_rows.__getitem__, self._row_of)) else None
 
     def _settled_kinds(self, rows: HostRows) -> list[bool]:
         if isinstance(self._kernel_rows, HostRows):
@@ -171,7 +182,11 @@ def plan_of(
 
 
 def _params(param_groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    return list(chain.from_iterable(group["params"] for group in param_groups))
+    return list(chain.from_iterable(map(_list_of_params, param_groups)))
+
+
+def _group_sizes(param_groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    return list(map(len, map(_list_of_params, param_groups)))
 
 
 def _are_same(left: Sequence[object], right: Sequence[object]) -> bool:

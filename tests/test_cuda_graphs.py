@@ -27,7 +27,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipping": {"max_grad_norm": 1.0},
     "telemetry": {"telemetry": True, "max_grad_norm": 1.0},
+    "bfloat16, stochastic": {"states": "bfloat16", "weight_rounding": "stochastic", "dtype": torch.bfloat16},
+    "low, float16 master": {"states": "low", "master_weights": "float32", "dtype": torch.float16},
     "lowest": {"states": "lowest", "master_weights": "24bit", "dtype": torch.bfloat16},
+    "lowest, clipping": {
+        **{"states": "lowest", "master_weights": "24bit", "dtype": torch.bfloat16},
+        "max_grad_norm": 1.0,
+    },
 }
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 

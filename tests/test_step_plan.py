@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adax_triton import AdaX, AdaXW
 from adax_triton.moment_optimizer import MomentOptimizer
 
-SHAPES = [(5,), (4096,), (3, 7), (1,), (9, 4)]
+SHAPES = [(5,), (4096,), (3, 7), (1,), (9, 4), (6, 6)]
 MODES: dict[str, dict[str, Any]] = {
     "float32": {},
     "low": {"states": "low"},
@@ -139,9 +139,28 @@ def clip(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
     optimizer.max_grad_norm = 0.1
 
 
+def move_between_groups(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    first, second = (group["params"] for group in optimizer.param_groups)
+    second.insert(0, first.pop())  # the order of all parameters stays as it was
+
+
+def shorten_data(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    params[1].data, params[1].grad = params[1].data[:4000], None
+    for name in ("exp_avg", "exp_avg_sq"):
+        state = optimizer.state[params[1]]
+        state[name] = state[name][:4000]
+    params[1].grad = torch.ones_like(params[1])
+
+
+def count_in_a_tensor(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    count = optimizer.state[params[4]]["step"]
+    optimizer.state[params[4]]["step"] = torch.tensor(count, device=params[4].device)
+
+
 CHANGES = [
     *(freeze, move_data, replace_state, move_state_data, set_count, copy_state, load, add_parameter),
-    *(transpose_gradient, make_sparse, misalign_gradient, swap_groups, clip),
+    *(transpose_gradient, make_sparse, misalign_gradient, swap_groups, clip, move_between_groups),
+    *(shorten_data, count_in_a_tensor),
 ]
 
 
@@ -152,6 +171,28 @@ def test_a_change_is_noticed(change: Callable[..., None], device: torch.device) 
     assert pair.step(1)
     assert not pair.step(2, change)
     pair.step(3)
+    assert pair.step(4)
+
+
+def test_a_transposed_parameter_is_noticed(device: torch.device) -> None:
+    def transpose(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+        params[5].data = params[5].data.T  # the same address and number of elements
+
+    pair = Pair(device)
+    pair.step(0)
+    assert not pair.step(1, transpose)
+
+
+def test_counts_that_become_equal_are_noticed(device: torch.device) -> None:
+    def equalize(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+        for state in optimizer.state.values():
+            state["step"] = 7
+
+    pair = Pair(device)
+    pair.step(0, freeze)
+    pair.step(1)
+    assert pair.step(2)
+    assert not pair.step(3, equalize)
     assert pair.step(4)
 
 
