@@ -152,7 +152,7 @@ REFUSALS = [
     pytest.param({"name": name, "expect_error": True, **case}, words, id=name)
     for name, case, words in (
         ("step-lr", {"stage": 2, "config": {"scheduler": {"type": "StepLR", "params": {"step_size": 1}}}}, ["StepLR"]),
-        ("adam-betas", {"stage": 2, "params": {"betas": [0.9, 0.999]}}, ["0.999", "1e-4 by default"]),
+        ("adam-betas", {"stage": 2, "params": {"betas": [0.9, 0.999]}}, ["0.999", "whose own is 1e-4"]),
         ("max-grad-norm", {"stage": 2, "params": {"max_grad_norm": 1.0}}, ["max_grad_norm", "gradient_clipping"]),
         ("zenflow", {"stage": 2, "zero": {"zenflow": {"overlap_step": False}}}, ["zenflow", "Adam"]),
         ("zenflow-overlap", {"stage": 3, "zero": {"zenflow": {"overlap_step": True}}}, ["zenflow", "Adam"]),
