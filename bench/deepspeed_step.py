@@ -2,8 +2,9 @@
 
     python -m adax_triton.bench.deepspeed_step --out bench/results/NAME.json --table docs/deepspeed-passes.md
 
-One process owns all parameters of a few linear layers. Bytes are counted of the third step by `deepspeed_traffic`.
-Times are those of `engine.step()`, the two engines of a case taking turns; each gradient comes from a backward pass.
+One process owns all parameters of a few linear layers. Bytes are those of the ZeRO optimizer's `step()`, counted by
+`deepspeed_traffic`; times are those of `engine.step()`, the two engines of a case taking turns, each gradient from a
+backward pass.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def start() -> None:
     from deepspeed.accelerator import get_accelerator
 
     deepspeed.utils.logger.setLevel("ERROR")
+    # It collects garbage a dozen times while one of these is built.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
     # An inference-only kernel that DeepSpeed would compile for every new environment.
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
@@ -125,9 +128,9 @@ class Run:
         self.engine.backward(self.engine(inputs).float().square().mean())
 
     def traffic(self) -> dict[str, float]:
-        """Return the bytes per parameter of the third step, by operation, without those that are negligible."""
-        for _ in range(2):
-            self.backward()
+        """Return the bytes per parameter of the second step, by operation, without those that are negligible."""
+        self.backward()
+        with Traffic():  # creates the states
             self.engine.step()
         self.backward()
         with Traffic() as traffic:

@@ -8,10 +8,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..backends import Stepper, Work
+from ..backends import Stepper, StepResult, Work
 from ..tensor_step import TensorStep
 
 # Smaller tensors are scalars and tables.
@@ -24,8 +24,8 @@ _ALLOCATING = ("empty", "new_empty", "empty_like", "empty_strided")
 class Traffic(TorchDispatchMode):
     """Counts the bytes of every operation within a `with` block, once for each tensor that it reads or writes.
 
-    A step of this package counts as what its formula reads and writes, whatever runs it: on a CPU PyTorch's kernels,
-    which are not looked into either.
+    A step of this package counts as what its formula reads and writes, whatever would run it, and is not taken. What
+    PyTorch's own operations move inside of them is not looked into.
 
     Attributes:
         bytes: by the name of the operation; those of our steps under `STEP`.
@@ -37,12 +37,9 @@ class Traffic(TorchDispatchMode):
         self._patch: Any = None
 
     def __enter__(self) -> Traffic:
-        run = Stepper.run
-
-        def counted(stepper: Stepper, work: Work, *arguments: Any) -> Any:
+        def counted(stepper: Stepper, work: Work, *arguments: Any) -> StepResult:
             self.bytes[STEP] += sum(map(step_bytes, [*work.kernel, *work.others]))
-            with _disable_current_modes():  # under which nothing is compiled
-                return run(stepper, work, *arguments)
+            return StepResult(True, None, None, None)
 
         self._patch = mock.patch.object(Stepper, "run", counted)
         self._patch.start()

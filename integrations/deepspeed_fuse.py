@@ -129,7 +129,7 @@ def _fuse(wrapper: Any, mode: str) -> Fusion:
     else:
         mixin, fusion = _choose(wrapper)
         log_dist(
-            f"adax_triton: step of {name} fused: {fusion.tier}" + (f" ({fusion.reason})" if fusion.reason else ""),
+            f"adax_triton: fused step of {name}: {fusion.tier}" + (f", for {fusion.reason}" if fusion.reason else ""),
             ranks=[0],
             level=logging.WARNING if fusion.reason and type(wrapper) in _upstream_classes() else logging.INFO,
         )

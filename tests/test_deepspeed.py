@@ -71,6 +71,11 @@ EXACT = named(
             "config": {"gradient_accumulation_steps": 3, **FP32_ACCUMULATION},
             "accumulate_in_fp32": True,
         },
+        # All other cases at stages 1 to 3 are fused; see test_deepspeed_fuse.py.
+        **{
+            f"z{stage}-bf16-unfused": {"stage": stage, "dtype": "bf16", "config": {"adax_triton": {"fuse": "off"}}}
+            for stage in (1, 2, 3)
+        },
         "client-instance": {"stage": 2, "dtype": "bf16", "client": "instance"},
         "client-callable": {"stage": 0, "dtype": "bf16", "client": "callable"},
         "client-instance-cpu-offload": {

@@ -17,6 +17,8 @@ Case = dict[str, Any]
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 CLIPPING = {"gradient_clipping": 0.1}
 BF16_OPTIMIZER = {"data_types": {"grad_accum_dtype": "fp32"}}
+BF16_MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+FP16_AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
 CHECKED_BF16 = {"bf16": {"enabled": True, "check_grad_overflow": True}}
 CROSSING = ((1, "bf16"), (2, "fp16"), (3, "fp32"))  # stages and dtypes whose checkpoints go back and forth
 
@@ -68,6 +70,11 @@ OVERFLOWS = named(
         "z3-fp16-cpu-offload-overflow": {"stage": 3, "dtype": "fp16", "overflow_at": 1, "zero": CPU_OFFLOAD},
     }
 )
+# What keeps a step from being fused, and what is said of it.
+UNFUSED = [
+    ("z2-bf16-masters", {"stage": 2, "config": BF16_MASTERS}, "the master weights are torch.bfloat16"),
+    ("z1-autocast-fp16", {"stage": 1, "config": FP16_AUTOCAST}, "GradScaler"),
+]
 UNKNOWN = named(
     {
         "z2-fp16-unknown": {"stage": 2, "dtype": "fp16", "config": CLIPPING, "unknown": True},
@@ -94,6 +101,7 @@ INTERPRETED = named(
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, launch_deepspeed: Callable[..., dict[str, Any]]) -> Any:
     cases = [parameter.values[0] for parameter in (*EXACT, *CLIPPED, *OVERFLOWS, *UNKNOWN, *LINKED)]
+    cases += [{"name": name, "dtype": "bf16" if "bf16" in name else "fp32", **case} for name, case, _ in UNFUSED]
     return launch_deepspeed(tmp_path_factory.mktemp("fuse"), cases, "deepspeed_fuse_worker.py")
 
 
@@ -158,6 +166,17 @@ def test_unknown_step_is_left_in_place_and_said_once(results: dict[str, Any], ca
     assert len(result["said"]) == 1
     assert result["described"]["auto"]["reason"] in result["said"][0]
     assert_close(result)
+
+
+@pytest.mark.parametrize(("name", "case", "reason"), UNFUSED, ids=[name for name, *_ in UNFUSED])
+def test_what_cannot_be_fused_is_left_to_deepspeed_and_said_once(
+    results: dict[str, Any], name: str, case: Case, reason: str
+) -> None:
+    result = result_of(results, {"name": name})
+    assert result["described"]["auto"]["tier"] == "none"
+    assert reason in result["described"]["auto"]["reason"]
+    assert len(result["said"]) == 1
+    assert result["deviation"] == 0.0
 
 
 @pytest.mark.parametrize("case", LINKED)

@@ -104,6 +104,7 @@ def test_register_does_not_replace_another_optimizer(adapter: ModuleType, monkey
         {"zero_optimization": zero(1), "fp16": {"enabled": True}},
         {"zero_optimization": zero(3, offload_optimizer={"device": "cpu"}), "fp16": {"enabled": "auto"}},
         {"optimizer": {"type": "AdaX"}},
+        {"adax_triton": {"fuse": "off"}},
         {"optimizer": {"type": "AdaX", "params": {"lr": "auto", "betas": [0.9, 1e-4], "second_moment": "adax"}}},
     ],
 )
@@ -136,6 +137,20 @@ def test_check_config_refuses_and_names_the_remedy(
         assert word in str(caught.value)
     # The same settings are DeepSpeed's business when the optimizer is not ours.
     adapter.check_config(config("AdamW", **sections))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"fuse": "on"}, r"adax_triton\.fuse='on'.*expected \"auto\" or \"off\""),
+        ({"fused": "off"}, "adax_triton={'fused': 'off'}"),
+        ("off", "adax_triton='off'"),
+    ],
+)
+def test_check_config_refuses_what_it_does_not_know_of_fusing(adapter: ModuleType, section: Any, message: str) -> None:
+    for optimizer in (None, AdaX([torch.nn.Parameter(torch.ones(1))])):
+        with pytest.raises(ValueError, match=message):
+            adapter.check_config(config(adax_triton=section), optimizer)
 
 
 @pytest.mark.parametrize("sections", [sections for sections, _ in REFUSED])

@@ -1,0 +1,91 @@
+"""Bytes that a step under ZeRO moves, counted by a dispatch trace in a process of its own.
+
+Oracle: of DeepSpeed's own passes, the sums of their formulas; of fused steps, ceilings, in bench/deepspeed_step.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from adax_triton.bench.deepspeed_step import AUTO, CASES, HOOKS, OFF
+from adax_triton.bench.deepspeed_traffic import STEP, Traffic
+
+from adax_triton import AdaX, Beside
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.deepspeed
+
+# What DeepSpeed's own passes move around a step of 28 bytes; less, and a ceiling would mean nothing.
+UNFUSED = {
+    "ZeRO 1, bf16": 74,
+    "ZeRO 2, bf16": 74,
+    "ZeRO 2, bf16, overflow checked": 74,
+    "ZeRO 2, fp16": 74,
+    "ZeRO 2, fp32": 72,
+    "ZeRO 3, bf16": 70,
+    "ZeRO 3, fp16": 78,
+    "BF16_Optimizer": 50,
+    "ZeRO 2, bf16, CPU offload": 46,
+    "ZeRO 3, bf16, CPU offload": 42,
+}
+WIDTH = "192"  # the layers are then stepped one by one, as large ones are
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("passes") / "result.json"
+    arguments = ["--width", WIDTH, "--repetitions", "0", "--out", str(out)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "adax_triton.bench.deepspeed_step", *arguments],
+        env=environment,
+        cwd=out.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout)
+    assert "| ZeRO 3, bf16 |" in done.stdout
+    return json.loads(out.read_text())["bytes"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fused_step_moves_no_more_than_its_ceiling(measured: dict[str, Any], name: str) -> None:
+    case, totals = CASES[name], {mode: sum(operations.values()) for mode, operations in measured[name].items()}
+    assert totals[OFF] == pytest.approx(UNFUSED[name], abs=0.5)
+    assert totals[AUTO] <= case.ceiling
+    if case.hooks_ceiling is not None:
+        assert totals[AUTO] < totals[HOOKS] <= case.hooks_ceiling
+    # The step itself: gradient, weights and two moments read, weights and moments written.
+    assert measured[name][OFF][STEP] == pytest.approx(28, abs=0.1)
+
+
+def test_trace_counts_reads_and_writes() -> None:
+    tensor, half = torch.ones(2048), torch.ones(2048, dtype=torch.bfloat16)
+    with Traffic() as traffic:
+        tensor.mul_(2.0)  # 4 + 4
+        half.copy_(tensor)  # 4 + 2
+        torch.cat([half, half])  # 2 + 2, twice
+        half.float()  # 2 + 4
+        tensor.view(2, -1).narrow(0, 0, 1)  # nothing
+        tensor.zero_()  # 4
+        torch._foreach_norm([half], 2)  # 2
+        torch.ones(8).mul_(2.0)  # too small
+    counted = {name: count / 2048 for name, count in traffic.bytes.items() if count}
+    assert counted == {"mul_": 8, "copy_": 6, "cat": 8, "_to_copy": 6, "zero_": 4, "_foreach_norm": 2}
+
+
+def test_trace_counts_a_step_by_its_formula() -> None:
+    param, image = torch.nn.Parameter(torch.zeros(4096)), torch.zeros(4096, dtype=torch.float16)
+    optimizer = AdaX([param])
+    optimizer.lay_beside([Beside(param, [image.clone()], image)])
+    with Traffic() as traffic:
+        optimizer.step()
+    assert traffic.bytes[STEP] == 4096 * (2 + 4 + 4 + 4 + 2 + 4 + 4 + 4)
