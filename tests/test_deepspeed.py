@@ -72,6 +72,7 @@ EXACT = named(
             "accumulate_in_fp32": True,
         },
         "client-instance": {"stage": 2, "dtype": "bf16", "client": "instance"},
+        "client-callable-z2": {"stage": 2, "dtype": "bf16", "client": "callable"},
         "client-callable": {"stage": 0, "dtype": "bf16", "client": "callable"},
         "client-instance-cpu-offload": {
             "stage": 2,
