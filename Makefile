@@ -4,7 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: env test lint demo bench gpu-check clean
+# The version that `make acceptance` runs; one other than the pinned has an environment of its own.
+PINNED_DEEPSPEED := $(shell sed -n 's/^deepspeed==//p' constraints.txt)
+DEEPSPEED ?= $(PINNED_DEEPSPEED)
+DEEPSPEED_VENV := $(if $(filter $(PINNED_DEEPSPEED),$(DEEPSPEED)),$(VENV),.venv-deepspeed-$(DEEPSPEED))
+
+.PHONY: env test lint demo bench acceptance gpu-check clean
 
 env: $(READY)
 
@@ -28,8 +33,17 @@ demo: $(READY)  ## train a small GPT through DeepSpeed with AdaX, against AdamW
 bench: $(READY)  ## step time against torch and DeepSpeed, interleaved in one run
 	$(BIN)/adax-triton bench step
 
+acceptance: $(DEEPSPEED_VENV)/.ready  ## run docs/deepspeed-acceptance.md anew; DEEPSPEED=0.19.1 for that version
+	$(DEEPSPEED_VENV)/bin/python tests/acceptance_table.py
+
+.venv-deepspeed-%/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	sed 's/^deepspeed==.*/deepspeed==$*/' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint $(@D)/constraints.txt --editable '.[deepspeed,dev]'
+	touch $@
+
 gpu-check:  ## needs only a GPU, torch, triton and pytest; no network, no installation
 	$(PYTHON) bench/gpu_check.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) .venv-deepspeed-* build dist *.egg-info runs

@@ -4,6 +4,7 @@
   the first step of the schedule and decay the weights once more. Here it does not.
 - `OneCycle` writes 0.99 over every `betas[1]`, of which AdaX has another idea. Here it cycles `betas[0]` alone.
 - `offload_states` and `reload_states` at ZeRO 3 take nothing but FusedAdam. Here they move all states of the optimizer.
+- Before 0.19.8, ZeRO 3 looks for gradients that are not finite in fp16 alone. Here it skips such steps in every dtype.
 """
 
 import functools
@@ -15,6 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
 from deepspeed.runtime.zero.offload_states import offload_optimizer_states, reload_optimizer_states
+from packaging.version import Version
 
 from adax_triton.moment_optimizer import MomentOptimizer
 
@@ -25,7 +27,9 @@ def methods_to_repair() -> list[tuple[type, str, Callable[[Method], Method]]]:
     """Return (owner, method name, function that wraps the method), for `deepspeed.register`."""
     stage_3 = deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
     unfused = deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer
+    overflow = (stage_3, "_overflow_check_and_loss_scale_update", _check_every_dtype)
     return [
+        *([overflow] if Version(deepspeed.__version__) < Version("0.19.8") else []),
         (unfused, "initialize_optimizer_states", _skip_zero_gradient_step),
         (deepspeed.runtime.lr_schedules.OneCycle, "_initialize_momentum", _keep_second_betas),
         (stage_3, "offload_states", _offload_own_states),
@@ -45,6 +49,16 @@ def _skip_zero_gradient_step(original: Method) -> Method:
                 param.grad = None
 
     return initialize_optimizer_states
+
+
+def _check_every_dtype(original: Method) -> Method:
+    @functools.wraps(original)
+    def _overflow_check_and_loss_scale_update(self: Any) -> Any:
+        if isinstance(self.optimizer, MomentOptimizer) and self.dtype != torch.float16:
+            self.check_overflow()
+        return original(self)
+
+    return _overflow_check_and_loss_scale_update
 
 
 def _keep_second_betas(original: Method) -> Method:

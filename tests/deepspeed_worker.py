@@ -82,7 +82,9 @@ def train(engine: Any, steps: range, case: dict[str, Any]) -> Iterator[dict[str,
             engine.backward(loss)
             engine.step()
         if step == case["offload_at"]:
-            engine.offload_states(include=case["offload"] and [OffloadStateTypeEnum(kind) for kind in case["offload"]])
+            include = case["offload"] and [OffloadStateTypeEnum(kind) for kind in case["offload"]]
+            # Older versions pin through torch, which needs a device for that.
+            engine.offload_states(include=include, pin_memory=hasattr(get_accelerator(), "pin_empty_like"))
             engine.reload_states()
         yield master_weights(engine)
 

@@ -77,6 +77,7 @@ EXACT = named(
             for stage in (1, 2, 3)
         },
         "client-instance": {"stage": 2, "dtype": "bf16", "client": "instance"},
+        "client-callable-z2": {"stage": 2, "dtype": "bf16", "client": "callable"},
         "client-callable": {"stage": 0, "dtype": "bf16", "client": "callable"},
         "client-instance-cpu-offload": {
             "stage": 2,

@@ -28,13 +28,27 @@ CASES: list[Case] = [
         *((3, "low", {}), (3, "lowest", CPU_OFFLOAD)),
     )
 ]
+# DeepSpeed keeps no masters beside these; the optimizer keeps what the weights of 16 bits lack.
+OWN_MASTERS: list[Case] = [
+    {
+        "name": f"z{stage}-own-masters-{states}",
+        "stage": stage,
+        "dtype": "bf16",
+        "params": {"lr": 1e-2, "weight_decay": 1e-2, "states": states, "master_weights": masters},
+        "config": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
+        "bf16_masters": True,
+        "width": 128,
+        "resume_at": 2,
+    }
+    for stage, states, masters in ((1, "bfloat16", "float32"), (2, "low", "24bit"), (3, "lowest", "24bit"))
+]
 
 
 @pytest.fixture(scope="module")
 def results(
     tmp_path_factory: pytest.TempPathFactory, launch_deepspeed: Callable[[Path, list[Case]], dict[str, Any]]
 ) -> dict[str, Any]:
-    return launch_deepspeed(tmp_path_factory.mktemp("deepspeed"), CASES)
+    return launch_deepspeed(tmp_path_factory.mktemp("deepspeed"), [*CASES, *OWN_MASTERS])
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
@@ -47,5 +61,17 @@ def test_low_memory_states_follow_single_process_and_resume(results: dict[str, A
         # Random bits count elements from the start of a partition, so the roundings are others than in one process.
         assert 0.0 < result["deviation"] < 0.2 * result["moved"]
     assert result["moved"] > 5e-3
+    assert result["steps"] == result["resume_steps"] == [STEPS]
+    assert result["resume_deviation"] == 0.0
+
+
+@pytest.mark.parametrize("case", OWN_MASTERS, ids=[case["name"] for case in OWN_MASTERS])
+def test_own_masters_and_states_take_the_place_of_deepspeeds(results: dict[str, Any], case: Case) -> None:
+    result = results[case["name"]]
+    assert "failure" not in result, result["failure"]
+    dtypes = {"bfloat16": "torch.bfloat16", "low": "torch.int16", "lowest": "torch.uint8"}
+    assert dtypes[case["params"]["states"]] in result["states"]
+    assert result["deviation"] <= 2.0**-6  # one unit in the last place of a bfloat16 weight below 4
+    assert result["moved"] >= 2.0**-7
     assert result["steps"] == result["resume_steps"] == [STEPS]
     assert result["resume_deviation"] == 0.0

@@ -121,15 +121,15 @@ OTHER_PATHS = named(
             "zero": {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
         },
         **{
-            f"z{stage}-bf16-masters-{masters}": {
+            f"z{stage}-bf16-masters": {
                 "stage": stage,
                 "dtype": "bf16",
                 "config": BF16_MASTERS,
-                "params": {"lr": 1e-2, "weight_decay": 1e-2, "states": "bfloat16", "master_weights": masters},
+                "params": {"lr": 1e-2, "weight_decay": 1e-2, "states": "bfloat16", "master_weights": "float32"},
                 "bf16_masters": True,
                 "resume_at": 2,
             }
-            for stage, masters in ((1, "float32"), (2, "float32"), (3, "float32"))
+            for stage in (1, 2, 3)
         },
     }
 )
