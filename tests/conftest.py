@@ -119,8 +119,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch(folder: Path, cases: list[dict[str, Any]], script: str = "deepspeed_worker.py") -> dict[str, Any]:
-    """Run a worker on two ranks and return its results; no process outlives the call."""
+def launch(
+    folder: Path, cases: list[dict[str, Any]], script: str = "deepspeed_worker.py", world_size: int = 2
+) -> dict[str, Any]:
+    """Run a worker on some ranks and return its results; no process outlives the call."""
     (folder / "cases.json").write_text(json.dumps(cases))
     worker = Path(__file__).with_name(script)
     command = [sys.executable, str(worker), str(folder / "cases.json"), str(folder / "results.json")]
@@ -128,7 +130,7 @@ def launch(folder: Path, cases: list[dict[str, Any]], script: str = "deepspeed_w
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(world_size),
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
@@ -139,12 +141,12 @@ def launch(folder: Path, cases: list[dict[str, Any]], script: str = "deepspeed_w
         ranks = [
             subprocess.Popen(
                 command,
-                env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 cwd=folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-            for rank in ("0", "1")
+            for rank in range(world_size)
         ]
         try:
             deadline = time.monotonic() + LAUNCH_TIMEOUT_S
@@ -157,5 +159,5 @@ def launch(folder: Path, cases: list[dict[str, Any]], script: str = "deepspeed_w
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    assert [rank.returncode for rank in ranks] == [0, 0], log.read_text()[-4000:]
+    assert [rank.returncode for rank in ranks] == [0] * world_size, log.read_text()[-4000:]
     return json.loads((folder / "results.json").read_text())
