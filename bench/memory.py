@@ -5,17 +5,21 @@ come from `adax_triton.precision`, which tests hold against the tensors there ar
 formats: a scale per 32 elements in FlashOptim, per 256 in bitsandbytes and torchao.
 
     adax-triton bench memory --figure docs/memory.png
+
+For DeepSpeed see `deepspeed_memory`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ..precision import Precision, bytes_of_states
+from . import deepspeed_memory
 
 PARAMETERS = (7e9, 70e9)
 PARTS = ("weights", "gradients", "master weights", "first moment", "second moment")
@@ -92,10 +96,18 @@ def draw(path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `adax-triton bench memory`."""
     parser.add_argument("--figure", type=Path, help="draw the table into this file, such as memory.png")
+    parser.add_argument("--deepspeed", type=Path, help="print what this DeepSpeed configuration takes instead")
+    parser.add_argument("--gpus", type=int, default=1, help="how many GPUs that runs on (default: 1)")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the table, and draw it if asked."""
+    """Print the table, and draw it if asked; or print what a DeepSpeed configuration takes."""
+    if arguments.deepspeed is not None:
+        try:
+            print(deepspeed_memory.markdown(json.loads(arguments.deepspeed.read_text()), arguments.gpus))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--deepspeed {str(arguments.deepspeed)!r}: {error}") from error
+        return 0
     print(markdown())
     if arguments.figure is not None:
         draw(arguments.figure)

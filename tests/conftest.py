@@ -120,9 +120,13 @@ def free_port() -> int:
 
 
 def launch(
-    folder: Path, cases: list[dict[str, Any]], worker: str = "deepspeed_worker.py", interpreted: bool = False
+    folder: Path,
+    cases: list[dict[str, Any]],
+    worker: str = "deepspeed_worker.py",
+    world_size: int = 2,
+    interpreted: bool = False,
 ) -> dict[str, Any]:
-    """Run a worker on two ranks, with the kernel in the interpreter or not, and return its results.
+    """Run a worker on some ranks, with the kernel in the interpreter or not, and return its results.
 
     No process outlives the call.
     """
@@ -137,7 +141,7 @@ def launch(
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(world_size),
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
@@ -148,12 +152,12 @@ def launch(
         ranks = [
             subprocess.Popen(
                 command,
-                env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 cwd=folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-            for rank in ("0", "1")
+            for rank in range(world_size)
         ]
         try:
             deadline = time.monotonic() + LAUNCH_TIMEOUT_S
@@ -166,5 +170,5 @@ def launch(
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    assert [rank.returncode for rank in ranks] == [0, 0], log.read_text()[-4000:]
+    assert [rank.returncode for rank in ranks] == [0] * world_size, log.read_text()[-4000:]
     return json.loads((folder / "results.json").read_text())
