@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: env test lint demo bench gpu-check clean
+.PHONY: env test soak lint demo bench gpu-check clean
 
 env: $(READY)
 
@@ -15,6 +15,9 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)  ## all tests this machine can run
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+soak: $(READY)  ## kill ranks of a DeepSpeed run 200 times, and compare with a run that is never killed
+	KILLS=200 $(BIN)/pytest -s tests/test_deepspeed_kill.py
 
 lint: $(READY)  ## mypy reads an installed copy: it cannot see folders that are mapped into the package
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

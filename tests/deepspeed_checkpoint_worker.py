@@ -53,6 +53,7 @@ LEG_DEFAULTS = {
     "convert": None,  # or options of `adax-triton convert`: load what that makes of it, as any checkpoint
     "configured": {},  # more "optimizer.params", which the checkpoint's have to replace
     "load": {},  # more arguments of load_checkpoint
+    "save_latest": True,
     "expect_error": False,
 }
 OTHERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -199,7 +200,7 @@ def run_leg(case: dict[str, Any], index: int, expected: list[dict[str, Tensor]],
     }
     if index + 1 < len(case["legs"]):
         target = folder / str(index)
-        engine.save_checkpoint(str(target), tag="saved")
+        engine.save_checkpoint(str(target), tag="saved", save_latest=leg["save_latest"])
         if leg["stage"] > 0 and "nvme" not in str(zero) and result["wrapper"] != "BF16_Optimizer":
             with allowing_saved_classes():
                 found = get_fp32_state_dict_from_zero_checkpoint(str(target), tag="saved")

@@ -52,7 +52,7 @@ UNIVERSALS = named(
         "z1-1-rank-to-2-to-1": [
             {"stage": 1, "dtype": "fp32", "launch": 0},
             bf16(2, **UNIVERSAL),
-            {"stage": 1, "dtype": "fp32", "launch": 2, **UNIVERSAL},
+            {"stage": 1, "dtype": "fp16", "launch": 2, **UNIVERSAL},
         ],
         "z3-1-rank-to-2-to-1": [
             bf16(3, launch=0),
@@ -111,6 +111,7 @@ TO_LOW = named(
     {f"z{stage}-float32-to-low": [bf16(stage, width=128), bf16(stage, universal=True, **LOW)] for stage in (2, 3)}
 )
 LOWEST = {"width": 128, "params": {"lr": 1e-2, "states": "lowest"}}
+NO_STATES = {"load_optimizer_states": False}
 REFUSED = {"expect_error": True, "steps": 1}
 REFUSALS = [
     pytest.param({"name": name, "legs": [*before, {**leg, **REFUSED}]}, words, id=name)
@@ -119,6 +120,7 @@ REFUSALS = [
         ("low-universal-z3", [bf16(3, steps=1, **LOW)], bf16(3, universal=True, **LOW), ["'low'", "float32"]),
         ("z2-to-z3", [bf16(2, steps=1)], bf16(3, universal=True), ["below ZeRO 3", "zero_to_fp32"]),
         ("z3-to-z2", [bf16(3, steps=1)], bf16(2), ["at ZeRO 3", "zero_to_fp32"]),
+        ("weights-of-latest", [bf16(3, save_latest=False)], bf16(3, load=NO_STATES), ["load_optimizer_states=False"]),
         ("adam-unannounced", [bf16(2, steps=1, **ADAMW)], bf16(2, **TO_ADAX), ["second_moment", "adax_triton"]),
         (
             "adam-universal-unannounced",
