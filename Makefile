@@ -9,7 +9,7 @@ PINNED_DEEPSPEED := $(shell sed -n 's/^deepspeed==//p' constraints.txt)
 DEEPSPEED ?= $(PINNED_DEEPSPEED)
 DEEPSPEED_VENV := $(if $(filter $(PINNED_DEEPSPEED),$(DEEPSPEED)),$(VENV),.venv-deepspeed-$(DEEPSPEED))
 
-.PHONY: env test lint demo bench acceptance gpu-check clean
+.PHONY: env test soak lint demo bench acceptance gpu-check clean
 
 env: $(READY)
 
@@ -20,6 +20,9 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)  ## all tests this machine can run
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+soak: $(READY)  ## kill ranks of a DeepSpeed run 200 times, and compare with a run that is never killed
+	KILLS=200 $(BIN)/pytest -s tests/test_deepspeed_kill.py
 
 lint: $(READY)  ## mypy reads an installed copy: it cannot see folders that are mapped into the package
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -2,7 +2,14 @@
 
 from .adam import Adam, AdamW
 from .beside import Beside
-from .conversion import adax_from_adam, from_released_adax, from_torch_adam, to_released_adax, to_torch_adam
+from .conversion import (
+    adam_from_adax,
+    adax_from_adam,
+    from_released_adax,
+    from_torch_adam,
+    to_released_adax,
+    to_torch_adam,
+)
 from .flat_buffer import FlatBuffer
 from .gradient_release import GradientRelease
 from .horizon import beta2_for_horizon, steps_until_frozen
@@ -27,6 +34,7 @@ __all__ = [
     "Telemetry",
     "TensorBoardLogger",
     "__version__",
+    "adam_from_adax",
     "adax_from_adam",
     "adax_update",
     "beta2_for_horizon",

@@ -46,8 +46,9 @@ def from_torch_adam(state_dict: Mapping[str, Any], *, decoupled_weight_decay: bo
             do not say it themselves. Default: None, all groups say it.
 
     Raises:
-        ValueError: keys are missing, or a state has further ones; `amsgrad`; no bias correction; moments that are not floating-point; a
-            group that does not say which weight decay it has, or contradicts the argument; a value that `Adam` refuses.
+        ValueError: keys are missing, or a state has further ones; `amsgrad`; no bias correction; moments that are not
+            floating-point; a group that does not say which weight decay it has, or contradicts the argument; a value
+            that `Adam` refuses.
         TypeError: a value of the wrong type.
 
     Source: `torch.optim.Adam`; Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.

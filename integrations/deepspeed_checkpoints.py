@@ -97,6 +97,8 @@ def _restore_what_is_left_out(original: Method) -> Method:
         if own:
             tag = complete_tag(self, load_dir, tag)
             _refuse_other_layout(self, load_dir, tag)
+            if not load_optimizer_states and self.zero_optimization_partition_weights():
+                _refuse_weights_of_another_tag(load_dir, tag)
         with allowing_saved_classes():  # for TORCH_FORCE_WEIGHTS_ONLY_LOAD=1
             loaded = original(
                 self,
@@ -142,6 +144,20 @@ def _refuse_other_layout(engine: Any, load_dir: str, tag: str | None) -> None:
         )
     if nvme:
         _refuse_other_file_names(engine, folder)
+
+
+def _refuse_weights_of_another_tag(load_dir: str, tag: str | None) -> None:
+    """Refuse what DeepSpeed would take silently from the checkpoint that `latest` names, whatever the tag."""
+    latest = os.path.join(load_dir, "latest")
+    named = None
+    if os.path.isfile(latest):
+        with open(latest) as file:
+            named = file.read().strip()
+    if tag is not None and tag != named:
+        raise ValueError(
+            f"load_optimizer_states=False at ZeRO 3 makes DeepSpeed load the weights of the checkpoint that {latest} "
+            f"names, {named!r}, not of {tag!r}; write that into it, or load the states, too"
+        )
 
 
 def _refuse_other_file_names(engine: Any, folder: str) -> None:

@@ -31,7 +31,7 @@ from deepspeed_oracle import CASE_DEFAULTS, DTYPES, OPTIMIZERS, averaged_gradien
 from deepspeed_worker import deviation, master_weights, start_engine
 from torch import Tensor, nn
 
-from adax_triton import AdaX, AdaXW
+from adax_triton import AdaX, AdaXW, cli
 
 PARTS = 2  # of a batch, one for each of two ranks; one rank takes both in turn
 LEG_DEFAULTS = {
@@ -40,7 +40,10 @@ LEG_DEFAULTS = {
     "launch": 1,
     "universal": False,  # load the checkpoint of the leg before by way of a universal one
     "switch": False,  # load it within switching_optimizer
+    "convert": None,  # or options of `adax-triton convert`: load what that makes of it, as any checkpoint
+    "configured": {},  # more "optimizer.params", which the checkpoint's have to replace
     "load": {},  # more arguments of load_checkpoint
+    "save_latest": True,
     "expect_error": False,
 }
 OTHERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -80,7 +83,7 @@ def uninterrupted(case: dict[str, Any]) -> list[list[dict[str, Tensor]]]:
 def next_optimizer(
     leg: dict[str, Any], before: torch.optim.Optimizer | None, model: nn.Module, masters: dict[str, nn.Parameter]
 ) -> torch.optim.Optimizer:
-    if before is not None and not leg["switch"]:
+    if before is not None and not leg["switch"] and leg["convert"] is None:
         return before
     master_of = {id(param): masters[name] for name, param in trainable(model).items()}
     groups = [{**g, "params": [master_of[id(p)] for p in g["params"] if p.requires_grad]} for g in model.groups()]
@@ -143,6 +146,17 @@ def to_universal(folder: Path) -> None:
         raise RuntimeError(f"the conversion failed: {failure[0]}")
 
 
+def convert(source: Path, options: list[str]) -> Path:
+    target = source.with_name(f"{source.name}-converted")
+    code = [None]
+    if dist.get_rank() == 0:
+        code = [cli.main(["convert", str(source), str(target), *options])]
+    dist.broadcast_object_list(code)
+    if code[0] != 0:
+        raise RuntimeError(f"adax-triton convert returned {code[0]}")
+    return target
+
+
 def run_leg(case: dict[str, Any], index: int, expected: list[dict[str, Tensor]], folder: Path) -> dict[str, Any]:
     leg = case["legs"][index]
     # A seed of its own, so that nothing but the checkpoint can bring the weights back.
@@ -153,12 +167,15 @@ def run_leg(case: dict[str, Any], index: int, expected: list[dict[str, Tensor]],
         if leg["launch"] == case["legs"][index - 1]["launch"]:
             to_universal(folder / str(index - 1))
     Init.param_id = 0  # as in a process of its own; files of NVMe offload are named by it
-    engine = start_engine({**leg, "zero": zero, "config": config}, build_model(leg, seed=index))
+    params = {**leg["params"], **leg["configured"]}
+    engine = start_engine({**leg, "params": params, "zero": zero, "config": config}, build_model(leg, seed=index))
     if index:
         before = sum(other["steps"] for other in case["legs"][:index])
+        source, tag = folder / str(index - 1), "universal" if leg["universal"] else "saved"
+        if leg["convert"] is not None:
+            source, tag = convert(source, leg["convert"]), None
         with switching_optimizer(engine) if leg["switch"] else nullcontext():
-            tag = "universal" if leg["universal"] else "saved"
-            engine.load_checkpoint(str(folder / str(index - 1)), tag=tag, **leg["load"])
+            engine.load_checkpoint(str(source), tag=tag, **leg["load"])
     else:
         before = 0
     weights = train(engine, range(before, before + leg["steps"]))
@@ -173,7 +190,7 @@ def run_leg(case: dict[str, Any], index: int, expected: list[dict[str, Tensor]],
     }
     if index + 1 < len(case["legs"]):
         target = folder / str(index)
-        engine.save_checkpoint(str(target), tag="saved")
+        engine.save_checkpoint(str(target), tag="saved", save_latest=leg["save_latest"])
         if leg["stage"] > 0 and "nvme" not in str(zero) and result["wrapper"] != "BF16_Optimizer":
             with allowing_saved_classes():
                 found = get_fp32_state_dict_from_zero_checkpoint(str(target), tag="saved")

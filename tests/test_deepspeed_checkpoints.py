@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from adax_triton import AdaX
 
@@ -51,7 +52,7 @@ UNIVERSALS = named(
         "z1-1-rank-to-2-to-1": [
             {"stage": 1, "dtype": "fp32", "launch": 0},
             bf16(2, **UNIVERSAL),
-            {"stage": 1, "dtype": "fp32", "launch": 2, **UNIVERSAL},
+            {"stage": 1, "dtype": "fp16", "launch": 2, **UNIVERSAL},
         ],
         "z3-1-rank-to-2-to-1": [
             bf16(3, launch=0),
@@ -79,6 +80,32 @@ SWITCHES = named(
         "universal-z1-to-z2": [bf16(1, **ADAMW), bf16(2, switch=True, universal=True, **TO_ADAX)],
     }
 )
+# Converted off line: hyper-parameters stay as they were, whatever is configured.
+ADAMW_GROUPS = {"lr": 1e-2, "weight_decay": 1e-2, "eps": 1e-8}
+CONFIGURED = {"lr": 0.5, "weight_decay": 0.5, "eps": 1e-3}
+TO_CONVERTED_ADAXW = {"type": "AdaXW", "params": {**ADAMW_GROUPS, "betas": [0.9, 1e-3]}, "configured": CONFIGURED}
+CPU_ADAMW = {"type": "AdamW", "params": {**ADAMW_GROUPS, "betas": [0.9, 0.99]}}
+TO_CONVERTED_ADAMW = {**CPU_ADAMW, "configured": {**CONFIGURED, "torch_adam": True}}
+CONVERSIONS = named(
+    {
+        f"converted-z{stage}-and-back": [
+            bf16(stage, **more, **ADAMW),
+            bf16(stage, **more, convert=["--to", "adaxw", "--beta2", "1e-3"], **TO_CONVERTED_ADAXW),
+            bf16(stage, **more, convert=["--to", "adamw", "--beta2", "0.99"], **TO_CONVERTED_ADAMW),
+        ]
+        for stage, more in ((1, FP32_ACCUMULATION), (2, {}), (3, {"zero": {"sub_group_size": 100}}))
+    }
+)
+OFFLOADED = {"stage": 2, "dtype": "fp32", "zero": {"offload_optimizer": {"device": "cpu"}}}
+CPU_ADAM: Case = {
+    "name": "cpu-adam-and-back",
+    "legs": [
+        {**OFFLOADED, **CPU_ADAMW},
+        {**OFFLOADED, "switch": True, **TO_ADAXW},
+        {**OFFLOADED, "switch": True, **CPU_ADAMW},
+        {**OFFLOADED, "convert": ["--to", "adaxw", "--beta2", "1e-3"], **TO_CONVERTED_ADAXW},
+    ],
+}
 LOW = {"width": 128, "params": {"lr": 1e-2, "weight_decay": 1e-2, "states": "low"}}
 TO_LOW = named(
     {f"z{stage}-float32-to-low": [bf16(stage, width=128), bf16(stage, universal=True, **LOW)] for stage in (2, 3)}
@@ -89,6 +116,7 @@ OWN_MASTERS = {
     "config": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
     "bf16_masters": True,
 }
+NO_STATES = {"load_optimizer_states": False}
 REFUSED = {"expect_error": True, "steps": 1}
 REFUSALS = [
     pytest.param({"name": name, "legs": [*before, {**leg, **REFUSED}]}, words, id=name)
@@ -104,6 +132,7 @@ REFUSALS = [
             bf16(2, universal=True, **OWN_MASTERS),
             ["master_weights='24bit'", "own number of ranks"],
         ),
+        ("weights-of-latest", [bf16(3, save_latest=False)], bf16(3, load=NO_STATES), ["load_optimizer_states=False"]),
         ("adam-unannounced", [bf16(2, steps=1, **ADAMW)], bf16(2, **TO_ADAX), ["second_moment", "adax_triton"]),
         (
             "adam-universal-unannounced",
@@ -140,8 +169,10 @@ def launch(folder: Path, cases: list[Case], launches: list[str]) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    cases = [parameter.values[0] for parameter in (*UNIVERSALS, *SWITCHES, *TO_LOW, *REFUSALS)]
-    return launch(tmp_path_factory.mktemp("checkpoints"), [*cases, OTHER_OPTIMIZER], ["0", "1", "2"])
+    cases = [parameter.values[0] for parameter in (*UNIVERSALS, *SWITCHES, *CONVERSIONS, *TO_LOW, *REFUSALS)]
+    built = Path(cpp_extension._get_build_directory("cpu_adam", verbose=False)) / "cpu_adam.so"
+    cases += [OTHER_OPTIMIZER, *([CPU_ADAM] if built.exists() else [])]
+    return launch(tmp_path_factory.mktemp("checkpoints"), cases, ["0", "1", "2"])
 
 
 def assert_never_stopped(case: Case, legs: list[dict[str, Any]]) -> None:
@@ -169,6 +200,22 @@ def test_switch_goes_on_with_converted_states(results: dict[str, Any], case: Cas
     legs = results[case["name"]]
     assert_never_stopped(case, legs)
     assert [leg["optimizer"] for leg in legs] == [leg["type"] for leg in case["legs"]]
+
+
+@pytest.mark.parametrize("case", CONVERSIONS)
+def test_converted_checkpoint_is_loaded_as_any_other(results: dict[str, Any], case: Case) -> None:
+    legs = results[case["name"]]
+    assert_never_stopped(case, legs)
+    assert [leg["weight_decay"] for leg in legs] == [[1e-2, 0.0, 1e-2]] * len(legs)
+
+
+def test_deepspeeds_cpu_adam_is_switched_from_and_to(results: dict[str, Any]) -> None:
+    if CPU_ADAM["name"] not in results:
+        pytest.skip("needs DeepSpeed's cpu_adam, built once by deepspeed.ops.op_builder.CPUAdamBuilder().load()")
+    legs = results[CPU_ADAM["name"]]
+    assert [leg["optimizer"] for leg in legs] == ["DeepSpeedCPUAdam", "AdaXW"] * 2
+    assert [leg["steps"] for leg in legs] == [[2], [4], [6], [8]]
+    assert max(leg["deviation"] for leg in legs) < 1e-6  # its sums are vectorised otherwise than torch's
 
 
 @pytest.mark.parametrize("case", TO_LOW)
