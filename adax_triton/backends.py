@@ -81,7 +81,7 @@ class StepResult(NamedTuple):
 
     taken: whether the tensors that the host schedules were stepped.
     skipped: the same for those that the device schedules, as a tensor there, not 0 if they were not; None without any.
-    grad_norm: of all gradients, 0-d float32 on a device that has some; None unless measured.
+    grad_norm: of all gradients, 0-d float32 on a device that has some, until the next step; None unless measured.
     launches: of the kernel's tensors, if they are stepped where they lie; None if copies stood in for some.
     """
 
@@ -148,7 +148,7 @@ class Stepper:
             original.copy_(copy)
         grad_norm = None
         if squares is not None:
-            grad_norm = squares.new_tensor(decision.grad_norm).float() if report is None else report[0].clone()
+            grad_norm = squares.new_tensor(decision.grad_norm).float() if report is None else report[0]
         skipped = None if report is None else report[2]
         return StepResult(not decision.skip, skipped, grad_norm, None if copies else launches)
 

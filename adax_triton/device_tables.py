@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -36,7 +37,7 @@ class DeviceTable:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._content: Any = None
-        self._blocks: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._blocks: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # the first was used longest ago
         self._spare: Tensor | None = None
         self.tensor = torch.empty(0, device=device)
 
@@ -77,11 +78,13 @@ class DeviceTable:
             self._spare = torch.empty_like(host, pin_memory=True)
 
     def _free_block(self, host: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        # Pinned memory must not be written again before the copy from it is done.
-        for block, copied in self._blocks:
-            if copied.query():
-                return block, copied
-        self._blocks.append((torch.empty_like(host, pin_memory=True), torch.cuda.Event()))
+        # Pinned memory must not be written again before the copy from it is done. To get more takes long: twice as much
+        # as there is each time.
+        if not self._blocks or not self._blocks[0][1].query():
+            shape = (max(2, len(self._blocks)), *host.shape)
+            blocks = host.new_empty(shape, pin_memory=True).unbind()
+            self._blocks.extendleft((block, torch.cuda.Event()) for block in blocks)
+        self._blocks.rotate(-1)
         return self._blocks[-1]
 
     def _captured_block(self, host: Tensor) -> Tensor:

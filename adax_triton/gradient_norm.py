@@ -42,12 +42,15 @@ def sum_of_squares(launches: Sequence[Launch], others: Sequence[TensorStep]) -> 
 
 
 def sum_over_ranks(parts: Mapping[tuple[Any, ...], Sequence[Tensor]]) -> Tensor | None:
-    """Return the sum of 0-d tensors on any devices, each summed over the process groups that it is listed under too."""
+    """Return the sum of 0-d tensors on any devices, each summed over the process groups that it is listed under too.
+
+    It is written into the first of them, and others may be overwritten.
+    """
     total = None
-    for process_groups, squares in parts.items():
-        device = squares[0].device
-        part = torch.stack([square.to(device, non_blocking=True) for square in squares]).sum()
+    for process_groups, (part, *others) in parts.items():
+        for other in others:
+            part.add_(other.to(part.device, non_blocking=True))
         for process_group in process_groups:
             torch.distributed.all_reduce(part, group=process_group)
-        total = part if total is None else total + part.to(total.device, non_blocking=True)
+        total = part if total is None else total.add_(part.to(total.device, non_blocking=True))
     return total

@@ -54,6 +54,8 @@ class Launch:
         self.process_groups = process_groups
         self._table = AddressTable(bucket.device, chunk_size)
         self._partials = torch.empty(0, dtype=torch.float32, device=bucket.device)
+        self._wide_partials = torch.empty(0, dtype=torch.float64, device=bucket.device)
+        self._squares = torch.empty((), dtype=torch.float64, device=bucket.device)
         self._sums: DeviceSums | None = None
 
     def refresh(self, steps: Sequence[TensorStep], addresses: Sequence[tuple[int, ...]]) -> None:
@@ -74,14 +76,16 @@ class Launch:
         self._table.refresh_column(_GRAD_COLUMN, addresses)
 
     def sum_of_squares(self) -> Tensor:
-        """Return the sum of the squared gradients, 0-d float64 on their device."""
+        """Return the sum of the squared gradients, 0-d float64 on their device; always the same tensor."""
         from adax_triton.kernels.grad_stats import grad_stats, partial_count
 
         count = partial_count(self._table.chunks.numel())
         if self._partials.numel() != count:
             self._partials = torch.empty(count, dtype=torch.float32, device=self.bucket.device)
+            self._wide_partials = torch.empty(count, dtype=torch.float64, device=self.bucket.device)
         grad_stats(self._table.tensors, self._table.chunks, self._partials, self.bucket.grad_dtype, self.bucket.aligned)
-        return self._partials.sum(dtype=torch.float64)
+        # Summed up in float64 as they are, float32 numbers would be converted into memory got for it at each step.
+        return torch.sum(self._wide_partials.copy_(self._partials), dim=0, out=self._squares)
 
     def run(self, scalars: Tensor, sums: Tensor | None) -> None:
         """Step the tensors.

@@ -39,8 +39,7 @@ class MomentOptimizer(Optimizer):
     - `group_exponents`: beside the codes of `"low"` and `"lowest"`, one per 32 elements.
     - `master`: with `master_weights`, what a 16-bit parameter lacks to be the float32 weight.
 
-    `grad_norm` is the norm of all gradients of the last step, unscaled, as a 0-d tensor; None unless `max_grad_norm` is
-    set. That may be changed between steps.
+    `max_grad_norm` may be changed between steps.
 
     How a state is kept is settled when it is created; its tensors' dtypes say it from then on.
     """
@@ -55,7 +54,6 @@ class MomentOptimizer(Optimizer):
         options.check()
         self.options = options
         self.max_grad_norm = options.max_grad_norm
-        self.grad_norm: Tensor | None = None
         self._prepare()
         super().__init__(params, defaults)
 
@@ -67,6 +65,7 @@ class MomentOptimizer(Optimizer):
         self._sums = StepSums() if self.options.telemetry else None
         self._plan: StepPlan | None = None
         self._beside: BesideStep | None = None
+        self._grad_norm: Tensor | None = None
         self._warned_frozen = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -145,7 +144,7 @@ class MomentOptimizer(Optimizer):
         if self._sums is not None:
             self._sums.begin(assembly.owners, control.grad_scale)
         result = self._stepper.run(assembly.work, control, self.options.error_if_nonfinite, self._sums)
-        self.grad_norm = result.grad_norm
+        self._grad_norm = result.grad_norm
         if self._sums is not None:
             self._sums.end(not result.taken if result.skipped is None else result.skipped)
         self._advance(assembly, result)
@@ -209,6 +208,11 @@ class MomentOptimizer(Optimizer):
     def _precision(self, param: Tensor, group: dict[str, Any]) -> Precision:
         in_full = self.options.keep_float32 is not None and self.options.keep_float32(param)
         return precision_for(param, "float32" if in_full else group["states"], group["master_weights"])
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients of the last step, unscaled: 0-d float32, a new tensor; None unless it was measured."""
+        return None if self._grad_norm is None else self._grad_norm.clone()
 
     def read_telemetry(self, per_parameter: bool = False) -> StepTelemetry:
         """Return norms and counts of the last step; the host waits for it to be done.
@@ -305,5 +309,4 @@ class MomentOptimizer(Optimizer):
             restore(values, into=self.state[param], param=param)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"options": self.options, "max_grad_norm": self.max_grad_norm, "grad_norm": None}
-        return {**super().__getstate__(), **kept}
+        return {**super().__getstate__(), "options": self.options, "max_grad_norm": self.max_grad_norm}

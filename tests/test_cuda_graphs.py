@@ -1,4 +1,4 @@
-"""Steps in CUDA graphs, and steps that the host does not wait for: on a GPU alone; test_capturable.py has a stand-in.
+"""Steps in CUDA graphs, and steps that neither wait nor allocate: on a GPU alone; test_capturable.py has a stand-in.
 
 Oracle of a graph: an optimizer of the same options that is stepped without one, bit for bit. Gradients are elementwise,
 so that no library chooses another algorithm while a graph is captured.
@@ -184,6 +184,20 @@ def test_capture_before_a_step_is_refused() -> None:
     with pytest.raises(RuntimeError, match="without a step of the same parameters"), torch.cuda.graph(graph):
         optimizer.step()
     assert len(optimizer.state) == 0  # states made within a capture would never be filled
+
+
+@each_option
+@pytest.mark.parametrize("capturable", [False, True])
+def test_steady_steps_allocate_nothing(options: dict[str, Any], capturable: bool) -> None:
+    optimizer, params = build(**options, capturable=capturable)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    counts = []
+    for _ in range(6):
+        optimizer.step()
+        torch.cuda.synchronize()
+        counts.append(torch.cuda.memory_stats()["allocation.all.allocated"])
+    assert counts[2:] == counts[2:3] * 4
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from adax_triton.device_tables import AddressTable, DeviceTable, chunk_table, run_table
 
@@ -64,6 +65,40 @@ def test_a_forgotten_table_is_filled_again() -> None:
     assert table.set([1, 2], torch.tensor).tolist() == [7, 2]
     table.forget()
     assert table.set([1, 2], torch.tensor).tolist() == [1, 2]
+
+
+def test_memory_is_written_again_only_after_it_was_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Copied:
+        done = True
+
+        def query(self) -> bool:
+            return self.done
+
+    allocations = []
+
+    def unpinned(tensor: Tensor, shape: tuple[int, ...], *, pin_memory: bool) -> Tensor:
+        allocations.append(pin_memory)
+        return torch.empty(shape, dtype=tensor.dtype)
+
+    monkeypatch.setattr(torch.cuda, "Event", Copied)
+    monkeypatch.setattr(Tensor, "new_empty", unpinned)
+    table = DeviceTable(torch.device("cpu"))
+    under_way = []
+    for _ in range(40):
+        block, copied = table._free_block(torch.zeros(3))
+        copied.done = False
+        under_way.append((block, copied))
+    assert len({block.data_ptr() for block, _ in under_way}) == 40
+    assert allocations == [True] * 6  # 2 and 2, 4, 8, 16, 32 blocks
+    for block, copied in under_way:
+        copied.done = True
+        for _ in range(64):  # the others are used first, then this one
+            again, event = table._free_block(torch.zeros(3))
+            if again is block:
+                break
+            event.done = True
+        assert again is block
+    assert len(allocations) == 6
 
 
 def test_run_table_says_where_runs_lie() -> None:
