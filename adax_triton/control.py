@@ -49,6 +49,19 @@ class StepControl(NamedTuple):
         return Decision(clip / scale, skip or not math.isfinite(norm), norm)
 
 
+def control_of(optimizer: Any) -> StepControl:
+    """Return the conditions of an optimizer's next step: its `max_grad_norm`, and what `GradScaler` has set of it.
+
+    Raises:
+        TypeError, ValueError: one of them is not what it may be.
+    """
+    return StepControl(
+        check_one_element(getattr(optimizer, "grad_scale", None), "grad_scale"),
+        check_one_element(getattr(optimizer, "found_inf", None), "found_inf"),
+        check_max_grad_norm(optimizer.max_grad_norm),
+    )
+
+
 class ProgramOptions(NamedTuple):
     """What the program chooses for an optimizer as a whole; no part of its state dict. See `AdaX` for each."""
 

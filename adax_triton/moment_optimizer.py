@@ -13,11 +13,11 @@ from . import master_weights
 from .backends import Stepper, StepResult
 from .beside import Beside, BesideStep, assembly_beside, checked_beside, due_beside
 from .checkpoint import check_state_dict, held_params, hold_tensors, restore, with_own_options
-from .control import ProgramOptions, StepControl, check_max_grad_norm, check_one_element
+from .control import ProgramOptions, StepControl, control_of
 from .horizon import warned_of_frozen
 from .hyperparameters import LATER_GROUP_DEFAULTS, validate_group
 from .parameters import check_param
-from .precision import Precision, precision_for
+from .precision import precision_for
 from .state_tensors import misfit, new_states
 from .step_plan import StepPlan, plan_of
 from .step_work import Assembly, due_params, host_places, owners_of, rows_of, work_of
@@ -44,12 +44,7 @@ class MomentOptimizer(Optimizer):
     How a state is kept is settled when it is created; its tensors' dtypes say it from then on.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        options: ProgramOptions,
-    ) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: ProgramOptions) -> None:
         validate_group(defaults)
         options.check()
         self.options = options
@@ -131,11 +126,7 @@ class MomentOptimizer(Optimizer):
         self._step()
 
     def _step(self) -> None:
-        control = StepControl(
-            check_one_element(getattr(self, "grad_scale", None), "grad_scale"),
-            check_one_element(getattr(self, "found_inf", None), "found_inf"),
-            check_max_grad_norm(self.max_grad_norm),
-        )
+        control = control_of(self)
         if self._beside is not None:
             beside, self._beside = self._beside, None
             return self._step_beside(beside, control)
@@ -200,14 +191,11 @@ class MomentOptimizer(Optimizer):
         return Assembly(work, places, rows, [self.state[param] for param, _, _ in due.of_host], owners)
 
     def _create_states(self, params: list[tuple[Tensor, int]]) -> None:
-        precisions = [self._precision(param, self.param_groups[group_index]) for param, group_index in params]
+        keep_float32 = self.options.keep_float32
+        precisions = [precision_for(param, self.param_groups[index], keep_float32) for param, index in params]
         tensors = [param for param, _ in params]
         for param, state in zip(tensors, new_states(tensors, precisions), strict=True):
             self.state[param].update(state)
-
-    def _precision(self, param: Tensor, group: dict[str, Any]) -> Precision:
-        in_full = self.options.keep_float32 is not None and self.options.keep_float32(param)
-        return precision_for(param, "float32" if in_full else group["states"], group["master_weights"])
 
     @property
     def grad_norm(self) -> Tensor | None:

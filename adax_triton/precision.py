@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,14 +62,15 @@ def is_compact(states: str) -> bool:
     return states in _GROUP_DTYPES
 
 
-def precision_for(param: Tensor, states: str, master_weights: str | None) -> Precision:
+def precision_for(param: Tensor, group: Mapping[str, Any], keep_float32: Callable[[Tensor], bool] | None) -> Precision:
     """Return the precision of a parameter's states under its group's choices.
 
-    Tensors of less than `COMPACT_FROM_NUMEL` elements keep float32 states. float64 and complex parameters follow their
-    own dtype. A float32 parameter is its own master.
+    Tensors of less than `COMPACT_FROM_NUMEL` elements keep float32 states, and so do those that `keep_float32` names.
+    float64 and complex parameters follow their own dtype. A float32 parameter is its own master.
     """
     plain = param.numel() < COMPACT_FROM_NUMEL or param.is_complex() or param.dtype == torch.float64
-    return Precision("float32" if plain else states, master_weights if param.dtype in HALF_DTYPES else None)
+    states = "float32" if plain or (keep_float32 is not None and keep_float32(param)) else group["states"]
+    return Precision(states, group["master_weights"] if param.dtype in HALF_DTYPES else None)
 
 
 def precision_of(state: Mapping[str, Tensor]) -> Precision:
