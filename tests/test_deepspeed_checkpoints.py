@@ -195,7 +195,7 @@ def test_unregister_takes_back_every_wrapped_method(adapter: ModuleType) -> None
     import deepspeed
 
     owners = {
-        deepspeed.runtime.engine.DeepSpeedEngine: 3,
+        deepspeed.runtime.engine.DeepSpeedEngine: 4,
         deepspeed.runtime.base_optimizer.ZeROOptimizer: 1,
         deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3: 1,
         deepspeed.runtime.bf16_optimizer.BF16_Optimizer: 1,
