@@ -80,11 +80,16 @@ def precision(facts: Facts) -> Precision:
     return Precision(facts["states"], "24bit" if facts["master"] == "int8" else facts["master"] and "float32")
 
 
+def with_states_like(facts: Facts) -> torch.dtype:
+    """The dtype of parameters with such states: a float32 copy is a state of float16, and beside others an image's."""
+    return torch.float16 if facts["master"] == "float32" else getattr(torch, facts["param_dtype"])
+
+
 def dtypes(facts: Facts) -> dict[str, torch.dtype]:
     """The dtype of each stream, from what the package allocates."""
     param = getattr(torch, facts["param_dtype"])
     found = {"param": param, "grad": getattr(torch, facts["grad_dtype"])}
-    layouts = state_layouts(torch.empty(128, 64, dtype=param), precision(facts))
+    layouts = state_layouts(torch.empty(128, 64, dtype=with_states_like(facts)), precision(facts))
     return found | {name: layout.dtype for name, layout in layouts.items()}
 
 
@@ -142,6 +147,8 @@ def test_every_variant_is_compiled(audit: dict[str, dict[str, Facts]], target: s
             expected |= {f"{pair}-{states}-{master}-{ending}" for ending in endings}
         for pair, master in (kept[0], kept[2], *masters[1:]):
             expected.add(f"{pair}-{states}-{master}-telemetry-aligned")
+    beside = "bf16-bf16", "bf16-fp32", "fp32-fp32"
+    expected |= {f"{pair}-float32-float32-aligned" for pair in beside} | {"bf16-bf16-float32-float32-unaligned"}
     assert set(audit[target]) == expected
 
 
@@ -157,7 +164,9 @@ def test_bytes_per_element_are_those_of_the_formula(audit: dict[str, dict[str, F
     for name, facts in audit[target].items():
         param, grad, kept = dtypes(facts)["param"], dtypes(facts)["grad"], precision(facts)
         found[name] = bytes_per_element(facts, "load"), bytes_per_element(facts, "store")
-        expected[name] = bytes_loaded(param, grad, kept), bytes_stored(param, kept)
+        like = with_states_like(facts)
+        stored = bytes_stored(like, kept) - like.itemsize + param.itemsize
+        expected[name] = bytes_loaded(like, grad, kept), stored
     assert found == expected
 
 
