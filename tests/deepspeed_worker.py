@@ -106,6 +106,11 @@ def step_counts(engine: Any) -> list[int]:
     return of_both_ranks({int(state["step"]) for state in engine.basic_optimizer.state.values()} or {-1})
 
 
+def state_dtypes(engine: Any) -> list[str]:
+    states = engine.basic_optimizer.state.values()
+    return sorted({str(state["exp_avg_sq"].dtype) for state in states if "exp_avg_sq" in state})
+
+
 def has_padding_only_rank(engine: Any) -> bool:
     return True in of_both_ranks({not state["exp_avg"].any() for state in engine.basic_optimizer.state.values()})
 
@@ -134,7 +139,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             "optimizer": type(engine.basic_optimizer).__name__,
             "weight_decay": engine.basic_optimizer.defaults["weight_decay"],
             "wrapper": type(engine.optimizer).__name__,
-            "states": sorted({str(state["exp_avg_sq"].dtype) for state in engine.basic_optimizer.state.values()}),
+            "states": state_dtypes(engine),
             "loss_scale": getattr(engine.optimizer, "loss_scale", None),
         }
         engine.destroy()
