@@ -2,8 +2,8 @@
 
 A checkpoint is saved whole or not at all, and one that is not whole is never loaded: see `deepspeed_complete`. With
 NVMe offload `DeepSpeedEngine.load_checkpoint` leaves the optimizer without states, and small sub-groups with their
-initial weights; here both are restored. For universal checkpoints see `deepspeed_universal`. All of it is for
-optimizers of this package only.
+initial weights; here both are restored. A checkpoint of another precision would replace the loss scaler; here the
+engine's stays. For universal checkpoints see `deepspeed_universal`. All of it is for optimizers of this package only.
 """
 
 import functools
@@ -99,6 +99,7 @@ def _restore_what_is_left_out(original: Method) -> Method:
             _refuse_other_layout(self, load_dir, tag)
             if not load_optimizer_states and self.zero_optimization_partition_weights():
                 _refuse_weights_of_another_tag(load_dir, tag)
+        own_scaler = getattr(self.optimizer, "loss_scaler", None)
         with allowing_saved_classes():  # for TORCH_FORCE_WEIGHTS_ONLY_LOAD=1
             loaded = original(
                 self,
@@ -113,6 +114,7 @@ def _restore_what_is_left_out(original: Method) -> Method:
             if own and loaded[0] is not None and self.zero_optimization():
                 states = load_optimizer_states and not load_module_only
                 _restore(self, loaded[0], states)
+                _keep_loss_scaler(self.optimizer, own_scaler)
         return loaded
 
     return load_checkpoint
@@ -194,6 +196,16 @@ def _restore(engine: Any, path: str, load_states: bool) -> None:
         restore_frozen_and_buffers(engine, path)
     if at_stage_3:
         engine.optimizer.checkpoint_event_epilogue()
+
+
+def _keep_loss_scaler(zero: Any, own: Any) -> None:
+    """Put an engine's own scaler back, unless both it and the checkpoint's adapt their scale.
+
+    A constant scale is the configuration's; that of a bfloat16 checkpoint, 1, would take fp16's place for good.
+    """
+    if own is not None and not (own.dynamic and zero.loss_scaler.dynamic):
+        zero.loss_scaler = own
+        zero.dynamic_loss_scale = own.dynamic
 
 
 def _restore_partitions(zero: Any, saved: Mapping[str, Any], load_states: bool) -> None:

@@ -51,8 +51,8 @@ UNIVERSALS = named(
     {
         "z1-1-rank-to-2-to-1": [
             {"stage": 1, "dtype": "fp32", "launch": 0},
-            bf16(2, **UNIVERSAL),
-            {"stage": 1, "dtype": "fp16", "launch": 2, **UNIVERSAL},
+            {"stage": 2, "dtype": "fp16", **UNIVERSAL},
+            bf16(1, launch=2, **UNIVERSAL),
         ],
         "z3-1-rank-to-2-to-1": [
             bf16(3, launch=0),
