@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import master_weights
 from .backends import Stepper, StepResult
 from .checkpoint import check_state_dict, held_params, hold_tensors, restore, with_own_options
-from .control import ProgramOptions, StepControl, check_max_grad_norm, check_one_element
+from .control import ProgramOptions, StepControl, step_control
 from .horizon import FROZEN_WEIGHT
 from .hyperparameters import LATER_GROUP_DEFAULTS, as_float, validate_group
 from .parameters import check_param
@@ -131,10 +131,12 @@ class MomentOptimizer(Optimizer):
         self._step()
 
     def _step(self) -> None:
-        control = StepControl(
-            check_one_element(getattr(self, "grad_scale", None), "grad_scale"),
-            check_one_element(getattr(self, "found_inf", None), "found_inf"),
-            check_max_grad_norm(self.max_grad_norm),
+        control = step_control(
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+            self.max_grad_norm,
+            self.options.norm_process_group,
+            self.param_groups,
         )
         planned = None if self._plan is None else self._plan.next(self.param_groups, self.state, control)
         assembly = planned or self._assembled(control)
