@@ -129,7 +129,7 @@ class Stepper:
             launches = self._launches.of(kernel, host_scalars, sums is not None)
         squares = None
         if control.max_grad_norm is not None:
-            squares = sum_of_squares([launch for launch, _ in launches], others)
+            squares = sum_of_squares([launch for launch, _ in launches], others, control.norm_ranks)
             if error_if_nonfinite and squares is not None and not bool(squares.isfinite()):
                 raise RuntimeError(
                     "The norm of the gradients is not finite, so they cannot be clipped; to skip such steps instead, "
@@ -148,7 +148,7 @@ class Stepper:
             original.copy_(copy)
         grad_norm = None
         if squares is not None:
-            grad_norm = squares.new_tensor(decision.grad_norm).float() if report is None else report[0]
+            grad_norm = control.norm(squares) if report is None else report[0]
         skipped = None if report is None else report[2]
         return StepResult(not decision.skip, skipped, grad_norm, None if copies else launches)
 

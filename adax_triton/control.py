@@ -6,10 +6,18 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 # What torch.nn.utils.clip_grad_norm_ adds to the norm.
 NORM_EPS = 1e-6
+
+
+class NormRanks(NamedTuple):
+    """Over which ranks the norm is summed, and the device on which a rank without gradients takes part."""
+
+    process_group: Any
+    device: torch.device
 
 
 class StepControl(NamedTuple):
@@ -19,12 +27,14 @@ class StepControl(NamedTuple):
     found_inf: 1 element; the step is skipped where it is not 0. Likewise.
     max_grad_norm: clip to this norm, all gradients of the step together; with a norm that is not finite the step is
         skipped.
+    norm_ranks: of gradients that are sharded in plain tensors; only beside `max_grad_norm`.
     grad_factor: 1 element; all gradients are to be multiplied by it. With this alone the host schedules the step.
     """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     max_grad_norm: float | None = None
+    norm_ranks: NormRanks | None = None
     grad_factor: Tensor | None = None
 
     @property
@@ -39,27 +49,19 @@ class StepControl(NamedTuple):
             sum_of_squares: of the gradients as they are, 0-d; needed with `max_grad_norm`.
         """
         if self.grad_factor is not None:
-            return Decision(float(self.grad_factor), False, None)
+            return Decision(float(self.grad_factor), False)
         scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
         skip = self.found_inf is not None and bool(self.found_inf != 0)
         if self.max_grad_norm is None or sum_of_squares is None:
-            return Decision(1.0 / scale, skip, None)
+            return Decision(1.0 / scale, skip)
         norm = math.sqrt(float(sum_of_squares)) / scale
         clip = min(1.0, self.max_grad_norm / (norm + NORM_EPS))
-        return Decision(clip / scale, skip or not math.isfinite(norm), norm)
+        return Decision(clip / scale, skip or not math.isfinite(norm))
 
-
-def control_of(optimizer: Any) -> StepControl:
-    """Return the conditions of an optimizer's next step: its `max_grad_norm`, and what `GradScaler` has set of it.
-
-    Raises:
-        TypeError, ValueError: one of them is not what it may be.
-    """
-    return StepControl(
-        check_one_element(getattr(optimizer, "grad_scale", None), "grad_scale"),
-        check_one_element(getattr(optimizer, "found_inf", None), "found_inf"),
-        check_max_grad_norm(optimizer.max_grad_norm),
-    )
+    def norm(self, sum_of_squares: Tensor) -> Tensor:
+        """Return the norm of the unscaled gradients, 0-d float32."""
+        norm = sum_of_squares.sqrt()
+        return (norm if self.grad_scale is None else norm / self.grad_scale.reshape(()).to(norm.device)).float()
 
 
 class ProgramOptions(NamedTuple):
@@ -94,14 +96,13 @@ class ProgramOptions(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What a step does: the factor of its gradients, whether it is skipped, and their norm where it was asked for."""
+    """What a step does: the factor of its gradients, and whether it is skipped."""
 
     grad_factor: float
     skip: bool
-    grad_norm: float | None
 
 
-TAKEN = Decision(1.0, False, None)
+TAKEN = Decision(1.0, False)
 
 
 def check_max_grad_norm(max_grad_norm: Any, name: str = "max_grad_norm") -> float | None:
@@ -132,3 +133,22 @@ def check_one_element(value: Any, name: str) -> Tensor | None:
         return None  # GradScaler's sum over the devices of the gradients, where there are no gradients
     given = f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
     raise TypeError(f"Invalid type of {name}: expected a tensor of one element, got {given}")
+
+
+def control_of(optimizer: Any) -> StepControl:
+    """Return the conditions of a `MomentOptimizer`'s next step: `max_grad_norm`, and what `GradScaler` has set of it.
+
+    Raises:
+        TypeError, ValueError: one that was set to what it cannot be.
+    """
+    limit, process_group = check_max_grad_norm(optimizer.max_grad_norm), optimizer.options.norm_process_group
+    ranks = None
+    if limit is not None and process_group is not None:
+        devices = (param.device for group in optimizer.param_groups for param in group["params"])
+        ranks = NormRanks(process_group, next(devices, torch.device("cpu")))
+    return StepControl(
+        check_one_element(getattr(optimizer, "grad_scale", None), "grad_scale"),
+        check_one_element(getattr(optimizer, "found_inf", None), "found_inf"),
+        limit,
+        ranks,
+    )

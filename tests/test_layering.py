@@ -40,7 +40,7 @@ ALLOWED = {
     },
     "adax_triton.device_scalars": {"control", "device_tables", "hyperparameters", "schedule", "kernels"},
     "adax_triton.gradient_release": {"control", "gradient_norm", "moment_optimizer", "parameters", "sharding"},
-    "adax_triton.gradient_norm": {"launches", "tensor_step"},
+    "adax_triton.gradient_norm": {"control", "launches", "tensor_step"},
     "adax_triton.launches": {"device_tables", "schedule", "telemetry", "tensor_step", "kernels"},
     "adax_triton.pytorch_steps": {"control", "cpu", "schedule", "stored", "tensor_step"},
     "adax_triton.step_plan": {"backends", "control", "device_tables", "launches", "pytorch_steps", "step_work"},
