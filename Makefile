@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: env test lint demo bench gpu-check clean
+.PHONY: env test lint demo bench results report gpu-check clean
 
 env: $(READY)
 
@@ -27,6 +27,21 @@ demo: $(READY)  ## train a small GPT through DeepSpeed with AdaX, against AdamW
 
 bench: $(READY)  ## step time against torch and DeepSpeed, interleaved in one run
 	$(BIN)/adax-triton bench step
+
+results: $(READY)  ## measure the committed CPU figures anew, in some eight minutes
+	$(BIN)/adax-triton bench step --sizes 5e7 --models gpt2 --budget 330 --json bench/results/cpu-step.json
+	$(BIN)/adax-triton bench scale --json bench/results/cpu-scale.json
+	$(BIN)/adax-triton bench host --json bench/results/cpu-host.json
+	$(BIN)/adax-triton bench train --steps 20 --budget 100 --json bench/results/cpu-train.json \
+		--only 'plain / torch AdamW' 'plain / AdaXW' 'ZeRO-2 /' 'ZeRO-3 /'
+	$(MAKE) report
+
+REPORTED = $(wildcard $(foreach kind,step scale host train counters,bench/results/*-$(kind).json))
+
+report: $(READY)  ## docs/benchmarks and the README's section from the committed results
+	rm -f docs/benchmarks/*.png
+	$(BIN)/adax-triton bench report $(REPORTED) --out docs/benchmarks
+	$(BIN)/adax-triton bench report $(filter %-step.json,$(REPORTED)) --readme README.md
 
 gpu-check:  ## needs only a GPU, torch, triton and pytest; no network, no installation
 	$(PYTHON) bench/gpu_check.py
