@@ -9,7 +9,7 @@ PINNED_DEEPSPEED := $(shell sed -n 's/^deepspeed==//p' constraints.txt)
 DEEPSPEED ?= $(PINNED_DEEPSPEED)
 DEEPSPEED_VENV := $(if $(filter $(PINNED_DEEPSPEED),$(DEEPSPEED)),$(VENV),.venv-deepspeed-$(DEEPSPEED))
 
-.PHONY: env test soak lint demo bench acceptance gpu-check clean
+.PHONY: env test soak lint demo bench results report acceptance gpu-check clean
 
 env: $(READY)
 
@@ -35,6 +35,21 @@ demo: $(READY)  ## train a small GPT through DeepSpeed with AdaX, against AdamW
 
 bench: $(READY)  ## step time against torch and DeepSpeed, interleaved in one run
 	$(BIN)/adax-triton bench step
+
+results: $(READY)  ## measure the committed CPU figures anew, in some eight minutes
+	$(BIN)/adax-triton bench step --sizes 5e7 --models gpt2 --budget 330 --json bench/results/cpu-step.json
+	$(BIN)/adax-triton bench scale --json bench/results/cpu-scale.json
+	$(BIN)/adax-triton bench host --json bench/results/cpu-host.json
+	$(BIN)/adax-triton bench train --steps 20 --budget 100 --json bench/results/cpu-train.json \
+		--only 'plain / torch AdamW' 'plain / AdaXW' 'ZeRO-2 /' 'ZeRO-3 /'
+	$(MAKE) report
+
+REPORTED = $(wildcard $(foreach kind,step scale host train counters,bench/results/*-$(kind).json))
+
+report: $(READY)  ## docs/benchmarks and the README's section from the committed results
+	rm -f docs/benchmarks/*.png
+	$(BIN)/adax-triton bench report $(REPORTED) --out docs/benchmarks
+	$(BIN)/adax-triton bench report $(filter %-step.json,$(REPORTED)) --readme README.md
 
 acceptance: $(DEEPSPEED_VENV)/.ready  ## run docs/deepspeed-acceptance.md anew; DEEPSPEED=0.19.1 for that version
 	$(DEEPSPEED_VENV)/bin/python tests/acceptance_table.py

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -17,9 +18,21 @@ from ..precision import bytes_loaded, bytes_stored
 from .modes import MODES
 from .providers import OURS, PROVIDERS, RULES
 from .step import make_params
+from .step_table import markdown_row
 from .timing import release
 from .workloads import flat
 
+# Of a row of the result that `gpu_check.py` makes of it.
+COLUMNS = {
+    "bytes_loaded": "read, by formula",
+    "read_per_element": "counted",
+    "bytes_stored": "written, by formula",
+    "written_per_element": "counted",
+    "gb_per_s": "GB/s",
+    "dram_percent_of_peak": "% of peak",
+    "registers": "registers",
+    "warps_percent_of_most": "% of warps",
+}
 STEPS = 2  # the first finds states of zeros
 
 
@@ -48,6 +61,14 @@ def main() -> int:
         }
         print(json.dumps(expected), flush=True)
     return 0
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return what the counters showed as Markdown; bytes are per element."""
+    lines = [markdown_row(["mode", *COLUMNS.values()]), "|---" * (len(COLUMNS) + 1) + "|"]
+    for row in result["rows"]:
+        lines.append(markdown_row([row["mode"], *(f"{row[key]:.4g}" for key in COLUMNS)]))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

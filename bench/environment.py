@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         described |= {
             "device": properties.name,
+            "driver": driver(),
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
@@ -38,22 +40,46 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the checkout's commit, `-dirty` if the tree differs; without git, the variable COMMIT, else "unknown".
+    """Return the variable COMMIT; else the checkout's commit, `-dirty` if its code differs; without git "unknown".
 
     The checkout is where this file lies, or where the variable CHECKOUT says: a copy cannot ask git for it.
     """
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
     where = os.environ.get("CHECKOUT", Path(__file__).resolve().parent)
+    # Results are written one by one, before they are committed together.
+    code = (":(top)", ":(top,exclude)bench/results", ":(top,exclude)docs", ":(top,exclude)*.md")
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=where,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        described = _git("describe", "--always", "--abbrev=12", cwd=where)
+        return described + ("-dirty" if _git("diff", "HEAD", "--name-only", "--", *code, cwd=where) else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
-    return described.stdout.strip()
+        return "unknown"
+
+
+def _git(*words: str, cwd: Path | str) -> str:
+    return subprocess.run(["git", *words], cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of what is installed among packages, by the names under which they are imported."""
+    distributions = importlib.metadata.packages_distributions()
+    return {
+        package: importlib.metadata.version(distributions[package][0])
+        for package in packages
+        if package in distributions
+    }
+
+
+def driver() -> str | None:
+    """Return the version of a GPU's driver: NVIDIA's, by its own program, or that of the kernel's amdgpu module."""
+    amd = Path("/sys/module/amdgpu/version")
+    if torch.version.hip is not None:
+        return amd.read_text().strip() if amd.exists() else None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def _version(package: str) -> str | None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +27,8 @@ from torch import Tensor
 from adax_triton import AdaXW
 
 from .environment import describe
+from .origin import origin
+from .progress import progress
 
 COUNTS = (1, 150, 1000, 5000)
 GOAL_US, GOAL_US_PER_TENSOR = 60.0, 0.05
@@ -113,24 +115,22 @@ def measure(
 def run(counts: list[int], device: torch.device, rounds: int) -> dict[str, Any]:
     """Return the host times of every optimizer, JSON-friendly."""
     rows = []
-    with launching(device):
-        for name, build in optimizers(device).items():
-            for fresh in (False, True):
-                for tensors in counts:
-                    print(f"{name}: {tensors} tensors", file=sys.stderr, flush=True)
-                    found = measure(build, tensors, fresh, device, max(5, min(rounds, rounds * 150 // tensors)))
-                    rows.append({"name": name, "tensors": tensors, "fresh": fresh, **found})
+    chosen = list(itertools.product(optimizers(device).items(), (False, True), counts))
+    with launching(device), progress(len(chosen), "bench host") as advance:
+        for (name, build), fresh, tensors in chosen:
+            advance(0, f"{name}: {tensors:,} tensors")
+            found = measure(build, tensors, fresh, device, max(5, min(rounds, rounds * 150 // tensors)))
+            rows.append({"name": name, "tensors": tensors, "fresh": fresh, **found})
+            advance(1, name)
     launches = "real" if device.type == "cuda" else "replaced by nothing"
     return {"benchmark": "host", "environment": describe(device), "launches": launches, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
     """Return the result as Markdown."""
-    environment = result["environment"]
     counts = sorted({row["tensors"] for row in result["rows"]})
     lines = [
-        f"{environment['device']}, torch {environment['torch']}, triton {environment['triton']}, commit "
-        f"{environment['commit']}, {environment['date']}; launches {result['launches']}; microseconds, median",
+        f"microseconds from the call to the last launch, median; launches {result['launches']}",
         "",
         f"| step | gradients | {' | '.join(f'{count:,} tensors' for count in counts)} |",
         f"|---|---|{'---|' * len(counts)}",
@@ -156,6 +156,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Measure, print the table and keep the result; return 0."""
     result = run(arguments.tensors, arguments.device, arguments.rounds)
     if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+    print(f"{origin(result)}\n\n{table(result)}")
     return 0

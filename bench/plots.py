@@ -17,23 +17,18 @@ def is_ours(name: str) -> bool:
     return name.startswith("adax_triton") or "AdaX" in name
 
 
-def draw(result: dict[str, Any], kind: str, path: Path) -> bool:
-    """Draw a result into a PNG file; return whether there is a picture of its kind.
+def draw(result: dict[str, Any], kind: str, path: Path) -> None:
+    """Draw a result into a PNG file.
 
     Args:
         result: of a benchmark.
-        kind: `"step"`: share of the copy bandwidth by provider; `"scale"`: step time against elements and tensors, with
-            the slopes; `"train"`: tokens per second by case. Others have no picture.
+        kind: one of `DRAWINGS`.
         path: of the file; its folder exists.
 
     Raises:
         ImportError: matplotlib is not installed; the message names the extra.
     """
-    drawings: dict[str, Callable[[dict[str, Any]], Any]] = {"step": roofline, "scale": lines, "train": speeds}
-    if kind not in drawings:
-        return False
-    drawings[kind](result).savefig(path)
-    return True
+    DRAWINGS[kind](result).savefig(path)
 
 
 def _figure(width: float, height: float) -> Any:
@@ -74,7 +69,7 @@ def roofline(result: dict[str, Any]) -> Any:
 
 def lines(result: dict[str, Any]) -> Any:
     """Return step time against elements, and against tensors, with slopes; our fitted formula is dashed."""
-    figure = _figure(10, 4.4)
+    figure = _figure(10, 5.2)
     panels = figure.subplots(1, 2)
     axes_names = (("elements", "numel", "elements of one tensor"), ("tensors", "tensors", "tensors"))
     for axes, (line, key, label) in zip(panels, axes_names, strict=True):
@@ -90,17 +85,20 @@ def lines(result: dict[str, Any]) -> Any:
         small = f" of {result['tensor_size']:,} elements" if line == "tensors" else ""
         axes.set_xlabel(label + small)
         axes.set_ylabel("step, ms")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0))
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(origin(result), fontsize=9)
     return figure
 
 
 def speeds(result: dict[str, Any]) -> Any:
-    """Return bars of tokens per second of every case; ours in blue."""
+    """Return bars of tokens per second by case; ours in blue."""
     rows = {name: row["tokens_per_s"] for name, row in result["cases"].items() if "tokens_per_s" in row}
     figure = _figure(9, 1.2 + 0.28 * len(rows))
     axes = figure.subplots()
     _bars(axes, list(rows), list(rows.values()), lambda speed: f"{speed:,.0f}", origin(result))
     axes.set_xlabel("tokens per second")
     return figure
+
+
+DRAWINGS: dict[str, Callable[[dict[str, Any]], Any]] = {"step": roofline, "scale": lines, "train": speeds}

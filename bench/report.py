@@ -5,7 +5,7 @@ A README's section stands between two marks, which stay:
     <!-- bench:begin -->
     <!-- bench:end -->
 
-It names every file that it was made from, so that `section(files_of(text), folder)` makes it again.
+It names every file that it was made from: `--readme README.md` without files makes it again from those.
 """
 
 from __future__ import annotations
@@ -18,32 +18,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import long_run, plots, precision_study, scale, train
+from . import counted_steps, host, long_run, plots, precision_study, scale, step_table, train
 from .origin import origin
+from .step_table import markdown_row
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _SOURCE = re.compile(r"^From `([^`]+\.json)`", re.MULTILINE)
 
-# Columns of a step's table: those of the figures that a file has.
-STEP_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "mode": ("mode", str),
-    "median_ms": ("median ms", lambda value: f"{value:.3f}"),
-    "p20_ms": ("p20", lambda value: f"{value:.3f}"),
-    "p80_ms": ("p80", lambda value: f"{value:.3f}"),
-    "bytes_per_element": ("bytes/element", lambda value: f"{value:.4g}"),
-    "gb_per_s": ("GB/s", lambda value: f"{value:.1f}"),
-    "copy_share": ("of copy", lambda value: f"{value:.0%}"),
-    "host_us": ("host us", lambda value: f"{value:.0f}"),
-    "launches": ("launches", str),
-    "peak_bytes": ("peak MB", lambda value: f"{value / 1e6:,.0f}"),
-    "first_step_s": ("first step s", lambda value: f"{value:.2f}"),
-    "ours_over_this": ("AdaXW / this", lambda value: f"{value:.2f}"),
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON files that benchmarks wrote")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="JSON files that benchmarks wrote; default, with --readme: those that its section names",
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and a PNG per file here")
     parser.add_argument(
         "--readme", type=Path, metavar="FILE", help=f"rewrite what stands between its {BEGIN} and {END}"
@@ -53,11 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Print the tables, or write what the options ask for; return 2 where that cannot be."""
     try:
-        text = report(arguments.files)
+        files = arguments.files or (files_of(arguments.readme) if arguments.readme is not None else [])
+        if not files:
+            raise ValueError("files: expected at least one result")
+        text = report(files)
         if arguments.readme is not None:
-            rewrite(arguments.readme, arguments.files)
+            rewrite(arguments.readme, files)
         if arguments.out is not None:
-            write(arguments.out, arguments.files)
+            write(arguments.out, files)
     except (ValueError, ImportError, OSError) as error:
         print(f"adax-triton bench report: {error}", file=sys.stderr)
         return 2
@@ -86,52 +80,33 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
     return kind, result
 
 
-def step_table(result: dict[str, Any]) -> str:
-    """Return a step benchmark as Markdown, with the columns that its rows have."""
-    named = result.get("bytes_per_element")
-    lines = [f"{result['dtype']}" + ("" if named is None else f", {named:g} bytes per element")]
-    for workload in result["workloads"]:
-        rows = workload["providers"]
-        present = [key for key in STEP_COLUMNS if any(row.get(key) is not None for row in rows.values())]
-        titles = [workload["name"], *(STEP_COLUMNS[key][0] for key in present)]
-        lines += ["", _row(titles), "|---" * len(titles) + "|"]
-        for name, row in rows.items():
-            cells = ["" if row.get(key) is None else STEP_COLUMNS[key][1](row[key]) for key in present]
-            if "absent" in row:
-                cells = [f"absent: {row['absent']}", *[""] * (len(present) - 1)]
-            lines.append(_row([name, *cells]))
-    return "\n".join(lines)
-
-
 def modes_table(result: dict[str, Any]) -> str:
     """Return `examples/compare_modes.py`'s result as Markdown."""
     titles = ["lr", "weights and states", "validation loss", "difference from float32"]
     lines = [
         f"{result['weights']:,} weights, {result['steps']} steps, {result['seeds']} seeds",
         "",
-        _row(titles),
+        markdown_row(titles),
         "|---" * len(titles) + "|",
     ]
     for rate in result["rates"]:
         for name, row in rate["modes"].items():
             error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
             difference = "" if name == "float32" else f"{row['difference']:+.4f}{error}"
-            lines.append(_row([f"{rate['lr']:g}", name, f"{row['mean']:.4f}", difference]))
+            lines.append(markdown_row([f"{rate['lr']:g}", name, f"{row['mean']:.4f}", difference]))
     return "\n".join(lines)
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "step": step_table,
+    "step": step_table.table,
     "train": train.table,
     "scale": scale.table,
+    "host": host.table,
+    "counters": counted_steps.table,
     "precision": precision_study.table,
     "long run": long_run.table,
     "modes": modes_table,
 }
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def report(files: Sequence[Path]) -> str:
@@ -147,6 +122,19 @@ def report(files: Sequence[Path]) -> str:
     return "\n".join(parts)
 
 
+def document(files: Sequence[Path]) -> str:
+    """Return all results as Markdown, with the pictures that `write` draws.
+
+    Raises:
+        ValueError: a file is no result.
+    """
+    parts = []
+    for path in files:
+        has_picture = read(path)[0] in plots.DRAWINGS
+        parts.append(report([path]) + (f"\n![{path.stem}]({path.stem}.png)\n" if has_picture else ""))
+    return "\n".join(parts)
+
+
 def write(folder: Path, files: Sequence[Path]) -> None:
     """Write report.md, and a picture of each file whose kind has one.
 
@@ -158,12 +146,11 @@ def write(folder: Path, files: Sequence[Path]) -> None:
     if len(set(stems)) < len(stems):
         raise ValueError(f"files: two have the same name, in {stems}; pictures are named after them")
     folder.mkdir(parents=True, exist_ok=True)
-    parts = []
     for path in files:
         kind, result = read(path)
-        drawn = plots.draw(result, kind, folder / f"{path.stem}.png")
-        parts.append(report([path]) + (f"\n![{path.stem}]({path.stem}.png)\n" if drawn else ""))
-    (folder / "report.md").write_text("\n".join(parts))
+        if kind in plots.DRAWINGS:
+            plots.draw(result, kind, folder / f"{path.stem}.png")
+    (folder / "report.md").write_text(document(files))
 
 
 def section(files: Sequence[Path], root: Path) -> str:

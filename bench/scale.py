@@ -12,7 +12,7 @@ import functools
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor-size", type=_count, default=1024, help="elements of each; default: %(default)s")
     parser.add_argument("--rounds", type=int, help="timed steps of each point; default: 15")
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="ours, and of the others those whose label contains one"
+    )
+    parser.add_argument("--list", action="store_true", help="print providers and points, and do nothing else")
     parser.add_argument("--quick", action="store_true", help="three points of each line, in some seconds")
     parser.add_argument("--json", type=Path, help="write the result here")
     paper = parser.add_argument_group("the model of ZeRO")
@@ -74,7 +78,11 @@ def main(arguments: argparse.Namespace) -> int:
     tensors = arguments.tensors or (QUICK_TENSORS if arguments.quick else TENSORS)
     rounds = (5 if arguments.quick else 15) if arguments.rounds is None else arguments.rounds
     try:
-        result = run(torch.device(arguments.device), sizes, tensors, arguments.tensor_size, rounds)
+        chosen = choose(arguments.only)
+        if arguments.list:
+            print(listing(chosen, sizes, tensors, arguments.tensor_size))
+            return 0
+        result = run(torch.device(arguments.device), sizes, tensors, arguments.tensor_size, rounds, chosen)
         extend(result, arguments.bandwidth, arguments.network, arguments.states)
     except ValueError as error:
         print(f"adax-triton bench scale: {error}", file=sys.stderr)
@@ -86,8 +94,40 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if "absent" in result["providers"][OURS] else 0
 
 
+def choose(only: list[str] | None) -> list[Provider]:
+    """Return ours, which is fitted, and of `DEFAULT_PROVIDERS` those whose label contains one of `only`, if given.
+
+    Raises:
+        ValueError: no label contains any of `only`.
+    """
+    known = [provider for provider in PROVIDERS if provider.label in DEFAULT_PROVIDERS]
+    if only and not any(part in provider.label for provider in known for part in only):
+        raise ValueError(f"only: none of {[provider.label for provider in known]} contains any of {only}")
+    return [
+        provider
+        for provider in known
+        if not only or provider.label == OURS or any(part in provider.label for part in only)
+    ]
+
+
+def listing(providers: list[Provider], sizes: Sequence[int], tensors: Sequence[int], tensor_size: int) -> str:
+    """Return what would be measured, as text."""
+    return "\n".join(
+        [
+            *(provider.label for provider in providers),
+            f"elements of one tensor: {', '.join(f'{size:,}' for size in sizes)}",
+            f"tensors of {tensor_size:,} elements: {', '.join(f'{count:,}' for count in tensors)}",
+        ]
+    )
+
+
 def run(
-    device: torch.device, sizes: tuple[int, ...], tensors: tuple[int, ...], tensor_size: int, rounds: int
+    device: torch.device,
+    sizes: Sequence[int],
+    tensors: Sequence[int],
+    tensor_size: int,
+    rounds: int,
+    chosen: list[Provider],
 ) -> dict[str, Any]:
     """Measure both lines of every provider, and fit ours; return the result, JSON-friendly.
 
@@ -97,12 +137,13 @@ def run(
         tensors: how many tensors, for the second line.
         tensor_size: elements of each of those.
         rounds: timed steps of every point.
+        chosen: who, ours among them.
 
     Raises:
         ValueError: a line has less than two points that fit the memory, there are no rounds, or no line can be fitted.
     """
     # A parameter, its gradient and two moments for each provider; two tensors for the copy.
-    most = int(USABLE * free_bytes(device)) // (16 * len(DEFAULT_PROVIDERS) + COPY_BYTES_PER_ELEMENT)
+    most = int(USABLE * free_bytes(device)) // (16 * len(chosen) + COPY_BYTES_PER_ELEMENT)
     too_large = sorted(size for size in set(sizes) if size > most)
     sizes = tuple(size for size in sizes if size <= most)
     for name, points in (("sizes", sizes), ("tensors", tensors)):
@@ -116,7 +157,7 @@ def run(
     }
     rows: dict[str, Any] = {}
     providers = []
-    for provider in (provider for provider in PROVIDERS if provider.label in DEFAULT_PROVIDERS):
+    for provider in chosen:
         try:
             check(provider, device)
             providers.append(provider)

@@ -12,13 +12,15 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .modes import MODES
+from .origin import origin
 from .providers import Provider
+from .step import USABLE
 from .step_run import choose, failures, run
+from .step_table import table
 from .timing import free_bytes
 from .workloads import LISTS, Shapes, flat
 
@@ -31,8 +33,6 @@ BUDGET_S = 420.0
 ROUNDS = 30
 # One flat tensor and one list, in float32 and in one mode of codes, without what compiles for long.
 QUICK_SIZES, QUICK_MODELS, QUICK_MODES, QUICK_BUDGET_S = (1_000_000,), ("many-small",), ("fp32", "bf16 + low"), 50.0
-# Bytes per element without which a size is no use: float32 parameters, gradients and states, and a copy.
-_FLOAT32_BYTES = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,21 +69,21 @@ def main(arguments: argparse.Namespace) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of the events that time
     quick = arguments.quick
-    sizes = arguments.sizes if arguments.sizes is not None else QUICK_SIZES if quick else default_sizes(device)
+    modes = tuple(arguments.modes or (QUICK_MODES if quick else MODES))
+    sizes = arguments.sizes if arguments.sizes is not None else QUICK_SIZES if quick else default_sizes(device, modes)
     models = arguments.models if arguments.models is not None else QUICK_MODELS if quick else MODELS[device.type]
-    modes = arguments.modes or (QUICK_MODES if quick else tuple(MODES))
     workloads = {f"flat {size:,}": flat(size) for size in sizes} | {LISTS[name][0]: LISTS[name][1]() for name in models}
     try:
         if not workloads:
             raise ValueError("sizes, models: no workload is left")
-        chosen = choose(device, modes, arguments.only)
+        chosen = choose(modes, arguments.only)
     except ValueError as error:
         print(f"adax-triton bench step: {error}", file=sys.stderr)
         return 2
     if quick and not arguments.only:
         chosen = [provider for provider in chosen if provider.most_tensors is None]
     if arguments.list:
-        print(listing(workloads, chosen))
+        print(listing(workloads, chosen, device))
         return 0
     budget = arguments.budget or (QUICK_BUDGET_S if quick else BUDGET_S)
     named = bool(arguments.only)
@@ -91,19 +91,20 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+    print(f"{origin(result)}\n\n{table(result)}")
     failed = failures(result)
     for name, why in failed.items():
         print(f"{name}: {why}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def default_sizes(device: torch.device) -> tuple[int, ...]:
-    """Return the sizes of a device's list whose float32 step fits in its memory."""
-    return tuple(size for size in SIZES[device.type] if _FLOAT32_BYTES * size <= free_bytes(device))
+def default_sizes(device: torch.device, modes: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the sizes of a device's list that fit in its memory in one of the modes at least, with gradients."""
+    least = min(2 * MODES[mode].param_dtype.itemsize + MODES[mode].state_bytes for mode in modes)
+    return tuple(size for size in SIZES[device.type] if least * size <= USABLE * free_bytes(device))
 
 
-def listing(workloads: dict[str, Shapes], providers: list[Provider]) -> str:
+def listing(workloads: dict[str, Shapes], providers: list[Provider], device: torch.device) -> str:
     """Return what would be run, as text."""
     lines = ["workloads"]
     for name, shapes in workloads.items():
@@ -113,38 +114,9 @@ def listing(workloads: dict[str, Shapes], providers: list[Provider]) -> str:
         lines.append(f"  {mode.name}: {mode.bytes_per_element:g}")
     lines.append("providers")
     for provider in providers:
-        missing = provider.missing
+        missing = provider.missing_on(device)
         lines.append(f"  {provider.label}" + (f": absent: {missing}" if missing else ""))
     return "\n".join(lines)
-
-
-def table(result: dict[str, Any]) -> str:
-    """Return the result as Markdown."""
-    environment = result["environment"]
-    lines = [
-        f"{environment['device']}, torch {environment['torch']}, triton {environment['triton']}, "
-        f"commit {environment['commit']}, {environment['date']}",
-    ]
-    titles = ("median ms", "p20", "p80", "bytes", "GB/s", "of copy", "host us", "peak MB", "launches", "first step s")
-    for workload in result["workloads"]:
-        lines += ["", f"| {workload['name']} | {' | '.join(titles)} | AdaXW / this |", "|---" * (len(titles) + 2) + "|"]
-        for name, row in workload["providers"].items():
-            cells = [f"absent: {row['absent']}", *[""] * len(titles)] if "absent" in row else _cells(row)
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    formats = {
-        **{"median_ms": "{:.3f}", "p20_ms": "{:.3f}", "p80_ms": "{:.3f}", "bytes_per_element": "{:.4g}"},
-        **{"gb_per_s": "{:.1f}", "copy_share": "{:.0%}", "host_us": "{:.0f}"},
-        **{"peak_bytes": "{:,.0f}", "launches": "{}", "first_step_s": "{:.2f}", "ours_over_this": "{:.2f}"},
-    }
-    units = {"peak_bytes": 1e6}
-    return [
-        "" if row.get(key) is None else form.format(row[key] / units[key] if key in units else row[key])
-        for key, form in formats.items()
-    ]
 
 
 def _numel(text: str) -> int:

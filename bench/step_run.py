@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .environment import describe
+from .environment import describe, versions
 from .gate import Passed, check
-from .modes import FP32
+from .modes import FP32, MODES
 from .peers import PEERS
 from .progress import progress
 from .providers import PROVIDERS, Provider
@@ -21,20 +21,20 @@ from .workloads import Shapes
 
 Rows = dict[str, dict[str, Any]]
 
-# Of the time, for all but counting launches.
+# Of the time, for all but counting launches; and when the gate closes.
 TIMED = {"cuda": 0.85, "cpu": 1.0}
+GATED = 0.6
+NOT_REACHED = "not reached within the budget of time"
 
 
-def choose(device: torch.device, modes: tuple[str, ...], only: list[str] | None) -> list[Provider]:
-    """Return the providers for a device, ours first.
+def choose(modes: tuple[str, ...], only: list[str] | None) -> list[Provider]:
+    """Return the providers mode by mode, ours first, those that cannot run here included.
 
     Raises:
         ValueError: no provider's label contains any of `only`.
     """
     known = [
-        provider
-        for provider in (*PROVIDERS, *PEERS)
-        if device.type in provider.device_types and provider.mode.name in modes
+        provider for mode in MODES if mode in modes for provider in (*PROVIDERS, *PEERS) if provider.mode.name == mode
     ]
     chosen = [provider for provider in known if not only or any(part in provider.label for part in only)]
     if not chosen:
@@ -42,13 +42,22 @@ def choose(device: torch.device, modes: tuple[str, ...], only: list[str] | None)
     return chosen
 
 
-def admit(providers: list[Provider], device: torch.device) -> tuple[dict[str, Passed], Rows]:
-    """Return what the gate found of those who passed it, and a row with the reason of each of the others, by label."""
+def admit(providers: list[Provider], device: torch.device, until: float) -> tuple[dict[str, Passed], Rows]:
+    """Return what the gate found of those who passed it, and a row with the reason of each of the others, by label.
+
+    Args:
+        providers: ours first.
+        device: where.
+        until: when the gate closes, by `time.perf_counter`.
+    """
     passed, turned_away = {}, {}
     for provider in providers:
         row: dict[str, Any] = {"mode": provider.mode.name}
-        if provider.missing:
-            turned_away[provider.label] = row | {"absent": provider.missing}
+        missing = provider.missing_on(device)
+        if missing is None and time.perf_counter() > until:
+            missing = NOT_REACHED
+        if missing is not None:
+            turned_away[provider.label] = row | {"absent": missing}
             continue
         try:
             passed[provider.label] = check(provider, device)
@@ -84,6 +93,7 @@ def run(
     result: dict[str, Any] = {
         "benchmark": "step",
         "environment": describe(device),
+        "versions": versions(sorted({provider.package for provider in providers if provider in PEERS})),
         "rounds": rounds,
         "dtype": ", ".join(dict.fromkeys(str(mode.param_dtype).removeprefix("torch.") for mode in modes)),
         # Rows have their own.
@@ -93,7 +103,7 @@ def run(
     left = len(workloads) * len(modes)
     with progress(left + 1, "bench step") as advance:
         advance(0, "checking results")
-        passed, turned_away = admit(providers, device)
+        passed, turned_away = admit(providers, device, deadline - (1 - GATED) * budget)
         clock = Clock(device)
         for name, shapes in workloads.items():
             rows: Rows = {provider.label: turned_away.get(provider.label, {}) for provider in providers}
@@ -132,8 +142,10 @@ def measure_mode(
     timed = []
     for provider in providers:
         most = provider.most_tensors
+        if most is not None and device.type == "cpu":
+            most = 1  # a C++ compiler takes longer
         if seconds <= 0:
-            why = "not reached within the budget of time"
+            why = NOT_REACHED
         elif most is not None and len(shapes) > most and not named:
             why = f"compiles {len(shapes)} tensors for minutes; timed if named by --only"
         else:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
 import socket
 import statistics
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 from .environment import describe
 from .origin import origin
 from .progress import progress
+from .step_run import NOT_REACHED
 from .train_cases import CLIPPING, DTYPES, Case, cases, choose
 from .train_rank import Job
 from .train_table import table
@@ -38,6 +40,7 @@ SHAPES = {
     "cpu": {"layers": 4, "width": 256, "heads": 4, "context": 128, "batch": 4},
 }
 QUICK = {"layers": 2, "width": 64, "heads": 2, "context": 64, "batch": 4, "steps": 12, "warmup": 3}
+QUICK_BUDGET_S = 50.0
 POLL_S = 0.1
 
 
@@ -62,7 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="print the names of the cases, and do nothing else")
     parser.add_argument("--quick", action="store_true", help="a few cases of a tiny model, in less than a minute")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds for a case; default: %(default)s")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help=f"seconds for all cases, after which what is left is listed as not reached; default: {QUICK_BUDGET_S:.0f} "
+        "with --quick, else any",
+    )
+    parser.add_argument("--json", type=Path, help="write the result here, anew after each case")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -80,11 +89,12 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print("\n".join(case.name for case in chosen))
         return 0
-    result = run(chosen, job, ranks, arguments.timeout)
+    budget_s = arguments.budget or (QUICK_BUDGET_S if arguments.quick else math.inf)
+    for result in run(chosen, job, ranks, arguments.timeout, budget_s):
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(f"{origin(result)}\n\n{table(result)}")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     return 1 if ours_failed(chosen, result["cases"]) else 0
 
 
@@ -122,8 +132,11 @@ def plan(arguments: argparse.Namespace) -> tuple[Job, int]:
     return job, ranks
 
 
-def run(chosen: list[Case], job: Job, ranks: int, timeout_s: float) -> dict[str, Any]:
-    """Train every case and return the result, JSON-friendly."""
+def run(
+    chosen: list[Case], job: Job, ranks: int, timeout_s: float, budget_s: float = math.inf
+) -> Iterator[dict[str, Any]]:
+    """Train every case, and yield the result after each, JSON-friendly; a case may take what is left of the budget."""
+    deadline = time.monotonic() + budget_s
     device = torch.device(job.device)
     result: dict[str, Any] = {
         "benchmark": "train",
@@ -137,13 +150,19 @@ def run(chosen: list[Case], job: Job, ranks: int, timeout_s: float) -> dict[str,
         for case in chosen:
             advance(0, case.name)
             if case.stage is not None and no_deepspeed:
-                row: dict[str, Any] = {"absent": "ImportError: No module named 'deepspeed'"}
+                row: dict[str, Any] = {"absent": "deepspeed is not installed"}
+                advance(steps, case.name)
+            elif time.monotonic() >= deadline:
+                row = {"absent": NOT_REACHED}
                 advance(steps, case.name)
             else:
-                row = run_case(case, job, ranks, timeout_s, functools.partial(_advance_in, advance, case.name))
+                left_s = min(timeout_s, deadline - time.monotonic())
+                row = run_case(case, job, ranks, left_s, functools.partial(_advance_in, advance, case.name))
+                if row == _no_result(left_s) and left_s < timeout_s:
+                    row = {"absent": NOT_REACHED}
             result["cases"][case.name] = row
-    _compare(result["cases"])
-    return result
+            _compare(result["cases"])
+            yield result
 
 
 def _advance_in(advance: Callable[[int, str], None], now: str, count: int) -> None:
@@ -217,8 +236,12 @@ def _collect(folder: Path, codes: list[int | None], job: Job, timeout_s: float) 
     if len(found) < ranks:
         failed = [code for code in codes if code]
         last = ((folder / "ranks.log").read_text().strip().splitlines() or [""])[-1]
-        return {"absent": f"a rank ended with {failed[0]}: {last}" if failed else f"no result after {timeout_s:g} s"}
+        return {"absent": f"a rank ended with {failed[0]}: {last}"} if failed else _no_result(timeout_s)
     return summarize(found, job.batch * job.context * ranks)
+
+
+def _no_result(timeout_s: float) -> dict[str, Any]:
+    return {"absent": f"no result after {timeout_s:g} s"}
 
 
 def summarize(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
@@ -257,6 +280,7 @@ def _compare(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def ours_failed(chosen: list[Case], rows: dict[str, dict[str, Any]]) -> bool:
-    """Whether one of ours has no figures though another case of the same framework has."""
+    """Whether one of ours was reached and has no figures though another case of the same framework has."""
     alive = {case.framework for case in chosen if "absent" not in rows[case.name]} | {"plain"}
-    return any(case.is_ours and "absent" in rows[case.name] and case.framework in alive for case in chosen)
+    failed = [case for case in chosen if rows[case.name].get("absent", NOT_REACHED) != NOT_REACHED]
+    return any(case.is_ours and case.framework in alive for case in failed)

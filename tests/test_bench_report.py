@@ -2,17 +2,19 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from adax_triton.bench import report
+from adax_triton.bench import report, step_table
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = sorted((ROOT / "bench" / "results").glob("*.json"))
-STEPS = [path for path in COMMITTED if path.name.startswith("cpu-")]
+PUBLISHED = report.files_of(ROOT / "README.md")
 ENVIRONMENT = {"device": "A Machine", "threads": 3, "torch": "2.13", "commit": "abc123", "date": "2026-01-02T03:04:05"}
+ENVIRONMENT |= {"driver": "580.1"}
 
 
 def step(**of_ours: Any) -> dict[str, Any]:
@@ -58,25 +60,47 @@ def run(*words: object) -> int:
 
 
 def test_table_is_that_of_the_figures() -> None:
-    assert report.step_table(step()).splitlines() == [
-        "float32, 28 bytes per element",
+    result = step()
+    result["workloads"][0]["providers"]["one"] = {"absent": "not | here"}
+    result["workloads"].append(
+        {"name": "two", "providers": {"another": {"median_ms": 3.0}, "one": {"absent": "not | here"}}}
+    )
+    assert step_table.table(result).splitlines() == [
+        f"float32, 28 bytes per element. {step_table.LEGEND}",
         "",
         "| flat 10 | median ms | p20 | p80 | GB/s | of copy |",
         "|---|---|---|---|---|---|",
         "| adax_triton.AdaXW | 2.000 | 1.000 | 3.500 | 14.0 | 50% |",
         "| another | absent: ImportError: no / such |  |  |  |  |",
         "| copy | 2.000 | 1.000 | 3.500 | 14.0 | 50% |",
+        "",
+        "| two | median ms |",
+        "|---|---|",
+        "| another | 3.000 |",
+        "",
+        "Absent: one: not | here.",
     ]
 
 
 def test_columns_are_those_that_some_row_has() -> None:
     more = {"mode": "bf16", "bytes_per_element": 14.0625, "host_us": 31.4, "peak_bytes": 25e6, "launches": 2}
-    lines = report.step_table(step(**more)).splitlines()
+    lines = step_table.table(step(**more)).splitlines()
     titles = "mode | median ms | p20 | p80 | bytes/element | GB/s | of copy | host us | launches | peak MB"
     assert lines[2] == f"| flat 10 | {titles} |"
     assert lines[4] == "| adax_triton.AdaXW | bf16 | 2.000 | 1.000 | 3.500 | 14.06 | 14.0 | 50% | 31 | 2 | 25 |"
-    assert lines[6] == "| copy |  | 2.000 | 1.000 | 3.500 |  | 14.0 | 50% |  |  |  |"
-    assert {line.count("|") for line in lines[2:]} == {12}
+    assert lines[5] == "| copy |  | 2.000 | 1.000 | 3.500 |  | 14.0 | 50% |  |  |  |"
+    assert lines[-1] == "Absent: another: ImportError: no | such."
+    assert {line.count("|") for line in lines[2:6]} == {12}
+
+
+def test_other_modes_are_compared_with_fp32() -> None:
+    result = step(mode="fp32")
+    rows = result["workloads"][0]["providers"]
+    rows["adax_triton.AdaXW, bf16 + low"] = {"mode": "bf16 + low", "median_ms": 0.5}
+    lines = step_table.table(result).splitlines()
+    assert lines[2].endswith("| fp32 / this |")
+    assert lines[4].endswith("| 50% |  |")
+    assert lines[6] == "| adax_triton.AdaXW | bf16 + low | 0.500 |  |  |  |  | 4.00 |"
 
 
 def test_every_kind_of_result_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,18 +114,16 @@ def test_every_kind_of_result_is_reported(tmp_path: Path, capsys: pytest.Capture
         assert f"commit {environment['commit']}" in printed
     for kind in ("step", "scale", "train", "precision", "long run", "modes"):
         assert f"\n{kind}: " in printed
-    assert "step: A Machine, 3 threads, torch 2.13, commit abc123, 2026-01-02\n" in printed
+    assert "step: A Machine, driver 580.1, 3 threads, torch 2.13, commit abc123, 2026-01-02\n" in printed
 
 
-def test_committed_figures_stand_in_the_table() -> None:
-    result = json.loads((ROOT / "bench" / "results" / "cpu-epyc-2core-50m.json").read_text())
-    row = result["workloads"][0]["providers"]["adax_triton.AdaXW"]
-    (line,) = [line for line in report.step_table(result).splitlines() if line.startswith("| adax_triton.AdaXW |")]
-    assert line.split(" | ")[1:6] == [
-        *(f"{row[name]:.3f}" for name in ("median_ms", "p20_ms", "p80_ms")),
-        f"{row['gb_per_s']:.1f}",
-        f"{row['copy_share']:.0%}",
-    ]
+def test_committed_figures_stand_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in PUBLISHED:
+        for workload in json.loads(path.read_text())["workloads"]:
+            row = workload["providers"]["adax_triton.AdaXW"]
+            cells = [f"{row[name]:.3f}" for name in ("median_ms", "p20_ms", "p80_ms")]
+            assert f"| adax_triton.AdaXW | {' | '.join(cells)} | " in text.replace("| fp32 ", "")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"benchmark": "another", "environment": {}}'])
@@ -117,9 +139,9 @@ def test_folder_gets_tables_and_pictures(tmp_path: Path) -> None:
     files = [written(tmp_path, name, result) for name, result in made.items()]
     out = tmp_path / "out"
     no_picture = ROOT / "bench" / "results" / "gpt-modes.json"
-    assert run(*files, STEPS[0], no_picture, "--out", out) == 0
+    assert run(*files, PUBLISHED[0], no_picture, "--out", out) == 0
     drawn = {path.stem for path in out.glob("*.png")}
-    assert drawn == {"step", "scale", "train", STEPS[0].stem}
+    assert drawn == {"step", "scale", "train", PUBLISHED[0].stem}
     assert all((out / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in drawn)
     text = (out / "report.md").read_text()
     assert all(f"]({name}.png)" in text for name in drawn)
@@ -144,15 +166,17 @@ def test_missing_matplotlib_is_an_error_that_names_the_extra(
 def test_readme_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
-    files = [written(tmp_path / "results", path.name, json.loads(path.read_text())) for path in STEPS]
+    files = [written(tmp_path / "results", name, step()) for name in ("one.json", "two.json")]
     assert run(*files, "--readme", readme) == 0
     first = readme.read_text()
-    assert first.startswith(f"before\n\n{report.BEGIN}\nFrom `results/{STEPS[0].name}`: step, AMD EPYC, 2 threads, ")
-    assert first.endswith(f"|\n{report.END}\n\nafter\n")
+    assert first.startswith(
+        f"before\n\n{report.BEGIN}\nFrom `results/one.json`: step, A Machine, driver 580.1, 3 threads, "
+    )
+    assert first.endswith(f".\n{report.END}\n\nafter\n")
     assert "old" not in first
     assert report.files_of(readme) == files
     assert report.between_marks(readme) == report.section(files, tmp_path)
-    assert run(*files, "--readme", readme) == 0
+    assert run("--readme", readme) == 0  # the files that it names
     assert readme.read_text() == first
 
 
@@ -166,9 +190,20 @@ def test_readme_without_its_marks_is_left_alone(text: str, tmp_path: Path, capsy
 
 
 def test_this_readme_is_what_the_committed_files_give() -> None:
-    readme = ROOT / "README.md"
-    if report.BEGIN not in readme.read_text():
-        pytest.skip("README.md has no benchmark section")
-    files = report.files_of(readme)
-    assert files
-    assert report.between_marks(readme) == report.section(files, ROOT)
+    assert PUBLISHED
+    assert report.between_marks(ROOT / "README.md") == report.section(PUBLISHED, ROOT)
+
+
+def test_published_report_is_what_the_committed_files_give() -> None:
+    folder = ROOT / "docs" / "benchmarks"
+    text = (folder / "report.md").read_text()
+    stems = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
+    files = [ROOT / "bench" / "results" / f"{stem}.json" for stem in stems]
+    assert set(PUBLISHED) <= set(files)
+    assert text == report.document(files)
+    assert set(re.findall(r"\]\((.*?\.png)\)", text)) == {path.name for path in folder.glob("*.png")}
+
+
+def test_nothing_to_report_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 2
+    assert "files" in capsys.readouterr().err

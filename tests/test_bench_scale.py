@@ -149,9 +149,23 @@ def test_given_bandwidth_takes_the_share_of_the_step() -> None:
 
 def test_bad_lines_are_refused() -> None:
     cpu = torch.device("cpu")
+    ours = scale.choose(["AdaXW"])
     with pytest.raises(ValueError, match="tensors"):
-        scale.run(cpu, (10, 20), (3,), 10, rounds=1)
+        scale.run(cpu, (10, 20), (3,), 10, 1, ours)
     with pytest.raises(ValueError, match="sizes"):
-        scale.run(cpu, (10, 10**15), (1, 2), 10, rounds=1)
+        scale.run(cpu, (10, 10**15), (1, 2), 10, 1, ours)
     with pytest.raises(ValueError, match="rounds"):
-        scale.run(cpu, (10, 20), (1, 2), 10, rounds=0)
+        scale.run(cpu, (10, 20), (1, 2), 10, 0, ours)
+
+
+def test_only_leaves_out_others_but_never_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    scale.add_arguments(parser)
+    assert [provider.label for provider in scale.choose(["AdaXW"])] == [scale.OURS]
+    assert [provider.label for provider in scale.choose(["fused"])] == [scale.OURS, "torch AdamW fused"]
+    assert scale.main(parser.parse_args(["--device=cpu", "--quick", "--list"])) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == [scale.OURS, "torch AdamW fused"]
+    assert "1,000, 30,000, 1,000,000" in printed[2]
+    assert scale.main(parser.parse_args(["--device=cpu", "--only", "nobody"])) == 2
+    assert "nobody" in capsys.readouterr().err

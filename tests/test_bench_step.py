@@ -2,15 +2,19 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from adax_triton.bench import gate, providers, step, step_report, step_run, timing, workloads
+from adax_triton.bench import gate, providers, step, step_report, step_run, step_table, timing, workloads
 from adax_triton.bench.modes import FP32, MODES, Mode
+from adax_triton.bench.origin import origin
+from adax_triton.bench.peers import PEERS
 from adax_triton.bench.providers import PROVIDERS, Provider
 from torch import nn
 
@@ -104,9 +108,31 @@ def test_wrong_provider_gets_no_number() -> None:
 
 def test_what_is_not_installed_is_listed_with_the_reason() -> None:
     (fused,) = named("torch AdamW fused")
-    passed, turned_away = step_run.admit([dataclasses.replace(fused, package="no_such_package")], CPU)
+    elsewhere = dataclasses.replace(fused, name="of a GPU", device_types=("cuda",))
+    missing = dataclasses.replace(fused, package="no_such_package")
+    passed, turned_away = step_run.admit([missing, elsewhere], CPU, time.perf_counter() + 60)
     assert passed == {}
-    assert turned_away[fused.label]["absent"] == "no_such_package is not installed"
+    reasons = {label: row["absent"] for label, row in turned_away.items()}
+    assert reasons == {fused.label: "no_such_package is not installed", "of a GPU": "not for a CPU"}
+
+
+def test_every_peer_is_listed_on_every_device(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = step_run.choose(tuple(MODES), None)
+    assert set(chosen) == {*PROVIDERS, *PEERS}
+    groups = {name: list(group) for name, group in itertools.groupby(chosen, lambda provider: provider.mode.name)}
+    assert list(groups) == list(MODES) and sum(map(len, groups.values())) == len(chosen)
+    assert all(group[0].name == providers.OURS for group in groups.values())
+    assert main(["bench", "step", "--device", "cpu", "--list"]) == 0
+    assert "  FlashOptim: absent: not for a CPU" in capsys.readouterr().out
+
+
+def test_sizes_are_those_that_fit_in_one_mode_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_report, "free_bytes", lambda device: 80e9)
+    gpu = torch.device("cuda")
+    assert step_report.default_sizes(gpu, ("fp32",))[-1] == 4_000_000_000  # 64 GB
+    monkeypatch.setattr(step_report, "free_bytes", lambda device: 40e9)
+    assert step_report.default_sizes(gpu, ("fp32",))[-1] == 1_000_000_000
+    assert step_report.default_sizes(gpu, ("fp32", "bf16 + low"))[-1] == 4_000_000_000  # 28 GB
 
 
 def test_one_of_ours_that_breaks_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -120,15 +146,28 @@ def test_one_of_ours_that_breaks_fails_the_command(monkeypatch: pytest.MonkeyPat
     assert "adax_triton.AdaXW: RuntimeError: no such kernel" in capsys.readouterr().err
 
 
+def test_gate_closes_in_time() -> None:
+    (fused,) = named("torch AdamW fused")
+    passed, turned_away = step_run.admit([fused], CPU, time.perf_counter() - 1)
+    assert (passed, turned_away[fused.label]["absent"]) == ({}, step_run.NOT_REACHED)
+
+
+def test_what_compiles_long_does_so_once() -> None:
+    (fused,) = named("torch AdamW fused")
+    slow = dataclasses.replace(fused, name="slow", most_tensors=150)
+    rows = step.measure([fused, slow], [(5,)], timing.Clock(CPU), CPU, rounds=4, seconds=60.0)
+    assert [rows[name]["rounds"] for name in ("torch AdamW fused", "slow", "copy")] == [4, 2, 4]
+
+
 def test_what_the_budget_does_not_reach_is_no_failure() -> None:
     *_, result = step_run.run(ONE, CPU, named("adax_triton.AdaXW"), rounds=1, budget=1e-9)
     row = result["workloads"][0]["providers"]["adax_triton.AdaXW"]
-    assert row["absent"] == "not reached within the budget of time"
+    assert row["absent"] == step_run.NOT_REACHED
     assert step_run.failures(result) == {}
 
 
 def test_long_compilation_is_left_to_those_who_ask_for_it() -> None:
-    compiled = dataclasses.replace(named("torch AdamW fused")[0], most_tensors=1)
+    compiled = dataclasses.replace(named("torch AdamW fused")[0], most_tensors=150)  # on a GPU
     for asked in (False, True):
         *_, result = step_run.run({"two": [(5,), (7,)]}, CPU, [compiled], rounds=1, budget=60, named=asked)
         row = result["workloads"][0]["providers"][compiled.label]
@@ -186,12 +225,12 @@ def test_report_renders_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert result["benchmark"] == "step"
     assert (result["dtype"], result["bytes_per_element"]) == ("float32", 28.0)
     text = capsys.readouterr().out
-    assert text.strip() == step_report.table(result)
+    assert text.strip() == f"{origin(result)}\n\n{step_table.table(result)}"
     assert result["environment"]["commit"] in text
     (workload,) = result["workloads"]
     for name in ("adax_triton.AdaXW", "torch AdamW fused", "copy"):
         line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
-        assert line.count("|") == 13
+        assert line.count("|") == 11  # nothing of a GPU
         assert workload["providers"][name]["median_ms"] > 0
     row = workload["providers"]["adax_triton.AdaXW"]
     assert row["mode"] == FP32.name

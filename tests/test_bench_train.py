@@ -37,7 +37,8 @@ def rank_figures(**changes: Any) -> dict[str, Any]:
 def run_command(folder: Path, *flags: str) -> dict[str, Any]:
     program = "import sys; from adax_triton.cli import main; sys.exit(main())"
     file = folder / "train.json"
-    command = [sys.executable, "-P", "-c", program, "bench", "train", "--device=cpu", *FLAGS, *flags, f"--json={file}"]
+    command = [sys.executable, "-P", "-c", program, "bench", "train", "--device=cpu"]
+    command += [*FLAGS, *flags, "--budget=280", f"--json={file}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(file.read_text())
@@ -82,6 +83,7 @@ def test_failure_of_ours_is_one_where_another_has_figures() -> None:
     assert train.ours_failed(chosen, {chosen[0].name: absent, chosen[1].name: there})
     assert not train.ours_failed(chosen, {chosen[0].name: absent, chosen[1].name: absent})
     assert not train.ours_failed(chosen, {chosen[0].name: there, chosen[1].name: absent})
+    assert not train.ours_failed(chosen, {chosen[0].name: {"absent": train.NOT_REACHED}, chosen[1].name: there})
     assert train.ours_failed([case("plain / AdaXW")], {"plain / AdaXW": absent})
 
 
@@ -146,9 +148,15 @@ def test_a_case_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     broken = job(width=33)
     assert "ValueError: width" in train.run_case(case("plain / AdaXW"), broken, 1, timeout_s=60)["absent"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    result = train.run([case("ZeRO-1 / AdaXW")], job(), 2, timeout_s=60)
+    (result,) = train.run([case("ZeRO-1 / AdaXW")], job(), 2, timeout_s=60)
     assert "deepspeed" in result["cases"]["ZeRO-1 / AdaXW"]["absent"]
     assert f"| ZeRO-1 / AdaXW | absent: {result['cases']['ZeRO-1 / AdaXW']['absent']} |" in table(result)
+
+
+def test_budget_is_kept_and_every_case_listed() -> None:
+    names = ["plain / torch AdamW", "plain / AdaXW"]
+    *_, result = train.run([case(name) for name in names], job(steps=10**6), 1, timeout_s=60, budget_s=0.5)
+    assert result["cases"] == {name: {"absent": train.NOT_REACHED} for name in names}
 
 
 def test_peak_of_a_process_is_its_own() -> None:
