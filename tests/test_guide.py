@@ -1,6 +1,7 @@
 """docs/deepspeed.md: every configuration in a real engine on gloo CPU ranks, every program run, every sum of memory.
 
-Changed of the guide's configurations is "nvme_path" alone. The model is that of deepspeed_worker.py; two ranks stand
+Changed of the guide's configurations are "nvme_path" and, where DeepSpeed's async_io is not built, the device "nvme",
+which becomes "cpu"; test_deepspeed_nvme.py has more of NVMe. The model is that of deepspeed_worker.py; two ranks stand
 for several GPUs. Oracles: for the resumed run the one that went on; for the memory, sizes of the engines' tensors.
 """
 
@@ -57,8 +58,6 @@ def results(
 def result_of(results: dict[str, Any], heading: str) -> dict[str, Any]:
     result = results[heading]
     assert "failure" not in result, result["failure"]
-    if "skipped" in result:
-        pytest.skip(result["skipped"])
     return result
 
 
@@ -82,11 +81,14 @@ def test_resumed_run_goes_on_as_the_one_on_more_gpus(results: dict[str, Any]) ->
     assert result["resume_deviation"] == 0.0
 
 
-@pytest.mark.parametrize("heading", [name for name in SECTIONS if name != "States on NVMe"])
+@pytest.mark.parametrize("heading", SECTIONS)
 def test_memory_is_that_of_the_engine(results: dict[str, Any], heading: str) -> None:
-    parts = deepspeed_memory.parts_of(configuration(heading), SECTIONS[heading][1])
+    result = result_of(results, heading)
+    if result["config"]["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
+        pytest.skip("what this small a model would swap stays in memory")
+    parts = deepspeed_memory.parts_of(result["config"], SECTIONS[heading][1])
     # Partitions are padded, and the codes of one that ends within a group of 32 have a group of their own.
-    assert result_of(results, heading)["kept"] == pytest.approx({part.name: part.bytes for part in parts}, rel=0.01)
+    assert result["kept"] == pytest.approx({part.name: part.bytes for part in parts}, rel=0.01)
 
 
 def memory_rows() -> list[list[str]]:

@@ -49,6 +49,10 @@ REFUSED: dict[str, tuple[Case, list[str]]] = {
         {"section": {"lr": "auto", "betas": "auto", "eps": "auto"}},
         ["beta2=0.999", "AdaX", '"auto"', "remove betas and eps", "adam_beta2=1e-4"],
     ),
+    "trainer-own-betas": (  # refused by the Trainer, whose advice "auto" leads to the case above
+        {"section": {"lr": "auto", "betas": [0.9, 1e-4]}},
+        ["mismatch", "adam_beta1+adam_beta2", "auto"],
+    ),
     "trainer-class-cpu-offload": (
         {"given": "class", "config": zero(2, **CPU_OFFLOAD), "only_deepspeed": True},
         ["DeepSpeedCPUAdam", "would step Adam", '"zero_force_ds_cpu_optimizer": false', '"optimizer" section'],
@@ -115,7 +119,7 @@ def test_log_says_once_what_steps(results: dict[str, Any], name: str, said: list
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_another_optimizer_in_its_place_is_refused(results: dict[str, Any], name: str) -> None:
+def test_another_optimizer_and_its_betas_are_refused(results: dict[str, Any], name: str) -> None:
     result = result_of(results, name)
     assert result.get("error") == "ValueError", result
     for words in REFUSED[name][1]:
