@@ -6,7 +6,7 @@ This process imports torch and DeepSpeed once and forks the ranks of every attem
 second. FOLDER/results.json becomes {"kills": [...], "failures": [...], ...}; a failure is a sentence. No
 process outlives the script. At the end the run that was not killed is started again from a damaged checkpoint.
 
-A kill is SIGKILL to one rank, in one of three ways, drawn from SEED:
+A kill is SIGKILL to one rank, in one of three ways in turn; which rank, and when, is drawn from SEED:
 
 - "step": the parent sends it when the rank says that it has taken some step;
 - "bytes": within some file of some checkpoint, after part of its bytes have been written;
@@ -216,8 +216,8 @@ def summary(said: dict[int, list[list[str]]], exits: dict[int, int], plan: Plan)
     )
 
 
-def next_plan(chance: random.Random) -> Plan:
-    way = chance.choice(("step", "bytes", "operation"))
+def next_plan(number: int, chance: random.Random) -> Plan:
+    way = ("step", "bytes", "operation")[number % 3]
     rank = chance.randrange(2)
     count = {
         "step": chance.randint(1, STEPS - 1),
@@ -276,7 +276,7 @@ def main(folder: str, kills: str, seed: str) -> None:
     killed: list[dict[str, Any]] = []
     runs = 0
     while len(killed) < int(kills) and not failures:
-        plans = (next_plan(chance) for _ in range(int(kills) - len(killed)))
+        plans = (next_plan(number, chance) for number in range(len(killed), int(kills)))
         # Under one tag every checkpoint takes the place of the one before.
         run = run_to_end(Path(folder) / f"run-{runs}", (None, "last")[runs % 2], plans, unbroken, chance)
         killed += run.kills
