@@ -2,7 +2,7 @@
 
 Measured: a step of one flat tensor of growing size, and of a growing number of small tensors, with the slope of each
 line in a log-log plot. By formula (`scale_model`), checked against the measured points: the optimizer step's time and
-the memory of a GPU under ZeRO 1, 2 and 3. What is today's, and what is the target of fused passes, stands apart.
+the memory of a GPU under ZeRO 1, 2 and 3, both with DeepSpeed's own passes around a step and with those fused.
 """
 
 from __future__ import annotations

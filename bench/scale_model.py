@@ -11,18 +11,19 @@ largest flat tensor. The caches are cold; on a GPU the time is the device's, and
 ZeRO. A rank owns P / W of P parameters. DeepSpeed hands them over as one flat tensor (stages 1 and 2), or as one per
 sub-group of 10^9 (stage 3), and makes passes over them beside the step's own. `PASSES` has the bytes of those, read and
 written, per owned parameter of a bfloat16 run: counted with a TorchDispatchMode around DeepSpeed 0.19.8's
-`optimizer.step()`. So 74 bytes (70 at stage 3) are what a step moves today. 30 are a target that nothing reaches yet:
-one read of the bfloat16 gradient for its norm, then one pass that also unscales, clips and writes bfloat16 weights.
+`optimizer.step()`. So a step moves 74 bytes (70 at stage 3), and 30 where `integrations.deepspeed` has fused the
+passes: one read of the bfloat16 gradient for its norm, then one pass that also unscales, clips and writes bfloat16
+weights. Both are counted by `deepspeed_step`.
 
-    today   t = calls (a + c) + P / W (28 / r + 46 / copy)        42 at stage 3
-    target  t = calls (a + c) + P / W (30 / r)
+    unfused  t = calls (a + c) + P / W (28 / r + 46 / copy)        42 at stage 3
+    fused    t = calls (a + c) + P / W (30 / r)
 
 Communication is in neither, but for the gathering of weights that follows the step of stages 1 and 2, 2 P (W - 1) / W
 bytes to every GPU, where a network's bandwidth is given.
 
 Memory of a GPU: bfloat16 weights and gradients, 2 bytes each, sharded from stage 3 and from stage 2 on; float32 masters
-and states of what it owns; today also a flat gradient in bfloat16 and in float32, 6 bytes per parameter owned, of one
-sub-group at stage 3, which the fused target does without. Activations and communication buffers come on top.
+and states of what it owns; unfused also a flat gradient in bfloat16 and in float32, 6 bytes per parameter owned, of one
+sub-group at stage 3, which a fused step does without. Activations and communication buffers come on top.
 """
 
 from __future__ import annotations
@@ -132,8 +133,8 @@ def pass_bytes(stage: int) -> int:
 
 
 def step_bytes(stage: int, fused: bool, states: str = "float32") -> float:
-    """Return the bytes per owned parameter and step: today's, or those of the fused target."""
-    # The target reads a bfloat16 gradient twice instead of a float32 one once, and writes bfloat16 weights.
+    """Return the bytes per owned parameter and step, with DeepSpeed's passes or with those fused."""
+    # A fused step reads a bfloat16 gradient twice instead of a float32 one once, and writes bfloat16 weights.
     return kernel_bytes(states) + (2 * _BFLOAT16 - 4 + _BFLOAT16 if fused else pass_bytes(stage))
 
 
@@ -175,15 +176,15 @@ def rows(rates: Rates, states: str) -> list[dict[str, float | None]]:
     return [
         {
             **{"parameters": parameters, "world": world, "stage": stage},
-            "bytes_today": step_bytes(stage, False, states),
-            "bytes_target": step_bytes(stage, True, states),
-            "today_ms": 1e3 * step_seconds(parameters, world, stage, False, rates, states),
-            "target_ms": 1e3 * step_seconds(parameters, world, stage, True, rates, states),
+            "bytes_unfused": step_bytes(stage, False, states),
+            "bytes_fused": step_bytes(stage, True, states),
+            "unfused_ms": 1e3 * step_seconds(parameters, world, stage, False, rates, states),
+            "fused_ms": 1e3 * step_seconds(parameters, world, stage, True, rates, states),
             "gather_ms": None
             if rates.network is None
             else 1e3 * gather_seconds(parameters, world, stage, rates.network),
-            "today_memory": memory_bytes(parameters, world, stage, False, states),
-            "target_memory": memory_bytes(parameters, world, stage, True, states),
+            "unfused_memory": memory_bytes(parameters, world, stage, False, states),
+            "fused_memory": memory_bytes(parameters, world, stage, True, states),
         }
         for stage in STAGES
         for parameters in PARAMETERS

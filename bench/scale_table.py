@@ -47,11 +47,11 @@ def _paper_lines(result: dict[str, Any]) -> list[str]:
         f"Formula: {1e6 * fit['call_s']:.1f} us a call, {1e6 * fit['tensor_s']:.2f} us a tensor, "
         f"{fit['bytes_per_s'] / 1e9:.1f} GB/s. Below, by formula and not measured: copy "
         f"{paper['copy_bytes_per_s'] / 1e9:.0f} GB/s ({origin}), {paper['states']} states; without communication. "
-        "The first figure is today's; the second is the target of fused passes, which nothing reaches yet.",
+        "The first figure is with DeepSpeed's own passes around a step, the second with those fused.",
     ]
     worlds = [f"{world:,} GPUs" for world in WORLD_SIZES]
     for key, unit, scale in (("ms", "step, ms", 1.0), ("memory", "memory of a GPU, GB", 1e-9)):
-        titles = [f"{unit}: today / target", "stage", *worlds]
+        titles = [f"{unit}: unfused / fused", "stage", *worlds]
         lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         for (stage, parameters), found in itertools.groupby(
             paper["rows"], lambda row: (row["stage"], row["parameters"])
@@ -59,12 +59,12 @@ def _paper_lines(result: dict[str, Any]) -> list[str]:
             if key == "ms" and stage == 2:  # as stage 1
                 continue
             cells = [
-                f"{_figure(row[f'today_{key}'] * scale)} / {_figure(row[f'target_{key}'] * scale)}" for row in found
+                f"{_figure(row[f'unfused_{key}'] * scale)} / {_figure(row[f'fused_{key}'] * scale)}" for row in found
             ]
             stages = "1, 2" if key == "ms" and stage == 1 else str(stage)
             lines.append(f"| {' | '.join([_parameters(parameters), stages, *cells])} |")
-    today, target = ({row["stage"]: row[f"bytes_{when}"] for row in paper["rows"]} for when in ("today", "target"))
-    lines += ["", f"Bytes per owned parameter and step, by stage: today {today}; target {target}."]
+    unfused, fused = ({row["stage"]: row[f"bytes_{how}"] for row in paper["rows"]} for how in ("unfused", "fused"))
+    lines += ["", f"Bytes per owned parameter and step, by stage: unfused {unfused}; fused {fused}."]
     if paper["network_gb_per_s"] is not None:
         most = max(WORLD_SIZES)
         rows = [row for row in paper["rows"] if row["stage"] == 1 and row["world"] == most]

@@ -44,12 +44,12 @@ def test_fit_has_no_negative_constants_and_refuses_what_shows_no_rate() -> None:
         scale_model.fit([Point(10, 1, 1e-6)], falling, 28)
 
 
-@pytest.mark.parametrize(("stage", "today"), [(1, 74), (2, 74), (3, 70)])
-def test_bytes_of_a_step(stage: int, today: int) -> None:
-    assert scale_model.step_bytes(stage, fused=False) == today
+@pytest.mark.parametrize(("stage", "unfused"), [(1, 74), (2, 74), (3, 70)])
+def test_bytes_of_a_step(stage: int, unfused: int) -> None:
+    assert scale_model.step_bytes(stage, fused=False) == unfused
     assert scale_model.step_bytes(stage, fused=True) == 30
     # m and v read and written: 2 * 8 bytes become 2 * (1 + 2 + 1/32).
-    assert scale_model.step_bytes(stage, fused=False, states="low") == today - 16 + 6.0625
+    assert scale_model.step_bytes(stage, fused=False, states="low") == unfused - 16 + 6.0625
     assert scale_model.step_bytes(stage, fused=True, states="low") == 30 - 16 + 6.0625
 
 
@@ -75,8 +75,8 @@ def test_memory_of_a_gpu(stage: int, gigabytes: float) -> None:
 
 
 def test_flat_gradients_of_stage_3_are_of_one_sub_group() -> None:
-    today, target = (scale_model.memory_bytes(40e9, 8, 3, fused, "float32") for fused in (False, True))
-    assert today - target == 6e9
+    unfused, fused = (scale_model.memory_bytes(40e9, 8, 3, is_fused, "float32") for is_fused in (False, True))
+    assert unfused - fused == 6e9
 
 
 def test_gathering_is_of_all_weights_that_others_own() -> None:
@@ -131,7 +131,7 @@ def test_command_fits_and_extends(
     assert ours["tensors_slope"] == scale_model.slope([1, 5], [point["median_ms"] for point in ours["tensors"]])
     assert len(result["paper"]["rows"]) == 3 * 5 * 4
     assert table(result) in capsys.readouterr().out
-    assert "fused passes, which nothing reaches yet" in table(result)
+    assert "with those fused" in table(result)
     assert "50 GB/s: 1B: 40 ms" in table(result)
 
 
