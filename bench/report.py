@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import counted_steps, host, long_run, plots, precision_study, scale, step_table, train
+from . import counted_steps, deepspeed_step, host, long_run, plots, precision_study, scale, step_table, train
 from .origin import origin
 from .step_table import markdown_row
 
@@ -73,6 +73,7 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{path}: not JSON: {error}") from error
     keys = set(result) if isinstance(result, dict) else set()
     signs = {"workloads": "step", "cases": "train", "kinds": "precision", "rates": "modes", "final": "long run"}
+    signs["times_ms"] = "deepspeed step"
     found = result.get("benchmark") if keys else None
     kind = found or next((kind for sign, kind in signs.items() if sign in keys), None)
     if kind not in TABLES or "environment" not in keys:
@@ -103,6 +104,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "scale": scale.table,
     "host": host.table,
     "counters": counted_steps.table,
+    "deepspeed step": deepspeed_step.table,
     "precision": precision_study.table,
     "long run": long_run.table,
     "modes": modes_table,

@@ -7,16 +7,11 @@ rank, carry every case of this file; each test reads the results of its case.
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from torch.utils import cpp_extension
-
-from adax_triton import AdaX
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.deepspeed
@@ -238,65 +233,3 @@ def test_checkpoint_that_cannot_be_loaded_is_refused(results: dict[str, Any], ca
     assert result.get("error") == "ValueError", result
     for word in words:
         assert word in result["message"]
-
-
-@pytest.fixture
-def adapter() -> Iterator[ModuleType]:
-    """The adapter, registered; unregistered afterwards so that no other test runs under its patches."""
-    from adax_triton.integrations import deepspeed as module
-
-    module.register()
-    yield module
-    module.unregister()
-
-
-def test_unregister_takes_back_every_wrapped_method(adapter: ModuleType) -> None:
-    wrapped = {(owner, name): vars(owner)[name] for owner, name, _ in adapter._methods_to_wrap()}
-    adapter.unregister()
-    for (owner, name), method in wrapped.items():
-        assert vars(owner)[name] is method.__wrapped__
-
-
-NVME_OFFLOAD = {"offload_optimizer": {"device": "nvme", "nvme_path": "/swapped"}}
-
-
-@pytest.mark.parametrize(
-    ("sections", "words"),
-    [
-        ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, ["elastic_checkpoint=true", "universal"]),
-        ({"checkpoint": {"load_universal": True}}, ["load_universal=true", "stage=0", "to 1"]),
-        (
-            {"zero_optimization": {"stage": 3, **NVME_OFFLOAD}, "checkpoint": {"load_universal": True}},
-            ["nvme", "load_universal=true", "cpu"],
-        ),
-        (
-            {
-                "zero_optimization": {"stage": 3, **NVME_OFFLOAD},
-                "optimizer": {"type": "AdaX", "params": {"states": "low"}},
-            },
-            ["nvme", "states='low'", "float32"],
-        ),
-    ],
-    ids=["elastic", "universal-z0", "nvme-universal", "nvme-low"],
-)
-def test_settings_that_lose_a_checkpoint_are_refused(
-    adapter: ModuleType, sections: dict[str, Any], words: list[str]
-) -> None:
-    config = {"train_batch_size": 1, "optimizer": {"type": "AdaX"}, **sections}
-    with pytest.raises(ValueError) as caught:
-        adapter.check_config(config)
-    for word in words:
-        assert word in str(caught.value)
-    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], **config["optimizer"].get("params", {})}]
-    client = {**config, "zero_force_ds_cpu_optimizer": False}
-    with pytest.raises(ValueError, match=words[0]):
-        adapter.check_config(client, AdaX(groups))
-
-
-def test_settings_that_keep_a_checkpoint_are_accepted(adapter: ModuleType) -> None:
-    for sections in (
-        {"zero_optimization": {"stage": 3, **NVME_OFFLOAD}},
-        {"zero_optimization": {"stage": 1}, "checkpoint": {"load_universal": True}},
-        {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdaX", "params": {"states": "low"}}},
-    ):
-        assert adapter.check_config({"optimizer": {"type": "AdaX"}, **sections}) is None

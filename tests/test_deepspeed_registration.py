@@ -231,3 +231,55 @@ def test_check_config_does_not_change_the_configuration(adapter: ModuleType) -> 
 def test_package_itself_does_not_import_deepspeed() -> None:
     code = "import sys, adax_triton; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0
+
+
+def test_unregister_takes_back_every_wrapped_method(adapter: ModuleType) -> None:
+    wrapped = {(owner, name): vars(owner)[name] for owner, name, _ in adapter._methods_to_wrap()}
+    adapter.unregister()
+    for (owner, name), method in wrapped.items():
+        assert vars(owner)[name] is method.__wrapped__
+
+
+NVME_OFFLOAD = {"offload_optimizer": {"device": "nvme", "nvme_path": "/swapped"}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, ["elastic_checkpoint=true", "universal"]),
+        ({"checkpoint": {"load_universal": True}}, ["load_universal=true", "stage=0", "to 1"]),
+        (
+            {"zero_optimization": {"stage": 3, **NVME_OFFLOAD}, "checkpoint": {"load_universal": True}},
+            ["nvme", "load_universal=true", "cpu"],
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 3, **NVME_OFFLOAD},
+                "optimizer": {"type": "AdaX", "params": {"states": "low"}},
+            },
+            ["nvme", "states='low'", "float32"],
+        ),
+    ],
+    ids=["elastic", "universal-z0", "nvme-universal", "nvme-low"],
+)
+def test_settings_that_lose_a_checkpoint_are_refused(
+    adapter: ModuleType, sections: dict[str, Any], words: list[str]
+) -> None:
+    settings = config(**sections)
+    with pytest.raises(ValueError) as caught:
+        adapter.check_config(settings)
+    for word in words:
+        assert word in str(caught.value)
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))], **settings["optimizer"].get("params", {})}]
+    client = {**settings, "zero_force_ds_cpu_optimizer": False}
+    with pytest.raises(ValueError, match=words[0]):
+        adapter.check_config(client, AdaX(groups))
+
+
+def test_settings_that_keep_a_checkpoint_are_accepted(adapter: ModuleType) -> None:
+    for sections in (
+        {"zero_optimization": {"stage": 3, **NVME_OFFLOAD}},
+        {"zero_optimization": {"stage": 1}, "checkpoint": {"load_universal": True}},
+        {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdaX", "params": {"states": "low"}}},
+    ):
+        assert adapter.check_config(config(**sections)) is None
