@@ -8,7 +8,7 @@ import pytest
 from adax_triton.schedule import effective_eps, exp_avg_sq_weight, step_scalars
 
 getcontext().prec = 60
-STEPS = [1, 2, 3, 10, 1_000, 110_000, 887_272, 1_000_000, 7_000_000]
+STEPS = [1, 2, 3, 10, 1_000, 110_000, 887_272, 1_000_000, 7_000_000, 123_456_789, 1_000_000_000]
 
 
 def exact_weight(rule: str, beta2: float, step: int) -> Decimal:
