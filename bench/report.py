@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import long_run, plots, precision_study, scale, train
+from . import deepspeed_step, long_run, plots, precision_study, scale, train
 from .origin import origin
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -127,6 +127,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "precision": precision_study.table,
     "long run": long_run.table,
     "modes": modes_table,
+    "passes": deepspeed_step.table,
 }
 
 
