@@ -42,11 +42,11 @@ results: $(READY)  ## measure the committed CPU figures anew, in some eight minu
 	$(BIN)/adax-triton bench host --json bench/results/cpu-host.json
 	$(BIN)/adax-triton bench train --steps 20 --budget 100 --json bench/results/cpu-train.json \
 		--only 'plain / torch AdamW' 'plain / AdaXW' 'ZeRO-2 /' 'ZeRO-3 /'
-	$(BIN)/python -m adax_triton.bench.deepspeed_step --out bench/results/cpu-deepspeed-step.json \
+	$(BIN)/python -m adax_triton.bench.deepspeed_step --out bench/results/cpu-passes.json \
 		--table docs/deepspeed-passes.md
 	$(MAKE) report
 
-REPORTED = $(wildcard $(foreach kind,step scale host train counters,bench/results/*-$(kind).json))
+REPORTED = $(wildcard $(foreach kind,step scale host train counters passes,bench/results/*-$(kind).json))
 
 report: $(READY)  ## docs/benchmarks and the README's section from the committed results
 	rm -f docs/benchmarks/*.png

@@ -192,9 +192,9 @@ def table(result: dict[str, Any]) -> str:
         f"| {name} | {', '.join(f'{operation} {count:.1f}' for operation, count in sorted(modes[AUTO].items()))} |"
         for name, modes in result["bytes"].items()
     ]
-    model = f"{LAYERS} layers of width {result['width']}, clipping in every step"
+    what = f"{LAYERS} layers of width {result['width']}, clipping in every step"
     moved = ["| path | bytes that are left, by operation |", "|---|---|", *parts]
-    return "\n".join([model, "", *rows, "", *moved])
+    return "\n".join([what, "", *rows, "", *moved])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -208,17 +208,19 @@ def main(argv: list[str] | None = None) -> int:
     start()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = {
+        "benchmark": "passes",
         "environment": describe(device),
         "width": arguments.width,
         "bytes": measure_bytes(arguments.width),
         "times_ms": measure_times(arguments.width, arguments.repetitions) if arguments.repetitions else {},
     }
-    print(table(result))
+    text = f"{origin(result)}\n\n{table(result)}"
+    print(text)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.table is not None:
         head, marker, _ = arguments.table.read_text().partition("<!-- measured -->\n")
-        arguments.table.write_text(f"{head}{marker}\n{origin(result)}\n\n{table(result)}\n")
+        arguments.table.write_text(f"{head}{marker}\n{text}\n")
     return 0
 
 

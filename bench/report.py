@@ -73,7 +73,6 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{path}: not JSON: {error}") from error
     keys = set(result) if isinstance(result, dict) else set()
     signs = {"workloads": "step", "cases": "train", "kinds": "precision", "rates": "modes", "final": "long run"}
-    signs["times_ms"] = "deepspeed step"
     found = result.get("benchmark") if keys else None
     kind = found or next((kind for sign, kind in signs.items() if sign in keys), None)
     if kind not in TABLES or "environment" not in keys:
@@ -104,10 +103,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "scale": scale.table,
     "host": host.table,
     "counters": counted_steps.table,
-    "deepspeed step": deepspeed_step.table,
     "precision": precision_study.table,
     "long run": long_run.table,
     "modes": modes_table,
+    "passes": deepspeed_step.table,
 }
 
 

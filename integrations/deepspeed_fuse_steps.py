@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm
-from deepspeed.runtime.utils import all_gather_dp_groups, get_global_norm_of_tensors, is_invalid_grad_norm
+from deepspeed.runtime import utils as runtime_utils  # of which older versions lack some
 from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor
 
@@ -79,7 +79,7 @@ class Zero12Step(Zero12Hooks):
         if self.cpu_offload:
             self.reset_cpu_buffers()
         self.timers(stage_1_and_2.OPTIMIZER_ALLGATHER_TIMER).start()
-        all_gather_dp_groups(
+        runtime_utils.all_gather_dp_groups(
             groups_flat=self.bit16_groups_flat,
             partitioned_param_groups=self.parallel_partitioned_bit16_groups,
             dp_process_group=self.real_dp_process_group,
@@ -101,7 +101,7 @@ class Zero12Step(Zero12Hooks):
             return None
         norm: Tensor = self.scaled_global_norm()
         if self.dtype != torch.bfloat16 or self.check_grad_overflow:
-            self.overflow = is_invalid_grad_norm(norm)
+            self.overflow = runtime_utils.is_invalid_grad_norm(norm)
         return norm
 
     def _drop_step(self) -> None:
@@ -165,9 +165,9 @@ class BF16Step:
             raise NotImplementedError(f"{type(self).__name__} does not support closure.")
         self.overflow = False
         gradients, _ = self.get_grads_for_norm()
-        norm = get_global_norm_of_tensors(input_tensors=gradients, mpu=self.mpu, norm_type=self.norm_type)
+        norm = runtime_utils.get_global_norm_of_tensors(input_tensors=gradients, mpu=self.mpu, norm_type=self.norm_type)
         self._global_grad_norm = norm
-        if is_invalid_grad_norm(norm):
+        if runtime_utils.is_invalid_grad_norm(norm):
             self.overflow = True
             self._global_grad_norm = float("inf")
             self.clear_hp_grads()
@@ -190,7 +190,7 @@ class BF16Step:
         )
         self.optimizer.step()
         self._lazy_init_hp_params_optimizer_state()
-        all_gather_dp_groups(
+        runtime_utils.all_gather_dp_groups(
             groups_flat=self.bf16_groups_flat,
             partitioned_param_groups=self.bf16_partitioned_groups,
             dp_process_group=self.real_dp_process_group,

@@ -112,7 +112,7 @@ def test_every_kind_of_result_is_reported(tmp_path: Path, capsys: pytest.Capture
         environment = json.loads(path.read_text())["environment"]
         assert f"## {path.stem}\n" in printed
         assert f"commit {environment['commit']}" in printed
-    for kind in ("step", "scale", "train", "deepspeed step", "precision", "long run", "modes"):
+    for kind in ("step", "scale", "train", "precision", "long run", "modes", "passes"):
         assert f"\n{kind}: " in printed
     assert "step: A Machine, driver 580.1, 3 threads, torch 2.13, commit abc123, 2026-01-02\n" in printed
 
