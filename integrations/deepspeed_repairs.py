@@ -5,18 +5,22 @@
 - `OneCycle` writes 0.99 over every `betas[1]`, of which AdaX has another idea. Here it cycles `betas[0]` alone.
 - `offload_states` and `reload_states` at ZeRO 3 take nothing but FusedAdam. Here they move all states of the optimizer.
 - Before 0.19.8, ZeRO 3 looks for gradients that are not finite in fp16 alone. Here it skips such steps in every dtype.
+- Offload to NVMe takes other gradients than the model's where a large one starts within a sub-group at an element that
+  file access cannot: files are read to aligned memory only. Here its part before the next such element stays in memory.
 """
 
 import functools
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
 from deepspeed.runtime.zero.offload_states import offload_optimizer_states, reload_optimizer_states
 from packaging.version import Version
+from torch import Tensor
 
 from adax_triton.moment_optimizer import MomentOptimizer
 
@@ -34,6 +38,7 @@ def methods_to_repair() -> list[tuple[type, str, Callable[[Method], Method]]]:
         (deepspeed.runtime.lr_schedules.OneCycle, "_initialize_momentum", _keep_second_betas),
         (stage_3, "offload_states", _offload_own_states),
         (stage_3, "reload_states", _reload_own_states),
+        (OptimizerSwapper, "_adjust_for_misaligned_lengths", _align_starts),
     ]
 
 
@@ -126,3 +131,20 @@ def _reload_own_states(original: Method) -> Method:
         del offloaded  # until here, where the copies are done
 
     return reload_states
+
+
+def _align_starts(original: Method) -> Method:
+    @functools.wraps(original)
+    def _adjust_for_misaligned_lengths(self: Any, tensors: Sequence[Tensor], offsets: Sequence[int]) -> Any:
+        if not isinstance(self.optimizer, MomentOptimizer):
+            return original(self, tensors, offsets)
+        parts, starts = [], []
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            head = min(-offset % self.numel_alignment, tensor.numel())
+            for start, end in ((0, head), (head, tensor.numel())):
+                if start < end:
+                    parts.append(tensor[start:end])
+                    starts.append(offset + start)
+        return original(self, parts, starts)
+
+    return _adjust_for_misaligned_lengths
