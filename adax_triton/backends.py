@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .compiled import compiler_problem
 from .control import TAKEN, Decision, StepControl
-from .cpu import COMPILE_FROM_NUMEL, compiler_problem
+from .cpu import COMPILE_FROM_NUMEL
 from .device_scalars import DeviceRow, DeviceScalars
 from .device_tables import DeviceTable, KeptByStream
 from .gradient_norm import sum_of_squares

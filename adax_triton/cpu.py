@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .compact import GROUP
+from .compiled import call_compiled, compiler_problem
 from .reference import adax_update
 from .schedule import StepScalars
-from .stored import stored_update
+from .stored import StoredDtypes, scalar_arguments, stored_update
 from .tensor_step import TensorStep
 
 # Below this, one pass over the tensor is cheaper than the call of a compiled function, and compiling never pays.
@@ -22,26 +22,21 @@ COMPILE_FROM_NUMEL = 32_768
 # Elements that the uncompiled formula takes at a time: its temporaries then stay in cache, and never reach the tensor's
 # size.
 EAGER_CHUNK = 65_536
-# No mask within the loop. And no fused multiply-adds, which would be others for every set of dtypes and for the ends of
-# tensors: weights kept whole beside bfloat16 must be those of float32 bit for bit, and so must shards of any size.
-COMPILE_OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {
-    "cpp.enable_floating_point_contract_flag": "off",
-    "cpp.enable_loop_tail_vec": False,
-}
-# Elements that small tensors are gathered into at most, and that codes are compiled for at a time: between the loops of
-# that lie float32 temporaries.
+# Elements that small tensors are gathered into at most.
 GATHERED_NUMEL = 1 << 20
-
-Update = Callable[..., None]
+# The compiler has no vectors of 16-bit integers, and takes those of 8 bits from memory eight at a time, which costs it
+# more than all arithmetic: they go through copies, of so many elements at a time that these stay in cache, as do the
+# float32 temporaries that lie between the loops of codes.
+_WIDENED = (torch.int8, torch.uint8, torch.int16)
+WIDENED_NUMEL = 1 << 17
+# Elements of one call at most: their indices are words of 32 bits.
+_MOST_NUMEL = 1 << 30
 
 
 def _update(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, grad_as_it_is: bool
 ) -> None:
-    arguments = dict(zip(StepScalars._fields, scalars, strict=True))
-    if grad_as_it_is:
-        arguments |= {"l2": 0.0, "grad_factor": 1.0}
-    adax_update(param, grad, exp_avg, exp_avg_sq, **arguments)
+    adax_update(param, grad, exp_avg, exp_avg_sq, **scalar_arguments(scalars, grad_as_it_is))
 
 
 def update_eager(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: StepScalars) -> None:
@@ -53,26 +48,6 @@ def update_eager(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
     """
     for tensors in zip(*(tensor.split(EAGER_CHUNK) for tensor in (param, grad, exp_avg, exp_avg_sq)), strict=True):
         adax_update(*tensors, **scalars._asdict())
-
-
-@functools.cache
-def _compiled(function: types.FunctionType, dtypes: tuple[torch.dtype | None, ...]) -> Update:
-    # Dynamo counts recompilations per code object and gives up after eight; each set of dtypes gets its own.
-    name = "_".join([function.__name__, *(str(dtype).removeprefix("torch.") for dtype in dtypes)])
-    twin = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-    return torch.compile(twin, dynamic=True, fullgraph=True, options=COMPILE_OPTIONS)
-
-
-@functools.cache
-def compiler_problem() -> str | None:
-    """Return why CPU code cannot be compiled here, or None; found out once, by looking for the C++ compiler."""
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler as error:
-        return " ".join(str(error).split())
-    return None
 
 
 @functools.cache
@@ -102,11 +77,18 @@ def update_cpu(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
     """
     if not _worth_compiling(param):
         return update_eager(param, grad, exp_avg, exp_avg_sq, scalars)
-    tensors = (param, grad, exp_avg, exp_avg_sq)
-    update = _compiled(_update, tuple(tensor.dtype for tensor in tensors))
-    grad_as_it_is = scalars.l2 == 0.0 and scalars.grad_factor == 1.0
-    # The scalars go in as a tensor: as Python numbers each new value would be compiled for.
-    return update(*tensors, torch.tensor(scalars, dtype=exp_avg_sq.dtype, device="cpu"), grad_as_it_is)
+    tensors = (param, grad, exp_avg, exp_avg_sq, _scalar_tensor(scalars, exp_avg_sq.dtype))
+    call_compiled(_update, tensors, _takes_grad_as_it_is(scalars))
+
+
+@functools.lru_cache(maxsize=64)
+def _scalar_tensor(scalars: StepScalars, dtype: torch.dtype) -> Tensor:
+    # As Python numbers each new value would be compiled for.
+    return torch.tensor(scalars, dtype=dtype, device="cpu")
+
+
+def _takes_grad_as_it_is(scalars: StepScalars) -> bool:
+    return scalars.l2 == 0.0 and scalars.grad_factor == 1.0
 
 
 def update_small_cpu(tensors: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], scalars: StepScalars) -> None:
@@ -153,8 +135,12 @@ def update_stored(step: TensorStep, scalars: StepScalars, key: tuple[int, int]) 
         key: of this step, see `rounding.random_key`.
     """
     compiled = _worth_compiling(step.param)
-    numel, chunk = step.param.numel(), GATHERED_NUMEL if compiled else EAGER_CHUNK
-    whole = numel if step.group_exponents is None else numel // GROUP * GROUP
+    numel, exponents = step.param.numel(), step.group_exponents
+    chunk = EAGER_CHUNK
+    if compiled:
+        in_parts = any(tensor.dtype in _WIDENED for tensor in step.written)
+        chunk = WIDENED_NUMEL if in_parts else _MOST_NUMEL
+    whole = numel if exponents is None else numel // GROUP * GROUP
     for start in range(0, whole, chunk):
         _update_run(step, scalars, key, start, min(chunk, whole - start), compiled)
     if whole != numel:
@@ -171,16 +157,15 @@ def _update_run(
         exponents = exponents.view(-1)[start // GROUP : (start + length) // GROUP]
     # As 32-bit words that wrap around.
     words = torch.tensor([step.first_element + start, *key], dtype=torch.int64, device="cpu").to(torch.int32)
-    words = words.to(part.param.device)
     tensors = (*part.tensors, part.master, exponents)
     if not compiled:
-        return stored_update(*tensors, scalars, words, step.stochastic)
-    # The compiler has no vectors of 16-bit integers: they go through copies of a chunk.
+        return stored_update(*tensors, scalars, words.to(part.param.device), step.stochastic)
     wide = tuple(
-        tensor.to(torch.int32) if tensor is not None and tensor.dtype == torch.int16 else tensor for tensor in tensors
+        tensor.to(torch.int32) if tensor is not None and tensor.dtype in _WIDENED else tensor for tensor in tensors
     )
-    update = _compiled(stored_update, (*(None if tensor is None else tensor.dtype for tensor in wide),))
-    update(*wide, torch.tensor(scalars, dtype=torch.float32, device="cpu"), words, step.stochastic)
+    stored = StoredDtypes(None if part.master is None else part.master.dtype, part.exp_avg_sq.dtype)
+    values = (*wide, _scalar_tensor(scalars, torch.float32), words)
+    call_compiled(stored_update, values, step.stochastic, _takes_grad_as_it_is(scalars), stored)
     for tensor, widened in zip(tensors, wide, strict=True):
         if tensor is not None and widened is not None and widened is not tensor:
             tensor.copy_(widened)

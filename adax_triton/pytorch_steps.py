@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
+from .compiled import call_compiled
 from .control import TAKEN, Decision
 from .cpu import COMPILE_FROM_NUMEL, GATHERED_NUMEL, update_cpu, update_eager, update_small_cpu, update_stored
 from .schedule import StepScalars
@@ -63,8 +64,7 @@ def run_steps_with_sums(steps: Sequence[TensorStep], rows: HostRows, decision: D
             if not decision.skip:
                 _run(part, scalars[part.scalar_row], rows.keys[part.scalar_row])
             tensors = part.grad, before, _weights(part)
-            dtypes = (*(tensor.dtype for tensor in tensors),)
-            row += (cpu._compiled(_sums, dtypes) if cpu._worth_compiling(part.param) else _sums)(*tensors)
+            row += call_compiled(_sums, tensors) if cpu._worth_compiling(part.param) else _sums(*tensors)
 
 
 def _scaled(scalars: list[StepScalars], decision: Decision) -> list[StepScalars]:

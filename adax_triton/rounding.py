@@ -82,12 +82,17 @@ def round_to_bfloat16(values: Tensor, addend: Tensor | int) -> Tensor:
         values: float32.
         addend: 16 random bits per element, or 0x8000 for nearest.
     """
-    return _top_half(bits_of(values) + addend, values.isnan())
+    return _top_half(bits_of(values) + addend, _is_nan(values))
 
 
 def _top_half(bits: Tensor, nan: Tensor) -> Tensor:
     # An exact cast; the compiler has no vectors of 16-bit integers.
     return from_bits(torch.where(nan, _QUIET_NAN, bits & _TOP_HALF)).to(torch.bfloat16)
+
+
+def _is_nan(values: Tensor) -> Tensor:
+    # isnan() is no vector operation for the compiler.
+    return values != values
 
 
 def signed_byte(words: Tensor) -> Tensor:
@@ -110,14 +115,21 @@ def split_master(master: Tensor, addend: Tensor | int | None) -> tuple[Tensor, T
         The parameters, bfloat16, and the rest, int32 within the range of int16 or int8.
     """
     bits = bits_of(master)
-    nan = master.isnan()
+    nan = _is_nan(master)
     if addend is None:
         return _top_half(bits + 0x8000, nan), ((bits & 0xFFFF) ^ 0x8000) - 0x8000
     bits = bits + addend
     return _top_half((bits & ~0xFF) + 0x8000, nan), signed_byte(bits >> 8)
 
 
-def join_master(param: Tensor, rest: Tensor) -> Tensor:
-    """Return the float32 master weights of bfloat16 parameters and what they lack: int8, or int16 or wider."""
+def join_master(param: Tensor, rest: Tensor, stored: torch.dtype | None = None) -> Tensor:
+    """Return the float32 master weights of bfloat16 parameters and what they lack.
+
+    Args:
+        param: bfloat16.
+        rest: from `split_master`, in any integer dtype.
+        stored: int8 or int16, the dtype that holds it in the state. Default: its own.
+    """
     words = rest.to(torch.int32)
-    return from_bits(bits_of(param.to(torch.float32)) + (words << 8 if rest.dtype == torch.int8 else words))
+    upper = (stored or rest.dtype) == torch.int8
+    return from_bits(bits_of(param.to(torch.float32)) + (words << 8 if upper else words))

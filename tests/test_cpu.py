@@ -1,11 +1,14 @@
 """The compiled CPU path. Oracle: the reference in float64, by the two-reference rule."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
+from adax_triton.compiled import _program, call_compiled
 from adax_triton.cpu import (
     COMPILE_FROM_NUMEL,
     EAGER_CHUNK,
@@ -13,9 +16,11 @@ from adax_triton.cpu import (
     update_cpu,
     update_eager,
     update_small_cpu,
+    update_stored,
 )
 from adax_triton.reference import adax_update
 from adax_triton.schedule import StepScalars, step_scalars
+from adax_triton.tensor_step import TensorStep
 
 DTYPES = [
     (torch.float32, torch.float32),
@@ -81,6 +86,46 @@ def test_new_scalars_and_sizes_do_not_compile_again() -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step, numel in ((1, COMPILE_FROM_NUMEL), (2, COMPILE_FROM_NUMEL + 1), (16, 3 * COMPILE_FROM_NUMEL)):
             update_cpu(*(tensor[:numel] for tensor in tensors), scalars_of(step)._replace(decay=0.0, step_size=1.0))
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_step_beside_a_float32_copy_is_that_of_float32_weights(grad_dtype: torch.dtype) -> None:
+    weights, grad, exp_avg, exp_avg_sq = make_tensors(COMPILE_FROM_NUMEL + 13, torch.float32, grad_dtype)
+    copies = [tensor.clone() for tensor in (weights, exp_avg, exp_avg_sq)]
+    step = TensorStep(weights.bfloat16(), grad, copies[1], copies[2], 0, master=copies[0])
+    for count in (1, 2):
+        scalars = scalars_of(count)._replace(grad_factor=1.0 / count)
+        update_cpu(weights, grad.float(), exp_avg, exp_avg_sq, scalars)
+        update_stored(step, scalars, (0, 0))
+        assert all(map(torch.equal, copies, (weights, exp_avg, exp_avg_sq)))
+        assert torch.equal(step.param, weights.bfloat16())
+
+
+def test_compiled_loops_take_no_vector_apart() -> None:
+    numel = 2 * COMPILE_FROM_NUMEL
+    tensors = [tensor.bfloat16() for tensor in make_tensors(numel, torch.bfloat16, torch.bfloat16)]
+    master = torch.zeros(numel, dtype=torch.int8)
+    step = TensorStep(*tensors, scalar_row=0, states="bfloat16", master=master)
+    _program.cache_clear()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(update_stored, step, scalars_of(2), (1, 2))
+    assert len(codes) == 1 and "sqrt()" in codes[0] and "VectorizedN<int32_t,2>::loadu(&" in codes[0]
+    assert "tmpbuf" not in codes[0]
+    # A length in a load of int32, or of half a vector, is a detour through memory.
+    loads = re.findall(r"Vectorized(?:N?)<([^>]*)>::loadu\(\w+_ptr\d+ \+ [^;]*;", codes[0])
+    assert set(loads) == {"at::BFloat16", "int32_t,2"}
+    assert not re.search(r"int32_t,2>::loadu\([^;&]*, static_cast", codes[0])
+
+
+def test_programs_are_called_with_any_sizes_and_return_what_they_compute() -> None:
+    def halves(values: torch.Tensor, absent: None, scale: torch.Tensor, negate: bool) -> torch.Tensor:
+        total = (values * scale).sum()
+        return -total if negate else total
+
+    for numel in (COMPILE_FROM_NUMEL, 3 * COMPILE_FROM_NUMEL + 1):
+        for negate in (False, True):
+            found = call_compiled(halves, (torch.ones(numel), None, torch.tensor([2.0])), negate)
+            assert float(found) == (-2.0 if negate else 2.0) * numel
 
 
 def largest_allocation(update: object, tensors: list[torch.Tensor]) -> int:

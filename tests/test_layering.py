@@ -31,8 +31,8 @@ ALLOWED = {
         *("precision", "schedule", "state_tensors", "step_plan", "step_work", "telemetry", "transport"),
     },
     "adax_triton.backends": {
-        *("control", "cpu", "device_scalars", "device_tables", "gradient_norm", "launches", "pytorch_steps"),
-        *("schedule", "telemetry", "tensor_step", "kernels"),
+        *("compiled", "control", "cpu", "device_scalars", "device_tables", "gradient_norm", "launches"),
+        *("pytorch_steps", "schedule", "telemetry", "tensor_step", "kernels"),
     },
     "adax_triton.beside": {
         *("backends", "compact", "control", "cpu", "precision", "state_tensors", "step_work"),
@@ -42,7 +42,7 @@ ALLOWED = {
     "adax_triton.gradient_release": {"control", "gradient_norm", "moment_optimizer", "parameters", "sharding"},
     "adax_triton.gradient_norm": {"control", "launches", "tensor_step"},
     "adax_triton.launches": {"device_tables", "schedule", "telemetry", "tensor_step", "kernels"},
-    "adax_triton.pytorch_steps": {"control", "cpu", "schedule", "stored", "tensor_step"},
+    "adax_triton.pytorch_steps": {"compiled", "control", "cpu", "schedule", "stored", "tensor_step"},
     "adax_triton.step_plan": {"backends", "control", "device_tables", "launches", "pytorch_steps", "step_work"},
     "adax_triton.step_work": {
         *("backends", "control", "device_scalars", "device_tables", "hyperparameters", "parameters", "pytorch_steps"),
@@ -66,7 +66,7 @@ ALLOWED = {
     "adax_triton.horizon": {"hyperparameters", "schedule"},
     "adax_triton.conversion": {"converted_states", "hyperparameters", "schedule"},
     "adax_triton.converted_states": {"hyperparameters"},
-    "adax_triton.cpu": {"compact", "reference", "schedule", "stored", "tensor_step"},
+    "adax_triton.cpu": {"compact", "compiled", "reference", "schedule", "stored", "tensor_step"},
     "adax_triton.kernels.adax_step": {
         *("kernels.compact", "kernels.launch", "kernels.rounding", "kernels.telemetry", "kernels.variants"),
     },

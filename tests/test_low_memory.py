@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from adax_triton import AdaX, AdaXW
 from adax_triton import cpu as cpu_module
-from adax_triton.cpu import COMPILE_FROM_NUMEL, EAGER_CHUNK, GATHERED_NUMEL
+from adax_triton.cpu import COMPILE_FROM_NUMEL, EAGER_CHUNK, WIDENED_NUMEL
 from adax_triton.flat_buffer import is_dense
 from adax_triton.precision import STATES, Precision, state_bytes
 from adax_triton.reference import adax_update
@@ -242,7 +242,7 @@ def test_many_small_masters_on_the_cpu_are_float32_weights_too(compiled_cpu: tor
     assert all(torch.equal(weights(optimizers[0], param), other) for param, other in zip(half, full, strict=True))
 
 
-COMPILED = ["low", "lowest, 24bit", "low, stochastic"]
+COMPILED = ["low", "lowest, 24bit", "low, stochastic", "bf16 states, master"]
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -250,7 +250,7 @@ def test_compiled_step_equals_the_uncompiled_one(
     name: str, compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Chunks that begin anywhere: the random bits must not.
-    monkeypatch.setattr(cpu_module, "GATHERED_NUMEL", 32 * 1500)
+    monkeypatch.setattr(cpu_module, "WIDENED_NUMEL", 32 * 1500)
     mode = MODES[name]
     runs = []
     for worth_compiling in (True, False):
@@ -272,7 +272,7 @@ def test_step_makes_no_temporary_of_the_tensors_size(
     compiled: bool, compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_module, "_worth_compiling", lambda _: compiled)
-    mode, numel = MODES["lowest, 24bit"], 8 * GATHERED_NUMEL if compiled else 16 * EAGER_CHUNK
+    mode, numel = MODES["lowest, 24bit"], 8 * WIDENED_NUMEL if compiled else 16 * EAGER_CHUNK
     param = torch.ones(numel, dtype=mode.dtype, requires_grad=True)
     optimizer = AdaX([param], **mode.options())
     param.grad = torch.ones_like(param)
