@@ -31,7 +31,7 @@ def compiler_problem() -> str | None:
     return None
 
 
-def call_compiled(function: types.FunctionType, tensors: Sequence[Tensor | None], *constants: Hashable) -> Any:
+def call_compiled(function: Callable[..., Any], tensors: Sequence[Tensor | None], *constants: Hashable) -> Any:
     """Return `function(*tensors, *constants)`, compiled at the first call with these dtypes and constants.
 
     Nothing else is compiled for or checked: calls may differ in sizes only, and in those only as one number does.
@@ -85,12 +85,12 @@ class _Program:
         from torch._inductor.compile_fx import compile_fx
 
         with _better_vectors(inputs):
-            self._compiled = compile_fx(graph, inputs, config_patches=COMPILE_OPTIONS)
+            compiled: Any = compile_fx(graph, inputs, config_patches=COMPILE_OPTIONS)
+        self._compiled = compiled
 
         def first_call(*values: Tensor | int) -> Sequence[Tensor]:
             self._first_inputs = values
-            assert self._compiled is not None
-            return self._compiled(*values)
+            return compiled(*values)
 
         return first_call
 
@@ -117,8 +117,7 @@ def _better_vectors(inputs: Sequence[Tensor | int]) -> Iterator[None]:
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.virtualized import V
 
-    isa = pick_vec_isa()
-    bit_cast, load_line = CppVecOverrides.__dict__["to_dtype_bitcast"], CppVecKernel._get_vec_load_line
+    isa, load_line = pick_vec_isa(), CppVecKernel._get_vec_load_line
     numbers_in_vector = isa._dtype_nelements
 
     def to_dtype_bitcast(value: object, dtype: torch.dtype, src_dtype: torch.dtype) -> str:
@@ -129,13 +128,19 @@ def _better_vectors(inputs: Sequence[Tensor | int]) -> Iterator[None]:
         length = f", {cexpr_index(kernel.tiling_factor)})"
         return line.removesuffix(length) + ")" if dtype == torch.int32 and line.endswith(length) else line
 
-    CppVecOverrides.to_dtype_bitcast = staticmethod(to_dtype_bitcast)
-    CppVecKernel._get_vec_load_line = _get_vec_load_line
+    replaced: list[tuple[Any, str, Any]] = [
+        (CppVecOverrides, "to_dtype_bitcast", staticmethod(to_dtype_bitcast)),
+        (CppVecKernel, "_get_vec_load_line", _get_vec_load_line),
+    ]
     if any(isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) for value in inputs):
-        isa._dtype_nelements = {**numbers_in_vector, torch.float32: numbers_in_vector[torch.bfloat16]}
+        table = {**numbers_in_vector, torch.float32: numbers_in_vector[torch.bfloat16]}
+        replaced.append((isa, "_dtype_nelements", table))
+    # As they stand in the class: a static method would come back as a function.
+    originals = [(owner, name, vars(owner).get(name, getattr(owner, name))) for owner, name, _ in replaced]
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        CppVecOverrides.to_dtype_bitcast = bit_cast
-        CppVecKernel._get_vec_load_line = load_line
-        isa._dtype_nelements = numbers_in_vector
+        for owner, name, value in originals:
+            setattr(owner, name, value)
