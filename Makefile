@@ -59,7 +59,7 @@ acceptance: $(DEEPSPEED_VENV)/.ready  ## run docs/deepspeed-acceptance.md anew; 
 .venv-deepspeed-%/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	sed 's/^deepspeed==.*/deepspeed==$*/' constraints.txt > $(@D)/constraints.txt
-	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint $(@D)/constraints.txt --editable '.[deepspeed,dev]'
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint $(@D)/constraints.txt --editable '.[deepspeed,huggingface,dev]'
 	touch $@
 
 gpu-check:  ## needs only a GPU, torch, triton and pytest; no network, no installation

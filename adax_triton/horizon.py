@@ -120,7 +120,7 @@ def warned_of_frozen(
                 f"At step {step} with betas[1]={as_float(group['betas'][1], 'betas[1]')} the second moments of "
                 f"param_groups[{group_index}] are frozen: from here on this is momentum with fixed step sizes. If "
                 "that is not wanted, train with betas[1]=adax_triton.beta2_for_horizon(total_steps).",
-                stacklevel=7,
+                stacklevel=6,
             )
             return True
     return False

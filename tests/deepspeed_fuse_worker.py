@@ -16,17 +16,18 @@ from unittest import mock
 
 import adax_triton.integrations.deepspeed as adapter
 import deepspeed
-import deepspeed_worker
+import deepspeed_oracle
 import torch
 import torch.distributed as dist
 from adax_triton.integrations import deepspeed_fuse_steps
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from deepspeed_worker import averaged_gradients, build_model, start_engine, train, trainable
+from deepspeed_oracle import averaged_gradients, build_model, trainable
+from deepspeed_worker import start_engine, train
 from torch import Tensor
 
 CASE_DEFAULTS = {
-    **deepspeed_worker.CASE_DEFAULTS,
+    **deepspeed_oracle.CASE_DEFAULTS,
     "steps": 3,
     "unknown": False,  # as with a DeepSpeed whose step() is none of those known
     "crossing": False,  # a run whose engines take turns, each going on from the checkpoint of the other
