@@ -72,7 +72,11 @@ OVERFLOWS = named(
 )
 # What keeps a step from being fused, and what is said of it.
 UNFUSED = [
-    ("z2-bf16-masters", {"stage": 2, "config": BF16_MASTERS}, "the master weights are torch.bfloat16"),
+    (
+        "z2-bf16-masters",
+        {"stage": 2, "config": BF16_MASTERS, "params": {"lr": 1e-2, "states": "bfloat16"}},
+        "the master weights are torch.bfloat16",
+    ),
     ("z1-autocast-fp16", {"stage": 1, "config": FP16_AUTOCAST}, "GradScaler"),
 ]
 UNKNOWN = named(
