@@ -17,6 +17,8 @@ COMPILE_OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {
     "cpp.enable_floating_point_contract_flag": "off",
     "cpp.enable_loop_tail_vec": False,
 }
+# The beginnings of PyTorch's versions in which `_better_vectors` was tried.
+BETTER_VECTORS_OF = ("2.13.",)
 
 
 @functools.cache
@@ -112,7 +114,13 @@ def _better_vectors(inputs: Sequence[Tensor | int]) -> Iterator[None]:
     - A bit cast takes vectors apart, where a load from the vector's own place is enough.
     - A vector of int32 is loaded through a copy on the stack if its length is given, be it that of a whole one.
     - So are halves of a vector of 16-bit numbers: where there are such numbers, loops take as many as fill one.
+
+    These are private parts of it, so another PyTorch than those whose parts were read keeps its own: slower, with the
+    same results.
     """
+    if not torch.__version__.startswith(BETTER_VECTORS_OF):
+        yield
+        return
     from torch._inductor.codegen.cpp import CppVecKernel, CppVecOverrides, cexpr_index
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.virtualized import V
@@ -132,7 +140,8 @@ def _better_vectors(inputs: Sequence[Tensor | int]) -> Iterator[None]:
         (CppVecOverrides, "to_dtype_bitcast", staticmethod(to_dtype_bitcast)),
         (CppVecKernel, "_get_vec_load_line", _get_vec_load_line),
     ]
-    if any(isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) for value in inputs):
+    has_halves = any(isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) for value in inputs)
+    if has_halves and torch.bfloat16 in numbers_in_vector:  # not of a processor without vectors
         table = {**numbers_in_vector, torch.float32: numbers_in_vector[torch.bfloat16]}
         replaced.append((isa, "_dtype_nelements", table))
     # As they stand in the class: a static method would come back as a function.

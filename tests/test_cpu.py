@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
+from adax_triton import compiled as compiled_module
 from adax_triton.compiled import _program, call_compiled
 from adax_triton.cpu import (
     COMPILE_FROM_NUMEL,
@@ -101,11 +102,17 @@ def test_step_beside_a_float32_copy_is_that_of_float32_weights(grad_dtype: torch
         assert torch.equal(step.param, weights.bfloat16())
 
 
-def test_compiled_loops_take_no_vector_apart() -> None:
+def step_of_halves() -> TensorStep:
     numel = 2 * COMPILE_FROM_NUMEL
     tensors = [tensor.bfloat16() for tensor in make_tensors(numel, torch.bfloat16, torch.bfloat16)]
-    master = torch.zeros(numel, dtype=torch.int8)
-    step = TensorStep(*tensors, scalar_row=0, states="bfloat16", master=master)
+    return TensorStep(*tensors, scalar_row=0, states="bfloat16", master=torch.zeros(numel, dtype=torch.int8))
+
+
+@pytest.mark.skipif(
+    not torch.__version__.startswith(compiled_module.BETTER_VECTORS_OF), reason="another PyTorch's loops"
+)
+def test_compiled_loops_take_no_vector_apart() -> None:
+    step = step_of_halves()
     _program.cache_clear()
     with torch._inductor.config.patch(force_disable_caches=True):
         _, codes = run_and_get_code(update_stored, step, scalars_of(2), (1, 2))
@@ -115,6 +122,17 @@ def test_compiled_loops_take_no_vector_apart() -> None:
     loads = re.findall(r"Vectorized(?:N?)<([^>]*)>::loadu\(\w+_ptr\d+ \+ [^;]*;", codes[0])
     assert set(loads) == {"at::BFloat16", "int32_t,2"}
     assert not re.search(r"int32_t,2>::loadu\([^;&]*, static_cast", codes[0])
+
+
+def test_loops_of_another_pytorch_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [step_of_halves() for _ in range(2)]
+    update_stored(steps[0], scalars_of(2), (1, 2))
+    monkeypatch.setattr(compiled_module, "BETTER_VECTORS_OF", ())
+    _program.cache_clear()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        update_stored(steps[1], scalars_of(2), (1, 2))
+    _program.cache_clear()
+    assert all(map(torch.equal, steps[0].written, steps[1].written))
 
 
 def test_programs_are_called_with_any_sizes_and_return_what_they_compute() -> None:
