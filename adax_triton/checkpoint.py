@@ -47,6 +47,14 @@ def with_own_options(own_groups: Sequence[Mapping[str, Any]], state_dict: Mappin
     return groups
 
 
+def keep_lr_tensors(groups: Sequence[dict[str, Any]], own_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Put loaded learning rates into the tensors that an optimizer's own groups had, which a CUDA graph reads."""
+    for group, own in zip(groups, own_groups, strict=False):  # there are none before an optimizer is unpickled
+        if isinstance(own["lr"], Tensor) and group["lr"] is not own["lr"]:
+            own["lr"].copy_(torch.as_tensor(group["lr"]))
+            group["lr"] = own["lr"]
+
+
 def check_state_dict(state_dict: Mapping[str, Any], param_groups: list[dict[str, Any]]) -> None:
     """Check that a state dict fits the parameters, before anything is loaded.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -66,7 +67,7 @@ class _Program:
         self._traced = torch.compile(function, dynamic=True, fullgraph=True, backend=self._compile)
         self._compiled: Callable[..., Sequence[Tensor]] | None = None
         self._first_inputs: Sequence[Tensor | int] = ()
-        # Where each input is found: the index of a tensor, and of its dimension where the input is a size.
+        # Where each input is found: the index of a tensor, and of one of its numbers where the input is a number.
         self._inputs: list[tuple[int, int | None]] = []
 
     def __call__(self, tensors: Sequence[Any]) -> Any:
@@ -79,7 +80,10 @@ class _Program:
             return result
         assert self._compiled is not None
         results = self._compiled(
-            *(tensors[index] if size is None else tensors[index].shape[size] for index, size in self._inputs)
+            *(
+                tensors[index] if number is None else _numbers_of(tensors[index])[number]
+                for index, number in self._inputs
+            )
         )
         return results[0] if results else None
 
@@ -98,13 +102,17 @@ class _Program:
 
 
 def _place(value: Tensor | int, tensors: Sequence[Tensor | None]) -> tuple[int, int | None]:
-    for index, tensor in enumerate(tensors):
-        if tensor is not None:
-            if tensor is value:
-                return index, None
-            if isinstance(value, int) and value in tensor.shape:
-                return index, tensor.shape.index(value)
-    raise AssertionError(f"no argument is the input {value}")
+    given = [(index, tensor) for index, tensor in enumerate(tensors) if tensor is not None]
+    if isinstance(value, Tensor):
+        return next(index for index, tensor in given if tensor is value), None
+    sizes = ((index, number) for index, tensor in given for number, size in enumerate(tensor.shape) if size == value)
+    # Where a view begins is a number too; nothing is computed from it.
+    starts = ((index, tensor.dim()) for index, tensor in given if tensor.storage_offset() == value)
+    return next(itertools.chain(sizes, starts))
+
+
+def _numbers_of(tensor: Tensor) -> tuple[int, ...]:
+    return *tensor.shape, tensor.storage_offset()
 
 
 @contextlib.contextmanager

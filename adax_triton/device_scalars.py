@@ -65,7 +65,7 @@ class DeviceScalars:
 
         used = sorted({row.group_index for row in rows}) if len(groups) > 1 else [0]
         constants = [_constants(groups[index], self._device) for index in used]
-        addresses = [_lr_address(groups[index], self._device) for index in used]
+        addresses = [lr_address(groups[index], self._device) for index in used]
         place = {index: position for position, index in enumerate(used)}
         columns = len(DeviceSchedule._fields)
         # A list that is the very one of the last step, whose counts lie where they lay, is not gone through again.
@@ -114,12 +114,17 @@ class _Same:
 
 def _constants(group: Mapping[str, Any], device: torch.device) -> DeviceSchedule:
     known = {key: group[key] for key in GROUP_KEYS}
-    known["lr"] = 0.0 if _lr_address(group, device) else as_float(group["lr"], "lr")
+    known["lr"] = 0.0 if lr_address(group, device) else as_float(group["lr"], "lr")
     known["betas"] = tuple(as_float(beta, f"betas[{index}]") for index, beta in enumerate(group["betas"]))
     return device_schedule(**known, seed=group["seed"])
 
 
-def _lr_address(group: Mapping[str, Any], device: torch.device) -> int:
+def lr_address(group: Mapping[str, Any], device: torch.device) -> int:
+    """Return the address of a group's learning rate where that lies on a device, else 0.
+
+    Raises:
+        TypeError: it is not float32.
+    """
     lr = group["lr"]
     if not isinstance(lr, Tensor) or lr.device != device:
         return 0

@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import master_weights
 from .backends import Stepper, StepResult
 from .beside import Beside, BesideStep, assembly_beside, checked_beside, due_beside
-from .checkpoint import check_state_dict, held_params, hold_tensors, restore, with_own_options
+from .checkpoint import check_state_dict, held_params, hold_tensors, keep_lr_tensors, restore, with_own_options
 from .control import ProgramOptions, StepControl, control_of
 from .horizon import warned_of_frozen
 from .hyperparameters import LATER_GROUP_DEFAULTS, validate_group
@@ -40,7 +40,6 @@ class MomentOptimizer(Optimizer):
     - `master`: with `master_weights`, what a 16-bit parameter lacks to be the float32 weight.
 
     `max_grad_norm` may be changed between steps.
-
     How a state is kept is settled when it is created; its tensors' dtypes say it from then on.
     """
 
@@ -278,8 +277,9 @@ class MomentOptimizer(Optimizer):
             handle.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        before = self.__dict__.get("state", {})
+        before, own_groups = self.__dict__.get("state", {}), self.__dict__.get("param_groups", [])
         super().__setstate__(state)
+        keep_lr_tensors(self.param_groups, own_groups)
         if "_stepper" not in self.__dict__:  # unpickled; else captured graphs read its tables
             self._prepare()
         self._plan = None

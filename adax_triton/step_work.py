@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backends import DeviceRows, Work, uses_kernel
 from .control import StepControl
-from .device_scalars import DeviceRow
+from .device_scalars import DeviceRow, lr_address
 from .device_tables import UNPREPARED, is_capturing, on_device
 from .hyperparameters import as_float
 from .parameters import checked_gradient
@@ -117,6 +117,9 @@ def due_params(
                     f"param_groups[{group_index}]['capturable'] is True, but no kernel takes its parameter of "
                     f"{param.dtype} on {param.device}: it would be stepped by the host"
                 )
+    if on_device:
+        for due in kernel:
+            lr_address(param_groups[due.group_index], due.param.device)  # refuses one that the kernel cannot read
     return DueParams(kernel, others, on_device)
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed_worker import MICRO_BATCH, VOCABULARY, TiedModel, deviation, master_weights
+from deepspeed_oracle import MICRO_BATCH, VOCABULARY, TiedModel
+from deepspeed_worker import deviation, master_weights
 from torch import Tensor
 
 GUIDE = Path(__file__).parents[1] / "docs" / "deepspeed.md"
