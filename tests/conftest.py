@@ -5,21 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-LAUNCH_TIMEOUT_S = 900
 # The functions of the package that launch a kernel.
 LAUNCHERS = {"adax_step": "adax_step", "schedule": "prepare_step", "grad_stats": "grad_stats", "telemetry": "add_rows"}
 
@@ -113,12 +109,6 @@ def launch_deepspeed() -> Callable[..., dict[str, Any]]:
     return launch
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def launch(
     folder: Path,
     cases: list[dict[str, Any]],
@@ -131,44 +121,7 @@ def launch(
     No process outlives the call.
     """
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name(worker)),
-        str(folder / "cases.json"),
-        str(folder / "results.json"),
-    ]
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(world_size),
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": str(int(interpreted)),
-    }
-    log = folder / "ranks.log"
-    with log.open("w") as output:
-        ranks = [
-            subprocess.Popen(
-                command,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=folder,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            deadline = time.monotonic() + LAUNCH_TIMEOUT_S
-            # A rank whose partner has died waits for it until its own timeout.
-            while time.monotonic() < deadline and None in [rank.poll() for rank in ranks]:
-                if any(rank.returncode for rank in ranks):
-                    break
-                time.sleep(0.2)
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    assert [rank.returncode for rank in ranks] == [0] * world_size, log.read_text()[-4000:]
+    arguments = [str(folder / name) for name in ("cases.json", "results.json")]
+    interpret = {"TRITON_INTERPRET": str(int(interpreted))}
+    run_ranks(Path(__file__).with_name(worker), arguments, world_size, folder, interpret, folder / "ranks.log")
     return json.loads((folder / "results.json").read_text())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from test_sharding import launch
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
@@ -29,11 +29,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """The results of each case on both ranks: of PyTorch's steps on the CPU, or of the kernel in the interpreter."""
     interpreted = request.param == "interpreted"
     cases = {name: case for name, case in CASES.items() if not interpreted or name in INTERPRETED}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent))
-        from test_sharding import launch
-
-        return launch(tmp_path_factory.mktemp("norm"), 2, cases, str(int(interpreted)), "clipping_worker.py")
+    return launch(tmp_path_factory.mktemp("norm"), 2, cases, str(int(interpreted)), "clipping_worker.py")
 
 
 def of_case(results: Results, case: str) -> list[dict[str, Any]]:

@@ -4,13 +4,11 @@ Oracle: a run in one process that never stops, in deepspeed_checkpoint_worker.py
 rank, carry every case of this file; each test reads the results of its case.
 """
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed_checkpoint_launch import launch
 from torch.utils import cpp_extension
 
 pytest.importorskip("deepspeed")
@@ -150,16 +148,6 @@ OTHER_OPTIMIZER: Case = {
     "name": "z3-adamw-universal",
     "legs": [bf16(3, steps=1, **ADAMW), bf16(3, steps=1, universal=True, **ADAMW)],
 }
-
-
-def launch(folder: Path, cases: list[Case], launches: list[str]) -> dict[str, Any]:
-    """Return {case name: [result of each leg]}."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    script = Path(__file__).with_name("deepspeed_checkpoint_launch.py")
-    command = [sys.executable, str(script), str(folder / "cases.json"), str(folder), *launches]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")

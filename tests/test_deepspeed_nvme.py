@@ -3,13 +3,11 @@
 Oracle: as in test_deepspeed_checkpoints.py.
 """
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed_checkpoint_launch import launch
 from torch.utils import cpp_extension
 
 pytest.importorskip("deepspeed")
@@ -64,16 +62,6 @@ REFUSALS = [
         ),
     )
 ]
-
-
-def launch(folder: Path, cases: list[Case], launches: list[str]) -> dict[str, Any]:
-    """Return {case name: [result of each leg]}."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    script = Path(__file__).with_name("deepspeed_checkpoint_launch.py")
-    command = [sys.executable, str(script), str(folder / "cases.json"), str(folder), *launches]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")

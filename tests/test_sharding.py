@@ -5,23 +5,21 @@ runs many cases; each test reads the results of its own, from every rank.
 """
 
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 
 from adax_triton import AdaX
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
-LAUNCH_TIMEOUT_S = 300
 MASTERS = {
     "fp32": {"dtype": "float32"},
     "bf16": {"dtype": "bfloat16", "weight_rounding": "stochastic"},
@@ -78,43 +76,16 @@ def launch(
     own = folder / f"{world_size}-{interpret}"
     own.mkdir()
     (own / "cases.json").write_text(json.dumps([{**case, "name": name} for name, case in cases.items()]))
-    script = Path(__file__).with_name(worker)
-    command = [sys.executable, str(script), str(own / "cases.json"), str(own / "store"), str(folder)]
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": str(world_size),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": interpret,
-    }
-    log = own / "ranks.log"
-    with log.open("w") as output:
-        ranks = [
-            subprocess.Popen(
-                command,
-                env={**environment, "RANK": str(rank)},
-                cwd=folder,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            deadline = time.monotonic() + LAUNCH_TIMEOUT_S
-            # A rank whose partner has died waits for it until its own timeout.
-            while time.monotonic() < deadline and None in [rank.poll() for rank in ranks]:
-                if any(rank.returncode for rank in ranks):
-                    break
-                time.sleep(0.1)
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    written = [own / f"{rank}.json" for rank in range(world_size)]
-    results = [json.loads(path.read_text()) if path.exists() else {} for path in written]
-    failures = [case["failure"] for result in results for case in result.values() if "failure" in case]
-    assert not failures, "\n".join(failures)
-    assert [rank.returncode for rank in ranks] == [0] * world_size, log.read_text()[-4000:]
+    arguments = [str(own / "cases.json"), str(own / "store"), str(folder)]
+    script, log = Path(__file__).with_name(worker), own / "ranks.log"
+    try:
+        run_ranks(script, arguments, world_size, folder, {"TRITON_INTERPRET": interpret}, log)
+    finally:
+        # A rank's own words before what became of it.
+        written = [own / f"{rank}.json" for rank in range(world_size)]
+        results = [json.loads(path.read_text()) if path.exists() else {} for path in written]
+        failures = [case["failure"] for result in results for case in result.values() if "failure" in case]
+        assert not failures, "\n".join(failures)
     return {name: [result[name] for result in results] for name in cases}
 
 
@@ -248,9 +219,8 @@ def test_meshes_of_two_dimensions(four: Results, case: str) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # which is what this is about
 @pytest.mark.parametrize("mode", RESHARDED)
 def test_checkpoint_of_shards_loads_without_them(
-    two: Results, folder: Path, mode: str, compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+    two: Results, folder: Path, mode: str, compiled_cpu: torch.device
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     from sharding_modes import check_without_shards
 
     assert check_without_shards(MODES[mode], folder) == []

@@ -6,9 +6,7 @@ STORE: what two steps of each case say of shards and of the whole.
 
 import json
 import os
-import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 
 from adax_triton import AdaX
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
-LAUNCH_TIMEOUT_S = 300
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "float32"},
     "low": {"dtype": "float32", "states": "low"},
@@ -97,33 +95,8 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if request.param == "1":
         pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("telemetry")
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": request.param,
-    }
-    command = [sys.executable, str(Path(__file__).resolve()), str(folder / "store")]
-    with (folder / "ranks.log").open("w") as output:
-        ranks = [
-            subprocess.Popen(
-                command, env={**environment, "RANK": rank}, cwd=folder, stdout=output, stderr=subprocess.STDOUT
-            )
-            for rank in ("0", "1")
-        ]
-        try:
-            deadline = time.monotonic() + LAUNCH_TIMEOUT_S
-            # A rank whose partner has died waits for it until its own timeout.
-            while time.monotonic() < deadline and None in [rank.poll() for rank in ranks]:
-                if any(rank.returncode for rank in ranks):
-                    break
-                time.sleep(0.1)
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    assert [rank.returncode for rank in ranks] == [0, 0], (folder / "ranks.log").read_text()[-4000:]
+    interpret = {"TRITON_INTERPRET": request.param}
+    run_ranks(Path(__file__).resolve(), [str(folder / "store")], 2, folder, interpret, folder / "ranks.log")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
