@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,8 +100,8 @@ def step_variants() -> list[StepVariant]:
     return sorted(set(variants), key=variants.index)
 
 
-def record_launches(variant: StepVariant) -> list[Launch]:
-    """Call `adax_step` on tables of several sizes and contents, and return what it would have compiled for each."""
+def recorded(launch: Callable[[], None]) -> list[Launch]:
+    """Call what launches kernels, and return what Triton would have compiled for each launch."""
     launches = []
 
     def record(*, compile: dict[str, Any], **_: Any) -> bool:
@@ -112,15 +112,24 @@ def record_launches(variant: StepVariant) -> list[Launch]:
         return True  # neither compile nor launch
 
     triton.knobs.runtime.jit_cache_hook = record
-    for tensors, chunks, value in ((1, 1, 0.0), (1, 16, 1.0), (2, 3, 1e-3), (16, 4096, float("nan"))):
-        chunk_sums = torch.zeros(chunks, 5) if variant.telemetry else None
-        tables = torch.full((tensors, 9), 16 * tensors), torch.arange(chunks), torch.full((tensors, 10), value)
-        adax_step(*tables, variant, chunk_sums)
+    launch()
     return launches
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    source = ASTSource(adax_step_kernel, launch.signature, launch.constants, launch.attributes)
+def record_launches(variant: StepVariant) -> list[Launch]:
+    """Call `adax_step` on tables of several sizes and contents, and return what it would have compiled for each."""
+
+    def launch() -> None:
+        for tensors, chunks, value in ((1, 1, 0.0), (1, 16, 1.0), (2, 3, 1e-3), (16, 4096, float("nan"))):
+            chunk_sums = torch.zeros(chunks, 5) if variant.telemetry else None
+            tables = torch.full((tensors, 9), 16 * tensors), torch.arange(chunks), torch.full((tensors, 10), value)
+            adax_step(*tables, variant, chunk_sums)
+
+    return recorded(launch)
+
+
+def compile_launch(kernel: Any, launch: Launch, target: GPUTarget) -> Any:
+    source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
     return triton.compile(source, target=target, options=launch.options)
 
 
@@ -255,14 +264,14 @@ def audit(target_name: str) -> Iterator[dict[str, Any]]:
     step_module.current_backend = lambda: target.backend
     variants = step_variants()
     launches = [record_launches(variant) for variant in variants]
-    kernels = [compile_launch(recorded[0], target) for recorded in launches]
+    kernels = [compile_launch(adax_step_kernel, first, target) for first, *_ in launches]
     found = nvidia_facts(kernels) if target.backend == "cuda" else map(amd_facts, kernels)
-    for variant, recorded, kernel, facts in zip(variants, launches, kernels, found, strict=True):
+    for variant, of_variant, kernel, facts in zip(variants, launches, kernels, found, strict=True):
         yield {
             **variant._asdict(),
             "param_dtype": str(variant.param_dtype).removeprefix("torch."),
             "grad_dtype": str(variant.grad_dtype).removeprefix("torch."),
-            "keys": sorted({launch.key for launch in recorded}),
+            "keys": sorted({launch.key for launch in of_variant}),
             "elements_per_thread": launch_shape(target.backend).chunk_size
             // (kernel.metadata.num_warps * target.warp_size),
             "layout_conversions": kernel.asm["ttgir"].count("ttg.convert_layout"),

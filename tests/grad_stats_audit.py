@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from adax_triton.kernels import grad_stats as stats_module
 from adax_triton.kernels.grad_stats import grad_stats, grad_stats_kernel
 from adax_triton.kernels.launch import launch_shape
@@ -26,12 +25,13 @@ from code_audit import (
     AbsentDevice,
     Launch,
     amd_bits,
+    compile_launch,
     disassemble,
     machine_code,
+    recorded,
     resources,
     sass_bits,
 )
-from triton.compiler import ASTSource
 from triton.runtime import driver
 
 LOCATION = re.compile(r"\.loc\s.*?grad_stats\.py:(\d+):")
@@ -40,20 +40,13 @@ STREAMS = {"grad_ptr + offsets": "tile", "grad_ptr + tail": "tail", "partials_pt
 
 def record_launches(grad_dtype: torch.dtype, aligned: bool) -> list[Launch]:
     """Call `grad_stats` on tables of several sizes, and return what it would have compiled for each."""
-    launches = []
 
-    def record(*, compile: dict[str, Any], **_: Any) -> bool:
-        options = {name: compile[name] for name in ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")}
-        launches.append(
-            Launch(compile["key"], compile["signature"], compile["constants"], compile["configs"][0], options)
-        )
-        return True  # neither compile nor launch
+    def launch() -> None:
+        for tensors, chunks, partials in ((0, 0, 1), (1, 1, 1), (1, 16, 16), (2, 3, 3), (16, 4096, 1024)):
+            tables = torch.zeros(tensors, 9, dtype=torch.int64), torch.arange(chunks)
+            grad_stats(*tables, torch.zeros(partials), grad_dtype, aligned)
 
-    triton.knobs.runtime.jit_cache_hook = record
-    for tensors, chunks, partials in ((0, 0, 1), (1, 1, 1), (1, 16, 16), (2, 3, 3), (16, 4096, 1024)):
-        tables = torch.zeros(tensors, 9, dtype=torch.int64), torch.arange(chunks)
-        grad_stats(*tables, torch.zeros(partials), grad_dtype, aligned)
-    return launches
+    return recorded(launch)
 
 
 def read_accesses(code: str) -> list[tuple[str, str, int]]:
@@ -119,17 +112,14 @@ def audit(target_name: str) -> Iterator[dict[str, Any]]:
     stats_module.current_backend = lambda: target.backend
     variants = list(itertools.product(GRAD_DTYPES, (True, False)))
     launches = [record_launches(*variant) for variant in variants]
-    kernels = []
-    for first, *_ in launches:
-        source = ASTSource(grad_stats_kernel, first.signature, first.constants, first.attributes)
-        kernels.append(triton.compile(source, target=target, options=first.options))
+    kernels = [compile_launch(grad_stats_kernel, first, target) for first, *_ in launches]
     found = nvidia_facts(kernels) if target.backend == "cuda" else map(amd_facts, kernels)
-    for (grad_dtype, aligned), recorded, kernel, facts in zip(variants, launches, kernels, found, strict=True):
+    for (grad_dtype, aligned), of_variant, kernel, facts in zip(variants, launches, kernels, found, strict=True):
         yield {
             "grad_dtype": str(grad_dtype).removeprefix("torch."),
             "aligned": aligned,
-            "keys": sorted({launch.key for launch in recorded}),
-            "launches": len(recorded),
+            "keys": sorted({launch.key for launch in of_variant}),
+            "launches": len(of_variant),
             "elements_per_thread": launch_shape(target.backend).chunk_size
             // (kernel.metadata.num_warps * target.warp_size),
             **facts,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tensor_bits import bits, contents
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -86,20 +87,6 @@ def train(optimizer: AdaX, params: Sequence[Tensor], steps: Iterable[int]) -> No
 
 def finite(steps: Iterable[int]) -> list[int]:
     return [step for step in steps if step not in INFINITE]
-
-
-def contents(optimizer: AdaX) -> list[tuple[str, Any]]:
-    """Return every bit of parameters and states."""
-    found = []
-    for param in optimizer.param_groups[0]["params"]:
-        found.append(("param", bits(param)))
-        for name, value in optimizer.state[param].items():
-            found.append((name, bits(value) if name != "step" else int(value)))
-    return found
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @each_mode

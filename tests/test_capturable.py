@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensor_bits import bits, contents
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -56,19 +57,6 @@ def train(optimizer: AdaX, params: Sequence[Tensor], steps: Sequence[int]) -> No
     for step in steps:
         set_gradients(params, step)
         optimizer.step()
-
-
-def contents(optimizer: AdaX) -> list[tuple[str, Any]]:
-    """Return every bit of parameters and states."""
-    found = []
-    for param in optimizer.param_groups[0]["params"]:
-        values = {"param": param, **optimizer.state[param]}
-        found += [(name, int(value) if name == "step" else bits(value)) for name, value in values.items()]
-    return found
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @each_mode

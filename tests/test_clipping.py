@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensor_bits import bits
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -81,10 +82,6 @@ def contents(optimizer: AdaX) -> list[tuple[str, Any]]:
         found += [("param", bits(param)), ("grad", None if param.grad is None else bits(param.grad))]
         found += [(name, bits(torch.as_tensor(value))) for name, value in optimizer.state[param].items()]
     return found
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @each_kind

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensor_bits import contents
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -65,19 +66,6 @@ def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         step()
     return graph
-
-
-def contents(optimizer: AdaX) -> list[tuple[str, Any]]:
-    """Return every bit of parameters and states."""
-    found = []
-    for param in optimizer.param_groups[0]["params"]:
-        values = {"param": param, **optimizer.state[param]}
-        found += [(name, int(value) if name == "step" else bits(value)) for name, value in values.items()]
-    return found
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @each_option

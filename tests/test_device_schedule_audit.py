@@ -23,31 +23,22 @@ SIZES = (0, 1, 16, 17, 127, 128, 4096)
 def audit(target_name: str) -> dict[str, Any]:
     """Return the facts of the one variant that all sizes and values share, compiled for a target."""
     import code_audit
-    import triton
     from adax_triton.kernels import schedule as kernel_module
 
     target = code_audit.TARGETS[target_name]
     code_audit.driver.set_active(code_audit.AbsentDevice(target))
-    launches = []
 
-    def record(*, compile: dict[str, Any], **_: Any) -> bool:
-        launches.append(compile)
-        return True  # neither compile nor launch
+    def launch() -> None:
+        for n, value in zip(SIZES, (0.0, 1.0, 16.0, 1e-3, float("nan"), float("inf"), -1.0), strict=True):
+            rows, scalars = torch.full((n, 3), n), torch.full((n, 10), value)
+            groups = torch.full((1 + n, 14), value, dtype=torch.float64)
+            inputs = torch.full((4,), value, dtype=torch.float64)
+            kernel_module.prepare_step(rows, groups, inputs, scalars, torch.full((3,), value))
 
-    triton.knobs.runtime.jit_cache_hook = record
-    for n, value in zip(SIZES, (0.0, 1.0, 16.0, 1e-3, float("nan"), float("inf"), -1.0), strict=True):
-        rows, scalars = torch.full((n, 3), n), torch.full((n, 10), value)
-        groups = torch.full((1 + n, 14), value, dtype=torch.float64)
-        inputs = torch.full((4,), value, dtype=torch.float64)
-        kernel_module.prepare_step(rows, groups, inputs, scalars, torch.full((3,), value))
-    first = launches[0]
-    source = code_audit.ASTSource(
-        kernel_module.prepare_step_kernel, first["signature"], first["constants"], first["configs"][0]
-    )
-    options = {name: first[name] for name in ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")}
-    kernel = triton.compile(source, target=target, options=options)
-    facts = {"keys": sorted({launch["key"] for launch in launches}), "recorded": len(launches)}
-    facts["signature"] = first["signature"]
+    launches = code_audit.recorded(launch)
+    kernel = code_audit.compile_launch(kernel_module.prepare_step_kernel, launches[0], target)
+    facts = {"keys": sorted({launch.key for launch in launches}), "recorded": len(launches)}
+    facts["signature"] = launches[0].signature
     if target.backend == "cuda":
         cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
         architecture = re.search(r"\.target (\w+)", ptx)[1].replace("sm_", "SM")

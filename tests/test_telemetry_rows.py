@@ -69,25 +69,18 @@ def test_a_number_that_is_not_finite_stays_in_its_run_and_column(device: torch.d
 def audit(target_name: str) -> dict[str, Any]:
     """Return the facts of the one variant that all sizes share, compiled for a target."""
     import code_audit
-    import triton
     from adax_triton.kernels.telemetry import add_rows, add_rows_kernel
 
     target = code_audit.TARGETS[target_name]
     code_audit.driver.set_active(code_audit.AbsentDevice(target))
-    launches = []
 
-    def record(*, compile: dict[str, Any], **_: Any) -> bool:
-        launches.append(compile)
-        return True  # neither compile nor launch
+    def launch() -> None:
+        for rows, runs in LAUNCHES:
+            add_rows(torch.zeros(rows, 5), torch.zeros(runs, 2, dtype=torch.int64), torch.zeros(runs, 5))
 
-    triton.knobs.runtime.jit_cache_hook = record
-    for rows, runs in LAUNCHES:
-        add_rows(torch.zeros(rows, 5), torch.zeros(runs, 2, dtype=torch.int64), torch.zeros(runs, 5))
-    first = launches[0]
-    source = code_audit.ASTSource(add_rows_kernel, first["signature"], first["constants"], first["configs"][0])
-    options = {name: first[name] for name in ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")}
-    kernel = triton.compile(source, target=target, options=options)
-    facts: dict[str, Any] = {"keys": sorted({launch["key"] for launch in launches}), "recorded": len(launches)}
+    launches = code_audit.recorded(launch)
+    kernel = code_audit.compile_launch(add_rows_kernel, launches[0], target)
+    facts: dict[str, Any] = {"keys": sorted({launch.key for launch in launches}), "recorded": len(launches)}
     if target.backend == "cuda":
         cubin = kernel.asm["cubin"]
         architecture = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1].replace("sm_", "SM")
