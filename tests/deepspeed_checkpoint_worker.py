@@ -12,13 +12,10 @@ import argparse
 import json
 import shutil
 import sys
-import traceback
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from adax_triton.integrations.deepspeed import switching_optimizer
@@ -27,6 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from deepspeed_cases import run_cases, start
 from deepspeed_oracle import CASE_DEFAULTS, DTYPES, OPTIMIZERS, averaged_gradients, batch, build_model, trainable
 from deepspeed_worker import deviation, master_weights, start_engine
 from torch import Tensor, nn
@@ -219,22 +217,19 @@ def run_case(case: dict[str, Any], folder: Path, launch: int) -> list[dict[str, 
 
 
 def main(cases_path: str, folder: str, launch: str) -> None:
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=120), verbose=False)
+    start()
     get_accelerator().is_fp16_supported = lambda: True
-    results: dict[str, Any] = {}
-    for case in json.loads(Path(cases_path).read_text()):
+
+    def run(case: dict[str, Any]) -> list[dict[str, Any]]:
         legs = [{**LEG_DEFAULTS, **leg} for leg in case["legs"]]
         case_folder = Path(folder) / case["name"]
         try:
-            results[case["name"]] = run_case({**case, "legs": legs}, case_folder, int(launch))
-        except Exception:
-            results[case["name"]] = {"failure": traceback.format_exc()}
-        if dist.get_rank() == 0 and all(leg["launch"] <= int(launch) for leg in legs):
-            shutil.rmtree(case_folder, ignore_errors=True)
-    if dist.get_rank() == 0:
-        (Path(folder) / f"results-{launch}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+            return run_case({**case, "legs": legs}, case_folder, int(launch))
+        finally:
+            if dist.get_rank() == 0 and all(leg["launch"] <= int(launch) for leg in legs):
+                shutil.rmtree(case_folder, ignore_errors=True)
+
+    run_cases(cases_path, str(Path(folder) / f"results-{launch}.json"), {}, run)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,9 @@ Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=2 python deepspeed_fuse
 CASES.json is a list of dictionaries (see `CASE_DEFAULTS`); RESULTS.json becomes {case name: result}.
 """
 
-import json
 import logging
 import sys
 import tempfile
-import traceback
-from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -22,6 +19,7 @@ import torch.distributed as dist
 from adax_triton.integrations import deepspeed_fuse_steps
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed_cases import run_cases, start
 from deepspeed_oracle import averaged_gradients, build_model, trainable
 from deepspeed_worker import start_engine, train
 from torch import Tensor
@@ -149,30 +147,23 @@ class Said(logging.Handler):
             self.messages.append(record.getMessage())
 
 
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    said = Said()
+    deepspeed.utils.logger.addHandler(said)
+    try:
+        result = run_linked_case(case) if case["linked"] else run_case(case)
+    finally:
+        deepspeed.utils.logger.removeHandler(said)
+    return {**result, "said": said.messages}
+
+
 def main(cases_path: str, results_path: str) -> None:
-    # An inference-only kernel that DeepSpeed would compile for every new environment.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=120), verbose=False)
+    start()
     # DeepSpeed asks the accelerator whether fp16 is offered; on a CPU its logic is the same.
     get_accelerator().is_fp16_supported = lambda: True
     # It collects garbage a dozen times while one of these is built.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
-    results: dict[str, Any] = {}
-    with open(cases_path) as file:
-        cases = [{**CASE_DEFAULTS, **case} for case in json.load(file)]
-    for case in cases:
-        said = Said()
-        deepspeed.utils.logger.addHandler(said)
-        try:
-            results[case["name"]] = run_linked_case(case) if case["linked"] else run_case(case)
-        except Exception:
-            results[case["name"]] = {"failure": traceback.format_exc()}
-        deepspeed.utils.logger.removeHandler(said)
-        results[case["name"]]["said"] = said.messages
-    if dist.get_rank() == 0:
-        with open(results_path, "w") as file:
-            json.dump(results, file)
-    dist.destroy_process_group()
+    run_cases(cases_path, results_path, CASE_DEFAULTS, run)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,9 @@ Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=2 python deepspeed_work
 CASES.json is a list of dictionaries (see `CASE_DEFAULTS`); RESULTS.json becomes {case name: result}.
 """
 
-import json
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import adax_triton.integrations.deepspeed  # noqa: F401  registers the optimizer types
@@ -20,6 +17,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed_cases import run_cases, start
 from deepspeed_moe import run_moe_case
 from deepspeed_oracle import (
     CASE_DEFAULTS,
@@ -174,25 +172,17 @@ def run_refused_case(case: dict[str, Any]) -> dict[str, Any]:
     return {"error": None, "message": "", "model_untouched": False}
 
 
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    if case["expect_error"]:
+        return run_refused_case(case)
+    return run_moe_case(case) if case["moe"] else run_case(case)
+
+
 def main(cases_path: str, results_path: str) -> None:
-    # An inference-only kernel that DeepSpeed would compile for every new environment.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=120), verbose=False)
+    start()
     # DeepSpeed asks the accelerator whether fp16 is offered; on a CPU its logic is the same.
     get_accelerator().is_fp16_supported = lambda: True
-    results: dict[str, Any] = {}
-    with open(cases_path) as file:
-        cases = [{**CASE_DEFAULTS, **case} for case in json.load(file)]
-    for case in cases:
-        try:
-            run = run_refused_case if case["expect_error"] else run_moe_case if case["moe"] else run_case
-            results[case["name"]] = run(case)
-        except Exception:
-            results[case["name"]] = {"failure": traceback.format_exc()}
-    if dist.get_rank() == 0:
-        with open(results_path, "w") as file:
-            json.dump(results, file)
-    dist.destroy_process_group()
+    run_cases(cases_path, results_path, CASE_DEFAULTS, run)
 
 
 if __name__ == "__main__":

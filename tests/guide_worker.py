@@ -13,14 +13,13 @@ import os
 import re
 import subprocess
 import sys
-import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed_cases import run_cases, start
 from deepspeed_oracle import MICRO_BATCH, VOCABULARY, TiedModel
 from deepspeed_worker import deviation, master_weights
 from torch import Tensor
@@ -165,20 +164,15 @@ def async_io_is_built() -> bool:
     return (Path(cpp_extension._get_build_directory("async_io", verbose=False)) / "async_io.so").exists()
 
 
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    Path(case["folder"]).mkdir(exist_ok=True)
+    os.chdir(case["folder"])
+    return run_section(case["name"])
+
+
 def main(cases_path: str, results_path: str) -> None:
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=120), verbose=False)
-    results: dict[str, Any] = {}
-    for case in json.loads(Path(cases_path).read_text()):
-        Path(case["folder"]).mkdir(exist_ok=True)
-        os.chdir(case["folder"])
-        try:
-            results[case["name"]] = run_section(case["name"])
-        except Exception:
-            results[case["name"]] = {"failure": traceback.format_exc()}
-    if dist.get_rank() == 0:
-        Path(results_path).write_text(json.dumps(results))
-    dist.destroy_process_group()
+    start()
+    run_cases(cases_path, results_path, {}, run)
 
 
 if __name__ == "__main__":

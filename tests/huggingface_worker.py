@@ -8,19 +8,15 @@ huggingface_oracle.py.
 
 import contextlib
 import io
-import json
 import logging
 import os
 import runpy
 import sys
 import tempfile
-import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import adax_triton.integrations.deepspeed
-import deepspeed
 import torch
 import torch.distributed as dist
 import transformers.trainer
@@ -29,6 +25,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, DummyOptim
 from adax_triton.integrations import huggingface
 from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed_cases import run_cases, start
 from huggingface_oracle import (
     MAX_NORM,
     WORLD_SIZE,
@@ -247,23 +244,11 @@ def registration() -> dict[str, bool]:
 
 
 def main(cases_path: str, results_path: str) -> None:
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=120), verbose=False)
+    start()
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     # Accelerate runs DeepSpeed on several ranks only where it finds GPUs; past that, its logic is the same.
     PartialState._prepare_backend = lambda self, cpu, sagemaker_dp, backend: ("gloo", DistributedType.MULTI_CPU)
-    results: dict[str, Any] = {"registration": registration()}
-    with open(cases_path) as file:
-        cases = [{**CASE_DEFAULTS, **case} for case in json.load(file)]
-    for case in cases:
-        try:
-            results[case["name"]] = run_case(case)
-        except Exception:
-            results[case["name"]] = {"failure": traceback.format_exc()}
-    if dist.get_rank() == 0:
-        with open(results_path, "w") as file:
-            json.dump(results, file)
-    dist.destroy_process_group()
+    run_cases(cases_path, results_path, CASE_DEFAULTS, run_case, {"registration": registration()})
 
 
 if __name__ == "__main__":
