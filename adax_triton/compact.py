@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rounding import bits_of, from_bits, high_bits, signed_byte
+from .rounding import QUIET_NAN, bits_of, from_bits, high_bits, signed_byte
 
 GROUP = 32
 _LOW_DROPPED = 15
@@ -31,6 +31,7 @@ _TO_INTEGER = 12582912.0
 # them from where u lies: groups in which no step is 1e-3 of the learning rate are cut off below.
 _SCALE_ORIGIN = 133
 _LOWEST_SCALE = 48
+_INFINITY = 0x7F800000
 
 
 def _largest_in_group(values: Tensor) -> Tensor:
@@ -53,25 +54,22 @@ def encode(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None, lowest: b
         scale, 2 bits for the fraction bits of v, and 8 for its largest exponent. All int32, for copying into tensors of
         those dtypes.
     """
-    bits = bits_of(exp_avg_sq)
-    # NaN has the largest pattern; adding to it may have turned the sign.
+    bits = _quieted(bits_of(exp_avg_sq))
     if lowest:
         fraction = _fraction_bits(bits)
         dropped = 23 - fraction
         rounded = (bits + _to_drop(random, dropped)) >> dropped
-        rounded = torch.where(rounded < 0, (0x7FFFFFFF >> dropped), rounded)
         exponent = _largest_in_group(rounded) >> fraction
         start = _code_start(exponent, fraction)
         code = (rounded - start).clamp_min(1)  # 0 is a moment that no step has written
         stored_bits, origin = (code + start) << dropped, _SCALE_ORIGIN + _LOWEST_SCALE
     else:
         rounded = (bits + high_bits(random, _LOW_DROPPED)) >> _LOW_DROPPED
-        rounded = torch.where(rounded < 0, 0xFFFF, rounded)
         stored_bits, code, origin = rounded << _LOW_DROPPED, _signed_word(rounded), _SCALE_ORIGIN
     direction = exp_avg * from_bits(0x7F000000 - _half_exponent(stored_bits))
-    largest = bits_of(direction) & 0x7FFFFFFF
-    # The addend raises the scale where the largest would be rounded to 128.
-    scale = ((_largest_in_group(largest) + 0x10000) >> 23).clamp_min(origin)
+    largest = _largest_in_group(bits_of(direction) & 0x7FFFFFFF).clamp_max(_INFINITY)
+    # The addend raises the scale where the largest would be rounded to 128, and would wrap around on a NaN of all ones.
+    scale = ((largest + 0x10000) >> 23).clamp_min(origin)
     exp_avg_code = signed_byte(bits_of(direction * from_bits((260 - scale) << 23) + _TO_INTEGER))
     scale = scale - origin
     if not lowest:
@@ -99,6 +97,11 @@ def decode(
         scale = word
     first = exp_avg.to(torch.float32) * from_bits(_half_exponent(second) + (scale << 23))
     return first, from_bits(second)
+
+
+def _quieted(bits: Tensor) -> Tensor:
+    # Adding to a NaN of all ones would carry over. A negative pattern can only be a NaN's.
+    return torch.where(bits < 0, QUIET_NAN, bits).clamp_max(QUIET_NAN)
 
 
 def _fraction_bits(bits: Tensor) -> Tensor:

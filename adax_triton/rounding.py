@@ -12,7 +12,7 @@ from torch import Tensor
 _WORD = 0xFFFFFFFF
 # The multipliers of lowbias32, https://github.com/skeeto/hash-prospector, a full-avalanche 32-bit mixer.
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
-_QUIET_NAN = 0x7FC00000
+QUIET_NAN = 0x7FC00000
 _TOP_HALF = -0x10000
 
 
@@ -87,7 +87,7 @@ def round_to_bfloat16(values: Tensor, addend: Tensor | int) -> Tensor:
 
 def _top_half(bits: Tensor, nan: Tensor) -> Tensor:
     # An exact cast; the compiler has no vectors of 16-bit integers.
-    return from_bits(torch.where(nan, _QUIET_NAN, bits & _TOP_HALF)).to(torch.bfloat16)
+    return from_bits(torch.where(nan, QUIET_NAN, bits & _TOP_HALF)).to(torch.bfloat16)
 
 
 def _is_nan(values: Tensor) -> Tensor:

@@ -44,17 +44,16 @@ def _fraction_bits(bits, AXIS: tl.constexpr):
 @triton.jit
 def encode_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.constexpr):
     """Return the codes of float32 moments, the second rounded by the upper random bits, and their groups' exponents."""
-    bits = bits_of(exp_avg_sq)
+    # Makes NaNs of any payload and sign the quiet one: adding to all ones, a GPU's own, would carry over.
+    bits = tl.minimum(bits_of(exp_avg_sq), 0x7FC00000)
     if STATES == "low":
-        rounded = tl.minimum((bits + (random >> 17)) >> 15, 0xFFFF)
+        rounded = (bits + (random >> 17)) >> 15
         direction, scale = _encode_direction(exp_avg, rounded << 15, 133, AXIS)
         return direction, rounded.to(tl.uint16), scale
     else:
         fraction = _fraction_bits(bits, AXIS)
         dropped = 23 - fraction
-        rounded = tl.minimum(
-            (bits + (random >> (32 - dropped))) >> dropped, tl.full([], 0x7FFFFFFF, tl.uint32) >> dropped
-        )
+        rounded = (bits + (random >> (32 - dropped))) >> dropped
         exponent = tl.max(rounded.to(tl.int32), axis=AXIS, keep_dims=True).to(tl.uint32) >> fraction
         start = _code_start(exponent, fraction)
         # 0 is a moment that no step has written
@@ -67,8 +66,8 @@ def encode_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.c
 def _encode_direction(exp_avg, exp_avg_sq_bits, ORIGIN: tl.constexpr, AXIS: tl.constexpr):
     direction = exp_avg * from_bits(0x7F000000 - _half_exponent(exp_avg_sq_bits))
     largest = tl.max((bits_of(direction) & 0x7FFFFFFF).to(tl.int32), axis=AXIS, keep_dims=True)
-    # The addend raises the scale where the largest would be rounded to 128.
-    scale = tl.maximum((largest + 0x10000) >> 23, ORIGIN)
+    # The addend raises the scale where the largest would be rounded to 128, and would wrap around on a NaN of all ones.
+    scale = tl.maximum((tl.minimum(largest, 0x7F800000) + 0x10000) >> 23, ORIGIN)
     # The second addend leaves the nearest integer in the low bits of the pattern.
     code = direction * from_bits(((260 - scale) << 23).to(tl.uint32)) + 12582912.0
     return bits_of(code).to(tl.uint8).to(tl.int8, bitcast=True), (scale - ORIGIN).to(tl.uint32)
