@@ -15,7 +15,7 @@ from .compiled import compiler_problem
 from .control import TAKEN, Decision, StepControl
 from .cpu import COMPILE_FROM_NUMEL
 from .device_scalars import DeviceRow, DeviceScalars
-from .device_tables import DeviceTable, KeptByStream
+from .device_tables import UNPREPARED, DeviceTable, KeptByStream, is_capturing
 from .gradient_norm import sum_of_squares
 from .launches import KernelLaunch, Launches
 from .pytorch_steps import HostRows, run_steps, run_steps_with_sums
@@ -116,7 +116,8 @@ class Stepper:
             sums: written for telemetry; None for none.
 
         Raises:
-            RuntimeError: the norm of the gradients is not finite, and an error was asked for; nothing has changed.
+            RuntimeError: the norm of the gradients is not finite, and an error was asked for; or a CUDA graph is being
+                captured without a step of the same parameters before it. Nothing has changed.
         """
         copies: list[tuple[Tensor, Tensor]] = []
         kernel = [laid_out_alike(step, copies) for step in work.kernel]
@@ -126,7 +127,11 @@ class Stepper:
         if work.launches is not None:
             launches, params = work.launches
         elif kernel:
-            host_scalars = work.kernel_rows.scalars if isinstance(work.kernel_rows, HostRows) else None
+            host_scalars = None
+            if isinstance(work.kernel_rows, HostRows):
+                host_scalars = work.kernel_rows.scalars
+            else:
+                self._refuse_unprepared(work.kernel_rows)
             launches = self._launches.of(kernel, host_scalars, sums is not None)
         squares = None
         if control.max_grad_norm is not None:
@@ -195,8 +200,18 @@ class Stepper:
         return table.set((rows.scalars, rows.keys), _scalar_table)
 
     def _prepared(self, device: torch.device, rows: Sequence[DeviceRow]) -> DeviceScalars:
-        key = device, rows[0].step.data_ptr()
-        return self._device_scalars.get(key, device, lambda: DeviceScalars(device))
+        return self._device_scalars.get(_device_key(device, rows), device, lambda: DeviceScalars(device))
+
+    def _refuse_unprepared(self, rows: DeviceRows) -> None:
+        for device, some in rows.rows.items():
+            if is_capturing(device):
+                prepared = self._device_scalars.prepared(_device_key(device, some))
+                if prepared is None or not prepared.is_prepared_for(some, rows.groups):
+                    raise RuntimeError(UNPREPARED)
+
+
+def _device_key(device: torch.device, rows: Sequence[DeviceRow]) -> tuple[torch.device, int]:
+    return device, rows[0].step.data_ptr()
 
 
 def _scaled(scalars: Tensor, grad_factor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from .backends import Work, uses_kernel
 from .compact import GROUP
 from .control import StepControl, check_one_element
 from .cpu import COMPILE_FROM_NUMEL
+from .device_tables import is_capturing
 from .precision import PARAM_DTYPES, is_compact
 from .state_tensors import misfit, tensor_step
 from .step_work import Assembly, Due, host_places, needs_device, rows_of
@@ -98,7 +99,13 @@ def due_beside(
     Raises:
         ValueError: clipping or a gradient scaler; a parameter in no group; a group or state whose steps the device
             counts; a state that does not fit.
+        RuntimeError: a CUDA graph is being captured.
     """
+    if any(map(is_capturing, {part.param.device for part in parts})):
+        raise RuntimeError(
+            "step(): a CUDA graph is being captured after lay_beside(), whose steps the host counts; step outside of "
+            "the capture"
+        )
     if not control.is_idle:
         raise ValueError(
             "step(): neither max_grad_norm nor grad_scale and found_inf go with lay_beside(); give it a grad_factor"

@@ -63,7 +63,7 @@ class DeviceScalars:
         """
         from adax_triton.kernels.schedule import SCALAR_COLUMNS, prepare_step
 
-        used = sorted({row.group_index for row in rows}) if len(groups) > 1 else [0]
+        used = _used_groups(rows, groups)
         constants = [_constants(groups[index], self._device) for index in used]
         addresses = [lr_address(groups[index], self._device) for index in used]
         place = {index: position for position, index in enumerate(used)}
@@ -86,6 +86,11 @@ class DeviceScalars:
         prepare_step(row_table, group_table, self._filled_inputs(control, sum_of_squares), scalars, self.report)
         return scalars
 
+    def is_prepared_for(self, rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether a capture can `prepare` these rows: the last ones were as many, of as many groups."""
+        counts = len(self._rows.tensor), len(self._groups.tensor)
+        return counts == (len(rows), len(_used_groups(rows, groups)))
+
     def _filled_inputs(self, control: StepControl, sum_of_squares: Tensor | None) -> Tensor:
         given = (control.grad_scale, control.found_inf, sum_of_squares)
         present = tuple(value is not None for value in given)
@@ -100,6 +105,10 @@ class DeviceScalars:
             if value is not None:
                 inputs[index].copy_(value.detach().reshape(()), non_blocking=True)
         return inputs
+
+
+def _used_groups(rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    return sorted({row.group_index for row in rows}) if len(groups) > 1 else [0]
 
 
 class _Same:

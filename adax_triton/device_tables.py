@@ -24,8 +24,9 @@ UNPREPARED = (
 class DeviceTable:
     """A tensor that is uploaded when its content changes, without the host waiting and without a new allocation.
 
-    While a CUDA graph is captured the upload becomes part of the graph, and at each replay it reads a block of pinned
-    memory that was got before. From then on the table is the graph's: keep it, and set it no more.
+    A capture needs a table that was set before, to content of the same shape: its upload becomes part of the graph and
+    reads a block of pinned memory that was allocated then. After a capture the graph writes this table at every replay.
+    Keep it alive and never set it again.
 
     Args:
         device: where kernels read it.
@@ -47,9 +48,6 @@ class DeviceTable:
         Args:
             content: compared with the last one; the table keeps it, so it must not be changed afterwards.
             build: called if the content is another one.
-
-        Raises:
-            RuntimeError: a CUDA graph is being captured, and no step of the same tensors went before.
         """
         capturing = is_capturing(self._device)
         if capturing or content != self._content:
@@ -69,7 +67,8 @@ class DeviceTable:
             self.tensor.copy_(host)
             return
         if capturing:
-            self.tensor.copy_(self._captured_block(host), non_blocking=True)
+            assert self._spare is not None
+            self.tensor.copy_(self._spare.copy_(host), non_blocking=True)
             return
         block, copied = self._free_block(host)
         self.tensor.copy_(block.copy_(host), non_blocking=True)
@@ -87,21 +86,17 @@ class DeviceTable:
         self._blocks.rotate(-1)
         return self._blocks[-1]
 
-    def _captured_block(self, host: Tensor) -> Tensor:
-        if self._spare is None or not _alike(self._spare, host):
-            raise RuntimeError(UNPREPARED)
-        return self._spare.copy_(host)
-
 
 def _alike(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and left.dtype == right.dtype
 
 
 class KeptByStream(Generic[T]):
-    """What owns tables, one per key and stream: the allocator orders reuse of a table's memory by one stream.
+    """One owner of device memory per key and stream.
 
-    A CUDA graph that is captured takes its owner for good, whatever stream that was prepared on; the next step outside
-    of the capture makes another.
+    The allocator reuses memory in the order of the stream that it was allocated on, so no other stream may read it. A
+    captured CUDA graph takes an owner for good, from whatever stream used one last; the next step outside of the
+    capture makes another.
     """
 
     def __init__(self) -> None:
@@ -109,19 +104,34 @@ class KeptByStream(Generic[T]):
         self._captured: list[T] = []
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
-        """Return the owner of a key for the current stream, made if there is none yet."""
+        """Return the owner of a key for the current stream, made if there is none yet.
+
+        Args:
+            key: names the device, too, because handles of streams of two devices may be equal.
+            device: of the memory.
+            make: makes an owner.
+        """
         if is_capturing(device):
-            prepared = self._kept.pop(key, {})
-            self._captured.append(next(iter(prepared.values()), None) or make())
+            prepared = self._kept.get(key)
+            self._captured.append(prepared.popitem()[1] if prepared else make())
             return self._captured[-1]
         if key not in self._kept and len(self._kept) >= _MOST_KEPT:
             # What has moved is never found again.
             self._kept.clear()
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        stream = current_stream(device)
         of_streams = self._kept.setdefault(key, {})
-        if stream not in of_streams:
-            of_streams[stream] = make()
-        return of_streams[stream]
+        owner = of_streams.pop(stream) if stream in of_streams else make()
+        of_streams[stream] = owner  # now the last one
+        return owner
+
+    def prepared(self, key: Hashable) -> T | None:
+        """Return the owner that a capture would take, or None if it would make one."""
+        return next(reversed(self._kept.get(key, {}).values()), None)
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the handle of a device's current stream; 0 on a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -178,12 +188,9 @@ class AddressTable:
     def refresh(self, rows: Sequence[tuple[int, ...]], numels: Sequence[int]) -> None:
         """Make the tables say `rows`, one tuple of integers per tensor, for tensors of `numels` elements.
 
-        Raises:
-            RuntimeError: see `DeviceTable.set`.
+        During a capture `numels` must be the last ones: other tables could not be uploaded.
         """
         if numels != self.numels:
-            if is_capturing(self._device):
-                raise RuntimeError(UNPREPARED)
             # A captured graph may still read the old ones.
             chunks = chunk_table(numels, self._chunk_size)
             self.chunks = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from .control import NORM_EPS, check_max_grad_norm
+from .device_tables import UNPREPARED, current_stream, is_capturing
 from .gradient_norm import sum_over_ranks
 from .moment_optimizer import MomentOptimizer
 from .parameters import checked_gradient
@@ -72,7 +73,8 @@ class GradientRelease:
         self.grad_norm: Tensor | None = None
         self._optimizer = optimizer
         self._last_norm = None if limit is None else _LastNorm(limit)
-        self._group_of: dict[Tensor, int] = {}
+        self._hooked: set[Tensor] = set()
+        self._group_of: dict[Tensor, int] = {}  # of this backward pass
         self._handles: list[RemovableHandle] = []
         self._stepped: set[Tensor] = set()
         # Alive as long as a backward pass is under way, which alone holds it: one that fails ends no other way.
@@ -91,7 +93,7 @@ class GradientRelease:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._group_of.clear()
+        self._hooked.clear()
 
     def __enter__(self) -> GradientRelease:
         return self
@@ -121,11 +123,11 @@ class GradientRelease:
             param: group_index
             for group_index, group in enumerate(self._optimizer.param_groups)
             for param in group["params"]
-            if param not in self._group_of and param.requires_grad
+            if param not in self._hooked and param.requires_grad
         }
 
-    def _join(self, params: dict[Tensor, int]) -> None:
-        self._group_of.update(params)
+    def _join(self, params: Iterable[Tensor]) -> None:
+        self._hooked.update(params)
         self._handles += [param.register_post_accumulate_grad_hook(self._on_gradient) for param in params]
 
     # A backward pass within a compiled function is run by Python, but the hooks in it would be compiled.
@@ -139,6 +141,7 @@ class GradientRelease:
     def _begin(self) -> None:
         self._check_optimizer()
         self._stepped.clear()
+        self._group_of = self._optimizer._group_indices()
         if self._last_norm is not None:
             self._last_norm.begin()
 
@@ -150,6 +153,8 @@ class GradientRelease:
         self._end = weakref.ref(end)
 
     def _step_and_free(self, param: Tensor) -> None:
+        if param not in self._group_of:  # any more; `step()` would leave it, too
+            return
         if param in self._stepped:
             raise RuntimeError(
                 f"A parameter of shape {tuple(param.shape)} gets its gradient in parts, as one that two reentrant "
@@ -176,10 +181,11 @@ class GradientRelease:
                     )
             joining = self._joining()
             self._join(joining)
+            self._group_of.update(joining)
             for param in joining:
                 if param.grad is not None:
                     self._step_and_free(param)
-            if self._last_norm is not None:
+            if self._last_norm is not None and self._stepped:
                 self.grad_norm = self._last_norm.close()
 
 
@@ -199,8 +205,14 @@ class _LastNorm:
         self._is_open = True
 
     def grad_scale(self, device: torch.device) -> Tensor:
-        """Return what the gradients of this pass are divided by; always the same tensor, for CUDA graphs."""
+        """Return what the gradients of this pass are divided by; always the same tensor, for CUDA graphs.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured without a pass before it.
+        """
         if device not in self._grad_scales:
+            if is_capturing(device):
+                raise RuntimeError(UNPREPARED)
             self._grad_scales[device] = torch.ones((), dtype=torch.float64, device=device)
         return self._grad_scales[device]
 
@@ -210,8 +222,7 @@ class _LastNorm:
         # The norm of 16-bit gradients would be rounded to 16 bits; any dtype but their own costs the others a copy.
         dtype = torch.float32 if grad.element_size() == 2 else None
         square = torch.linalg.vector_norm(grad, dtype=dtype).double().square()
-        stream = torch.cuda.current_stream(grad.device).cuda_stream if grad.is_cuda else 0
-        key = shard_groups(param), grad.device, stream
+        key = shard_groups(param), grad.device, current_stream(grad.device)
         if key in self._squares:
             self._squares[key].add_(square)
         else:

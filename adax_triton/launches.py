@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .device_tables import AddressTable, KeptByStream
+from .device_tables import UNPREPARED, AddressTable, KeptByStream, is_capturing
 from .schedule import StepScalars
 from .tensor_step import TensorStep
 
@@ -44,14 +44,17 @@ class Launch:
 
     Args:
         bucket: of all its tensors.
+        process_groups: over which the gradients of all its tensors are sharded.
         chunk_size: elements per program.
 
-        process_groups: over which the gradients of all its tensors are sharded.
+    Attributes:
+        revision: calls of `refresh`. A plan may reuse the tables as long as this stays the same.
     """
 
     def __init__(self, bucket: Bucket, process_groups: tuple[Any, ...], chunk_size: int) -> None:
         self.bucket = bucket
         self.process_groups = process_groups
+        self.revision = 0
         self._table = AddressTable(bucket.device, chunk_size)
         self._partials = torch.empty(0, dtype=torch.float32, device=bucket.device)
         self._wide_partials = torch.empty(0, dtype=torch.float64, device=bucket.device)
@@ -69,7 +72,12 @@ class Launch:
             (*address, step.first_element, step.param.numel(), step.scalar_row)
             for step, address in zip(steps, addresses, strict=True)
         ]
-        self._table.refresh(rows, [step.param.numel() for step in steps])
+        self.revision += 1
+        self._table.refresh(rows, _numels(steps))
+
+    def is_prepared_for(self, steps: Sequence[TensorStep]) -> bool:
+        """Return whether a capture can step these tensors: the last ones were as many, and as large."""
+        return self._table.numels == _numels(steps)
 
     def refresh_gradients(self, addresses: array[int]) -> None:
         """Take up the tensors of the last `refresh` with gradients that lie elsewhere."""
@@ -129,6 +137,10 @@ class Launches:
             steps: tensors that the kernel takes, dense.
             scalars: the rows of the steps, where the host knows them.
             telemetry: whether sums are wanted.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured without a step of the same parameters before it; no launch has
+                changed then.
         """
         from adax_triton.kernels.launch import chunk_size
 
@@ -138,12 +150,16 @@ class Launches:
             weight = 1.0 if scalars is None else scalars[step.scalar_row].exp_avg_sq_weight
             bucket = _bucket(step, addresses, weight, telemetry)
             alike[bucket, step.process_groups].append(index)
+        # ZeRO calls step() once per group, so several are live at once.
+        keys = {kind: (*kind, all_addresses[indices[0]][0]) for kind, indices in alike.items()}
+        for kind, indices in alike.items():
+            if is_capturing(kind[0].device):
+                prepared = self._kept.prepared(keys[kind])
+                if prepared is None or not prepared.is_prepared_for([steps[index] for index in indices]):
+                    raise RuntimeError(UNPREPARED)
         launches = []
-        for (bucket, process_groups), indices in alike.items():
-            # ZeRO calls step() once per group, so several are live at once.
-            key = bucket, process_groups, all_addresses[indices[0]][0]
-            make = functools.partial(Launch, bucket, process_groups, chunk_size())
-            launch = self._kept.get(key, bucket.device, make)
+        for kind, indices in alike.items():
+            launch = self._kept.get(keys[kind], kind[0].device, functools.partial(Launch, *kind, chunk_size()))
             launch.refresh([steps[index] for index in indices], [all_addresses[index] for index in indices])
             launches.append((launch, indices))
         return launches
@@ -152,6 +168,10 @@ class Launches:
 def is_settled(states: str, exp_avg_sq_weight: float) -> bool:
     """Whether so little of second moments still changes in a step that the kernel looks before it writes."""
     return exp_avg_sq_weight < _SETTLED_BELOW[states]
+
+
+def _numels(steps: Sequence[TensorStep]) -> list[int]:
+    return [step.param.numel() for step in steps]
 
 
 def addresses_of(step: TensorStep) -> tuple[int, ...]:

@@ -132,11 +132,11 @@ class MomentOptimizer(Optimizer):
         planned = None if self._plan is None else self._plan.next(self.param_groups, self.state, control)
         assembly = planned or self._assembled(control)
         if self._sums is not None:
-            self._sums.begin(assembly.owners, control.grad_scale)
+            self._sums.begin(assembly.owners)
         result = self._stepper.run(assembly.work, control, self.options.error_if_nonfinite, self._sums)
         self._grad_norm = result.grad_norm
         if self._sums is not None:
-            self._sums.end(not result.taken if result.skipped is None else result.skipped)
+            self._sums.end(not result.taken if result.skipped is None else result.skipped, control.grad_scale)
         self._advance(assembly, result)
         if planned is None:
             self._plan = plan_of(assembly, result.launches, self.param_groups, self.state)
@@ -161,7 +161,6 @@ class MomentOptimizer(Optimizer):
         due = due_beside(beside.parts, control, self._group_indices(), self.param_groups, self.state)
         self._create_states([(param, group_index) for param, _, group_index in due if not self.state[param]])
         assembly = assembly_beside(beside.parts, due, self.state, self.param_groups)
-        self._plan = None  # its launches may serve this step
         result = self._stepper.run(assembly.work, control._replace(grad_factor=beside.grad_factor))
         torch.autograd.graph.increment_version([param for param, _, _ in due])
         self._advance(assembly, result)
@@ -176,7 +175,6 @@ class MomentOptimizer(Optimizer):
     def _step_one(self, param: Tensor, group_index: int, grad_scale: Tensor | None) -> None:
         control = StepControl(grad_scale)
         assembly = self._assembled(control, {param: group_index})
-        self._plan = None  # its launches may serve this step
         self._advance(assembly, self._stepper.run(assembly.work, control))
 
     def _assembled(self, control: StepControl, only: dict[Tensor, int] | None = None) -> Assembly:

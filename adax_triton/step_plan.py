@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .backends import Work
 from .control import StepControl
-from .device_tables import is_capturing
+from .device_tables import current_stream, is_capturing
 from .launches import ALIGNED_BYTES, KernelLaunch, is_settled
 from .pytorch_steps import HostRows
 from .step_work import Assembly, needs_device, rows_of
@@ -40,7 +40,9 @@ class StepPlan:
     ) -> None:
         self._launches = launches
         self._kernel_rows = assembly.work.kernel_rows
+        self._revisions = [launch.revision for launch, _ in launches]
         self._owners = assembly.owners
+        self._param_names = _param_names(param_groups)
         self._group_options = list(map(_options, param_groups))
         self._group_sizes = _group_sizes(param_groups)
         self._all_params = _params(param_groups)
@@ -48,7 +50,8 @@ class StepPlan:
         self._grad_types = [type(param.grad) for param in self._all_params]
         self._has_grad = [param.grad is not None for param in self._all_params]
         self._params = list(compress(self._all_params, self._has_grad))
-        self._devices = {param.device for param in self._params}
+        self._devices = list({param.device for param in self._params})
+        self._streams = list(map(current_stream, self._devices))
         self._numels = list(map(Tensor.numel, self._params))
         self._grad_dtypes = [param.grad.dtype for param in self._params if param.grad is not None]
         self._grad_addresses = array("q")
@@ -93,6 +96,8 @@ class StepPlan:
             work_rows = rows = rows_of(places, param_groups)
             if self._settled_kinds(rows) != self._settled:
                 return None
+        else:
+            work_rows = work_rows._replace(groups=param_groups)
         if addresses != self._grad_addresses:
             self._grad_addresses = addresses
             for launch, indices in self._launches:
@@ -103,6 +108,13 @@ class StepPlan:
 
     def _fits_groups(self, param_groups: Sequence[Mapping[str, Any]], control: StepControl) -> bool:
         if any(map(is_capturing, self._devices)) or list(map(_options, param_groups)) != self._group_options:
+            return False
+        # The tables belong to one stream, and a step that raised has left them to other tensors.
+        if list(map(current_stream, self._devices)) != self._streams or self._revisions != [
+            launch.revision for launch, _ in self._launches
+        ]:
+            return False
+        if self._owners and _param_names(param_groups) != self._param_names:
             return False
         if isinstance(self._kernel_rows, HostRows) and not (
             control.is_idle and not any(map(needs_device, param_groups))
@@ -183,6 +195,10 @@ def plan_of(
 
 def _params(param_groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     return list(chain.from_iterable(map(_list_of_params, param_groups)))
+
+
+def _param_names(param_groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    return [list(group.get("param_names") or ()) for group in param_groups]
 
 
 def _group_sizes(param_groups: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -84,7 +84,8 @@ def due_params(
     Raises:
         TypeError, ValueError: a gradient or a state that does not fit its parameter, or a group with `capturable=True`
             that has a parameter which the kernel does not take.
-        RuntimeError: a CUDA graph is being captured without `capturable=True`.
+        RuntimeError: a CUDA graph is being captured without `capturable=True`, or with a parameter that has no state
+            and no step count on its device yet: made now, they would be filled by replays only.
     """
     # A dict, because a group may name a parameter twice (torch only warns): two updates in one launch would race.
     group_of = only or {
@@ -95,10 +96,10 @@ def due_params(
     }
     kernel, others = [], []
     on_device = not control.is_idle
-    capturing = {device: is_capturing(device) for device in {param.device for param in group_of}}
+    capturing = any(map(is_capturing, {param.device for param in group_of}))
     for param, group_index in group_of.items():
         group, state = param_groups[group_index], states.get(param)
-        if capturing[param.device] and not group["capturable"]:
+        if capturing and not group["capturable"]:
             raise RuntimeError(
                 f"step(): a CUDA graph is being captured, but param_groups[{group_index}] has capturable=False"
             )
@@ -109,6 +110,8 @@ def due_params(
         if uses_kernel(param.device, param.dtype.to_real()):
             kernel.append(due)
             counted_there = state is not None and isinstance(state.get("step"), Tensor)
+            if capturing and not counted_there:
+                raise RuntimeError(UNPREPARED)
             on_device = on_device or needs_device(group) or counted_there
         else:
             others.append(due)
@@ -205,8 +208,6 @@ def _count_on_device(states: Sequence[dict[str, Any]]) -> None:
         if not isinstance(state["step"], Tensor):
             alike[state["exp_avg"].device].append(state)
     for device, some in alike.items():
-        if is_capturing(device):
-            raise RuntimeError(UNPREPARED)
         counts = torch.tensor([state["step"] for state in some], dtype=torch.int64, device="cpu")
         for state, count in zip(some, on_device(counts, device), strict=True):
             state["step"] = count

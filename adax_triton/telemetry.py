@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .device_tables import is_capturing, on_device, run_table
+from .device_tables import KeptByStream, is_capturing, on_device, run_table
 
 _COLUMNS = 5
 
@@ -95,41 +96,46 @@ class DeviceSums:
 
 
 class StepSums:
-    """The sums of the last step, one row of five per tensor, in one small buffer per device."""
+    """The sums of the last step, one row of five per tensor, in one small buffer per device and stream."""
 
     def __init__(self) -> None:
         self._owners: Sequence[Owner] = ()
-        self._order: dict[torch.device, list[int]] = {}
-        self._buffers: dict[torch.device, Tensor] = {}
-        self._captured: list[Tensor] = []
+        self._kept: KeptByStream[Tensor] = KeptByStream()
+        self._captured: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+        # By device: the buffer of the step, and the owners of its rows.
+        self._written: dict[torch.device, tuple[Tensor, list[int]]] = {}
         self._grad_scale: Tensor | None = None
         self._skip: Tensor | bool | None = None
 
-    def begin(self, owners: Sequence[Owner], grad_scale: Tensor | None) -> None:
-        """Forget the last step; the next one has tensors of these owners, and gradients of this scale."""
-        self._owners, self._skip = owners, None
-        self._order = {}
-        # A copy: whoever set it may write the next step's scale into the same tensor before this one is read.
-        if grad_scale is not None and self._grad_scale is not None and self._grad_scale.device == grad_scale.device:
-            self._grad_scale.copy_(grad_scale.reshape(()), non_blocking=True)
-        else:
-            self._grad_scale = None if grad_scale is None else grad_scale.reshape(()).clone()
+    def begin(self, owners: Sequence[Owner]) -> None:
+        """Forget the last step; the next one has tensors of these owners."""
+        self._owners, self._written, self._skip = owners, {}, None
 
     def rows(self, device: torch.device, indices: Sequence[int]) -> Tensor:
         """Return (n, 5) float32 on a device, to be written: the rows of the owners of these indices."""
-        order = self._order.setdefault(device, [])
-        buffer = self._buffers.get(device)
-        if buffer is None or buffer.shape[0] < len(self._owners):
-            buffer = torch.zeros(len(self._owners), _COLUMNS, dtype=torch.float32, device=device)
-            self._buffers[device] = buffer
-        if is_capturing(device):
-            self._captured.append(buffer)  # replays write it
+        if device not in self._written:
+            self._written[device] = self._memory(device, (len(self._owners), _COLUMNS), torch.float32), []
+        buffer, order = self._written[device]
         start = len(order)
         order.extend(indices)
         return buffer[start : len(order)]
 
-    def end(self, skip: Tensor | bool) -> None:
-        """Note whether the step was skipped."""
+    def _memory(self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        key = device, shape
+        if key in self._captured:  # replays write it, and what is read is of the last step, replayed or not
+            return self._captured[key]
+        memory = self._kept.get(key, device, functools.partial(torch.zeros, shape, dtype=dtype, device=device))
+        if is_capturing(device):
+            self._captured[key] = memory
+        return memory
+
+    def end(self, skip: Tensor | bool, grad_scale: Tensor | None) -> None:
+        """Note whether the step was skipped, and the scale of its gradients."""
+        if grad_scale is None:
+            self._grad_scale = None
+        else:  # a copy: its owner may write the next step's scale into it before this one is read
+            self._grad_scale = self._memory(grad_scale.device, (), torch.float64)
+            self._grad_scale.copy_(grad_scale.reshape(()), non_blocking=True)
         self._skip = skip
 
     def read(self, group_count: int, per_parameter: bool) -> StepTelemetry:
@@ -140,6 +146,9 @@ class StepSums:
         """
         if self._skip is None:
             raise RuntimeError("read_telemetry(): there has been no step yet, or the last one raised")
+        for device in self._written:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the step may have been on another stream than this
         scale = 1.0 if self._grad_scale is None else float(self._grad_scale)
         rows = self._all_rows()
         groups = [[0.0] * (_COLUMNS + 1) for _ in range(group_count)]
@@ -155,8 +164,7 @@ class StepSums:
 
     def _all_rows(self) -> list[list[float]]:
         rows: list[list[float]] = [[0.0] * _COLUMNS for _ in self._owners]
-        for device, order in self._order.items():
-            found = self._buffers[device]
+        for found, order in self._written.values():
             sharded: dict[tuple[Any, ...], list[tuple[int, int]]] = defaultdict(list)
             # In the order of the owners, which is that of all ranks; launches may differ from rank to rank.
             for index, position in sorted((index, position) for position, index in enumerate(order)):

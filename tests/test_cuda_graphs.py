@@ -175,6 +175,54 @@ def test_capture_before_a_step_is_refused() -> None:
 
 
 @each_option
+@pytest.mark.parametrize("before", ["no step", "steps of fewer parameters"])
+def test_steps_after_a_refused_capture(options: dict[str, Any], before: str) -> None:
+    (optimizer, params), (twin, twins) = (build(**options, capturable=True) for _ in range(2))
+    x = torch.ones((), device="cuda")
+    if before != "no step":
+        for each, own in ((optimizer, params), (twin, twins)):
+            training_step(each, own, x)
+            own[-1].grad = None
+            each.step()
+            each.step()
+    for param in params:
+        param.grad = torch.ones_like(param)
+    # What a capture allocates comes from here, and is not 0 where it was never filled.
+    torch.full((2**26,), torch.nan, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    with (
+        pytest.raises(RuntimeError, match="without a step of the same parameters"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+    graph = captured(lambda: training_step(optimizer, params, x))
+    for _ in range(3):
+        training_step(twin, twins, x)
+    assert contents(optimizer) == contents(twin)
+    graph.replay()
+    training_step(twin, twins, x)
+    assert contents(optimizer) == contents(twin)
+
+
+def test_a_capture_leaves_no_parameter_to_the_host() -> None:
+    optimizer, params = build(capturable=True)
+    by_host = Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [by_host], "capturable": False})
+    for param in (*params, by_host):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = by_host.detach().clone()
+    graph = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(RuntimeError, match=r"param_groups\[1\] has capturable=False"),
+        torch.cuda.graph(graph),
+    ):
+        optimizer.step()
+    assert torch.equal(by_host, before) and optimizer.state[by_host]["step"] == 1
+
+
+@each_option
 @pytest.mark.parametrize("capturable", [False, True])
 def test_steady_steps_allocate_nothing(options: dict[str, Any], capturable: bool) -> None:
     optimizer, params = build(**options, capturable=capturable)

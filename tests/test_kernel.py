@@ -92,7 +92,11 @@ def assert_as_accurate_as_torch(found: Quad, before: Quad, scalars: StepScalars 
             units = 2  # the interpreter cuts off bits where a GPU rounds to nearest
         unit = torch.finfo(value.dtype).eps * truth.abs().max()
         error, reference_error = ((tensor.double() - truth).abs().max() for tensor in (value, reference))
-        assert error <= 2 * reference_error + units * unit, name
+        bound = 2 * reference_error + units * unit
+        if name == "param" and not is_interpreted():  # a GPU's root and quotient are approximate
+            step = exact.exp_avg / (exact.exp_avg_sq.sqrt() + scalars.eps) * scalars.step_size
+            bound += 4 * torch.finfo(torch.float32).eps * step.abs().max()
+        assert error <= bound, name
 
 
 def among_canaries(quads: Sequence[Quad], odd: bool) -> tuple[list[Quad], list[Tensor]]:

@@ -238,6 +238,20 @@ def test_settling_second_moments_change_the_launch(device: torch.device) -> None
     assert pair.step(3)
 
 
+def test_a_step_that_raised_leaves_no_tables_to_the_next(device: torch.device) -> None:
+    pair = Pair(device, max_grad_norm=1.0, error_if_nonfinite=True)
+    pair.step(0)
+    gradients = [param.grad for param in pair.params]  # where they lie during all the following steps
+    pair.params[0].grad, pair.params[1].grad = torch.full_like(pair.params[0], torch.inf), None
+    with pytest.raises(RuntimeError, match="not finite"):
+        pair.optimizer.step()  # its tables lack the second parameter
+    for param, gradient in zip(pair.params, gradients, strict=True):
+        param.grad = gradient
+    pair.optimizer.step()
+    pair.twin.step()
+    pair.check()
+
+
 def test_gradients_are_not_kept_alive(device: torch.device) -> None:
     import weakref
 

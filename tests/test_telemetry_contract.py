@@ -155,7 +155,8 @@ def test_kernel_steps_reuse_their_buffers(device: torch.device) -> None:
         tensors = [
             tensor for launch, _ in optimizer._plan._launches for stage in launch._sums._stages for tensor in stage
         ]
-        return [tensor.data_ptr() for tensor in (*tensors, *optimizer._sums._buffers.values())]
+        tensors += [buffer for buffer, _ in optimizer._sums._written.values()]
+        return [tensor.data_ptr() for tensor in tensors]
 
     found = []
     for step in range(4):
