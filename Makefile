@@ -62,8 +62,9 @@ acceptance: $(DEEPSPEED_VENV)/.ready  ## run docs/deepspeed-acceptance.md anew; 
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --constraint $(@D)/constraints.txt --editable '.[deepspeed,huggingface,dev]'
 	touch $@
 
-gpu-check:  ## needs only a GPU, torch, triton and pytest; no network, no installation
-	$(PYTHON) bench/gpu_check.py
+CALL ?= 1
+gpu-check:  ## CALL=1 checks, CALL=2 measures; needs only a GPU, torch, triton and pytest, no network, no installation
+	$(PYTHON) bench/gpu_check.py --call $(CALL)
 
 clean:
 	rm -rf $(VENV) .venv-deepspeed-* build dist *.egg-info runs

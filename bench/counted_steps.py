@@ -2,7 +2,8 @@
 
     ncu --kernel-name regex:adax_step --metrics dram__bytes_read.sum python -m adax_triton.bench.counted_steps
 
-Prints one JSON line per mode, in the order of the launches: the bytes per element that the counters should show.
+Prints one JSON line per mode, in the order of the launches: the bytes per element that the counters should show, and on
+a GPU the bytes that the optimizer keeps allocated, next to the formula.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ COLUMNS = {
     "dram_percent_of_peak": "% of peak",
     "registers": "registers",
     "warps_percent_of_most": "% of warps",
+    "state_bytes": "state, by formula",
+    "allocated_per_element": "allocated",
 }
 STEPS = 2  # the first finds states of zeros
 
@@ -45,12 +48,13 @@ def main() -> int:
     device = torch.device(arguments.device)
     for mode in MODES.values():
         (provider,) = (one for one in PROVIDERS if one.mode == mode and one.name == OURS)
-        step = provider.build(
-            make_params(flat(arguments.numel), device, seed=1, dtype=mode.param_dtype), RULES[provider.second_moment]
-        )
+        params = make_params(flat(arguments.numel), device, seed=1, dtype=mode.param_dtype)
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        step = provider.build(params, RULES[provider.second_moment])
         for _ in range(STEPS):
             step()
-        del step
+        allocated = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else None
+        del step, params
         release(device)
         expected = {
             "mode": mode.name,
@@ -58,6 +62,8 @@ def main() -> int:
             "launches": STEPS,
             "bytes_loaded": bytes_loaded(mode.param_dtype, mode.param_dtype, mode.precision),
             "bytes_stored": bytes_stored(mode.param_dtype, mode.precision),
+            "state_bytes": mode.state_bytes,
+            "allocated_per_element": None if allocated is None else allocated / arguments.numel,
         }
         print(json.dumps(expected), flush=True)
     return 0

@@ -1,12 +1,20 @@
-"""What a result must say of where it was measured."""
+"""What a result must say of where it was measured.
+
+    python -m adax_triton.bench.environment cuda
+
+prints what the driver's own program says of the GPU, then one line of JSON: what `describe` returns.
+"""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -96,3 +104,9 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    if shutil.which("nvidia-smi"):
+        subprocess.run(["nvidia-smi"], check=False)
+    print(json.dumps(describe(torch.device(sys.argv[1]))))

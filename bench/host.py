@@ -1,9 +1,9 @@
 """Host time of a step: from the call of `step()` to its last launch, in steady state.
 
-On a GPU the launches are real, the device is idle before each call, and torch's fused and foreach AdamW are timed
-beside. On a CPU the kernels' launch functions are replaced by functions that do nothing, so what Triton itself takes to
-launch is not in the figure. "Same" steps find each gradient where it was, "fresh" ones find other tensors elsewhere, as
-after `zero_grad(set_to_none=True)`.
+On a GPU the launches are real, the device is idle before each call, and torch's fused and foreach AdamW and the replay
+of a CUDA graph are timed too. On a CPU the kernels' launch functions are replaced by functions that do nothing, so what
+Triton itself takes to launch is not in the figure. "Same" steps find each gradient where it was, "fresh" ones find
+other tensors elsewhere, as after `zero_grad(set_to_none=True)`.
 """
 
 from __future__ import annotations
@@ -40,21 +40,34 @@ _MODES: dict[str, dict[str, Any]] = {
     "capturable": {"capturable": True},
 }
 
-Optimizers = dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]
+Step = Callable[[], object]
+Builders = dict[str, Callable[[list[Tensor]], Step]]
+REPLAY = "adax_triton.AdaXW, replay of a CUDA graph"  # its gradients cannot lie elsewhere
 
 
-def optimizers(device: torch.device) -> Optimizers:
-    """Return what is timed: our modes, and on a GPU those of torch."""
-    ours: Optimizers = {
-        f"adax_triton.AdaXW {mode}": lambda params, options=options: AdaXW(params, lr=1e-3, **options)  # type: ignore[misc]
+def builders(device: torch.device) -> Builders:
+    """Return what is timed, each made of a list of parameters: our modes, and on a GPU a replay and torch's AdamW."""
+    ours: Builders = {
+        f"adax_triton.AdaXW {mode}": lambda params, options=options: AdaXW(params, lr=1e-3, **options).step  # type: ignore[misc]
         for mode, options in _MODES.items()
     }
     if device.type != "cuda":
         return ours
     return ours | {
-        "torch AdamW fused": lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
-        "torch AdamW foreach": lambda params: torch.optim.AdamW(params, lr=1e-3, foreach=True),
+        REPLAY: replay,
+        "torch AdamW fused": lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True).step,
+        "torch AdamW foreach": lambda params: torch.optim.AdamW(params, lr=1e-3, foreach=True).step,
     }
+
+
+def replay(params: list[Tensor]) -> Step:
+    """Return the replay of a step that was captured in a CUDA graph; the parameters have gradients."""
+    optimizer = AdaXW(params, lr=1e-3, capturable=True)
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph.replay
 
 
 @contextlib.contextmanager
@@ -85,12 +98,12 @@ def _nothing(*_: object) -> None:
 
 
 def measure(
-    build: Callable[[list[Tensor]], torch.optim.Optimizer], tensors: int, fresh: bool, device: torch.device, rounds: int
+    build: Callable[[list[Tensor]], Step], tensors: int, fresh: bool, device: torch.device, rounds: int
 ) -> dict[str, float]:
-    """Return median, p20 and p80 of the host time of a step, in microseconds.
+    """Return median, p20 and p80 of the host time of a step, and the median until the device is done; microseconds.
 
     Args:
-        build: makes the optimizer of a list of parameters.
+        build: makes the step of a list of parameters.
         tensors: number of parameters, of 64 float32 elements each.
         fresh: whether each step finds other gradients than the last one.
         device: of the parameters.
@@ -98,24 +111,40 @@ def measure(
     """
     params = [torch.zeros(_NUMEL, device=device, requires_grad=True) for _ in range(tensors)]
     gradients = [[torch.ones(_NUMEL, device=device) for _ in range(tensors)] for _ in range(2)]
-    optimizer = build(params)
-    times = []
+    _give(params, gradients[0])
+    step = build(params)
+    times, done = [], []
     for index in range(-3, rounds):
-        for param, gradient in zip(params, gradients[index % 2 if fresh else 0], strict=True):
-            param.grad = gradient
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _give(params, gradients[index % 2 if fresh else 0])
+        _wait(device)
         start = time.perf_counter()
-        optimizer.step()
+        step()
         times.append((time.perf_counter() - start) * 1e6)
+        _wait(device)
+        done.append((time.perf_counter() - start) * 1e6)
     deciles = statistics.quantiles(times[3:], n=10, method="inclusive")
-    return {"median_us": statistics.median(times[3:]), "p20_us": deciles[1], "p80_us": deciles[7]}
+    median, until_done = statistics.median(times[3:]), statistics.median(done[3:])
+    return {"median_us": median, "p20_us": deciles[1], "p80_us": deciles[7], "done_us": until_done}
+
+
+def _give(params: list[Tensor], gradients: list[Tensor]) -> None:
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def run(counts: list[int], device: torch.device, rounds: int) -> dict[str, Any]:
     """Return the host times of every optimizer, JSON-friendly."""
     rows = []
-    chosen = list(itertools.product(optimizers(device).items(), (False, True), counts))
+    chosen = [
+        ((name, build), fresh, tensors)
+        for (name, build), fresh, tensors in itertools.product(builders(device).items(), (False, True), counts)
+        if not (fresh and name == REPLAY)
+    ]
     with launching(device), progress(len(chosen), "bench host") as advance:
         for (name, build), fresh, tensors in chosen:
             advance(0, f"{name}: {tensors:,} tensors")
@@ -127,18 +156,25 @@ def run(counts: list[int], device: torch.device, rounds: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the result as Markdown."""
+    """Return the result as Markdown: host times, and on a GPU the times until the device is done."""
     counts = sorted({row["tensors"] for row in result["rows"]})
     lines = [
-        f"microseconds from the call to the last launch, median; launches {result['launches']}",
+        "microseconds from the call to the last launch, median"
+        + (" (in brackets: until the device is done)" if result["launches"] == "real" else "")
+        + f"; launches {result['launches']}",
         "",
         f"| step | gradients | {' | '.join(f'{count:,} tensors' for count in counts)} |",
         f"|---|---|{'---|' * len(counts)}",
     ]
-    found = {(row["name"], row["fresh"], row["tensors"]): row["median_us"] for row in result["rows"]}
+    found = {(row["name"], row["fresh"], row["tensors"]): row for row in result["rows"]}
     for name, fresh in dict.fromkeys((row["name"], row["fresh"]) for row in result["rows"]):
-        cells = " | ".join(f"{found[name, fresh, count]:,.0f}" for count in counts)
-        lines.append(f"| {name} | {'fresh' if fresh else 'same'} | {cells} |")
+        times = (found[name, fresh, count] for count in counts)
+        # Where launches are replaced there is no device to wait for.
+        cells = (
+            f"{row['median_us']:,.0f}" + (f" ({row['done_us']:,.0f})" if result["launches"] == "real" else "")
+            for row in times
+        )
+        lines.append(f"| {name} | {'fresh' if fresh else 'same'} | {' | '.join(cells)} |")
     goals = " | ".join(f"{GOAL_US + GOAL_US_PER_TENSOR * count:,.0f}" for count in counts)
     return "\n".join([*lines, f"| goal | | {goals} |"])
 

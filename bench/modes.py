@@ -52,6 +52,7 @@ MODES: dict[str, Mode] = {
         FP32,
         _bfloat16("float32"),
         _bfloat16("float32", "float32"),
+        _bfloat16("float32", "24bit"),
         _bfloat16("bfloat16"),
         _bfloat16("bfloat16", "float32"),
         _bfloat16("bfloat16", "24bit"),

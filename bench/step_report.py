@@ -80,7 +80,8 @@ def main(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"adax-triton bench step: {error}", file=sys.stderr)
         return 2
-    if quick and not arguments.only:
+    # On a GPU one compilation takes the time of all other measurements.
+    if (quick or device.type == "cuda") and not arguments.only:
         chosen = [provider for provider in chosen if provider.most_tensors is None]
     if arguments.list:
         print(listing(workloads, chosen, device))

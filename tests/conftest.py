@@ -24,6 +24,53 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what a CPU shows as well, where the variable ONLY_GPU_TESTS is set: time on a GPU machine is short."""
+    if not os.environ.get("ONLY_GPU_TESTS"):
+        return
+    chosen, others = [], []
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        on_gpu = bool({"device", "backend"} & {*fixtures}) or item.get_closest_marker("gpu") is not None
+        of_cpu = params.get("backend") == "cpu" or "compiled_cpu" in fixtures
+        (chosen if on_gpu and not of_cpu else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+
+
+class FailureFile:
+    """Shows each failure as soon as it happens, and appends it to a file: a run that is killed loses none.
+
+    Args:
+        config: of the session.
+        path: the file.
+    """
+
+    def __init__(self, config: pytest.Config, path: str) -> None:
+        self._config, self._path = config, path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._keep(report, f"FAILED {report.nodeid} ({report.when})")
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._keep(report, f"NOT COLLECTED {report.nodeid}")
+
+    def _keep(self, report: pytest.TestReport | pytest.CollectReport, title: str) -> None:
+        if report.failed:
+            text = f"{title}\n{report.longreprtext}\n"
+            self._config.get_terminal_writer().write(f"\n{text}", flush=True)
+            with open(self._path, "a") as file:
+                file.write(text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep failures in the file that the variable FAILURES names."""
+    path = os.environ.get("FAILURES")
+    if path and not hasattr(config, "workerinput"):  # a worker of pytest-xdist reports to the process that has one
+        config.pluginmanager.register(FailureFile(config, path))
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where the kernel's tensors lie."""

@@ -46,6 +46,21 @@ MODES = {
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 
+@pytest.fixture(autouse=True)
+def scaler_checks_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has GradScaler check bfloat16 gradients in float32 on a GPU, where PyTorch 2.11 refuses them."""
+    check = torch._amp_foreach_non_finite_check_and_unscale_
+
+    def check_in_float32(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+        wide = [grad.float() if grad.dtype == torch.bfloat16 else grad for grad in grads]
+        check(wide, found_inf, inv_scale)
+        for grad, unscaled in zip(grads, wide, strict=True):
+            grad.copy_(unscaled)
+
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", check_in_float32)
+
+
 def parameters(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Parameter]:
     generator = torch.Generator().manual_seed(0)
     return [Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in SHAPES]

@@ -28,9 +28,25 @@ def test_launches_are_left_out_and_come_back() -> None:
 def test_table_has_every_optimizer_count_and_goal() -> None:
     result = json.loads(json.dumps(host.run([1, 3], CPU, rounds=5)))
     lines = host.table(result).splitlines()
-    names = host.optimizers(CPU)
+    names = host.builders(CPU)
     assert len(lines) == 5 + 2 * len(names)
     assert "replaced by nothing" in lines[0]
     assert lines[2] == "| step | gradients | 1 tensors | 3 tensors |"
     assert lines[-1] == "| goal | | 60 | 60 |"
     assert all(row["p20_us"] <= row["median_us"] <= row["p80_us"] for row in result["rows"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_replay_of_a_graph_is_timed_once_and_steps() -> None:
+    device = torch.device("cuda")
+    params = [torch.zeros(5, device=device, requires_grad=True) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(5, device=device)
+    step = host.replay(params)
+    before = params[0].detach().clone()
+    step()
+    assert not torch.equal(params[0], before)
+    rows = host.run([1], device, rounds=5)["rows"]
+    assert [row["fresh"] for row in rows if row["name"] == host.REPLAY] == [False]
+    assert all(row["median_us"] <= row["done_us"] for row in rows)

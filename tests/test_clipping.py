@@ -221,10 +221,10 @@ def test_norm_of_a_step_is_not_written_by_the_next(backend: torch.device) -> Non
 
 
 def test_scaled_gradients_are_clipped_as_unscaled_ones(backend: torch.device) -> None:
-    # GradScaler takes no complex gradients.
-    params, twins = (parameters(backend, [torch.float32, torch.float64, torch.bfloat16]) for _ in range(2))
+    # GradScaler takes no complex gradients, and on a GPU none of bfloat16; those of float16 stay below its largest.
+    params, twins = (parameters(backend, [torch.float32, torch.float64, torch.float16]) for _ in range(2))
     optimizer, twin = (AdaX(each, lr=0.01, max_grad_norm=5.0) for each in (params, twins))
-    scaler = torch.amp.GradScaler(backend.type, init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(backend.type, init_scale=2.0**3)
     for step in range(len(SIZES)):
         set_gradients(params, params, step)
         set_gradients(twins, twins, step)

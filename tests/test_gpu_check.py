@@ -14,10 +14,12 @@ import time
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
-from adax_triton.bench import counted_steps, gpu_check, host, report, scale, step_report, train
-from adax_triton.bench.gpu_check import Part
+from adax_triton.bench import counted_steps, gpu_check, host, launch_variants, report, step_report, train
+from adax_triton.bench.gpu_check import Part, Runner
+from adax_triton.bench.modes import MODES
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILED = {
@@ -30,31 +32,119 @@ PROFILED = {
 }
 
 
-def test_dry_run_leaves_its_files(tmp_path: Path) -> None:
-    # Tests of the kernel run in this suite already; the dry run shows that staging and every command work.
-    checkout, out = tmp_path / "checkout", tmp_path / "out"
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "build")
-    shutil.copytree(ROOT, checkout, ignore=ignored)
-    command = [sys.executable, str(checkout / "bench" / "gpu_check.py"), "--interpret", "--tests", "test_schedule.py"]
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout without git and without what an installation adds."""
+    folder = tmp_path_factory.mktemp("bare") / "checkout"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "build"))
+    return folder
+
+
+def dry_run(checkout: Path, out: Path, *words: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Run a call in the interpreter; return its summary, and the output of each part."""
+    command = [sys.executable, str(checkout / "bench" / "gpu_check.py"), "--interpret", *words]
     environment = {**os.environ, "OUT": str(out), "COMMIT": "abc123"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert (out / "failures.txt").read_text() == ""
+    assert len(list(out.iterdir())) <= 8
     summary = json.loads((out / "summary.json").read_text())
-    assert {name: entry["rc"] for name, entry in summary["parts"].items()} == dict.fromkeys(gpu_check.PARTS, 0)
     assert summary["environment"]["commit"] == "abc123"
     log = (out / "log.txt").read_text()
-    parts = dict(zip(gpu_check.PARTS, re.split(r"^== .*\n", log, flags=re.MULTILINE)[1:], strict=False))
-    assert "agrees with the float64 reference" in parts["doctor"]
-    assert all(" passed" in parts[name] for name in ("tests", "sanitizer"))
-    modes = [json.loads(line) for line in parts["counters"].splitlines() if line[0] == "{"]
-    assert {"mode": "fp32", "numel": 500, "launches": 2, "bytes_loaded": 16.0, "bytes_stored": 12.0} in modes
-    results = {path.stem.rpartition("-")[2]: path for path in out.glob("*.json") if path.name != "summary.json"}
-    assert results.keys() == {"host", "scale", "train", "step"}
+    assert log == done.stdout
+    return summary, dict(zip(summary["parts"], re.split(r"^== .*\n", log, flags=re.MULTILINE)[1:], strict=False))
+
+
+# Tests of the kernel run in this suite already; the dry runs show that staging and every command work.
+def test_dry_run_of_the_first_call(checkout: Path, tmp_path: Path) -> None:
+    summary, output = dry_run(checkout, tmp_path, "--call", "1", "--tests", "test_host_work.py", "test_cpu.py")
+    assert {name: entry["rc"] for name, entry in summary["parts"].items()} == dict.fromkeys(gpu_check.LIMITS_S[1], 0)
+    assert "agrees with the float64 reference" in output["doctor"]
+    assert output["compile"].startswith("fp32: ")
+    assert " passed" in output["tests"] and "deselected" in output["tests"]
+    (result,) = tmp_path.glob("*-variants.json")
+    assert json.loads(result.read_text())["environment"]["commit"] == "abc123"
+
+
+def test_dry_run_of_the_second_call(checkout: Path, tmp_path: Path) -> None:
+    summary, output = dry_run(checkout, tmp_path, "--call", "2")
+    parts = dict(summary["parts"])
+    assert parts.pop("tests") == {"left_out": "no files are named by --tests"}
+    assert {name: entry["rc"] for name, entry in parts.items()} == dict.fromkeys(
+        set(gpu_check.LIMITS_S[2]) - {"tests"}, 0
+    )
+    assert all(" passed" in output[name] for name in ("memcheck", "racecheck"))
+    modes = [json.loads(line) for line in output["counters"].splitlines() if line[0] == "{"]
+    assert [mode["mode"] for mode in modes] == list(MODES)
+    assert (modes[0]["launches"], modes[0]["bytes_loaded"], modes[0]["bytes_stored"]) == (2, 16.0, 12.0)
+    results = {path.stem.rpartition("-")[2]: path for path in tmp_path.glob("*.json") if path.name != "summary.json"}
+    assert results.keys() == {"host", "train", "step"}
     for kind, path in results.items():
         assert report.read(path)[0] == kind
         assert json.loads(path.read_text())["environment"]["commit"] == "abc123"
-        assert report.TABLES[kind](json.loads(path.read_text())) in log
-    assert len(list(out.iterdir())) <= 8
+        assert report.TABLES[kind](json.loads(path.read_text())) in (tmp_path / "log.txt").read_text()
+
+
+def test_nothing_is_run_after_a_doctor_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str, *_: Any) -> Part:
+        return Part(name, ("-c", 'print(\'{"device": "none"}\')' if name == "device" else "import sys; sys.exit(1)"))
+
+    monkeypatch.setattr(gpu_check, "part_of", broken)
+    arguments = argparse.Namespace(call=1, interpret=True, tests=None, only=None)
+    entries = gpu_check.check(arguments, tmp_path, tmp_path)["parts"]
+    assert entries.pop("device")["rc"] == 0 and entries.pop("doctor")["rc"] == 1
+    assert entries.keys() == {"compile", "tests", "variants"}
+    assert all(entry == {"left_out": "the doctor found the kernel wrong"} for entry in entries.values())
+    assert "== doctor: exit code 1" in (tmp_path / "failures.txt").read_text()
+
+
+@pytest.mark.parametrize("broken", ["a test", "an import"])
+def test_failures_are_in_the_file_before_the_run_ends(tmp_path: Path, broken: str) -> None:
+    failing = {"a test": "def test_a(device): assert 1 == 2\n", "an import": "import no_such_module\n"}[broken]
+    (tmp_path / "test_a.py").write_text(failing)
+    (tmp_path / "test_b.py").write_text(
+        "import os\n"
+        "def test_b(device):\n"
+        "    assert os.path.getsize(os.environ['FAILURES']), 'the file is still empty'\n"
+        "    os._exit(9)\n"
+    )
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    failures = tmp_path / "failures.txt"
+    failures.touch()
+    environment = {**os.environ, "FAILURES": str(failures), "PYTHONPATH": str(ROOT / "tests")}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--continue-on-collection-errors",
+        "-p",
+        "no:cacheprovider",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 9  # the second test found the failure in the file and ended the process
+    assert ("assert 1 == 2" if broken == "a test" else "No module named 'no_such_module'") in failures.read_text()
+    assert failures.read_text() in done.stdout
+
+
+def test_only_tests_on_a_gpu_are_run_where_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text(
+        "import pytest\n"
+        "def test_host(): pass\n"
+        "def test_on_device(device): pass\n"
+        "def test_both(backend): pass\n"
+        "def test_compiled(device, compiled_cpu): pass\n"
+        "@pytest.mark.gpu\n"
+        "def test_marked(): pass\n"
+    )
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    environment = {**os.environ, "ONLY_GPU_TESTS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+    assert found == ["test_on_device", "test_both[kernel]", "test_marked"]
 
 
 def is_running(process: str) -> bool:
@@ -69,13 +159,13 @@ def test_part_that_hangs_is_stopped_with_all_it_started(tmp_path: Path) -> None:
         f"open({str(tmp_path / 'child')!r}, 'w').write(str(__import__('os').getpid())); __import__('time').sleep(60)"
     )
     program = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
-    log = tmp_path / "log.txt"
-    entry, output = gpu_check.run(Part("doctor", ("-c", program)), dict(os.environ), log, 4.0, False)
+    entry, output = Runner(tmp_path, tmp_path, False).run(Part("doctor", ("-c", program)), 4.0)
     assert entry["rc"] is None
     assert "4 s" in entry["stopped"]
     assert entry["seconds"] < 30
     assert output == "begun\n"
-    assert log.read_text().startswith("== doctor\nbegun\n== doctor: stopped")
+    assert (tmp_path / "log.txt").read_text() == "== doctor\nbegun\n== doctor: after its limit of 4 s\n"
+    assert (tmp_path / "failures.txt").read_text() == "== doctor: after its limit of 4 s\nbegun\n"
     deadline = time.monotonic() + 30
     while is_running((tmp_path / "child").read_text()):  # a busy machine takes its time to end it
         assert time.monotonic() < deadline
@@ -84,17 +174,29 @@ def test_part_that_hangs_is_stopped_with_all_it_started(tmp_path: Path) -> None:
 
 def test_exit_code_and_errors_are_kept(tmp_path: Path) -> None:
     program = "import sys; print('out'); sys.stdout.flush(); sys.exit('what was wrong')"
-    log = tmp_path / "log.txt"
-    entry, output = gpu_check.run(Part("tests", ("-c", program)), dict(os.environ), log, 60.0, False)
+    entry, output = Runner(tmp_path, tmp_path, False).run(Part("tests", ("-c", program)), 60.0)
     assert entry["rc"] == 1
-    assert log.read_text() == f"== tests\n{output}" == "== tests\nout\nwhat was wrong\n"
+    assert output == "out\nwhat was wrong\n"
+    assert (tmp_path / "log.txt").read_text() == f"== tests\n{output}== tests: exit code 1\n"
+    assert (tmp_path / "failures.txt").read_text() == f"== tests: exit code 1\n{output}"
+
+
+def test_scripts_import_what_lies_next_to_them_and_the_packages(tmp_path: Path) -> None:
+    (tmp_path / "sibling.py").write_text("answer = 42\n")
+    (tmp_path / "again.py").write_text("import adax_triton.kernels, sibling; print(sibling.answer)\n")
+    script = tmp_path / "script.py"
+    script.write_text("import subprocess, sys; sys.exit(subprocess.call([sys.executable, sys.argv[1]]))\n")
+    gpu_check.stage(tmp_path / "staged", None)
+    runner = Runner(tmp_path, tmp_path / "staged", False)
+    for words in ((str(tmp_path / "again.py"),), (str(script), str(tmp_path / "again.py"))):
+        assert runner.run(Part("tests", words), 60.0) == ({"limit_s": 60, "rc": 0, "seconds": ANY}, "42\n")
 
 
 def test_profiler_that_is_absent_is_left_out(tmp_path: Path) -> None:
     part = Part("counters", ("-c", "print('bare')"), ("no-such-profiler", "--csv"))
-    entry, _ = gpu_check.run(part, dict(os.environ), tmp_path / "log.txt", 60.0, interpret=False)
+    entry, _ = Runner(tmp_path, tmp_path, False).run(part, 60.0)
     assert entry == {"left_out": "no-such-profiler is not on the PATH"}
-    assert gpu_check.run(part, dict(os.environ), tmp_path / "log.txt", 60.0, interpret=True)[0]["rc"] == 0
+    assert Runner(tmp_path, tmp_path, True).run(part, 60.0)[0]["rc"] == 0
 
 
 def test_profiler_runs_the_command(tmp_path: Path) -> None:
@@ -102,7 +204,7 @@ def test_profiler_runs_the_command(tmp_path: Path) -> None:
     profiler.write_text('#!/bin/sh\necho "profiling with $1"\nshift\nexec "$@"\n')
     profiler.chmod(0o755)
     part = Part("counters", ("-c", "print('bare')"), (str(profiler), "--csv"))
-    entry, output = gpu_check.run(part, dict(os.environ), tmp_path / "log.txt", 60.0, interpret=False)
+    entry, output = Runner(tmp_path, tmp_path, False).run(part, 60.0)
     assert (entry["rc"], output) == (0, "profiling with --csv\nbare\n")
 
 
@@ -115,6 +217,7 @@ def profile(launches: int) -> str:
         for name, value in PROFILED.items():
             writer.writerow([number, "adax_step_kernel", name, "byte", value if number == launches - 1 else "1"])
     mode: dict[str, Any] = {"mode": "fp32", "numel": 100, "launches": 2, "bytes_loaded": 16.0, "bytes_stored": 12.0}
+    mode |= {"state_bytes": 8.0, "allocated_per_element": 8.01}
     return f"==PROF== Connected to process 1\n{json.dumps(mode)}\n==PROF== Disconnected\n{table.getvalue()}"
 
 
@@ -124,7 +227,7 @@ def test_counters_are_those_of_each_modes_last_launch() -> None:
     assert found["gb_per_s"] == 4.0  # 2800 bytes in 700 ns
     assert (found["dram_percent_of_peak"], found["registers"]) == (91.5, 38)
     row = counted_steps.table({"rows": [found]}).splitlines()[-1]
-    assert row == "| fp32 | 16 | 16 | 12 | 12 | 4 | 91.5 | 38 | 70.25 |"
+    assert row == "| fp32 | 16 | 16 | 12 | 12 | 4 | 91.5 | 38 | 70.25 | 8 | 8.01 |"
     assert (found["mode"], found["bytes_loaded"]) == ("fp32", 16.0)
 
 
@@ -140,38 +243,34 @@ def test_wheels_are_staged_beside_the_packages(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheels / "carried-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("carried/__init__.py", "answer = 42\n")
     gpu_check.stage(tmp_path / "staged", wheels)
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        "import carried, adax_triton.bench; print(carried.answer, adax_triton.__file__)",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "staged")}
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert printed.split() == ["42", str(tmp_path / "staged" / "adax_triton" / "__init__.py")]
+    program = "import carried, adax_triton.bench; print(carried.answer, adax_triton.__file__)"
+    entry, output = Runner(tmp_path, tmp_path / "staged", False).run(Part("doctor", ("-c", program)), 60.0)
+    assert output.split() == ["42", str(tmp_path / "staged" / "adax_triton" / "__init__.py")]
+    assert entry["rc"] == 0
 
 
-def test_step_benchmark_gets_the_time_that_is_left(tmp_path: Path) -> None:
-    budgets = {}
-    for left in (10_000.0, 200.0, 1.0):
-        command = gpu_check.benchmark("step", tmp_path / "step.json", interpret=False, seconds=left).command
-        budgets[left] = float(command[command.index("--budget") + 1])
-    assert budgets == {10_000.0: 420.0, 200.0: 160.0, 1.0: 1.0}
+def test_benchmarks_end_before_their_limit(tmp_path: Path) -> None:
+    for name, left, expected in (("step", 190.0, 165.0), ("variants", 90.0, 82.0), ("train", 1.0, 1.0)):
+        command = gpu_check.benchmark(name, tmp_path / "step.json", interpret=False, seconds=left).command
+        assert float(command[command.index("--budget") + 1]) == expected
 
 
-def test_all_parts_take_less_than_nine_minutes_and_leave_some_for_the_step_benchmark() -> None:
-    assert {*gpu_check.LIMITS_S, "step"} == set(gpu_check.PARTS)
-    assert gpu_check.ALL_S < 540
-    assert gpu_check.ALL_S - sum(gpu_check.LIMITS_S.values()) >= 100
+def test_each_call_has_time_for_its_parts() -> None:
+    assert gpu_check.CALL_S == {1: 240.0, 2: 360.0}
+    # Limits are what a part takes at worst; the first call has room for the tests and the sweep even then.
+    assert sum(gpu_check.LIMITS_S[1].values()) - 60 <= gpu_check.CALL_S[1]
+    measured = ("counters", "host", "step")
+    assert sum(gpu_check.LIMITS_S[2][name] for name in measured) + 90 <= gpu_check.CALL_S[2]
 
 
-def test_options_of_the_benchmarks_are_theirs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for interpret, name in itertools.product((False, True), ("host", "scale", "train", "step")):
+def test_options_of_the_benchmarks_are_theirs(tmp_path: Path) -> None:
+    modules = {"host": host, "train": train, "step": step_report, "variants": launch_variants}
+    for interpret, (name, module) in itertools.product((False, True), modules.items()):
         part = gpu_check.benchmark(name, tmp_path / "result.json", interpret, 100.0)
         parser = argparse.ArgumentParser()
-        {"host": host, "scale": scale, "train": train, "step": step_report}[name].add_arguments(parser)
-        parsed = parser.parse_args(part.command[len(gpu_check.COMMAND_LINE) + 2 :])
-        assert parsed.json == tmp_path / "result.json"
+        module.add_arguments(parser)
+        words = part.command[2:] if name == "variants" else part.command[len(gpu_check.COMMAND_LINE) + 2 :]
+        assert parser.parse_args(words).json == tmp_path / "result.json"
 
 
 def test_tests_of_the_kernel_come_first_and_those_of_deepspeed_not_at_all() -> None:

