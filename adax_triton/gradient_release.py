@@ -94,6 +94,7 @@ class GradientRelease:
             handle.remove()
         self._handles.clear()
         self._hooked.clear()
+        self._group_of.clear()
 
     def __enter__(self) -> GradientRelease:
         return self

@@ -109,7 +109,7 @@ class StepPlan:
     def _fits_groups(self, param_groups: Sequence[Mapping[str, Any]], control: StepControl) -> bool:
         if any(map(is_capturing, self._devices)) or list(map(_options, param_groups)) != self._group_options:
             return False
-        # The tables belong to one stream, and a step that raised has left them to other tensors.
+        # The tables belong to one stream, and another step, even one that raised, may have filled them since.
         if list(map(current_stream, self._devices)) != self._streams or self._revisions != [
             launch.revision for launch, _ in self._launches
         ]:
