@@ -67,6 +67,7 @@ def main(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)  # of the events that time
     quick = arguments.quick
     modes = tuple(arguments.modes or (QUICK_MODES if quick else MODES))
