@@ -46,7 +46,7 @@ results: $(READY)  ## measure the committed CPU figures anew, in some eight minu
 		--table docs/deepspeed-passes.md
 	$(MAKE) report
 
-REPORTED = $(wildcard $(foreach kind,step scale host train counters passes,bench/results/*-$(kind).json))
+REPORTED = $(wildcard $(foreach kind,step scale host train counters passes variants,bench/results/*-$(kind).json))
 
 report: $(READY)  ## docs/benchmarks and the README's section from the committed results
 	rm -f docs/benchmarks/*.png

@@ -18,7 +18,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import counted_steps, deepspeed_step, host, long_run, plots, precision_study, scale, step_table, train
+from . import (
+    counted_steps,
+    deepspeed_step,
+    host,
+    launch_variants,
+    long_run,
+    plots,
+    precision_study,
+    scale,
+    step_table,
+    train,
+)
 from .origin import origin
 from .step_table import markdown_row
 
@@ -107,6 +118,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "long run": long_run.table,
     "modes": modes_table,
     "passes": deepspeed_step.table,
+    "variants": launch_variants.table,
 }
 
 
