@@ -82,17 +82,17 @@ def round_to_bfloat16(values: Tensor, addend: Tensor | int) -> Tensor:
         values: float32.
         addend: 16 random bits per element, or 0x8000 for nearest.
     """
-    return _top_half(bits_of(values) + addend, _is_nan(values))
+    return _top_half(_quieted(values) + addend)
 
 
-def _top_half(bits: Tensor, nan: Tensor) -> Tensor:
+def _quieted(values: Tensor) -> Tensor:
+    # Adding to a NaN of all ones would carry over. isnan() is no vector operation for the compiler.
+    return torch.where(values != values, QUIET_NAN, bits_of(values))
+
+
+def _top_half(bits: Tensor) -> Tensor:
     # An exact cast; the compiler has no vectors of 16-bit integers.
-    return from_bits(torch.where(nan, QUIET_NAN, bits & _TOP_HALF)).to(torch.bfloat16)
-
-
-def _is_nan(values: Tensor) -> Tensor:
-    # isnan() is no vector operation for the compiler.
-    return values != values
+    return from_bits(bits & _TOP_HALF).to(torch.bfloat16)
 
 
 def signed_byte(words: Tensor) -> Tensor:
@@ -114,12 +114,11 @@ def split_master(master: Tensor, addend: Tensor | int | None) -> tuple[Tensor, T
     Returns:
         The parameters, bfloat16, and the rest, int32 within the range of int16 or int8.
     """
-    bits = bits_of(master)
-    nan = _is_nan(master)
+    bits = _quieted(master)
     if addend is None:
-        return _top_half(bits + 0x8000, nan), ((bits & 0xFFFF) ^ 0x8000) - 0x8000
+        return _top_half(bits + 0x8000), ((bits & 0xFFFF) ^ 0x8000) - 0x8000
     bits = bits + addend
-    return _top_half((bits & ~0xFF) + 0x8000, nan), signed_byte(bits >> 8)
+    return _top_half(bits + 0x8000), signed_byte(bits >> 8)
 
 
 def join_master(param: Tensor, rest: Tensor, stored: torch.dtype | None = None) -> Tensor:

@@ -31,7 +31,7 @@ class Variant(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Its name in tables and on the command line, such as `"2048x8 r48 rsqrt+cs"`."""
+        """Its name in tables and on the command line, such as `"2048x8 r48 quotient"`."""
         words = [f"{self.chunk}x{self.warps}"]
         words += [f"r{self.registers}"] if self.registers is not None else []
         words += ["+".join(self.rewrites)] if self.rewrites else []
@@ -78,20 +78,18 @@ def variants_of(section: Section) -> list[Variant]:
     return list(dict.fromkeys([present, *section.variants]))
 
 
-_FAST = ("rsqrt",)
-_FASTER = ("rsqrt", "shift-once")
+_QUOTIENT = ("quotient",)
 _RANDOM = ("constant-random",)
+_SIGN = ("mask-sign",)
 _FP32 = (
     Variant(2048, 8, 48),
     Variant(1024, 8),
     Variant(1024, 4, 48),
-    Variant(2048, 8, 48, _FAST),
     Variant(2048, 8, 40),
     Variant(1024, 4),
     Variant(2048, 8, 64),
     Variant(2048, 4),
-    Variant(2048, 8, 48, ("evict-first",)),
-    Variant(2048, 8, 48, ("cs",)),
+    Variant(2048, 8, None, _QUOTIENT),
     Variant(512, 4),
     Variant(4096, 16),
 )
@@ -99,59 +97,36 @@ _MASTERS = (
     Variant(2048, 8, 48),
     Variant(1024, 4, 48),
     Variant(1024, 8),
-    Variant(2048, 8, 48, _FAST),
     Variant(2048, 8, 64),
     Variant(1024, 4),
     Variant(2048, 4),
-    Variant(2048, 8, None, _FAST),
-    Variant(2048, 8, 48, _RANDOM),
-    Variant(2048, 8, 48, ("evict-first",)),
-    Variant(2048, 8, 48, ("cs",)),
+    Variant(2048, 8, None, _QUOTIENT),
+    Variant(2048, 8, None, _RANDOM),
     Variant(4096, 8),
 )
 _BFLOAT16 = (
-    Variant(2048, 8, None, _FAST),
     Variant(2048, 8, 48),
-    Variant(2048, 8, 48, _FAST),
-    Variant(1024, 4, None, _FAST),
-    Variant(2048, 4, None, _FAST),
-    Variant(1024, 8, None, _FAST),
     Variant(1024, 4),
-    Variant(2048, 8, None, _RANDOM),
     Variant(2048, 4),
     Variant(1024, 8),
-    Variant(4096, 8, None, _FAST),
-    Variant(2048, 8, None, ("rsqrt", "cs")),
-    Variant(2048, 8, None, ("rsqrt", "evict-first")),
-)
-_LOW = (
-    Variant(2048, 8, None, _FAST),
-    Variant(1024, 4),
-    Variant(1024, 4, None, _FAST),
-    Variant(2048, 8, 48, _FAST),
-    Variant(2048, 4, None, _FAST),
-    Variant(1024, 8, None, _FAST),
+    Variant(2048, 8, None, _QUOTIENT),
+    Variant(2048, 8, 64),
+    Variant(1024, 4, 48),
     Variant(2048, 8, None, _RANDOM),
-    Variant(2048, 8, 64, _FAST),
-    Variant(4096, 8, None, _FAST),
-    Variant(2048, 8, None, ("rsqrt", "constant-random")),
-    Variant(2048, 8, None, ("rsqrt", "cs")),
-    Variant(2048, 8, None, ("rsqrt", "evict-first")),
+    Variant(4096, 8),
 )
-_LOWEST = (
+_CODES = (
     Variant(1024, 4),
-    Variant(1024, 4, None, _FASTER),
-    Variant(2048, 8, None, _FASTER),
     Variant(2048, 8, 48),
-    Variant(2048, 8, 48, _FASTER),
-    Variant(2048, 8, None, _FAST),
-    Variant(2048, 8, None, ("shift-once",)),
-    Variant(1024, 4, 48, _FASTER),
-    Variant(2048, 4, None, _FASTER),
-    Variant(1024, 8, None, _FASTER),
+    Variant(2048, 8, None, _SIGN),
+    Variant(1024, 8),
+    Variant(2048, 4),
+    Variant(1024, 4, 48),
+    Variant(2048, 8, 64),
     Variant(2048, 8, None, _RANDOM),
-    Variant(4096, 8, None, _FASTER),
-    Variant(1024, 4, None, (*_FASTER, "cs")),
+    Variant(2048, 8, None, _QUOTIENT),
+    Variant(512, 4),
+    Variant(4096, 8),
 )
 _SETTLED = (
     Variant(2048, 8, settled=True),
@@ -177,8 +152,8 @@ _STEPS = {
     FP32.name: _FP32,
     "bf16 + float32 + 24-bit masters": _MASTERS,
     "bf16 + bfloat16": _BFLOAT16,
-    "bf16 + low + 24-bit masters": _LOW,
-    "bf16 + lowest + 24-bit masters": _LOWEST,
+    "bf16 + low + 24-bit masters": _CODES,
+    "bf16 + lowest + 24-bit masters": _CODES,
 }
 _BF16 = MODES["bf16 + bfloat16"]
 SECTIONS = {

@@ -12,32 +12,38 @@ GROUP = tl.constexpr(32)
 
 
 @triton.jit
-def _half_exponent(bits):
-    return (bits >> 1) & 0x7F800000
-
-
-@triton.jit
 def _code_start(exponent, fraction):
     return tl.maximum(((exponent + 1) << fraction).to(tl.int32) - 255, 0).to(tl.uint32)
 
 
 @triton.jit
+def _half_unit(fraction):
+    # 2^(22 - fraction), by way of a float: of products with what it knows to be a power of two the compiler makes
+    # shifts, and their sums take an instruction more.
+    return from_bits((149 - fraction) << 23).to(tl.uint32)
+
+
+@triton.jit
 def decode_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
     """Return float32 moments of the codes "low" or "lowest" and their groups' uint32 exponents."""
-    scale = exponents
+    code = exp_avg_sq.to(tl.uint32)
     if STATES == "low":
-        bits = exp_avg_sq.to(tl.uint32) << 15
+        bits = code << 15
+        half = (code << 14) + (exponents << 23)
     else:
         fraction = ((exponents >> 8) & 3) + 3
-        bits = (exp_avg_sq.to(tl.uint32) + _code_start(exponents & 0xFF, fraction)) << (23 - fraction)
+        start = _code_start(exponents & 0xFF, fraction)
+        unit = _half_unit(fraction)
+        bits = code * (unit + unit) + (start << (23 - fraction))
         scale = (exponents >> 10) + 48
-    return exp_avg.to(tl.float32) * from_bits(_half_exponent(bits) + (scale << 23)), from_bits(bits)
+        half = code * unit + ((start << (22 - fraction)) + (scale << 23))
+    return exp_avg.to(tl.float32) * from_bits(half & 0x7F800000), from_bits(bits)
 
 
 @triton.jit
 def _fraction_bits(bits, AXIS: tl.constexpr):
-    exponents = (bits >> 23).to(tl.int32)
-    octaves = tl.max(exponents, axis=AXIS, keep_dims=True) - tl.min(exponents, axis=AXIS, keep_dims=True)
+    largest = tl.max(bits, axis=AXIS, keep_dims=True) >> 23
+    octaves = largest - (tl.min(bits, axis=AXIS, keep_dims=True) >> 23)
     return 3 + (octaves <= 13).to(tl.uint32) + (octaves <= 5).to(tl.uint32) + (octaves <= 1).to(tl.uint32)
 
 
@@ -48,26 +54,28 @@ def encode_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.c
     bits = tl.minimum(bits_of(exp_avg_sq), 0x7FC00000)
     if STATES == "low":
         rounded = (bits + (random >> 17)) >> 15
-        direction, scale = _encode_direction(exp_avg, rounded << 15, 133, AXIS)
+        direction, scale = _encode_direction(exp_avg, 0x7F7FFFFF - (rounded << 14), 133, AXIS)
         return direction, rounded.to(tl.uint16), scale
     else:
         fraction = _fraction_bits(bits, AXIS)
         dropped = 23 - fraction
         rounded = (bits + (random >> (32 - dropped))) >> dropped
-        exponent = tl.max(rounded.to(tl.int32), axis=AXIS, keep_dims=True).to(tl.uint32) >> fraction
+        exponent = tl.max(rounded, axis=AXIS, keep_dims=True) >> fraction
         start = _code_start(exponent, fraction)
         # 0 is a moment that no step has written
-        code = tl.maximum(rounded.to(tl.int32) - start.to(tl.int32), 1).to(tl.uint32)
-        direction, scale = _encode_direction(exp_avg, (code + start) << dropped, 133 + 48, AXIS)
+        code = tl.maximum((rounded - start).to(tl.int32), 1).to(tl.uint32)
+        half = (0x7F7FFFFF - (start << (22 - fraction))) + code * (0 - _half_unit(fraction))
+        direction, scale = _encode_direction(exp_avg, half, 133 + 48, AXIS)
         return direction, code.to(tl.uint8), (tl.minimum(scale, 63) << 10) | ((fraction - 3) << 8) | exponent
 
 
 @triton.jit
-def _encode_direction(exp_avg, exp_avg_sq_bits, ORIGIN: tl.constexpr, AXIS: tl.constexpr):
-    direction = exp_avg * from_bits(0x7F000000 - _half_exponent(exp_avg_sq_bits))
-    largest = tl.max((bits_of(direction) & 0x7FFFFFFF).to(tl.int32), axis=AXIS, keep_dims=True)
+def _encode_direction(exp_avg, half, ORIGIN: tl.constexpr, AXIS: tl.constexpr):
+    power = from_bits(half & 0x7F800000)
+    direction = exp_avg * power
+    largest = tl.max(bits_of(tl.abs(exp_avg) * power), axis=AXIS, keep_dims=True)
     # The addend raises the scale where the largest would be rounded to 128, and would wrap around on a NaN of all ones.
     scale = tl.maximum((tl.minimum(largest, 0x7F800000) + 0x10000) >> 23, ORIGIN)
     # The second addend leaves the nearest integer in the low bits of the pattern.
-    code = direction * from_bits(((260 - scale) << 23).to(tl.uint32)) + 12582912.0
-    return bits_of(code).to(tl.uint8).to(tl.int8, bitcast=True), (scale - ORIGIN).to(tl.uint32)
+    code = direction * from_bits((260 - scale) << 23) + 12582912.0
+    return bits_of(code).to(tl.uint8).to(tl.int8, bitcast=True), scale - ORIGIN

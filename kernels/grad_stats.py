@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .adax_step import TENSOR_COLUMNS
-from .launch import current_backend, launch_shape
+from .launch import current_backend, launch, launch_shape
 from .variants import TRITON_DTYPES
 
 # Programs, each of which writes one partial sum; all of them fit on a large GPU at once.
@@ -92,16 +92,13 @@ def grad_stats(
     """
     shape = launch_shape(current_backend())
     dtype = TRITON_DTYPES[grad_dtype]
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(tensors.device if tensors.is_cuda else -1):
-        grad_stats_kernel[(partials.numel(),)](
-            tensors,
-            chunks,
-            partials,
-            chunks.numel(),
-            GRAD_DTYPE=dtype,
-            CHUNK_SIZE=shape.chunk_size,
-            # 16 bytes is the widest access.
-            VECTOR=min(128 // dtype.primitive_bitwidth, shape.elements_per_thread) if aligned else 1,
-            num_warps=shape.num_warps,
-        )
+    # 16 bytes is the widest access.
+    vector = min(128 // dtype.primitive_bitwidth, shape.elements_per_thread) if aligned else 1
+    launch(
+        grad_stats_kernel,
+        partials.numel(),
+        (tensors, chunks, partials, chunks.numel()),
+        (grad_dtype, vector),
+        lambda: {"GRAD_DTYPE": dtype, "CHUNK_SIZE": shape.chunk_size, "VECTOR": vector},
+        {"num_warps": shape.num_warps},
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 
 class LaunchShape(NamedTuple):
@@ -45,3 +47,58 @@ def chunk_size() -> int:
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1` when Triton was imported)."""
     return bool(triton.knobs.runtime.interpret)
+
+
+# Triton's compiled kernels, with their compile-time arguments, by what they were compiled for.
+_compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    arguments: tuple[Any, ...],
+    variant: Hashable,
+    constants: Callable[[], dict[str, Any]],
+    options: dict[str, int],
+) -> None:
+    """Launch a kernel on the current stream of its arguments' device.
+
+    Triton looks at every argument at every launch to find the compiled kernel, which takes longer than the launch
+    itself. Here the first launch of a variant leaves the compiled kernel for the next ones.
+
+    Args:
+        kernel: a function of `triton.jit`.
+        programs: how many run.
+        arguments: of the kernel, in order; the first is a tensor. Numbers must be typed and not specialized.
+        variant: names the compile-time arguments and options.
+        constants: returns the compile-time arguments, by name and in order.
+        options: of the compiler, such as `num_warps`.
+    """
+    device = arguments[0].device
+    if device.type != "cuda":
+        kernel[(programs,)](*arguments, **constants(), **options)
+    elif device.index == torch.cuda.current_device():
+        _launch(kernel, programs, arguments, (kernel.fn, device.index, variant), constants, options)
+    else:
+        with torch.cuda.device(device):  # Triton launches on the current device
+            _launch(kernel, programs, arguments, (kernel.fn, device.index, variant), constants, options)
+
+
+def _launch(
+    kernel: Any,
+    programs: int,
+    arguments: tuple[Any, ...],
+    key: tuple[Any, int, Hashable],
+    constants: Callable[[], dict[str, Any]],
+    options: dict[str, int],
+) -> None:
+    # Code for addresses that are multiples of 16 would be wrong for others.
+    aligned = tuple([argument.data_ptr() % 16 == 0 for argument in arguments if isinstance(argument, Tensor)])
+    found = _compiled.get((key, aligned))
+    if found is None:
+        values = constants()
+        _compiled[key, aligned] = kernel[(programs,)](*arguments, **values, **options), tuple(values.values())
+    else:
+        compiled, others = found
+        stream = triton.runtime.driver.active.get_current_stream(key[1])
+        compiled[(programs, 1, 1)](*arguments, *others, stream=stream)

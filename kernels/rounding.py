@@ -20,6 +20,16 @@ def from_bits(bits):
 
 
 @triton.jit
+def to_float32(values):
+    """Return values of any float dtype as float32."""
+    if values.dtype == tl.bfloat16:
+        # The compiler's own takes an instruction more for every second value.
+        return from_bits(values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    else:
+        return values.to(tl.float32)
+
+
+@triton.jit
 def random_bits(index, key0: tl.uint32, key1: tl.uint32):
     """Return 32 random bits for each uint32 index."""
     words = index ^ key0
@@ -30,16 +40,20 @@ def random_bits(index, key0: tl.uint32, key1: tl.uint32):
 
 
 @triton.jit
-def _top_half(bits, values):
-    # The integer sum carries a NaN of all ones, a GPU's own, over into -0.
-    top = tl.where(values != values, 0x7FC0, bits >> 16)
-    return top.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+def _quieted(values):
+    # Adding to a NaN of all ones, a GPU's own, would carry over into -0.
+    return tl.where(values != values, 0x7FC00000, bits_of(values))
+
+
+@triton.jit
+def _top_half(bits):
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def round_to_bfloat16(values, addend):
     """Round to bfloat16: stochastically with 16 random bits as addend, to nearest with 0x8000."""
-    return _top_half(bits_of(values) + addend, values)
+    return _top_half(_quieted(values) + addend)
 
 
 @triton.jit
@@ -48,21 +62,19 @@ def split_master(master, addend, REST: tl.constexpr):
 
     REST is int16, for the float32 bit by bit, or int8 for 24 bits of it, rounded with 8 random bits as addend.
     """
-    bits = bits_of(master)
+    bits = _quieted(master)
     if REST == tl.int16:
         rest = bits.to(tl.uint16)
-        param = _top_half(bits + 0x8000, master)
     else:
         bits += addend
         rest = (bits >> 8).to(tl.uint8)
-        param = _top_half((bits & 0xFFFFFF00) + 0x8000, master)
-    return param, rest.to(REST, bitcast=True)
+    return _top_half(bits + 0x8000), rest.to(REST, bitcast=True)
 
 
 @triton.jit
 def join_master(param, rest):
     """Return the float32 master weights of bfloat16 parameters and what they lack, int16 or int8."""
-    top = param.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    top = bits_of(to_float32(param))
     low = rest.to(tl.int32).to(tl.uint32, bitcast=True)
     if rest.dtype == tl.int8:
         low = low << 8

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .adax_step import SCALAR_COLUMNS
+from .launch import launch
 from .rounding import from_bits, random_bits
 
 # Addresses of the step count and of the learning rate, with the row of the group between them.
@@ -149,6 +150,5 @@ def prepare_step(
     """
     n = rows.shape[0]
     programs = max(1, triton.cdiv(n, BLOCK_SIZE))  # one for the report at least
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(rows.device if rows.is_cuda else -1):
-        prepare_step_kernel[(programs,)](rows, groups, inputs, scalars, report, n, BLOCK_SIZE=BLOCK_SIZE)
+    arguments = (rows, groups, inputs, scalars, report, n)
+    launch(prepare_step_kernel, programs, arguments, None, lambda: {"BLOCK_SIZE": BLOCK_SIZE}, {})

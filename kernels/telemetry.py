@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 # Squared gradients, squared updates, squared parameters, unchanged parameters, gradients that are not finite.
 TELEMETRY_COLUMNS = tl.constexpr(5)
 # Rows that one program adds up at a time.
@@ -58,6 +60,11 @@ def add_rows(rows: torch.Tensor, runs: torch.Tensor, sums: torch.Tensor) -> None
     """
     if runs.shape[0] == 0:
         return
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(rows.device if rows.is_cuda else -1):
-        add_rows_kernel[(runs.shape[0],)](rows, runs, sums, ROWS=ROWS_PER_PROGRAM, num_warps=8)
+    launch(
+        add_rows_kernel,
+        runs.shape[0],
+        (rows, runs, sums),
+        None,
+        lambda: {"ROWS": ROWS_PER_PROGRAM},
+        {"num_warps": 8},
+    )

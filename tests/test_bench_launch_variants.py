@@ -33,8 +33,8 @@ def verdicts(section: str, variants: list[Variant], folder: Path) -> list[str]:
 @interpreted
 @pytest.mark.parametrize("name", REWRITES)
 def test_every_rewrite_applies_and_runs(name: str, tmp_path: Path) -> None:
-    # Eight bits hide what a reciprocal root changes.
-    section = "fp32" if name == "rsqrt" else LOWEST
+    # Eight bits hide what a quotient changes.
+    section = "fp32" if name == "quotient" else LOWEST
     present, rewritten = verdicts(section, [Variant(1024, 4, 48, (name,))], tmp_path)
     assert present == SAME
     assert rewritten == SAME if name in EXACT else rewritten.startswith("other")
@@ -44,20 +44,20 @@ def test_every_rewrite_applies_and_runs(name: str, tmp_path: Path) -> None:
 
 
 def test_rewrite_whose_text_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(REWRITES, "cs", (*REWRITES["cs"], Edit("compact", "no such text", "")))
-    with pytest.raises(ValueError, match=r"'cs' replaces 'no such text', which kernels/compact\.py"):
-        kernel_rewrites.rewritten_kernel(["cs"], tmp_path)
+    monkeypatch.setitem(REWRITES, "quotient", (*REWRITES["quotient"], Edit("compact", "no such text", "")))
+    with pytest.raises(ValueError, match=r"'quotient' replaces 'no such text', which kernels/compact\.py"):
+        kernel_rewrites.rewritten_kernel(["quotient"], tmp_path)
     with pytest.raises(ValueError, match="Invalid rewrite: 'faster'"):
-        kernel_rewrites.rewritten_kernel(["rsqrt", "faster"], tmp_path)
+        kernel_rewrites.rewritten_kernel(["mask-sign", "faster"], tmp_path)
 
 
 @interpreted
 def test_changed_result_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setitem(REWRITES, "shift-once", (Edit("compact", "12582912.0", "12582913.0"),))  # each code of m by one
-    assert launch_variants.main([*DRY, "--modes", LOWEST, "--variants", "2048x8 shift-once"]) == 1
+    monkeypatch.setitem(REWRITES, "mask-sign", (Edit("compact", "12582912.0", "12582913.0"),))  # each code of m by one
+    assert launch_variants.main([*DRY, "--modes", LOWEST, "--variants", "2048x8 mask-sign"]) == 1
     printed = capsys.readouterr()
     assert re.search(r"\| DIFFERS .*exp_avg,.* of the largest update \|", printed.out)
-    assert f"{LOWEST}: 2048x8 shift-once DIFFERS" in printed.err
+    assert f"{LOWEST}: 2048x8 mask-sign DIFFERS" in printed.err
 
 
 @interpreted
