@@ -7,6 +7,19 @@ from collections.abc import Sequence
 
 from .version import __version__
 
+COMMANDS = {
+    "doctor": "what this machine can run, and whether the kernel is right on it",
+    "convert": "checkpoints of one optimizer or precision as checkpoints of another",
+}
+BENCHMARKS = {
+    "memory": "bytes per parameter of every mode, beside other optimizers",
+    "step": "time of one step beside torch's and DeepSpeed's AdamW",
+    "host": "what a step costs the host, for 1 to 5,000 tensors",
+    "train": "tokens per second and memory of a small GPT, in plain PyTorch and under DeepSpeed",
+    "scale": "time of a step against its elements and tensors, and a model of it up to 1T parameters",
+    "report": "tables and plots of result files",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
@@ -17,30 +30,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 if all is well.
     """
+    parser = argparse.ArgumentParser(prog="adax-triton", description="AdaX as one fused Triton kernel.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    benchmarks = commands.add_parser("bench", help="benchmarks").add_subparsers(dest="benchmark", required=True)
+    for name, summary in BENCHMARKS.items():
+        benchmarks.add_parser(name, help=summary, add_help=False)
+    chosen, words = parser.parse_known_args(argv)
+    return _run([chosen.command, chosen.benchmark] if chosen.command == "bench" else [chosen.command], words)
+
+
+def _run(names: list[str], words: list[str]) -> int:
+    # Not earlier: PyTorch takes seconds, which --version, --help and a misspelt command do not need.
     from adax_triton.bench import host, memory, report, scale, step_report, train
 
     from . import convert_command, doctor
 
-    benchmarks = {
-        "memory": (memory, "bytes per parameter of every mode, beside other optimizers"),
-        "step": (step_report, "time of one step beside torch's and DeepSpeed's AdamW"),
-        "host": (host, "what a step costs the host, for 1 to 5,000 tensors"),
-        "train": (train, "tokens per second and memory of a small GPT, in plain PyTorch and under DeepSpeed"),
-        "scale": (scale, "time of a step against its elements and tensors, and a model of it up to 1T parameters"),
-        "report": (report, "tables and plots of result files"),
-    }
-    parser = argparse.ArgumentParser(prog="adax-triton", description="AdaX as one fused Triton kernel.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="what this machine can run, and whether the kernel is right on it")
-    summary = "checkpoints of one optimizer or precision as checkpoints of another"
-    convert_command.add_arguments(commands.add_parser("convert", help=summary, description=convert_command.__doc__))
-    bench = commands.add_parser("bench", help="benchmarks").add_subparsers(dest="benchmark", required=True)
-    for name, (module, summary) in benchmarks.items():
-        module.add_arguments(bench.add_parser(name, help=summary, description=module.__doc__))
-    arguments = parser.parse_args(argv)
-    if arguments.command == "doctor":
+    modules = {"doctor": doctor, "convert": convert_command, "memory": memory, "step": step_report, "host": host}
+    modules |= {"train": train, "scale": scale, "report": report}
+    module = modules[names[-1]]
+    parser = argparse.ArgumentParser(prog=" ".join(["adax-triton", *names]), description=module.__doc__)
+    if module is doctor:
+        parser.parse_args(words)
         return doctor.main()
-    if arguments.command == "convert":
-        return convert_command.main(arguments)
-    return benchmarks[arguments.benchmark][0].main(arguments)
+    module.add_arguments(parser)
+    return module.main(parser.parse_args(words))

@@ -1,4 +1,4 @@
-"""The wheel holds exactly the tree's modules, and installs and imports where nothing else is installed."""
+"""The wheel holds exactly the tree's modules, and installs and imports where nothing else is; names come when asked."""
 
 import subprocess
 import sys
@@ -72,3 +72,34 @@ def test_wheel_imports_without_triton_and_deepspeed(
     )
     assert done.returncode == 0, done.stderr
     assert 0.99 < float(done.stdout) < 1.0
+
+
+def run_python(program: str) -> str:
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["bench", "--help"], ["bench", "stop"]], ids=" ".join)
+def test_command_that_needs_no_pytorch_does_not_wait_for_it(words: list[str]) -> None:
+    printed = run_python(
+        "import sys\n"
+        "from adax_triton.cli import main\n"
+        "try:\n"
+        f"    main({words})\n"
+        "except SystemExit:\n"
+        "    print('torch' in sys.modules)\n"
+    )
+    assert printed.splitlines()[-1] == "False"
+
+
+def test_every_name_is_there_when_it_is_asked_for() -> None:
+    printed = run_python(
+        "import adax_triton, sys\n"
+        "assert 'torch' not in sys.modules and set(adax_triton.__all__) <= set(dir(adax_triton))\n"
+        "assert not hasattr(adax_triton, 'AdaY')\n"
+        "from adax_triton import *\n"
+        "assert all(globals()[name] is getattr(adax_triton, name) for name in adax_triton.__all__)\n"
+        "print(AdaX.__module__, adax_triton.compact.GROUP)\n"
+    )
+    assert printed.split() == ["adax_triton.optimizer", "32"]
