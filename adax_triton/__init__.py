@@ -65,7 +65,8 @@ if not TYPE_CHECKING:  # else a checker would take any name for one of these
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         modules = (importlib.import_module(f"{__name__}.{module}") for module in _MODULES)
-        return next(vars(module)[name] for module in modules if name in vars(module))
+        found = globals()[name] = next(vars(module)[name] for module in modules if name in vars(module))
+        return found
 
 
 def __dir__() -> list[str]:
