@@ -2,8 +2,8 @@
 
     python -m adax_triton.bench.launch_variants [--modes NAME ...] [--variants LABEL ...] [--json FILE]
 
-A label such as `2048x8 r48 quotient` is elements per program x warps, the most registers per thread, and rewrites of the
-kernel's source (`kernel_rewrites.py`). Each variant is compared with the present kernel first. All variants of a
+A label such as `2048x8 r48 quotient` is elements per program x warps, the most registers per thread, and rewrites of
+the kernel's source (`kernel_rewrites.py`). Each variant is compared with the present kernel first. All variants of a
 section are then timed in turn, round after round, with cold caches, next to a copy that moves the same bytes. The exit
 code is 1 if a variant that must not change the result does.
 

@@ -170,11 +170,11 @@ def section(files: Sequence[Path], root: Path) -> str:
     """Return what stands between the marks of a README.
 
     Args:
-        files: results, below `root`.
+        files: results of the step benchmark, below `root`.
         root: the README's folder, from which files are named.
 
     Raises:
-        ValueError: a file is no result, or not below `root`.
+        ValueError: a file is no result of the step benchmark, or not below `root`.
     """
     parts = []
     for path in files:
@@ -182,7 +182,9 @@ def section(files: Sequence[Path], root: Path) -> str:
         if not path.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"{path}: not below {root}, so the README cannot name it")
         name = path.resolve().relative_to(root.resolve()).as_posix()
-        parts.append(f"From `{name}`: {kind}, {origin(result)}.\n\n{TABLES[kind](result)}\n")
+        if kind != "step":
+            raise ValueError(f"{path}: the README shows results of `bench step`, this is one of {kind!r}")
+        parts.append(f"From `{name}`: {origin(result)}.\n\n{step_table.summary(result)}\n")
     return "\n".join(parts)
 
 

@@ -6,6 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 OURS = "adax_triton.AdaXW"
+FUSED = "torch AdamW fused"
+# The rows of the README, at most six.
+SUMMARY_MODES = (
+    "fp32",
+    "bf16 + float32 + 24-bit masters",
+    "bf16 + bfloat16 + 24-bit masters",
+    "bf16 + low + 24-bit masters",
+    "bf16 + lowest + 24-bit masters",
+    "bf16 + lowest",
+)
 # Of a row: key, title, form. A table has those that any of its rows has.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "mode": ("mode", str),
@@ -52,6 +62,37 @@ def table(result: dict[str, Any]) -> str:
     if everywhere:
         reasons = "; ".join(f"{label}: {why}" for label, why in everywhere.items())
         lines += ["", f"Absent: {reasons}."]
+    return "\n".join(lines)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return our step of the largest flat tensor as Markdown, a row per mode, next to what others take."""
+    workload = max((one for one in result["workloads"] if one["tensors"] == 1), key=lambda one: one["numel"])
+    timed = {name: row for name, row in workload["providers"].items() if "median_ms" in row}
+    fused = timed.get(FUSED)
+    titles = [
+        "weights and states",
+        "bytes moved/weight",
+        "ms",
+        "of a copy's bandwidth",
+        "times faster than torch's fused AdamW in fp32",
+        "fastest other",
+    ]
+    lines = [f"One step of {workload['numel']:,} weights in one tensor.", "", markdown_row(titles)]
+    lines.append("|---" * len(titles) + "|")
+    for mode in SUMMARY_MODES:
+        ours = next((row for name, row in timed.items() if name.startswith(OURS) and row.get("mode") == mode), None)
+        if ours is None:
+            continue
+        others = [
+            (row["median_ms"], name.removesuffix(f", {mode}"))
+            for name, row in timed.items()
+            if row.get("mode") == mode and not name.startswith("adax_triton")
+        ]
+        cells = [mode, f"{ours['bytes_per_element']:.4g}", f"{ours['median_ms']:.2f}", f"{ours['copy_share']:.0%}"]
+        cells.append("" if fused is None else f"{fused['median_ms'] / ours['median_ms']:.2f}")
+        cells.append("{1}: {0:.2f} ms".format(*min(others)) if others else "")
+        lines.append(markdown_row(cells))
     return "\n".join(lines)
 
 

@@ -117,13 +117,43 @@ def test_every_kind_of_result_is_reported(tmp_path: Path, capsys: pytest.Capture
     assert "step: A Machine, driver 580.1, 3 threads, torch 2.13, commit abc123, 2026-01-02\n" in printed
 
 
+def test_summary_has_a_row_per_mode_next_to_the_fastest_other() -> None:
+    low = "bf16 + low + 24-bit masters"
+    ours = {"mode": "fp32", "median_ms": 2.0, "bytes_per_element": 28.0, "copy_share": 0.99}
+    rows: dict[str, dict[str, Any]] = {
+        "adax_triton.AdaXW": ours,
+        "adax_triton.AdamW": ours | {"median_ms": 1.0},  # ours, too
+        "torch AdamW fused": {"mode": "fp32", "median_ms": 3.0},
+        "another": {"mode": "fp32", "median_ms": 2.5},
+        "absent": {"mode": "fp32", "absent": "not here"},
+        f"adax_triton.AdaXW, {low}": {"mode": low, "median_ms": 0.75, "bytes_per_element": 14.0625, "copy_share": 0.5},
+    }
+    large = {"numel": 1000, "tensors": 1, "providers": rows}
+    small = {"numel": 5, "tensors": 1, "providers": {"adax_triton.AdaXW": ours | {"median_ms": 0.1}}}
+    many = {"numel": 9999, "tensors": 3, "providers": {}}
+    lines = step_table.summary({"workloads": [small, large, many]}).splitlines()
+    assert lines[0] == "One step of 1,000 weights in one tensor."
+    assert lines[4:] == [
+        "| fp32 | 28 | 2.00 | 99% | 1.50 | another: 2.50 ms |",
+        f"| {low} | 14.06 | 0.75 | 50% | 4.00 |  |",
+    ]
+
+
 def test_committed_figures_stand_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     for path in PUBLISHED:
-        for workload in json.loads(path.read_text())["workloads"]:
-            row = workload["providers"]["adax_triton.AdaXW"]
-            cells = [f"{row[name]:.3f}" for name in ("median_ms", "p20_ms", "p80_ms")]
-            assert f"| adax_triton.AdaXW | {' | '.join(cells)} | " in text.replace("| fp32 ", "")
+        flat = [one for one in json.loads(path.read_text())["workloads"] if one["tensors"] == 1]
+        for mode in ("fp32", "bf16 + low + 24-bit masters"):
+            label = "adax_triton.AdaXW" if mode == "fp32" else f"adax_triton.AdaXW, {mode}"
+            row = flat[-1]["providers"][label]
+            assert f"| {mode} | {row['bytes_per_element']:.4g} | {row['median_ms']:.2f} | " in text
+
+
+def test_readme_shows_steps_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert run(written(tmp_path, "train.json", training()), "--readme", readme) == 2
+    assert "'train'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"benchmark": "another", "environment": {}}'])
@@ -169,10 +199,8 @@ def test_readme_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     files = [written(tmp_path / "results", name, step()) for name in ("one.json", "two.json")]
     assert run(*files, "--readme", readme) == 0
     first = readme.read_text()
-    assert first.startswith(
-        f"before\n\n{report.BEGIN}\nFrom `results/one.json`: step, A Machine, driver 580.1, 3 threads, "
-    )
-    assert first.endswith(f".\n{report.END}\n\nafter\n")
+    assert first.startswith(f"before\n\n{report.BEGIN}\nFrom `results/one.json`: A Machine, driver 580.1, 3 threads, ")
+    assert first.endswith(f"|\n{report.END}\n\nafter\n")
     assert "old" not in first
     assert report.files_of(readme) == files
     assert report.between_marks(readme) == report.section(files, tmp_path)
