@@ -34,7 +34,20 @@ def _scalars(scalars_ptr):
     grad_factor = tl.load(scalars_ptr + 6)
     key0 = tl.load(scalars_ptr + 7).to(tl.uint32, bitcast=True)
     key1 = tl.load(scalars_ptr + 8).to(tl.uint32, bitcast=True)
-    return step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor, key0, key1
+    return (step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor), key0, key1
+
+
+@triton.jit
+def _updated(param, grad, exp_avg, exp_avg_sq, scalars):
+    step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor = scalars
+    grad = grad * grad_factor + param * l2
+    exp_avg += (grad - exp_avg) * one_minus_beta1
+    exp_avg_sq += (grad * grad - exp_avg_sq) * exp_avg_sq_weight
+    # A reciprocal root takes 6 instructions less than a quotient. eps is 0 or at least 2^-63, so no square of this sum
+    # underflows; past the root of the largest float32 it overflows, and the update is 0.
+    root = tl.sqrt(exp_avg_sq) + eps
+    param -= param * decay + exp_avg * tl.rsqrt(root * root) * step_size
+    return param, exp_avg, exp_avg_sq
 
 
 @triton.jit
@@ -80,16 +93,10 @@ def _update_tile(
         exp_avg, exp_avg_sq = decode_moments(exp_avg_stored, exp_avg_sq_stored, exponents, STATES)
     else:
         exp_avg, exp_avg_sq = to_float32(exp_avg_stored), to_float32(exp_avg_sq_stored)
-    step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor, key0, key1 = _scalars(scalars_ptr)
+    scalars, key0, key1 = _scalars(scalars_ptr)
 
     given_grad, given_param = to_float32(grad), param
-    grad = given_grad * grad_factor + param * l2
-    exp_avg += (grad - exp_avg) * one_minus_beta1
-    exp_avg_sq += (grad * grad - exp_avg_sq) * exp_avg_sq_weight
-    # A reciprocal root takes 6 instructions less than a quotient. eps is 0 or at least 2^-63, so no square of this sum
-    # underflows; past the root of the largest float32 it overflows, and the update is 0.
-    root = tl.sqrt(exp_avg_sq) + eps
-    param -= param * decay + exp_avg * tl.rsqrt(root * root) * step_size
+    param, exp_avg, exp_avg_sq = _updated(param, given_grad, exp_avg, exp_avg_sq, scalars)
 
     # The second moment is rounded by the upper of its element's random bits, the parameter by the lower.
     random = random_bits(first_index + offsets.to(tl.uint32), key0, key1)
