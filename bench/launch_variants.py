@@ -243,9 +243,8 @@ def section_table(section: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, and print each table as soon as it is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     parser.add_argument("--modes", nargs="+", choices=list(SECTIONS), metavar="NAME", help=f"of {list(SECTIONS)}")
     parser.add_argument("--variants", nargs="+", metavar="LABEL", help="next to the present one; default: all")
     parser.add_argument("--numel", type=lambda text: int(float(text)), default=10**8, help="default: %(default)s")
@@ -253,6 +252,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=85.0, help="seconds for all; default: %(default)s")
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here, after each section")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, and print each table as soon as it is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
     arguments = parser.parse_args(argv)
     sections = [SECTIONS[name] for name in arguments.modes or SECTIONS]
     known = {label for section in sections for label in _chosen(section, None)}
