@@ -80,7 +80,7 @@ def variants_of(section: Section) -> list[Variant]:
 
 _QUOTIENT = ("quotient",)
 _RANDOM = ("constant-random",)
-_SIGN = ("mask-sign",)
+_ABS = ("abs-product",)
 _FP32 = (
     Variant(2048, 8, 48),
     Variant(1024, 8),
@@ -118,7 +118,7 @@ _BFLOAT16 = (
 _CODES = (
     Variant(1024, 4),
     Variant(2048, 8, 48),
-    Variant(2048, 8, None, _SIGN),
+    Variant(2048, 8, None, _ABS),
     Variant(1024, 8),
     Variant(2048, 4),
     Variant(1024, 4, 48),

@@ -61,6 +61,20 @@ def _stored(param, master, MASTER_DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _store_exponents(group_exponents_ptr, exponents, groups, end, LANES: tl.constexpr):
+    exponents = exponents.to(group_exponents_ptr.dtype.element_ty)
+    stored = groups * GROUP < end
+    if LANES > 0:
+        # A column for each thread that shares a group, all but the first masked: there the exponents are already. A
+        # single column would take them through shared memory.
+        columns = tl.arange(0, LANES)[None, :]
+        groups = tl.max_contiguous(groups + columns, [1, LANES])
+        exponents = tl.broadcast_to(exponents, groups.shape)
+        stored = stored & (columns == 0)
+    tl.store(group_exponents_ptr + groups, exponents, mask=stored)
+
+
+@triton.jit
 def _update_tile(
     arrays,
     scalars_ptr,
@@ -74,8 +88,9 @@ def _update_tile(
     STOCHASTIC: tl.constexpr,
     SETTLED: tl.constexpr,
     TELEMETRY: tl.constexpr,
-    AXIS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
+    AXIS: tl.constexpr = 1 if LANES > 0 else 0
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr = arrays
     mask = offsets < end
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
@@ -117,8 +132,7 @@ def _update_tile(
         tl.store(master_ptr + offsets, master, mask=written)
     if STATES == "low" or STATES == "lowest":
         exp_avg, exp_avg_sq, exponents = encode_moments(exp_avg, exp_avg_sq, random, STATES, AXIS)
-        exponents = exponents.to(group_exponents_ptr.dtype.element_ty)
-        tl.store(group_exponents_ptr + groups, exponents, mask=groups * GROUP < written_end)
+        _store_exponents(group_exponents_ptr, exponents, groups, written_end, LANES)
     elif STATES == "bfloat16":
         exp_avg, exp_avg_sq = round_to_bfloat16(exp_avg, 0x8000), round_to_bfloat16(exp_avg_sq, random >> 16)
     tl.store(exp_avg_ptr + offsets, exp_avg, mask=written)
@@ -219,7 +233,7 @@ def adax_step_kernel(
     GROUPED: tl.constexpr = STATES == "low" or STATES == "lowest" or SETTLED
     UNIT: tl.constexpr = GROUP if GROUPED else VECTOR
     groups, offsets = _block(CHUNK_SIZE, VECTOR, GROUPED)
-    tiles_end = (remaining // UNIT) * UNIT
+    tiles_end = tl.multiple_of(remaining & -UNIT, UNIT)
     tail = tiles_end + tl.arange(0, UNIT)
     tail_group = tiles_end // GROUP + tl.arange(0, 1)
     grad_sum, update_sum, param_sum, unchanged, not_finite = _update_tile(
@@ -235,7 +249,7 @@ def adax_step_kernel(
         STOCHASTIC,
         SETTLED,
         TELEMETRY,
-        1 if GROUPED else 0,
+        GROUP // VECTOR if GROUPED else 0,
     )
     if tiles_end != remaining:
         more = _update_tile(

@@ -17,10 +17,10 @@ def _code_start(exponent, fraction):
 
 
 @triton.jit
-def _half_unit(fraction):
-    # 2^(22 - fraction), by way of a float: of products with what it knows to be a power of two the compiler makes
-    # shifts, and their sums take an instruction more.
-    return from_bits((149 - fraction) << 23).to(tl.uint32)
+def _power_of_two(exponent):
+    # By way of a float: the compiler makes shifts of products with what it knows to be a power of two. Shifts share
+    # their units with most of this kernel's instructions, and a product takes a sum along.
+    return from_bits((exponent + 127) << 23).to(tl.uint32)
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def decode_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
     else:
         fraction = ((exponents >> 8) & 3) + 3
         start = _code_start(exponents & 0xFF, fraction)
-        unit = _half_unit(fraction)
+        unit = _power_of_two(22 - fraction)
         bits = code * (unit + unit) + (start << (23 - fraction))
         scale = (exponents >> 10) + 48
         half = code * unit + ((start << (22 - fraction)) + (scale << 23))
@@ -44,7 +44,9 @@ def decode_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
 def _fraction_bits(bits, AXIS: tl.constexpr):
     largest = tl.max(bits, axis=AXIS, keep_dims=True) >> 23
     octaves = largest - (tl.min(bits, axis=AXIS, keep_dims=True) >> 23)
-    return 3 + (octaves <= 13).to(tl.uint32) + (octaves <= 5).to(tl.uint32) + (octaves <= 1).to(tl.uint32)
+    # One bit fewer for every doubling of octaves + 2.
+    doublings = (bits_of((octaves + 2).to(tl.float32)) >> 23).to(tl.int32) - 127
+    return tl.maximum(7 - doublings, 3).to(tl.uint32)
 
 
 @triton.jit
@@ -59,21 +61,21 @@ def encode_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.c
     else:
         fraction = _fraction_bits(bits, AXIS)
         dropped = 23 - fraction
-        rounded = (bits + (random >> (32 - dropped))) >> dropped
+        rounded = tl.umulhi(bits + (random >> (32 - dropped)), _power_of_two(32 - dropped))
         exponent = tl.max(rounded, axis=AXIS, keep_dims=True) >> fraction
         start = _code_start(exponent, fraction)
         # 0 is a moment that no step has written
         code = tl.maximum((rounded - start).to(tl.int32), 1).to(tl.uint32)
-        half = (0x7F7FFFFF - (start << (22 - fraction))) + code * (0 - _half_unit(fraction))
-        direction, scale = _encode_direction(exp_avg, half, 133 + 48, AXIS)
+        inverse = (0x7F7FFFFF - (start << (22 - fraction))) + code * (0 - _power_of_two(22 - fraction))
+        direction, scale = _encode_direction(exp_avg, inverse, 133 + 48, AXIS)
         return direction, code.to(tl.uint8), (tl.minimum(scale, 63) << 10) | ((fraction - 3) << 8) | exponent
 
 
 @triton.jit
-def _encode_direction(exp_avg, half, ORIGIN: tl.constexpr, AXIS: tl.constexpr):
-    power = from_bits(half & 0x7F800000)
-    direction = exp_avg * power
-    largest = tl.max(bits_of(tl.abs(exp_avg) * power), axis=AXIS, keep_dims=True)
+def _encode_direction(exp_avg, inverse, ORIGIN: tl.constexpr, AXIS: tl.constexpr):
+    # 0x7F7FFFFF less half the bits of v, whose exponent is that of 2^-(E(v) // 2): all ones below it, none is borrowed.
+    direction = exp_avg * from_bits(inverse & 0x7F800000)
+    largest = tl.max(bits_of(direction) & 0x7FFFFFFF, axis=AXIS, keep_dims=True)
     # The addend raises the scale where the largest would be rounded to 128, and would wrap around on a NaN of all ones.
     scale = tl.maximum((tl.minimum(largest, 0x7F800000) + 0x10000) >> 23, ORIGIN)
     # The second addend leaves the nearest integer in the low bits of the pattern.

@@ -48,16 +48,17 @@ def test_rewrite_whose_text_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(ValueError, match=r"'quotient' replaces 'no such text', which kernels/compact\.py"):
         kernel_rewrites.rewritten_kernel(["quotient"], tmp_path)
     with pytest.raises(ValueError, match="Invalid rewrite: 'faster'"):
-        kernel_rewrites.rewritten_kernel(["mask-sign", "faster"], tmp_path)
+        kernel_rewrites.rewritten_kernel(["abs-product", "faster"], tmp_path)
 
 
 @interpreted
 def test_changed_result_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setitem(REWRITES, "mask-sign", (Edit("compact", "12582912.0", "12582913.0"),))  # each code of m by one
-    assert launch_variants.main([*DRY, "--modes", LOWEST, "--variants", "2048x8 mask-sign"]) == 1
+    by_one = Edit("compact", "12582912.0", "12582913.0")  # each code of m
+    monkeypatch.setitem(REWRITES, "abs-product", (by_one,))
+    assert launch_variants.main([*DRY, "--modes", LOWEST, "--variants", "2048x8 abs-product"]) == 1
     printed = capsys.readouterr()
     assert re.search(r"\| DIFFERS .*exp_avg,.* of the largest update \|", printed.out)
-    assert f"{LOWEST}: 2048x8 mask-sign DIFFERS" in printed.err
+    assert f"{LOWEST}: 2048x8 abs-product DIFFERS" in printed.err
 
 
 @interpreted

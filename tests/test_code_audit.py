@@ -23,15 +23,22 @@ NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "f
 
 # Per thread, in triton 3.7.1. Gradients of the parameter's dtype, aligned, are the case to be fast: 40 registers leave
 # 48 warps on an SM of 65536, 48 leave 40, 64 leave 32, 80 leave 24, 112 leave 16. On gfx942, up to 64 leave all 8 waves
-# of a SIMD and up to 72 leave 7. On sm_90 the flag by which the device skips a step took float32 from 40 to 42, so from
-# 48 warps to 40; bfloat16 and float16 still have 40.
+# of a SIMD and up to 72 leave 7.
 REGISTERS = {
     # target: float32 states: gradients like parameters, other aligned, unaligned; all else: aligned, unaligned; and
     # with telemetry, aligned: without codes, with codes
-    "sm_80": (48, 64, 80, 80, 184, 80, 112),
+    "sm_80": (48, 64, 80, 80, 128, 98, 112),
     "sm_90": (48, 64, 64, 64, 128, 80, 112),
-    "sm_100": (48, 64, 64, 72, 128, 80, 112),
-    "gfx942": (64, 64, 80, 64, 96, 72, 72),
+    "sm_100": (56, 64, 64, 64, 168, 80, 112),
+    "gfx942": (56, 56, 80, 64, 80, 72, 72),
+}
+# Of the 8-bit modes on sm_90, tail included, each a little above what it is: an H200 is bound by them. Beyond 48
+# registers it has 32 warps instead of 40 at a time, and takes 4 to 6 % longer.
+INSTRUCTIONS = {
+    "bf16-bf16-low-alone-stochastic-aligned": 620,
+    "bf16-bf16-low-int8-aligned": 690,
+    "bf16-bf16-lowest-alone-stochastic-aligned": 765,
+    "bf16-bf16-lowest-int8-aligned": 830,
 }
 
 MERGED = ("tile", "load", "group_exponents")
@@ -204,24 +211,23 @@ def test_all_loads_of_the_tile_are_issued_before_the_first_store(
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_code_has_no_spills(audit: dict[str, dict[str, Facts]], target: str) -> None:
-    spilling = {name for name, facts in audit[target].items() if facts["spills"]}
-    # Codes beside an unaligned parameter or gradient, on the GPU with the fewest registers to spare.
-    assert not spilling or (target == "sm_80" and all("-low" in name and "-unaligned" in name for name in spilling))
+    assert [name for name, facts in audit[target].items() if facts["spills"]] == []
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_code_stays_out_of_shared_memory(audit: dict[str, dict[str, Facts]], target: str) -> None:
     for name, facts in audit[target].items():
-        # One trip spreads the groups' exponents to their elements; AMD's reductions within a wave are ds_ operations.
-        trips = 1 if has_codes(facts) else 0
-        assert facts["layout_conversions"] == trips, name
+        assert facts["layout_conversions"] == has_codes(facts), name
         if facts["telemetry"]:
             # Five sums over the warps of a program, each through a word per warp.
-            assert facts["barriers"] <= 16 and 0 < facts["shared"] <= 160, name
+            assert facts["barriers"] <= 15 and 0 < facts["shared"] <= 160, name
             continue
+        # An unaligned thread has elements of eight groups, whose exponents take a trip to the thread that stores them.
+        trips = has_codes(facts) and not facts["aligned"]
         assert facts["barriers"] == trips, name
-        reduces = has_codes(facts) or (facts["settled"] and target == "gfx942")
-        assert facts["shared"] <= (300 if reduces else 0), name
+        # AMD's reductions within a wave are ds_ operations.
+        reduces = target == "gfx942" and (has_codes(facts) or facts["settled"])
+        assert facts["shared"] <= (130 if trips else 4 if reduces else 0), name
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -248,6 +254,13 @@ def test_registers_are_within_bounds(audit: dict[str, dict[str, Facts]], target:
         if facts["registers"] > bound:
             excess[name] = facts["registers"]
     assert excess == {}
+
+
+def test_8_bit_modes_leave_40_warps_and_few_instructions(audit: dict[str, dict[str, Facts]]) -> None:
+    found = {name: audit["sm_90"][name] for name in INSTRUCTIONS}
+    assert {name: facts["registers"] for name, facts in found.items() if facts["registers"] > 48} == {}
+    excess = {name: facts["instructions"] - INSTRUCTIONS[name] for name, facts in found.items()}
+    assert {name: count for name, count in excess.items() if count > 0} == {}
 
 
 @pytest.mark.parametrize("target", TARGETS)
