@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from adax_triton.bench.variant_cases import AbsentDevice
 from adax_triton.kernels import adax_step as step_module
 from adax_triton.kernels.adax_step import adax_step, adax_step_kernel
 from adax_triton.kernels.launch import launch_shape
@@ -52,22 +53,6 @@ class Launch(NamedTuple):
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
-
-
-class AbsentDevice:
-    """Answers what a launch asks the driver before it compiles."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
 
 
 def step_variants() -> list[StepVariant]:
