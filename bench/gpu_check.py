@@ -5,8 +5,8 @@
 
 It needs torch, triton and pytest. Call 1 takes at most 240 s and finds what does not work:
 
-    device      the GPU, its driver and the software
-    doctor      whether the kernel is right; if it fails, everything after it is left out
+    device      the GPU, its driver and the software; if it or the doctor fails, everything after it is left out
+    doctor      whether the kernel is right
     compile     the kernels that many tests share, in parallel
     tests       those that use a GPU; several at a time where pytest-xdist is installed
     variants    launch shapes and rewrites of the kernel, timed next to a copy
@@ -62,6 +62,7 @@ DRY_S = 600.0
 # A benchmark is told to end this much earlier: what it takes to start, and what it is in the middle of.
 MARGINS_S = {"variants": 8.0, "step": 25.0, "train": 15.0}
 PARTS = tuple(dict.fromkeys([*LIMITS_S[1], *LIMITS_S[2]]))
+NEEDED = ("device", "doctor")  # without a GPU, or with a wrong kernel, the others show nothing
 
 FIRST = ("test_kernel.py", "test_rounding.py", "test_compact.py", "test_low_memory.py")  # the kernel's own
 # The doctor is a part by itself, and the benchmark checks every mode before it times it.
@@ -326,8 +327,9 @@ def check(arguments: argparse.Namespace, out: Path, staged: Path) -> dict[str, A
         left_s = max(seconds - (time.monotonic() - begun), 1.0)
         limit_s = left_s if interpret else min(LIMITS_S[call][name], left_s)
         why = None
-        if entries.get("doctor", {}).get("rc", 0) != 0:
-            why = "the doctor found the kernel wrong"
+        broken = [part for part in NEEDED if entries.get(part, {}).get("rc", 0) != 0]
+        if broken:
+            why = f"{broken[0]} failed"
         elif left_s < 1.5 * MARGINS_S.get(name, 4.0):
             why = "no time is left"
         elif name == "tests" and not tests:

@@ -85,17 +85,20 @@ def test_dry_run_of_the_second_call(checkout: Path, tmp_path: Path) -> None:
         assert report.TABLES[kind](json.loads(path.read_text())) in (tmp_path / "log.txt").read_text()
 
 
-def test_nothing_is_run_after_a_doctor_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str, *_: Any) -> Part:
-        return Part(name, ("-c", 'print(\'{"device": "none"}\')' if name == "device" else "import sys; sys.exit(1)"))
+@pytest.mark.parametrize("broken", gpu_check.NEEDED)
+def test_nothing_is_run_after_what_all_need_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def part(name: str, *_: Any) -> Part:
+        return Part(name, ("-c", "import sys; sys.exit(1)" if name == broken else 'print(\'{"device": "none"}\')'))
 
-    monkeypatch.setattr(gpu_check, "part_of", broken)
+    monkeypatch.setattr(gpu_check, "part_of", part)
     arguments = argparse.Namespace(call=1, interpret=True, tests=None, only=None)
     entries = gpu_check.check(arguments, tmp_path, tmp_path)["parts"]
-    assert entries.pop("device")["rc"] == 0 and entries.pop("doctor")["rc"] == 1
-    assert entries.keys() == {"compile", "tests", "variants"}
-    assert all(entry == {"left_out": "the doctor found the kernel wrong"} for entry in entries.values())
-    assert "== doctor: exit code 1" in (tmp_path / "failures.txt").read_text()
+    run = list(gpu_check.LIMITS_S[1])[: 1 + gpu_check.NEEDED.index(broken)]
+    assert [entries.pop(name)["rc"] for name in run] == [0] * (len(run) - 1) + [1]
+    assert entries and all(entry == {"left_out": f"{broken} failed"} for entry in entries.values())
+    assert f"== {broken}: exit code 1" in (tmp_path / "failures.txt").read_text()
 
 
 @pytest.mark.parametrize("broken", ["a test", "an import"])
