@@ -97,6 +97,8 @@ class AdamW(Adam):
         TypeError, ValueError: as `AdaX`.
     """
 
+    _is_decoupled = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -136,8 +138,3 @@ class AdamW(Adam):
             norm_process_group=norm_process_group,
             telemetry=telemetry,
         )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group["decoupled_weight_decay"] = True

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from struct import Struct
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 
 from .compiled import compiler_problem
 from .control import TAKEN, Decision, StepControl
@@ -18,10 +20,11 @@ from .device_scalars import DeviceRow, DeviceScalars
 from .device_tables import UNPREPARED, DeviceTable, KeptByStream, is_capturing
 from .gradient_norm import sum_of_squares
 from .launches import KernelLaunch, Launches
-from .pytorch_steps import HostRows, run_steps, run_steps_with_sums
+from .pytorch_steps import HostRows, prepare_steps, run_steps, run_steps_with_sums
 from .schedule import StepScalars
 from .telemetry import StepSums
 from .tensor_step import TensorStep, laid_out_alike
+from .uninterrupted import Uninterrupted
 
 # A row for the kernel: floats, the two words of the key, then 0, which skips nothing.
 _SCALAR_ROW = Struct("7f2I4x").pack
@@ -29,9 +32,22 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAD_FACTOR_COLUMN = StepScalars._fields.index("grad_factor")
 
 
-def uses_kernel(device: torch.device, param_dtype: torch.dtype) -> bool:
-    """Whether the Triton kernel steps parameters of this kind; CPU tensors only in Triton's interpreter."""
+def uses_kernel(device: torch.device, param_dtype: torch.dtype, param: Tensor | None = None) -> bool:
+    """Whether the Triton kernel steps a parameter of this kind; CPU tensors only in Triton's interpreter.
+
+    Args:
+        device: of the parameter.
+        param_dtype: of its real numbers.
+        param: the parameter, because no kernel steps a fake one: it has no memory.
+    """
+    if param is not None and is_fake(param):
+        return False
     return param_dtype in _KERNEL_DTYPES and (device.type == "cuda" or (device.type == "cpu" and _interpreting()))
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor, or what a DTensor shards, has a shape and a device but no memory."""
+    return type(tensor) not in (Tensor, nn.Parameter) and fake_tensor.is_fake(tensor)
 
 
 def explain_backend(device: torch.device, param_dtype: torch.dtype) -> tuple[str, str]:
@@ -106,6 +122,7 @@ class Stepper:
         control: StepControl = StepControl(),  # noqa: B008 - immutable
         error_if_nonfinite: bool = False,
         sums: StepSums | None = None,
+        host_states: Sequence[dict[str, Any]] = (),
     ) -> StepResult:
         """Update every tensor in place: one launch per bucket on the kernel's devices, else one by one.
 
@@ -114,49 +131,63 @@ class Stepper:
             control: what may clip or skip the step, the same for all tensors.
             error_if_nonfinite: raise instead of skipping when the norm is not finite; the host then waits for it.
             sums: written for telemetry; None for none.
+            host_states: whose `step` advances if the host takes the step. Ctrl-C waits for it, too.
 
         Raises:
             RuntimeError: the norm of the gradients is not finite, and an error was asked for; or a CUDA graph is being
                 captured without a step of the same parameters before it. Nothing has changed.
         """
         copies: list[tuple[Tensor, Tensor]] = []
+        fake = any(is_fake(step.param) for step in work.others)
         kernel = [laid_out_alike(step, copies) for step in work.kernel]
         others = [laid_out_alike(step, copies).as_runs() for step in work.others]
-        launches: Sequence[KernelLaunch] = []
-        params: Sequence[Tensor] = [step.param for step in kernel]
-        if work.launches is not None:
-            launches, params = work.launches
-        elif kernel:
-            host_scalars = None
-            if isinstance(work.kernel_rows, HostRows):
-                host_scalars = work.kernel_rows.scalars
-            else:
-                self._refuse_unprepared(work.kernel_rows)
-            launches = self._launches.of(kernel, host_scalars, sums is not None)
+        launches, params = work.launches or self._launches_of(kernel, work.kernel_rows, sums is not None)
         squares = None
         if control.max_grad_norm is not None:
             squares = sum_of_squares([launch for launch, _ in launches], others, control.norm_ranks)
-            if error_if_nonfinite and squares is not None and not bool(squares.isfinite()):
+            if error_if_nonfinite and not fake and squares is not None and not bool(squares.isfinite()):
                 raise RuntimeError(
                     "The norm of the gradients is not finite, so they cannot be clipped; to skip such steps instead, "
                     "set error_if_nonfinite=False"
                 )
-        decision = control.read(squares) if others and not control.is_idle else TAKEN
-        if sums is None:
-            run_steps(others, work.other_rows, decision)
-        else:
-            self._run_with_sums(others, len(params), work.other_rows, decision, sums)
-        report = self._run_launches(launches, work.kernel_rows, control, squares, sums)
-        # The kernel writes behind autograd's back; a backward that still needs the old values must fail, not mislead.
-        torch.autograd.graph.increment_version(params)
-        # Of a skipped step the copies are what they were.
-        for original, copy in copies:
-            original.copy_(copy)
+        # A fake tensor has no value to decide by.
+        decision = control.read(squares) if others and not fake and not control.is_idle else TAKEN
+        # Whatever may fail comes before the first write.
+        prepare_steps(others, work.other_rows, decision, sums is not None)
+        launch = functools.partial(self._run_launches, launches, work.kernel_rows, control, squares, sums)
+        # Those of a plan have run before.
+        run_launches = _prepared(launch) if work.launches is None and _are_compiled(launches) else launch
+        with Uninterrupted():
+            # The kernel writes behind autograd's back; a backward that still needs the old values must fail.
+            torch.autograd.graph.increment_version(params)
+            if sums is None:
+                run_steps(others, work.other_rows, decision)
+            else:
+                self._run_with_sums(others, len(params), work.other_rows, decision, sums)
+            report = run_launches()
+            # Of a skipped step the copies are what they were.
+            for original, copy in copies:
+                original.copy_(copy)
+            if not decision.skip:
+                for state in host_states:
+                    state["step"] += 1
         grad_norm = None
         if squares is not None:
             grad_norm = control.norm(squares) if report is None else report[0]
         skipped = None if report is None else report[2]
         return StepResult(not decision.skip, skipped, grad_norm, None if copies else launches)
+
+    def _launches_of(
+        self, kernel: Sequence[TensorStep], rows: HostRows | DeviceRows, telemetry: bool
+    ) -> tuple[Sequence[KernelLaunch], Sequence[Tensor]]:
+        if not kernel:
+            return [], []
+        host_scalars = None
+        if isinstance(rows, HostRows):
+            host_scalars = rows.scalars
+        else:
+            self._refuse_unprepared(rows)
+        return self._launches.of(kernel, host_scalars, telemetry), [step.param for step in kernel]
 
     @staticmethod
     def _run_with_sums(
@@ -208,6 +239,25 @@ class Stepper:
                 prepared = self._device_scalars.prepared(_device_key(device, some))
                 if prepared is None or not prepared.is_prepared_for(some, rows.groups):
                     raise RuntimeError(UNPREPARED)
+
+
+def _are_compiled(launches: Sequence[KernelLaunch]) -> bool:
+    return any(launch.bucket.device.type == "cuda" for launch, _ in launches)
+
+
+def _prepared(run_launches: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
+    """Compile the kernels and fill the tables of launches; return what does the launches."""
+    from adax_triton.kernels.launch import held_launches
+
+    with held_launches() as held:
+        report = run_launches()
+
+    def run() -> Tensor | None:
+        for launch in held:
+            launch()
+        return report
+
+    return run
 
 
 def _device_key(device: torch.device, rows: Sequence[DeviceRow]) -> tuple[torch.device, int]:

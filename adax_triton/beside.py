@@ -19,8 +19,9 @@ from .control import StepControl, check_one_element
 from .cpu import COMPILE_FROM_NUMEL
 from .device_tables import is_capturing
 from .precision import PARAM_DTYPES, is_compact
-from .state_tensors import misfit, tensor_step
-from .step_work import Assembly, Due, host_places, needs_device, rows_of
+from .state_tensors import MOMENTS, is_new, tensor_step
+from .step_counts import is_on_device
+from .step_work import Assembly, Due, check_state, host_places, needs_device, rows_of
 from .tensor_step import TensorStep
 
 _IMAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +58,8 @@ def checked_beside(parts: Sequence[Beside], grad_factor: Tensor | None, telemetr
     if telemetry:
         raise ValueError("lay_beside(): not offered with telemetry=True, whose sums are of whole gradients")
     for index, (param, grads, image) in enumerate(parts):
-        if type(param) not in (Tensor, nn.Parameter) or param.dtype != torch.float32 or not param.is_contiguous():
+        plain = type(param) in (Tensor, nn.Parameter) and param.is_contiguous() and not param.is_neg()
+        if not plain or param.dtype != torch.float32:
             raise TypeError(f"parts[{index}].param: expected a contiguous float32 tensor, got {_kind(param)}")
         given: list[tuple[str, Tensor, tuple[torch.dtype, ...]]] = [
             (f"grads[{position}]", grad, PARAM_DTYPES) for position, grad in enumerate(grads)
@@ -114,14 +116,13 @@ def due_beside(
         if part.param not in group_of:
             raise ValueError(f"parts[{index}].param: in none of the optimizer's groups")
         group, state = param_groups[group_of[part.param]], states.get(part.param)
-        if needs_device(group) or (state and isinstance(state.get("step"), Tensor)):
+        if needs_device(group) or (state and is_on_device(state.get("step"), part.param)):
             raise ValueError(
                 f"parts[{index}].param: its steps are counted on the device; lay_beside() needs capturable=False, a "
                 "learning rate that is a number, and no steps taken with grad_scale or max_grad_norm"
             )
-        problem = misfit(state, part.param) if state else None
-        if problem is not None:
-            raise ValueError(problem)
+        if state is not None and not is_new(state):
+            check_state(state, part.param)
     return [Due(part.param, part.grads[0], group_of[part.param]) for part in parts]
 
 
@@ -138,10 +139,12 @@ def assembly_beside(
     others: list[TensorStep] = []
     for part, (param, _, group_index) in zip(parts, due, strict=True):
         state, group = states[param], param_groups[group_index]
+        for name in MOMENTS:
+            state[name] = state[name].resolve_neg().contiguous()
         whole = tensor_step(param, param, state, places[group_index, state["step"] + 1], group).as_runs()
         if part.image is not None:
-            whole = whole._replace(param=part.image.detach().view(-1), master=whole.param)
-        on_kernel = uses_kernel(param.device, whole.param.dtype)
+            whole = whole._replace(param=part.image.detach().view(-1), master=whole.param, param_is_copy=True)
+        on_kernel = uses_kernel(param.device, whole.param.dtype, param)
         start = 0
         for grad in _pieces(part.grads, on_kernel, is_compact(whole.states)):
             piece = whole.part(start, start + grad.numel())
@@ -154,7 +157,7 @@ def _pieces(grads: Sequence[Tensor], on_kernel: bool, in_groups: bool) -> list[T
     """Return the gradient in as few 1-D tensors as reading it in place allows."""
     pieces: list[Tensor] = []
     for grad in grads:
-        flat = grad.detach().reshape(-1)
+        flat = grad.detach().resolve_neg().reshape(-1)
         if pieces and _follows(pieces[-1], flat):
             pieces[-1] = pieces[-1].as_strided((pieces[-1].numel() + flat.numel(),), (1,))
         else:

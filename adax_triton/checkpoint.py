@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .compact import GROUP
-from .flat_buffer import is_dense, memory_run
+from .hyperparameters import LATER_GROUP_DEFAULTS, validate_group
 from .precision import HALF_DTYPES, Layout, is_compact, precision_of, state_layouts
+from .schedule import GROUP_KEYS
 from .sharding import local, placed_like, splits_groups
-from .state_tensors import MOMENTS
+from .state_tensors import MOMENTS, STATE_TENSORS, is_new, numbers_of
+from .step_counts import checked_count, counts_as_ints
 from .stored import load_moments, store_moments
 
 # What an optimizer keeps of its own when it loads a checkpoint: how states and counts are kept is no part of what was
@@ -28,15 +30,36 @@ class Held:
         self.tensor = tensor
 
 
-def hold_tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a shallow copy of a state dict with the tensors of its per-parameter states held."""
-    states = {
-        key: {name: Held(value) if isinstance(value, Tensor) else value for name, value in state.items()}
-        if isinstance(state, Mapping)
-        else state
-        for key, state in state_dict["state"].items()
-    }
+def with_int_counts(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict whose step counts are Python ints; the host waits for those that lie on a device."""
+    keys = list(_param_keys(state_dict["param_groups"]))
+    return {**state_dict, "state": counts_as_ints(state_dict["state"], keys)}
+
+
+def _param_keys(groups: Iterable[Mapping[str, Any]]) -> Iterable[Any]:
+    return chain.from_iterable(group["params"] for group in groups)
+
+
+def hold_tensors(state_dict: Mapping[str, Any], own_states: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return a shallow copy of a state dict with this package's tensors of its per-parameter states held.
+
+    Args:
+        state_dict: to load.
+        own_states: of the optimizer that loads it. Tensors on their memory are copied, because loading writes there.
+    """
+    own = {_address(value) for state in own_states.values() if isinstance(state, Mapping) for value in state.values()}
+    states = dict(state_dict["state"])
+    for key in _param_keys(state_dict["param_groups"]):
+        if isinstance(states.get(key), Mapping):
+            states[key] = {
+                name: Held(value.clone() if _address(value) in own else value) if name in STATE_TENSORS else value
+                for name, value in states[key].items()
+            }
     return {**state_dict, "state": states}
+
+
+def _address(value: Any) -> int | None:
+    return local(value).untyped_storage().data_ptr() or None if isinstance(value, Tensor) else None
 
 
 def with_own_options(own_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -76,10 +99,9 @@ def check_state_dict(state_dict: Mapping[str, Any], param_groups: list[dict[str,
     states = state_dict["state"]
     for index, (saved, own) in enumerate(zip(saved_groups, param_groups, strict=True)):
         _check_rule(saved.get("second_moment"), own["second_moment"], index)
-    keys = chain.from_iterable(group["params"] for group in saved_groups)
-    params = chain.from_iterable(group["params"] for group in param_groups)
-    for key, param in zip(keys, params, strict=True):
-        if states.get(key):
+        _check_group(saved, own, index)
+    for key, param in zip(_param_keys(saved_groups), _param_keys(param_groups), strict=True):
+        if isinstance(states.get(key), Mapping) and not is_new(states[key]):
             _check_state(states[key], param, key)
 
 
@@ -95,18 +117,26 @@ def _check_rule(saved: str | None, own: str, index: int) -> None:
         )
 
 
+def _check_group(saved: Mapping[str, Any], own: Mapping[str, Any], index: int) -> None:
+    name = f"state_dict['param_groups'][{index}]"
+    missing = [key for key in GROUP_KEYS if key not in saved and key not in LATER_GROUP_DEFAULTS]
+    if missing:
+        raise ValueError(f"{name} has no {', '.join(map(repr, missing))}")
+    try:
+        validate_group({**own, **saved})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
 def _check_state(state: Mapping[str, Any], param: Tensor, key: int) -> None:
     name = f"state_dict['state'][{key}]"
     if not {"step", *MOMENTS} <= set(state):
         raise ValueError(f"{name} has keys {sorted(map(str, state))}; expected step, exp_avg, exp_avg_sq")
-    step = state["step"]
-    if isinstance(step, Tensor) and step.numel() == 1:
-        step = step.item()
-    if isinstance(step, bool) or not isinstance(step, (int, float)) or not float(step).is_integer() or step < 0:
-        raise TypeError(f"{name}['step'] is {state['step']!r}; expected a count of steps")
-    for part, value in state.items():
-        if part != "step" and not isinstance(value, Tensor):
-            raise TypeError(f"{name}[{part!r}] is a {type(value).__name__}; expected a tensor")
+    checked_count(state["step"], f"{name}['step']")
+    own = [part for part in STATE_TENSORS if part in state]
+    for part in own:
+        if not isinstance(state[part], Tensor):
+            raise TypeError(f"{name}[{part!r}] is a {type(state[part]).__name__}; expected a tensor")
     master = state.get("master")
     if (
         master is not None
@@ -123,22 +153,26 @@ def _check_state(state: Mapping[str, Any], param: Tensor, key: int) -> None:
             f"{name} holds states={precision.states!r}, in groups that are split by the sharding of its parameter, "
             f"{getattr(param, 'placements', None)}; save it with states='float32' instead"
         )
+    if param.dtype not in HALF_DTYPES and master is not None:  # its own master
+        precision = precision._replace(master_weights=None)
+        own.remove("master")
     layouts = state_layouts(param, precision)
-    if set(state) != {"step", *layouts}:
+    if own != list(layouts):
         raise ValueError(f"{name} has keys {sorted(map(str, state))}; expected {['step', *layouts]}")
     for part, layout in layouts.items():
         _check_tensor(state[part], layout, f"{name}[{part!r}]", param)
 
 
 def _check_tensor(tensor: Tensor, layout: Layout, name: str, param: Tensor) -> None:
-    if tuple(tensor.shape) != layout.shape:
+    if tuple(tensor.shape) != layout.stored_shape:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; expected {layout.shape} beside a parameter of shape "
+            f"{name} has shape {tuple(tensor.shape)}; expected {layout.stored_shape} for a parameter of shape "
             f"{tuple(param.shape)}"
         )
-    codes = not layout.dtype.is_floating_point and not layout.dtype.is_complex
-    if codes and tensor.dtype != layout.dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {layout.dtype}")
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise ValueError(f"{name} is a {tensor.layout} tensor on {tensor.device}; expected a dense one with values")
+    if layout.is_bytes != (tensor.dtype == torch.uint8) or tensor.is_complex() != layout.dtype.is_complex:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {layout.stored_dtype}")
 
 
 def held_params(state: Mapping[Any, Any]) -> Iterable[Tensor]:
@@ -156,8 +190,9 @@ def restore(held: Mapping[str, Any], into: dict[str, Any], param: Tensor) -> Non
         into: the state of the parameter.
         param: the parameter, whose weights are not changed.
     """
-    saved = {name: value.tensor if isinstance(value, Held) else value for name, value in held.items()}
-    step = int(saved.pop("step"))
+    saved = {name: value.tensor for name, value in held.items() if isinstance(value, Held)}
+    into.update({name: value for name, value in held.items() if name not in ("step", *saved)})  # of others
+    step = checked_count(held["step"], "state['step']")
     if isinstance(into["step"], Tensor):
         into["step"].fill_(step)  # a captured graph knows it by address
     else:
@@ -170,7 +205,7 @@ def restore(held: Mapping[str, Any], into: dict[str, Any], param: Tensor) -> Non
             for name in MOMENTS:
                 into[name].copy_(saved[name])
         if "master" in into:
-            _restore_master(saved.get("master"), into["master"], param)
+            _restore_master(saved, into, param)
 
 
 def _restore_codes(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], param: Tensor) -> None:
@@ -178,45 +213,37 @@ def _restore_codes(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], para
         for name in (*MOMENTS, "group_exponents"):
             into[name].copy_(saved[name])
         return
-    shard = local(param.detach())
-    numel = shard.numel()
-    moments = load_moments(*_runs(saved, shard))
-    targets = _runs(into, shard)
+    numel = local(param).numel()
+    moments = load_moments(*_runs(saved, param.device))
+    targets = _runs(into, param.device)
     filler = 0 if targets[2] is None else -numel % GROUP
     first, second = (torch.nn.functional.pad(moment[:numel], (0, filler)) for moment in moments)
     # To nearest: once is not step by step, and freezes nothing.
     store_moments((first, second), *targets, random=None)
+    stored = numbers_of(into)
     for name, run in zip(MOMENTS, targets[:2], strict=True):
-        tensor = local(into[name])
-        tensor.copy_(_in_shape(run[:numel], tensor))
+        stored[name].copy_(run[:numel].view(stored[name].shape))
     if targets[2] is not None:
-        local(into["group_exponents"]).copy_(targets[2].view(local(into["group_exponents"]).shape))
+        stored["group_exponents"].copy_(targets[2].view(stored["group_exponents"].shape))
 
 
-def _runs(state: Mapping[str, Tensor], shard: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return copies of the moments as 1-D runs in the order of the parameter's memory; codes in whole groups."""
-    exponents = state.get("group_exponents")
-    runs = []
-    for name in MOMENTS:
-        tensor = local(state[name]).to(shard.device)
-        if exponents is None:
-            like = torch.empty_like(shard, dtype=tensor.dtype) if is_dense(shard) else tensor.new_empty(tensor.shape)
-            runs.append(memory_run(like.copy_(tensor)))
-        else:
-            runs.append(torch.nn.functional.pad(tensor.reshape(-1), (0, -tensor.numel() % GROUP)))
-    return runs[0], runs[1], None if exponents is None else local(exponents).to(shard.device).flatten().clone()
+def _runs(state: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return 1-D copies of the moments in the order of indices; codes in whole groups."""
+    numbers = {name: tensor.to(device).flatten().clone() for name, tensor in numbers_of(state).items()}
+    exponents = numbers.get("group_exponents")
+    first, second = (numbers[name] for name in MOMENTS)
+    if exponents is not None:
+        first, second = (torch.nn.functional.pad(codes, (0, -codes.numel() % GROUP)) for codes in (first, second))
+    return first, second, exponents
 
 
-def _in_shape(run: Tensor, tensor: Tensor) -> Tensor:
-    return run.view(tensor.shape) if tensor.is_contiguous() else run.as_strided(tensor.shape, tensor.stride())
-
-
-def _restore_master(saved: Tensor | None, into: Tensor, param: Tensor) -> None:
-    if saved is None:
-        local(into).copy_(local(param.detach()) if into.is_floating_point() else torch.zeros_like(local(into)))
-    elif saved.dtype == into.dtype:
-        into.copy_(saved)
-    elif into.dtype == torch.int16:
-        local(into).copy_(local(saved).to(torch.int16) << 8)
+def _restore_master(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], param: Tensor) -> None:
+    given, own = numbers_of(saved).get("master"), numbers_of(into)["master"]
+    if given is None:
+        own.copy_(local(param.detach()) if own.is_floating_point() else torch.zeros_like(own))
+    elif given.dtype == own.dtype:
+        own.copy_(given)
+    elif own.dtype == torch.int16:
+        own.copy_(given.to(torch.int16) << 8)
     else:  # to the nearest of those that leave the parameter as it is
-        local(into).copy_(((local(saved).to(torch.int32) + 0x80) >> 8).clamp(-128, 127))
+        own.copy_(((given.to(torch.int32) + 0x80) >> 8).clamp(-128, 127))

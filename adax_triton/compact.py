@@ -10,6 +10,9 @@ The noise that is left has a variance in proportion to the spacing of the codes,
 most are, gets finer codes. u is of order one whatever the scale of the gradient, so elements of very different
 gradients share a group's scale well. A group is 32 elements that follow each other in memory. The kernels have their
 own writing in `kernels/compact.py`.
+
+Where v is no normal finite float32, u means nothing: its code is 0, and it does not count for the group's scale. In
+"lowest" an infinite or NaN v becomes the largest finite v of its group.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ _TO_INTEGER = 12582912.0
 # them from where u lies: groups in which no step is 1e-3 of the learning rate are cut off below.
 _SCALE_ORIGIN = 133
 _LOWEST_SCALE = 48
-_INFINITY = 0x7F800000
+_SMALLEST_NORMAL, _INFINITY = 0x00800000, 0x7F800000
 
 
 def _largest_in_group(values: Tensor) -> Tensor:
@@ -55,8 +58,12 @@ def encode(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None, lowest: b
         those dtypes.
     """
     bits = _quieted(bits_of(exp_avg_sq))
+    exp_avg = torch.where((bits >= _SMALLEST_NORMAL) & (bits < _INFINITY), exp_avg, 0.0)
     if lowest:
-        fraction = _fraction_bits(bits)
+        largest = _largest_in_group(torch.where(bits < _INFINITY, bits, -1))
+        largest = torch.where(largest < 0, _INFINITY, largest)
+        bits = bits.minimum(largest)
+        fraction = _fraction_bits(bits, largest)
         dropped = 23 - fraction
         rounded = (bits + _to_drop(random, dropped)) >> dropped
         exponent = _largest_in_group(rounded) >> fraction
@@ -67,8 +74,9 @@ def encode(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None, lowest: b
         rounded = (bits + high_bits(random, _LOW_DROPPED)) >> _LOW_DROPPED
         stored_bits, code, origin = rounded << _LOW_DROPPED, _signed_word(rounded), _SCALE_ORIGIN
     direction = exp_avg * from_bits(0x7F000000 - _half_exponent(stored_bits))
-    largest = _largest_in_group(bits_of(direction) & 0x7FFFFFFF).clamp_max(_INFINITY)
-    # The addend raises the scale where the largest would be rounded to 128, and would wrap around on a NaN of all ones.
+    magnitude = bits_of(direction) & 0x7FFFFFFF
+    largest = _largest_in_group(torch.where(magnitude < _INFINITY, magnitude, 0))
+    # The addend raises the scale where the largest would be rounded to 128.
     scale = ((largest + 0x10000) >> 23).clamp_min(origin)
     exp_avg_code = signed_byte(bits_of(direction * from_bits((260 - scale) << 23) + _TO_INTEGER))
     scale = scale - origin
@@ -104,9 +112,8 @@ def _quieted(bits: Tensor) -> Tensor:
     return torch.where(bits < 0, QUIET_NAN, bits).clamp_max(QUIET_NAN)
 
 
-def _fraction_bits(bits: Tensor) -> Tensor:
-    exponents = bits >> 23
-    octaves = _largest_in_group(exponents) - exponents.amin(dim=-1, keepdim=True)
+def _fraction_bits(bits: Tensor, largest: Tensor) -> Tensor:
+    octaves = (largest >> 23) - (bits.amin(dim=-1, keepdim=True) >> 23)
     fraction = torch.full_like(octaves, _FEWEST_BITS)
     for most in _OCTAVES.values():
         fraction += (octaves <= most).to(torch.int32)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
+import os
+import sys
+import tempfile
+import threading
 import types
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +25,16 @@ COMPILE_OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {
 # The beginnings of PyTorch's versions in which `_better_vectors` was tried.
 BETTER_VECTORS_OF = ("2.13.",)
 
+# The size that differs between calls, in the shapes of an `Input`.
+ANY = -1
+# What a tensor is compiled for: its dtype and its shape; None where there is no tensor.
+Input = tuple[torch.dtype, tuple[int, ...]] | None
+# The leading size while compiling. A prime, so that nothing holds of it by chance that does not hold of every size.
+_SIZES_OF_DIMS = {1: 131_071, 2: 4_099}
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+# Dynamo and the patches below belong to one thread at a time.
+_lock = threading.RLock()
+
 
 @functools.cache
 def compiler_problem() -> str | None:
@@ -29,59 +43,130 @@ def compiler_problem() -> str | None:
 
     try:
         cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler as error:
+    except (exc.InvalidCxxCompiler, OSError) as error:
         return " ".join(str(error).split())
     return None
 
 
-def call_compiled(function: Callable[..., Any], tensors: Sequence[Tensor | None], *constants: Hashable) -> Any:
-    """Return `function(*tensors, *constants)`, compiled at the first call with these dtypes and constants.
+def ensure_cache_folder() -> None:
+    """Name another cache folder, with a warning, if the one in the environment cannot be made.
 
-    Nothing else is compiled for or checked: calls may differ in sizes only, and in those only as one number does.
+    PyTorch makes it when an optimizer gets its first group, and without it has no optimizers either.
+    """
+    folder = os.environ.get(_CACHE_VARIABLE)
+    if folder is None or "torch._dynamo" in sys.modules:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        os.environ[_CACHE_VARIABLE] = tempfile.mkdtemp(prefix="torchinductor_")
+        warnings.warn(
+            f"{_CACHE_VARIABLE}: {folder} cannot be made ({error.strerror}); compiled code goes to "
+            f"{os.environ[_CACHE_VARIABLE]}",
+            stacklevel=2,
+        )
+
+
+def may_compile() -> bool:
+    """Whether to compile and to call compiled code here; warns once where the machine or a switch prevents it."""
+    # A mode must see every operation. And what compiled code does to a fake tensor's memory ends the process.
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    problem = compiler_problem()
+    if problem is not None:
+        _warn_uncompiled(f"{problem}. Install a C++ compiler, such as g++, or name one in the environment variable CXX")
+    return problem is None
+
+
+def compiled_program(
+    function: Callable[..., Any], inputs: tuple[Input, ...], constants: tuple[Hashable, ...]
+) -> Program | None:
+    """Return the compiled `function(*tensors, *constants)`, or None, with one warning, where compiling fails.
+
+    It is compiled on tensors made for that, when it is first asked for.
 
     Args:
         function: of plain tensor operations; returns None or one tensor.
-        tensors: contiguous CPU tensors that autograd does not record, or None.
+        inputs: one per tensor, contiguous and on the CPU; one number, that of the first tensor, in all places of `ANY`.
         constants: what the function branches on.
     """
-    dtypes = (*(None if tensor is None else tensor.dtype for tensor in tensors),)
-    return _program(function, dtypes, constants, torch.get_num_threads())(tensors)
+    with _lock:
+        found = _program(function, inputs, constants, torch.get_num_threads())
+    if isinstance(found, Program):
+        return found
+    _warn_uncompiled(found)
+    return None
 
 
 @functools.cache
 def _program(
-    function: types.FunctionType, dtypes: tuple[torch.dtype | None, ...], constants: tuple[Hashable, ...], threads: int
-) -> _Program:
+    function: types.FunctionType, inputs: tuple[Input, ...], constants: tuple[Hashable, ...], threads: int
+) -> Program | str:
     # Dynamo counts recompilations per code object and gives up after eight; each program gets its own.
-    words = [function.__name__, *(str(dtype).removeprefix("torch.") for dtype in dtypes), *map(str, constants), threads]
-    name = "_".join(map(str, words))
+    dtypes = ["None" if each is None else str(each[0]).removeprefix("torch.") for each in inputs]
+    name = "_".join(map(str, [function.__name__, *dtypes, *constants, threads]))
     twin = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-    return _Program(twin, constants)
+    try:
+        return Program(twin, inputs, constants)
+    # There are as many as parts of the compiler, and of the machine that it needs.
+    except Exception as error:
+        said = str(error).partition("Output:")[2] or str(error)  # of a C++ compiler, not the long command
+        return f"{type(error).__name__}: {' '.join(said.split())[:300]}"
 
 
-class _Program:
-    # Dynamo's checks cost 0.1 ms per call, as long as a step of 100,000 elements takes. They hold by what
-    # `call_compiled` asks for; so after the first call, which Dynamo traces, what the compiler made is called itself.
-    def __init__(self, function: types.FunctionType, constants: tuple[Hashable, ...]) -> None:
-        self._constants = constants
-        self._traced = torch.compile(function, dynamic=True, fullgraph=True, backend=self._compile)
+_warned: list[str] = []
+
+
+def _warn_uncompiled(problem: str) -> None:
+    if not _warned:
+        _warned.append(problem)
+        warnings.warn(
+            f"adax_triton steps CPU tensors with uncompiled PyTorch, several times slower: {problem}", stacklevel=2
+        )
+
+
+class Program:
+    """A function as compiled; see `compiled_program`.
+
+    Dynamo's checks cost 0.1 ms per call, as long as a step of 100,000 elements takes. They hold by what the inputs say,
+    so what the compiler made is called itself.
+    """
+
+    def __init__(
+        self, function: types.FunctionType, inputs: tuple[Input, ...], constants: tuple[Hashable, ...]
+    ) -> None:
+        assert inputs[0] is not None
+        size = _SIZES_OF_DIMS[len(inputs[0][1])]
+        tensors = [
+            None
+            if each is None
+            else torch.ones([size if given == ANY else given for given in each[1]], dtype=each[0], device="cpu")
+            for each in inputs
+        ]
         self._compiled: Callable[..., Sequence[Tensor]] | None = None
         self._first_inputs: Sequence[Tensor | int] = ()
-        # Where each input is found: the index of a tensor, and of one of its numbers where the input is a number.
-        self._inputs: list[tuple[int, int | None]] = []
+        traced = torch.compile(function, dynamic=True, fullgraph=True, backend=self._compile)
+        # Else a float of a module, which never changes, would be one more input.
+        with torch._dynamo.config.patch(specialize_float=True):
+            traced(*tensors, *constants)
+        if self._compiled is None:
+            raise RuntimeError("torch.compile is switched off")
+        # The index of a tensor; or a number, None where it is the one that differs.
+        self._inputs: list[tuple[int | None, int | None]] = [
+            (next(index for index, tensor in enumerate(tensors) if tensor is value), None)
+            if isinstance(value, Tensor)
+            else (None, None if value == size else value)
+            for value in self._first_inputs
+        ]
+        self._first_inputs = ()
 
-    def __call__(self, tensors: Sequence[Any]) -> Any:
-        if not self._inputs:
-            # Else a float of a module, which never changes, would be one more input.
-            with torch._dynamo.config.patch(specialize_float=True):
-                result = self._traced(*tensors, *self._constants)
-            self._inputs = [_place(value, tensors) for value in self._first_inputs]
-            self._first_inputs = ()
-            return result
+    def __call__(self, *tensors: Any) -> Any:
+        """Return `function(*tensors, *constants)`; autograd does not record it."""
         assert self._compiled is not None
+        size = tensors[0].shape[0]
         results = self._compiled(
             *(
-                tensors[index] if number is None else _numbers_of(tensors[index])[number]
+                tensors[index] if index is not None else size if number is None else number
                 for index, number in self._inputs
             )
         )
@@ -92,27 +177,14 @@ class _Program:
 
         with _better_vectors(inputs):
             compiled: Any = compile_fx(graph, inputs, config_patches=COMPILE_OPTIONS)
-        self._compiled = compiled
 
         def first_call(*values: Tensor | int) -> Sequence[Tensor]:
             self._first_inputs = values
-            return compiled(*values)
+            results = compiled(*values)
+            self._compiled = compiled  # it has run
+            return results
 
         return first_call
-
-
-def _place(value: Tensor | int, tensors: Sequence[Tensor | None]) -> tuple[int, int | None]:
-    given = [(index, tensor) for index, tensor in enumerate(tensors) if tensor is not None]
-    if isinstance(value, Tensor):
-        return next(index for index, tensor in given if tensor is value), None
-    sizes = ((index, number) for index, tensor in given for number, size in enumerate(tensor.shape) if size == value)
-    # Where a view begins is a number too; nothing is computed from it.
-    starts = ((index, tensor.dim()) for index, tensor in given if tensor.storage_offset() == value)
-    return next(itertools.chain(sizes, starts))
-
-
-def _numbers_of(tensor: Tensor) -> tuple[int, ...]:
-    return *tensor.shape, tensor.storage_offset()
 
 
 @contextlib.contextmanager

@@ -51,12 +51,15 @@ class StepControl(NamedTuple):
         if self.grad_factor is not None:
             return Decision(float(self.grad_factor), False)
         scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
-        skip = self.found_inf is not None and bool(self.found_inf != 0)
+        if self.found_inf is not None and bool(self.found_inf != 0):
+            return Decision(1.0, True)
+        if scale == 0.0:  # as the kernel divides
+            return Decision(math.inf, self.max_grad_norm is not None)
         if self.max_grad_norm is None or sum_of_squares is None:
-            return Decision(1.0 / scale, skip)
+            return Decision(1.0 / scale, False)
         norm = math.sqrt(float(sum_of_squares)) / scale
         clip = min(1.0, self.max_grad_norm / (norm + NORM_EPS))
-        return Decision(clip / scale, skip or not math.isfinite(norm))
+        return Decision(clip / scale, not math.isfinite(norm))
 
     def norm(self, sum_of_squares: Tensor) -> Tensor:
         """Return the norm of the unscaled gradients, 0-d float32."""

@@ -26,7 +26,6 @@ from .conversion import (
 from .converted_states import HYPERPARAMETERS
 from .optimizer import AdaX
 from .precision import precision_of
-from .transport import with_words
 
 FORMS = ("adax", "adaxw", "adam", "adamw", "torch-adam", "torch-adamw", "released-adax", "released-adaxw")
 
@@ -121,7 +120,7 @@ def in_precision(
         )
     changes = {"states": states, "master_weights": master_weights}
     changes = {key: value for key, value in changes.items() if value is not None}
-    saved = with_words(state_dict)["state"]
+    saved = state_dict["state"]
     stand_ins = {key: _stand_in(saved.get(key) or {}) for group in groups for key in group["params"]}
     own_groups = []
     for group in groups:
@@ -144,8 +143,10 @@ def _kept_in_full(state: Mapping[str, Any] | None, group: Mapping[str, Any]) -> 
 
 
 def _stand_in(state: Mapping[str, Any]) -> nn.Parameter:
-    """Return a parameter of zeros such as a state may stand beside."""
+    """Return a parameter of zeros that a state fits."""
     moment, master = state.get("exp_avg", torch.empty(0)), state.get("master")
+    if moment.dtype == torch.uint8:  # codes
+        moment = moment[..., 0]
     dtype = moment.dtype
     if master is not None:
         dtype = torch.float16 if master.is_floating_point() else torch.bfloat16

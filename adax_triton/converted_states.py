@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .hyperparameters import LATER_GROUP_DEFAULTS, as_float, validate_group
+from .step_counts import checked_count
 
 FOREIGN_KEYS = ("lr", "betas", "eps", "weight_decay")
 NEEDED_KEYS = (*FOREIGN_KEYS, "second_moment", "eps_placement")
@@ -93,9 +94,7 @@ def _check_state(state: Any, where: str, rule: Rule) -> None:
     advice = "save it first from an optimizer with states='float32' and no master_weights"
     if len(state) > len(_STATE_KEYS):
         raise ValueError(f"{where} has keys {sorted(map(str, state))}; expected {list(_STATE_KEYS)}; {advice}")
-    step = state["step"].item() if isinstance(state["step"], Tensor) and state["step"].numel() == 1 else state["step"]
-    if isinstance(step, bool) or not isinstance(step, (int, float)) or step < 0 or not float(step).is_integer():
-        raise TypeError(f"{where}['step'] is {state['step']!r}; expected a count of steps")
+    checked_count(state["step"], f"{where}['step']")
     for name in _STATE_KEYS[1:]:
         if not isinstance(state[name], Tensor):
             raise TypeError(f"{where}[{name!r}] is a {type(state[name]).__name__}; expected a tensor")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .compact import GROUP
-from .compiled import call_compiled, compiler_problem
+from .compiled import ANY, Program, compiled_program, may_compile
 from .reference import adax_update
 from .schedule import StepScalars
 from .stored import StoredDtypes, scalar_arguments, stored_update
@@ -50,22 +49,23 @@ def update_eager(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
         adax_update(*tensors, **scalars._asdict())
 
 
-@functools.cache
-def _warn_uncompiled(problem: str) -> None:
-    warnings.warn(
-        f"adax_triton steps CPU tensors with uncompiled PyTorch, several times slower: {problem}. "
-        "Install a C++ compiler, such as g++, or name one in the environment variable CXX.",
-        stacklevel=2,
-    )
-
-
 def _worth_compiling(param: Tensor) -> bool:
-    if param.device.type != "cpu" or param.numel() < COMPILE_FROM_NUMEL or torch.compiler.is_compiling():
-        return False
-    problem = compiler_problem()
-    if problem is not None:
-        _warn_uncompiled(problem)
-    return problem is None
+    return param.device.type == "cpu" and param.numel() >= COMPILE_FROM_NUMEL and may_compile()
+
+
+def prepare_update(step: TensorStep, scalars: StepScalars) -> None:
+    """Compile what `update_cpu` or `update_stored` would compile for this step."""
+    if _worth_compiling(step.param):
+        if step.is_plain:
+            _plain_program(step.tensors, scalars)
+        else:
+            _stored_program(step, scalars)
+
+
+def prepare_small_updates(tensors: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], scalars: StepScalars) -> None:
+    """Compile what `update_small_cpu` would compile for these tensors."""
+    if sum(quad[0].numel() for quad in tensors) >= COMPILE_FROM_NUMEL and may_compile():
+        _plain_program(tensors[0], scalars)
 
 
 def update_cpu(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: StepScalars) -> None:
@@ -75,10 +75,16 @@ def update_cpu(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
         param, grad, exp_avg, exp_avg_sq: (n,) contiguous, any float dtype.
         scalars: of this step.
     """
-    if not _worth_compiling(param):
-        return update_eager(param, grad, exp_avg, exp_avg_sq, scalars)
-    tensors = (param, grad, exp_avg, exp_avg_sq, _scalar_tensor(scalars, exp_avg_sq.dtype))
-    call_compiled(_update, tensors, _takes_grad_as_it_is(scalars))
+    tensors = (param, grad, exp_avg, exp_avg_sq)
+    program = _plain_program(tensors, scalars) if _worth_compiling(param) else None
+    if program is None:
+        return update_eager(*tensors, scalars)
+    program(*tensors, _scalar_tensor(scalars, exp_avg_sq.dtype))
+
+
+def _plain_program(tensors: tuple[Tensor, Tensor, Tensor, Tensor], scalars: StepScalars) -> Program | None:
+    inputs = (*((tensor.dtype, (ANY,)) for tensor in tensors), (tensors[3].dtype, (len(scalars),)))
+    return compiled_program(_update, inputs, (_takes_grad_as_it_is(scalars),))
 
 
 @functools.lru_cache(maxsize=64)
@@ -134,21 +140,38 @@ def update_stored(step: TensorStep, scalars: StepScalars, key: tuple[int, int]) 
         scalars: of this step.
         key: of this step, see `rounding.random_key`.
     """
-    compiled = _worth_compiling(step.param)
+    program = _stored_program(step, scalars) if _worth_compiling(step.param) else None
     numel, exponents = step.param.numel(), step.group_exponents
     chunk = EAGER_CHUNK
-    if compiled:
+    if program is not None:
         in_parts = any(tensor.dtype in _WIDENED for tensor in step.written)
         chunk = WIDENED_NUMEL if in_parts else _MOST_NUMEL
     whole = numel if exponents is None else numel // GROUP * GROUP
     for start in range(0, whole, chunk):
-        _update_run(step, scalars, key, start, min(chunk, whole - start), compiled)
+        _update_run(step, scalars, key, start, min(chunk, whole - start), program)
     if whole != numel:
         _update_padded(step, scalars, key, whole)
 
 
+def _stored_program(step: TensorStep, scalars: StepScalars) -> Program | None:
+    shape = (ANY,) if step.group_exponents is None else (ANY, GROUP)
+    inputs = (
+        *((None if tensor is None else (_wide_dtype(tensor), shape)) for tensor in (*step.tensors, step.master)),
+        None if step.group_exponents is None else (_wide_dtype(step.group_exponents), (ANY,)),
+        (torch.float32, (len(scalars),)),
+        (torch.int32, (3,)),  # the words of `_update_run`
+    )
+    stored = StoredDtypes(None if step.master is None else step.master.dtype, step.exp_avg_sq.dtype)
+    constants = (step.stochastic, _takes_grad_as_it_is(scalars), stored, step.param_is_copy)
+    return compiled_program(stored_update, inputs, constants)
+
+
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.int32 if tensor.dtype in _WIDENED else tensor.dtype
+
+
 def _update_run(
-    step: TensorStep, scalars: StepScalars, key: tuple[int, int], start: int, length: int, compiled: bool
+    step: TensorStep, scalars: StepScalars, key: tuple[int, int], start: int, length: int, program: Program | None
 ) -> None:
     part = step.mapped(lambda tensor: tensor[start : start + length])
     exponents = part.group_exponents
@@ -158,14 +181,12 @@ def _update_run(
     # As 32-bit words that wrap around.
     words = torch.tensor([step.first_element + start, *key], dtype=torch.int64, device="cpu").to(torch.int32)
     tensors = (*part.tensors, part.master, exponents)
-    if not compiled:
-        return stored_update(*tensors, scalars, words.to(part.param.device), step.stochastic)
-    wide = tuple(
-        tensor.to(torch.int32) if tensor is not None and tensor.dtype in _WIDENED else tensor for tensor in tensors
-    )
-    stored = StoredDtypes(None if part.master is None else part.master.dtype, part.exp_avg_sq.dtype)
-    values = (*wide, _scalar_tensor(scalars, torch.float32), words)
-    call_compiled(stored_update, values, step.stochastic, _takes_grad_as_it_is(scalars), stored)
+    if program is None:
+        return stored_update(
+            *tensors, scalars, words.to(part.param.device), step.stochastic, param_is_copy=step.param_is_copy
+        )
+    wide = tuple(None if tensor is None else tensor.to(_wide_dtype(tensor)) for tensor in tensors)
+    program(*wide, _scalar_tensor(scalars, torch.float32), words)
     for tensor, widened in zip(tensors, wide, strict=True):
         if tensor is not None and widened is not None and widened is not tensor:
             tensor.copy_(widened)
@@ -176,6 +197,6 @@ def _update_padded(step: TensorStep, scalars: StepScalars, key: tuple[int, int],
     tail = step.mapped(lambda tensor: pad(tensor[start:], (0, GROUP - rest)))
     assert step.group_exponents is not None
     tail = tail._replace(first_element=step.first_element + start, group_exponents=step.group_exponents.view(-1)[-1:])
-    _update_run(tail, scalars, key, 0, GROUP, compiled=False)
+    _update_run(tail, scalars, key, 0, GROUP, program=None)
     for original, padded in zip(step.written, tail.written, strict=True):
         original[start:].copy_(padded[:rest])

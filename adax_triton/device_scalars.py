@@ -124,6 +124,7 @@ class _Same:
 def _constants(group: Mapping[str, Any], device: torch.device) -> DeviceSchedule:
     known = {key: group[key] for key in GROUP_KEYS}
     known["lr"] = 0.0 if lr_address(group, device) else as_float(group["lr"], "lr")
+    known |= {name: as_float(group[name], name) for name in ("eps", "weight_decay")}
     known["betas"] = tuple(as_float(beta, f"betas[{index}]") for index, beta in enumerate(group["betas"]))
     return device_schedule(**known, seed=group["seed"])
 

@@ -25,6 +25,29 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def unwritable(tensor: Tensor) -> str | None:
+    """Return why a tensor cannot be updated in place, with what to do, or None."""
+    if tensor.layout != torch.strided:
+        return f"is {tensor.layout}; make it dense"
+    if tensor.is_conj():
+        return "is conjugated when it is read; set it to its resolve_conj()"
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "was made in inference mode; set it to its clone()"
+    if not tensor.is_contiguous() and _shares_memory(tensor):
+        return "has elements that share memory, as an expanded tensor; set it to its contiguous()"
+    return None
+
+
+def _shares_memory(tensor: Tensor) -> bool:
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += (size - 1) * stride
+    return False
+
+
 def memory_run(tensor: Tensor) -> Tensor:
     """Return the 1-D view of a dense tensor's elements in the order in which they lie in memory."""
     return tensor.as_strided((tensor.numel(),), (1,))

@@ -6,14 +6,10 @@ stays as it is: the optimizer goes on with the step size of each weight fixed.
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
 
-from .hyperparameters import as_float
-from .schedule import StepScalars, exp_avg_sq_weight
+from .schedule import exp_avg_sq_weight
 
 # Below it, even a squared gradient 32 times its second moment leaves every bit of a float32 v as it is:
 # |w_t (g^2 / v - 1)| < 31 * 2^-30 < 2^-25, which is half a unit in the last place at the worst.
@@ -101,26 +97,3 @@ def beta2_for_horizon(total_steps: int) -> float:
 
 def _alive(beta2: float, step: int) -> bool:
     return exp_avg_sq_weight("adax", beta2, step) >= FROZEN_WEIGHT
-
-
-def warned_of_frozen(
-    places: Mapping[tuple[int, int], int], scalars: Sequence[StepScalars], param_groups: Sequence[Mapping[str, Any]]
-) -> bool:
-    """Warn of the first group whose second moments are frozen at a step, and return whether there is one.
-
-    Args:
-        places: the row of `scalars` of each (group, step).
-        scalars: of the step.
-        param_groups: of the optimizer.
-    """
-    for (group_index, step), row in places.items():
-        group = param_groups[group_index]
-        if group["second_moment"] == "adax" and scalars[row].exp_avg_sq_weight < FROZEN_WEIGHT:
-            warnings.warn(
-                f"At step {step} with betas[1]={as_float(group['betas'][1], 'betas[1]')} the second moments of "
-                f"param_groups[{group_index}] are frozen: from here on this is momentum with fixed step sizes. If "
-                "that is not wanted, train with betas[1]=adax_triton.beta2_for_horizon(total_steps).",
-                stacklevel=6,
-            )
-            return True
-    return False

@@ -37,6 +37,7 @@ class Bucket(NamedTuple):
     settled: bool
     telemetry: bool
     aligned: bool
+    param_is_copy: bool
 
 
 class Launch:
@@ -145,11 +146,15 @@ class Launches:
         from adax_triton.kernels.launch import chunk_size
 
         all_addresses = [addresses_of(step) for step in steps]
-        alike: dict[tuple[Bucket, tuple[Any, ...]], list[int]] = defaultdict(list)
+        alike: dict[tuple[Bucket, tuple[Any, ...], int], list[int]] = defaultdict(list)
+        turns: dict[int, int] = defaultdict(int)
         for index, (step, addresses) in enumerate(zip(steps, all_addresses, strict=True)):
             weight = 1.0 if scalars is None else scalars[step.scalar_row].exp_avg_sq_weight
             bucket = _bucket(step, addresses, weight, telemetry)
-            alike[bucket, step.process_groups].append(index)
+            # Parameters on one memory are stepped one after the other, each by a launch.
+            turn = turns[addresses[0]] if step.param.numel() else 0
+            turns[addresses[0]] += 1
+            alike[bucket, step.process_groups, turn].append(index)
         # ZeRO calls step() once per group, so several are live at once.
         keys = {kind: (*kind, all_addresses[indices[0]][0]) for kind, indices in alike.items()}
         for kind, indices in alike.items():
@@ -159,7 +164,7 @@ class Launches:
                     raise RuntimeError(UNPREPARED)
         launches = []
         for kind, indices in alike.items():
-            launch = self._kept.get(keys[kind], kind[0].device, functools.partial(Launch, *kind, chunk_size()))
+            launch = self._kept.get(keys[kind], kind[0].device, functools.partial(Launch, *kind[:2], chunk_size()))
             launch.refresh([steps[index] for index in indices], [all_addresses[index] for index in indices])
             launches.append((launch, indices))
         return launches
@@ -195,4 +200,5 @@ def _bucket(step: TensorStep, addresses: tuple[int, ...], exp_avg_sq_weight: flo
         is_settled(step.states, exp_avg_sq_weight),
         telemetry,
         misaligned == 0,
+        step.param_is_copy,
     )

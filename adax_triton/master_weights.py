@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .sharding import local, placed_like, sharded_like
+from .state_tensors import numbers_of
 from .stored import load_master, store_master
 
 
@@ -26,8 +27,8 @@ def export(model: nn.Module, states: Mapping[Tensor, Mapping[str, Any]]) -> dict
         if param is None or not param.is_floating_point() or param.dtype == torch.float64:
             exported[name] = tensor.clone() if isinstance(tensor, Tensor) else tensor
             continue
-        master = states[param].get("master") if param in states else None
-        weights = load_master(local(param.detach()), None if master is None else local(master))
+        master = numbers_of(states[param]).get("master") if param in states else None
+        weights = load_master(local(param.detach()), master)
         exported[name] = sharded_like(param, weights, param.shape)
     return exported
 
@@ -65,7 +66,7 @@ def load(model: nn.Module, states: Mapping[Tensor, Mapping[str, Any]], state_dic
     model.load_state_dict(placed)
     with torch.no_grad():
         for name, param in model.named_parameters(remove_duplicate=False):
-            master = states[param].get("master") if param in states else None
+            master = numbers_of(states[param]).get("master") if param in states else None
             if master is not None:
                 weights = local(placed[name]).to(device=param.device, dtype=torch.float32)
-                store_master(weights, local(param.detach()), local(master), random=None, stochastic=False)
+                store_master(weights, local(param.detach()), master, random=None, stochastic=False)

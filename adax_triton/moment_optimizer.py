@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
@@ -10,19 +11,27 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import master_weights
-from .backends import Stepper, StepResult
+from .backends import DeviceRows, Stepper, StepResult
 from .beside import Beside, BesideStep, assembly_beside, checked_beside, due_beside
-from .checkpoint import check_state_dict, held_params, hold_tensors, keep_lr_tensors, restore, with_own_options
+from .checkpoint import (
+    check_state_dict,
+    held_params,
+    hold_tensors,
+    keep_lr_tensors,
+    restore,
+    with_int_counts,
+    with_own_options,
+)
+from .compiled import ensure_cache_folder
 from .control import ProgramOptions, StepControl, control_of
-from .horizon import warned_of_frozen
+from .frozen_warning import FrozenWarning
 from .hyperparameters import LATER_GROUP_DEFAULTS, validate_group
-from .parameters import check_param
+from .parameters import check_param, is_frozen
 from .precision import precision_for
-from .state_tensors import misfit, new_states
+from .state_tensors import STATE_TENSORS, is_new, misfit, new_states
 from .step_plan import StepPlan, plan_of
-from .step_work import Assembly, due_params, host_places, owners_of, rows_of, work_of
+from .step_work import Assembly, due_params, host_places, owners_of, rows_of, settle_counts, work_of
 from .telemetry import StepSums, StepTelemetry
-from .transport import with_bytes, with_numbers, with_words
 
 
 class MomentOptimizer(Optimizer):
@@ -49,8 +58,11 @@ class MomentOptimizer(Optimizer):
         self.options = options
         self.max_grad_norm = options.max_grad_norm
         self._prepare()
+        ensure_cache_folder()
         super().__init__(params, defaults)
 
+    # Whether the class itself says that weight decay is decoupled, whatever checkpoint it loads, as torch's AdamW does.
+    _is_decoupled = False
     # torch.amp.GradScaler then leaves unscaling and skipping to the step.
     _step_supports_amp_scaling = True
 
@@ -60,7 +72,7 @@ class MomentOptimizer(Optimizer):
         self._plan: StepPlan | None = None
         self._beside: BesideStep | None = None
         self._grad_norm: Tensor | None = None
-        self._warned_frozen = False
+        self._frozen_warning = FrozenWarning()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with hyper-parameters of its own.
@@ -69,13 +81,21 @@ class MomentOptimizer(Optimizer):
             param_group: `{"params": tensor or iterable, ...}`; what it does not say comes from the constructor.
 
         Raises:
-            TypeError: an integer parameter, or a hyper-parameter of the wrong type.
-            ValueError: a hyper-parameter out of range, a parameter that is in a group already, or one whose states or
-                weights cannot be kept as its group says.
+            TypeError: a trained parameter of integers, or a hyper-parameter of the wrong type.
+            ValueError: a hyper-parameter out of range, a parameter that is in a group already, or a trained one whose
+                states or weights cannot be kept as its group says.
+
+        A frozen parameter may be of any dtype. It is checked when it has a gradient.
         """
         if isinstance(param_group, dict):
             group = {**self.defaults, **param_group}
             validate_group(group)
+            if self._is_decoupled and not group["decoupled_weight_decay"]:
+                name = type(self).__name__
+                raise ValueError(
+                    f"Invalid decoupled_weight_decay: False in a group of {name}, whose name says that it is; use "
+                    f"{name.removesuffix('W')}"
+                )
             params = param_group.get("params", [])
             if not isinstance(params, (Tensor, set)):
                 params = param_group["params"] = list(params)
@@ -84,7 +104,13 @@ class MomentOptimizer(Optimizer):
                     "Invalid error_if_nonfinite: True beside capturable=True; the host cannot look at the norm"
                 )
             for index, entry in enumerate([params] if isinstance(params, Tensor) else params):
-                check_param(entry[1] if isinstance(entry, tuple) else entry, index, group, self.options.keep_float32)
+                param, name = entry[1] if isinstance(entry, tuple) else entry, f"params[{index}]"
+                if not isinstance(param, Tensor):
+                    raise TypeError(
+                        f"{name}: optimizer can only optimize Tensors, but one of the params is {type(param)}"
+                    )
+                if not is_frozen(param):  # else when it has a gradient
+                    check_param(param, name, group, self.options.keep_float32)
         super().add_param_group(param_group)
 
     @overload
@@ -133,11 +159,12 @@ class MomentOptimizer(Optimizer):
         assembly = planned or self._assembled(control)
         if self._sums is not None:
             self._sums.begin(assembly.owners)
-        result = self._stepper.run(assembly.work, control, self.options.error_if_nonfinite, self._sums)
+        error_if_nonfinite, states = self.options.error_if_nonfinite, assembly.host_states
+        result = self._stepper.run(assembly.work, control, error_if_nonfinite, self._sums, states)
         self._grad_norm = result.grad_norm
         if self._sums is not None:
             self._sums.end(not result.taken if result.skipped is None else result.skipped, control.grad_scale)
-        self._advance(assembly, result)
+        self._warn_if_frozen(assembly, result)
         if planned is None:
             self._plan = plan_of(assembly, result.launches, self.param_groups, self.state)
 
@@ -158,31 +185,36 @@ class MomentOptimizer(Optimizer):
         self._beside = checked_beside(parts, grad_factor, self.options.telemetry)
 
     def _step_beside(self, beside: BesideStep, control: StepControl) -> None:
+        checked_beside(beside.parts, beside.grad_factor, telemetry=False)  # a tensor may have changed since
         due = due_beside(beside.parts, control, self._group_indices(), self.param_groups, self.state)
-        self._create_states([(param, group_index) for param, _, group_index in due if not self.state[param]])
+        settle_counts(due, self.state)
+        self._create_states([(param, group_index) for param, _, group_index in due if is_new(self.state[param])])
         assembly = assembly_beside(beside.parts, due, self.state, self.param_groups)
-        result = self._stepper.run(assembly.work, control._replace(grad_factor=beside.grad_factor))
         torch.autograd.graph.increment_version([param for param, _, _ in due])
-        self._advance(assembly, result)
+        control = control._replace(grad_factor=beside.grad_factor)
+        self._warn_if_frozen(assembly, self._stepper.run(assembly.work, control, host_states=assembly.host_states))
 
-    def _advance(self, assembly: Assembly, result: StepResult) -> None:
+    def _warn_if_frozen(self, assembly: Assembly, result: StepResult) -> None:
+        warning, work = None, assembly.work
         if result.taken:
-            for state in assembly.host_states:
-                state["step"] += 1
-            if not self._warned_frozen:
-                self._warned_frozen = warned_of_frozen(assembly.places, assembly.rows.scalars, self.param_groups)
+            warning = self._frozen_warning.after_host_step(assembly.places, self.param_groups)
+        if isinstance(work.kernel_rows, DeviceRows):
+            warning = warning or self._frozen_warning.after_device_step(work.kernel_rows.rows, self.param_groups)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=5)
 
     def _step_one(self, param: Tensor, group_index: int, grad_scale: Tensor | None) -> None:
         control = StepControl(grad_scale)
         assembly = self._assembled(control, {param: group_index})
-        self._advance(assembly, self._stepper.run(assembly.work, control))
+        self._warn_if_frozen(assembly, self._stepper.run(assembly.work, control, host_states=assembly.host_states))
 
     def _assembled(self, control: StepControl, only: dict[Tensor, int] | None = None) -> Assembly:
-        due = due_params(self.param_groups, self.state, control, only)
+        due = due_params(self.param_groups, self.state, control, self.options.keep_float32, only)
+        # Whatever the user may have got wrong has been refused by now; from here on things change.
+        settle_counts(due.all, self.state)
         places = host_places(due.of_host, self.state)
         rows = rows_of(places, self.param_groups)
-        # Whatever the user may have got wrong has been refused by now; from here on things change.
-        self._create_states([(param, group_index) for param, _, group_index in due.all if not self.state[param]])
+        self._create_states([(param, group_index) for param, _, group_index in due.all if is_new(self.state[param])])
         work = work_of(due, self.state, self.param_groups, places, rows, self.options.norm_process_group)
         owners = owners_of(due, work, self.param_groups) if self.options.telemetry else []
         return Assembly(work, places, rows, [self.state[param] for param, _, _ in due.of_host], owners)
@@ -238,17 +270,22 @@ class MomentOptimizer(Optimizer):
         """
         master_weights.check(model, state_dict)
         group_of = self._group_indices()
-        owned = [param for param in model.parameters() if param in group_of]
+        owned = [param for param in model.parameters() if param in group_of and not is_frozen(param)]
         # A parameter that has not been stepped yet has nowhere to put what its 16 bits do not hold.
-        self._create_states([(param, group_of[param]) for param in owned if not self.state[param]])
+        self._create_states([(param, group_of[param]) for param in owned if is_new(self.state[param])])
         master_weights.load(model, self.state, state_dict)
 
     def _group_indices(self) -> dict[Tensor, int]:
         return {param: index for index, group in enumerate(self.param_groups) for param in group["params"]}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return states and groups as `torch.optim.Optimizer.state_dict` does; 16-bit words as pairs of bytes."""
-        return with_bytes(with_numbers(super().state_dict()))
+        """Return states and groups as `torch.optim.Optimizer.state_dict` does; counts of steps as ints."""
+        # As the first of the post-hooks, before the user's own make of it what they like.
+        handle = self.register_state_dict_post_hook(lambda _, given: with_int_counts(given), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the same rule; states keep their dtypes whatever the parameters'.
@@ -263,9 +300,9 @@ class MomentOptimizer(Optimizer):
         """
 
         def check_and_hold(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            given = with_words(given)
             check_state_dict(given, optimizer.param_groups)
-            return {**hold_tensors(given), "param_groups": with_own_options(optimizer.param_groups, given)}
+            held = hold_tensors(given, optimizer.state)
+            return {**held, "param_groups": with_own_options(optimizer.param_groups, given)}
 
         # As the last of the pre-hooks it sees what the user's own have made of the state dict.
         handle = self.register_load_state_dict_pre_hook(check_and_hold)
@@ -284,13 +321,15 @@ class MomentOptimizer(Optimizer):
         for group in self.param_groups:
             for key, value in LATER_GROUP_DEFAULTS.items():
                 group.setdefault(key, value)
+            group["decoupled_weight_decay"] |= self._is_decoupled
         held = {param: self.state[param] for param in held_params(self.state)}
         group_of = self._group_indices()
         for param in held:
             # Into the tensors there are; but a framework may have emptied them, or the user moved the parameter.
             existing = before.get(param, {})
-            self.state[param] = existing if misfit(existing, param) is None else {}
-        self._create_states([(param, group_of[param]) for param in held if not self.state[param]])
+            own = {name: value for name, value in existing.items() if name in ("step", *STATE_TENSORS)}
+            self.state[param] = own if misfit(existing, param) is None else {}
+        self._create_states([(param, group_of[param]) for param in held if is_new(self.state[param])])
         for param, values in held.items():
             restore(values, into=self.state[param], param=param)
 

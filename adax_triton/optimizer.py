@@ -137,6 +137,8 @@ class AdaXW(AdaX):
         TypeError, ValueError: as `AdaX`.
     """
 
+    _is_decoupled = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -180,9 +182,3 @@ class AdaXW(AdaX):
             norm_process_group=norm_process_group,
             telemetry=telemetry,
         )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # As torch.optim.AdamW: the class says which decay it is, whatever checkpoint it loads.
-        for group in self.param_groups:
-            group["decoupled_weight_decay"] = True

@@ -7,47 +7,55 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .precision import COMPACT_FROM_NUMEL, PARAM_DTYPES, is_compact
 from .sharding import is_sharded, is_supported, splits_groups
 
 
+def is_frozen(param: Tensor) -> bool:
+    """Whether a parameter has nothing to check yet: it is not trained, or its module has not seen an input."""
+    return not param.requires_grad or is_lazy(param)
+
+
 def check_param(
-    param: Any, index: int, group: Mapping[str, Any], keep_float32: Callable[[Tensor], bool] | None
+    param: Tensor, name: str, group: Mapping[str, Any], keep_float32: Callable[[Tensor], bool] | None
 ) -> None:
     """Check that a parameter can be stepped, and its states and weights kept as its group says.
 
+    Args:
+        param: the parameter.
+        name: of the parameter, for messages.
+        group: its group.
+        keep_float32: see `AdaX`.
+
     Raises:
-        TypeError: not a tensor, or of a dtype or kind for which there is no step.
+        TypeError: a dtype or kind for which there is no step.
         ValueError: its precision cannot be what the group asks for.
     """
-    if not isinstance(param, Tensor):
-        raise TypeError(f"params[{index}]: optimizer can only optimize Tensors, but one of the params is {type(param)}")
     if not is_supported(param):  # its data_ptr() is not that of its elements
-        raise TypeError(f"params[{index}]: no step for {type(param)}, which wraps the tensors that hold its elements")
+        raise TypeError(f"{name}: no step for {type(param)}, which wraps the tensors that hold its elements")
     if param.dtype.to_real() not in PARAM_DTYPES:
-        raise TypeError(
-            f"params[{index}]: no step for dtype {param.dtype}; expected float32, bfloat16, float16 or float64"
-        )
+        raise TypeError(f"{name}: no step for dtype {param.dtype}; expected float32, bfloat16, float16 or float64")
     if param.dtype == torch.float16 and group["master_weights"] == "24bit":
         raise ValueError(
-            f"params[{index}]: master_weights='24bit' is the upper bits of a bfloat16 parameter's master; for float16 "
+            f"{name}: master_weights='24bit' is the upper bits of a bfloat16 parameter's master; for float16 "
             "use master_weights='float32'"
         )
     if param.dtype == torch.float16 and group["weight_rounding"] == "stochastic":
         raise ValueError(
-            f"params[{index}]: weight_rounding='stochastic' is for bfloat16; for float16 use master_weights='float32'"
+            f"{name}: weight_rounding='stochastic' is for bfloat16; for float16 use master_weights='float32'"
         )
     if param.numel() < COMPACT_FROM_NUMEL or group["states"] == "float32" or (keep_float32 and keep_float32(param)):
         return
     if param.is_complex() or param.dtype == torch.float64:
         raise ValueError(
-            f"params[{index}]: states={group['states']!r} for {param.dtype}, whose states are at least float32; let "
+            f"{name}: states={group['states']!r} for {param.dtype}, whose states are at least float32; let "
             "keep_float32 return True for it"
         )
     if is_compact(group["states"]) and splits_groups(param):
         raise ValueError(
-            f"params[{index}]: states={group['states']!r} needs shards of whole rows of a multiple of 32 elements; "
+            f"{name}: states={group['states']!r} needs shards of whole rows of a multiple of 32 elements; "
             f"this one has shape {tuple(param.shape)} and placements {getattr(param, 'placements', None)}; let "
             "keep_float32 return True for it"
         )

@@ -51,10 +51,29 @@ IN_FULL = Precision()
 
 
 class Layout(NamedTuple):
-    """Shape and dtype of a state tensor."""
+    """Shape and dtype of the numbers in a state tensor.
+
+    Integers are stored as bytes, uint8 with the bytes of each number along one more dimension: a library that loads a
+    checkpoint in place cannot take them for floats, and NCCL and Gloo send them, which they do not do with int16.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether the numbers are stored as bytes."""
+        return not self.dtype.is_floating_point and not self.dtype.is_complex
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor in the state."""
+        return (*self.shape, self.dtype.itemsize) if self.is_bytes else self.shape
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the tensor in the state."""
+        return torch.uint8 if self.is_bytes else self.dtype
 
 
 def is_compact(states: str) -> bool:
@@ -74,11 +93,17 @@ def precision_for(param: Tensor, group: Mapping[str, Any], keep_float32: Callabl
 
 
 def precision_of(state: Mapping[str, Tensor]) -> Precision:
-    """Return the precision in which a parameter's state is kept, from its tensors' dtypes."""
-    dtype = state["exp_avg_sq"].dtype
-    states = next((name for name, known in _EXP_AVG_SQ_DTYPES.items() if known == dtype), "float32")
-    master = state.get("master")
-    return Precision(states, None if master is None else "24bit" if master.dtype == torch.int8 else "float32")
+    """Return the precision in which a parameter's state is kept, from the dtypes and shapes of its tensors."""
+    first, second, master = state["exp_avg"], state["exp_avg_sq"], state.get("master")
+    states = "float32"
+    if first.dtype == torch.uint8 and second.dtype == torch.uint8:
+        states = "low" if second.shape[-1] == 2 else "lowest"
+    elif torch.bfloat16 in (first.dtype, second.dtype):
+        states = "bfloat16"
+    if master is None:
+        return Precision(states)
+    upper_byte = master.dtype == torch.uint8 and master.shape[-1] == 1
+    return Precision(states, "24bit" if upper_byte else "float32")
 
 
 def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
@@ -88,28 +113,25 @@ def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
 
 
 def state_layouts(param: Tensor, precision: Precision) -> dict[str, Layout]:
-    """Return what the state of a parameter holds beside `step`.
+    """Return what the state of a parameter holds in addition to `step`.
 
-    Elementwise states have the parameter's shape and strides. Codes follow each other in the order of the parameter's
-    memory, contiguous: in its shape if that is the order of its elements, else in one dimension. A group's exponents
-    stand in rows like the parameter's, if whole groups make up a row; any sharding by rows then shards both alike.
+    Moments in floats and masters have the parameter's shape and strides. Codes have its shape and are contiguous: a
+    group is 32 elements in the order of indices, whatever the strides. A group's exponents stand in rows like the
+    parameter's, if whole groups make up a row; any sharding by rows then shards both alike.
     """
-    return _state_layouts(tuple(param.shape), param.is_contiguous(), param.dtype, precision)
+    return _state_layouts(tuple(param.shape), param.dtype, precision)
 
 
 @functools.lru_cache(maxsize=4096)
-def _state_layouts(
-    shape: tuple[int, ...], in_order: bool, param_dtype: torch.dtype, precision: Precision
-) -> dict[str, Layout]:
+def _state_layouts(shape: tuple[int, ...], param_dtype: torch.dtype, precision: Precision) -> dict[str, Layout]:
     states, master_weights = precision
     layouts = {}
     if is_compact(states):
-        numel, row = math.prod(shape), math.prod(shape[1:])
-        codes = shape if in_order else (numel,)
-        whole_rows = in_order and len(shape) > 1 and row % GROUP == 0
-        groups = (shape[0], row // GROUP) if whole_rows else (-(-numel // GROUP),)
-        layouts["exp_avg"] = Layout(codes, _EXP_AVG_DTYPES[states])
-        layouts["exp_avg_sq"] = Layout(codes, _EXP_AVG_SQ_DTYPES[states])
+        row = math.prod(shape[1:])
+        whole_rows = len(shape) > 1 and row % GROUP == 0
+        groups = (shape[0], row // GROUP) if whole_rows else (-(-math.prod(shape) // GROUP),)
+        layouts["exp_avg"] = Layout(shape, _EXP_AVG_DTYPES[states])
+        layouts["exp_avg_sq"] = Layout(shape, _EXP_AVG_SQ_DTYPES[states])
         layouts["group_exponents"] = Layout(groups, _GROUP_DTYPES[states])
     else:
         dtype = state_dtype(param_dtype) if states == "float32" else torch.bfloat16
@@ -127,7 +149,7 @@ def _master_dtype(param_dtype: torch.dtype, master_weights: str) -> torch.dtype:
 
 def bytes_of_states(param_dtype: torch.dtype, precision: Precision = IN_FULL) -> dict[str, float]:
     """Return the bytes per element of each tensor in the state of a tensor large enough to be compact."""
-    layouts = _state_layouts((GROUP, GROUP), True, param_dtype, precision)
+    layouts = _state_layouts((GROUP, GROUP), param_dtype, precision)
     return {name: layout.dtype.itemsize * math.prod(layout.shape) / GROUP**2 for name, layout in layouts.items()}
 
 
@@ -137,12 +159,8 @@ def state_bytes(param_dtype: torch.dtype, precision: Precision = IN_FULL) -> flo
 
 
 def bytes_loaded(param_dtype: torch.dtype, grad_dtype: torch.dtype, precision: Precision = IN_FULL) -> float:
-    """Return the bytes a step reads per element: parameter, gradient and states.
-
-    A float32 master copy is read instead of the float16 parameter.
-    """
-    copied = precision.master_weights is not None and param_dtype == torch.float16
-    return (0 if copied else param_dtype.itemsize) + grad_dtype.itemsize + state_bytes(param_dtype, precision)
+    """Return the bytes a step reads per element: parameter, gradient and states."""
+    return param_dtype.itemsize + grad_dtype.itemsize + state_bytes(param_dtype, precision)
 
 
 def bytes_stored(param_dtype: torch.dtype, precision: Precision = IN_FULL, settled: bool = False) -> float:

@@ -10,12 +10,23 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .compiled import call_compiled
+from .compiled import ANY, Program, compiled_program
 from .control import TAKEN, Decision
-from .cpu import COMPILE_FROM_NUMEL, GATHERED_NUMEL, update_cpu, update_eager, update_small_cpu, update_stored
+from .cpu import (
+    COMPILE_FROM_NUMEL,
+    GATHERED_NUMEL,
+    prepare_small_updates,
+    prepare_update,
+    update_cpu,
+    update_eager,
+    update_small_cpu,
+    update_stored,
+)
 from .schedule import StepScalars
 from .stored import load_master
 from .tensor_step import TensorStep
+
+_Small = dict[tuple[int, torch.dtype, torch.dtype], list[tuple[Tensor, Tensor, Tensor, Tensor]]]
 
 
 class HostRows(NamedTuple):
@@ -23,6 +34,23 @@ class HostRows(NamedTuple):
 
     scalars: list[StepScalars]
     keys: list[tuple[int, int]]
+
+
+def prepare_steps(steps: Sequence[TensorStep], rows: HostRows, decision: Decision, with_sums: bool) -> None:
+    """Compile all that a step needs, before the first tensor changes.
+
+    Args:
+        steps, rows, decision: of the `run_steps` that follows.
+        with_sums: it is `run_steps_with_sums`.
+    """
+    scalars = _scaled(rows.scalars, decision)
+    large, small = (steps, {}) if with_sums else _large_and_small(steps)
+    for step in large:
+        prepare_update(step, scalars[step.scalar_row])
+        if with_sums:
+            _sums_program(step)
+    for (scalar_row, _, _), quads in small.items():
+        prepare_small_updates(quads, scalars[scalar_row])
 
 
 def run_steps(steps: Sequence[TensorStep], rows: HostRows, decision: Decision = TAKEN) -> None:
@@ -36,12 +64,9 @@ def run_steps(steps: Sequence[TensorStep], rows: HostRows, decision: Decision = 
     if decision.skip:
         return
     scalars = _scaled(rows.scalars, decision)
-    small: dict[tuple[int, torch.dtype, torch.dtype], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = defaultdict(list)
-    for step in steps:
-        if step.is_plain and step.param.device.type == "cpu" and step.param.numel() < COMPILE_FROM_NUMEL:
-            small[step.scalar_row, step.param.dtype, step.grad.dtype].append(step.tensors)
-        else:
-            _run(step, scalars[step.scalar_row], rows.keys[step.scalar_row])
+    large, small = _large_and_small(steps)
+    for step in large:
+        _run(step, scalars[step.scalar_row], rows.keys[step.scalar_row])
     for (scalar_row, _, _), quads in small.items():
         update_small_cpu(quads, scalars[scalar_row])
 
@@ -59,12 +84,27 @@ def run_steps_with_sums(steps: Sequence[TensorStep], rows: HostRows, decision: D
         # In parts, for the sake of the copies.
         for start in range(0, step.param.numel(), GATHERED_NUMEL):
             part = step.part(start, min(start + GATHERED_NUMEL, step.param.numel()))
-            wide = torch.float64 if part.param.dtype == torch.float64 else torch.float32
-            before = _weights(part).to(wide, copy=True)
+            before = _weights(part).to(_wide_dtype(part), copy=True)
             if not decision.skip:
                 _run(part, scalars[part.scalar_row], rows.keys[part.scalar_row])
             tensors = part.grad, before, _weights(part)
-            row += call_compiled(_sums, tensors) if cpu._worth_compiling(part.param) else _sums(*tensors)
+            row += (_sums_program(part) or _sums)(*tensors)
+
+
+def _large_and_small(steps: Sequence[TensorStep]) -> tuple[list[TensorStep], _Small]:
+    """Return the tensors that are stepped one by one, and those that are gathered, by row and dtypes."""
+    large: list[TensorStep] = []
+    small: _Small = defaultdict(list)
+    gathered: set[tuple[int, int]] = set()
+    for step in steps:
+        address = step.param.untyped_storage()._cdata, step.param.storage_offset()
+        alone = address not in gathered  # of two parameters on one memory, copies would lose a step
+        if alone and step.is_plain and step.param.device.type == "cpu" and step.param.numel() < COMPILE_FROM_NUMEL:
+            gathered.add(address)
+            small[step.scalar_row, step.param.dtype, step.grad.dtype].append(step.tensors)
+        else:
+            large.append(step)
+    return large, small
 
 
 def _scaled(scalars: list[StepScalars], decision: Decision) -> list[StepScalars]:
@@ -83,7 +123,18 @@ def _run(step: TensorStep, scalars: StepScalars, key: tuple[int, int]) -> None:
 def _weights(step: TensorStep) -> Tensor:
     if step.master is None:
         return step.param
-    return step.master if step.master.dtype == torch.float32 else load_master(step.param, step.master)
+    return load_master(step.param, step.master, param_is_copy=step.param_is_copy)
+
+
+def _sums_program(step: TensorStep) -> Program | None:
+    if not cpu._worth_compiling(step.param):
+        return None
+    after = step.param.dtype if step.master is None else torch.float32
+    return compiled_program(_sums, tuple((dtype, (ANY,)) for dtype in (step.grad.dtype, _wide_dtype(step), after)), ())
+
+
+def _wide_dtype(step: TensorStep) -> torch.dtype:
+    return torch.float64 if step.param.dtype == torch.float64 else torch.float32
 
 
 def _sums(grad: Tensor, before: Tensor, after: Tensor) -> Tensor:

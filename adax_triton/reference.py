@@ -56,7 +56,7 @@ def adax_update(
 
 
 def _root(values: Tensor) -> Tensor:
-    if values.device.type != "cpu" or values.dtype == torch.float64 or torch.compiler.is_compiling():
+    if values.device.type != "cpu" or values.dtype == torch.float64 or torch.compiler.is_dynamo_compiling():
         return values.sqrt()
     # PyTorch's own float32 root on a CPU is one unit off here and there; that of compiled code is right.
     return values.double().sqrt().float()

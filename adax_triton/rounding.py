@@ -14,6 +14,8 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 QUIET_NAN = 0x7FC00000
 _TOP_HALF = -0x10000
+# In the bits of a float32: 2^-14, and what makes 1.5 * 2^13 times a power of two of it.
+_FLOAT16_SMALLEST_NORMAL, _THIRTEEN_BITS = 113 << 23, 13 << 23 | 0x400000
 
 
 def random_key(seed: int, step: int) -> tuple[int, int]:
@@ -124,11 +126,30 @@ def split_master(master: Tensor, addend: Tensor | int | None) -> tuple[Tensor, T
 def join_master(param: Tensor, rest: Tensor, stored: torch.dtype | None = None) -> Tensor:
     """Return the float32 master weights of bfloat16 parameters and what they lack.
 
+    Any sum of the two rounds to the parameter, except that it wraps around to a NaN where somebody has set a parameter
+    to 0 next to a negative rest, or to infinity next to a positive one: there the parameter is the weight.
+
     Args:
         param: bfloat16.
         rest: from `split_master`, in any integer dtype.
         stored: int8 or int16, the dtype that holds it in the state. Default: its own.
     """
-    words = rest.to(torch.int32)
+    words, weights = rest.to(torch.int32), param.to(torch.float32)
     upper = (stored or rest.dtype) == torch.int8
-    return from_bits(bits_of(param.to(torch.float32)) + (words << 8 if upper else words))
+    joined = from_bits(bits_of(weights) + (words << 8 if upper else words))
+    return torch.where(joined != joined, weights, joined)
+
+
+def current_copy(param: Tensor, master: Tensor) -> Tensor:
+    """Return float32 master weights where they round to their float16 parameters, which are the weights elsewhere.
+
+    Args:
+        param: float16.
+        master: float32.
+    """
+    # A compiler takes the cast to float16 and back for no change. A sum in which float32 has float16's units rounds
+    # alike; 65536 is where infinity begins.
+    given, weights = master.clamp(-65536.0, 65536.0), param.to(torch.float32)
+    exponent = (bits_of(given) & 0x7F800000).clamp_min(_FLOAT16_SMALLEST_NORMAL)
+    addend = from_bits(exponent + _THIRTEEN_BITS)
+    return torch.where(given + addend - addend == weights.clamp(-65536.0, 65536.0), master, weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Return a whole tensor, or one sharded otherwise, as a tensor that is sharded as another of its shape is."""
     given, wanted = _as_dtensor(tensor), _as_dtensor(like)
     if wanted is None:
-        return tensor if given is None else _gathered(given)
+        return tensor if given is None else given.full_tensor()
     if given is None:
         from torch.distributed.tensor import distribute_tensor
 
@@ -69,12 +69,6 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     if given.device_mesh == wanted.device_mesh and given.placements == wanted.placements:
         return given
     return given.redistribute(wanted.device_mesh, wanted.placements)
-
-
-def _gathered(sharded: DTensor) -> Tensor:
-    if sharded.dtype == torch.int16:  # neither NCCL nor Gloo sends it; state dicts carry bytes
-        return cast("DTensor", sharded.to(torch.int32)).full_tensor().to(torch.int16)
-    return sharded.full_tensor()
 
 
 def is_sharded(tensor: Tensor) -> bool:

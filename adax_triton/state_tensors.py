@@ -9,12 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flat_buffer import FlatBuffer
-from .precision import HALF_DTYPES, Layout, Precision, precision_of, state_layouts
+from .flat_buffer import FlatBuffer, unwritable
+from .precision import HALF_DTYPES, Layout, Precision, is_compact, precision_of, state_layouts
 from .sharding import first_element, is_sharded, local, local_gradient, shard_groups, sharded_like
 from .tensor_step import TensorStep
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE_TENSORS = (*MOMENTS, "group_exponents", "master")
+# The integers in a tensor of bytes, by its name and the bytes of each number.
+_INTEGERS = {
+    ("exp_avg", 1): torch.int8,
+    ("exp_avg_sq", 1): torch.uint8,
+    ("exp_avg_sq", 2): torch.int16,
+    ("group_exponents", 1): torch.uint8,
+    ("group_exponents", 2): torch.int16,
+    ("master", 1): torch.int8,
+    ("master", 2): torch.int16,
+}
 
 
 def new_states(params: Sequence[Tensor], precisions: Sequence[Precision]) -> list[dict[str, Any]]:
@@ -34,9 +45,11 @@ def new_states(params: Sequence[Tensor], precisions: Sequence[Precision]) -> lis
         for index, view in zip(indices, FlatBuffer(models, dtype=dtype.to_real()).views, strict=True):
             if name == "master" and dtype == torch.float32:
                 view.copy_(shards[index])
-            whole = state_layouts(params[index], precisions[index])[name].shape
+            layout = state_layouts(params[index], precisions[index])[name]
             shard = torch.view_as_complex(view) if dtype.is_complex else view
-            states[index][name] = sharded_like(params[index], shard, whole)
+            if layout.is_bytes:
+                shard = shard.unsqueeze(-1).view(torch.uint8)
+            states[index][name] = sharded_like(params[index], shard, layout.stored_shape)
     return states
 
 
@@ -44,48 +57,81 @@ def _model(shard: Tensor, name: str, precision: Precision) -> Tensor:
     layout: Layout = state_layouts(shard, precision)[name]
     if layout.dtype.is_complex:
         return torch.view_as_real(shard)
-    if layout.shape == tuple(shard.shape):
-        return shard
-    return shard.new_empty(()).expand(layout.shape)  # a shape alone
+    if name != "master" and is_compact(precision.states):
+        return shard.new_empty(()).expand(layout.shape)  # a shape alone: codes are contiguous
+    return shard
+
+
+def numbers_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a state on this rank, bytes as the integers that they hold, on the same memory."""
+    numbers = {}
+    for name in STATE_TENSORS:
+        if name in state:
+            tensor = local(state[name])
+            if tensor.dtype == torch.uint8:
+                tensor = tensor.view(_INTEGERS[name, tensor.shape[-1]]).squeeze(-1)
+            numbers[name] = tensor
+    return numbers
+
+
+def is_new(state: Mapping[str, Any] | None) -> bool:
+    """Whether a parameter's state holds nothing of this package yet; others may keep keys of their own there."""
+    return not state or not any(name in state for name in ("step", *STATE_TENSORS))
 
 
 def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
-    """Return what about a parameter's state does not fit it any more, or None.
+    """Return why a parameter's state does not fit it, or None.
 
-    States are reached by address: after `param.data = other`, a cast or `model.to(...)` they would be misread.
+    States are reached by address: after `param.data = other`, a cast or `model.to(...)` they would be misread. Other
+    keys than this package's belong to others, such as a wrapper that keeps averages there.
     """
-    if not set(MOMENTS) <= set(state):
-        return f"state has keys {sorted(map(str, state))}; expected step, exp_avg and exp_avg_sq"
+    missing = [name for name in ("step", *MOMENTS) if name not in state]
+    strange = [name for name in STATE_TENSORS if name in state and not isinstance(state[name], Tensor)]
+    if missing or strange:
+        return f"state has keys {sorted(map(str, state))}; expected step and the tensors exp_avg and exp_avg_sq"
     precision = precision_of(state)
     layouts = state_layouts(param, precision)
     if precision.master_weights is not None and param.dtype not in HALF_DTYPES:
-        return f"state['master']: stands beside 16-bit parameters, not beside {param.dtype}"
-    if set(state) != {"step", *layouts}:
+        return f"state['master']: belongs to 16-bit parameters, not to one of {param.dtype}"
+    if [name for name in STATE_TENSORS if name in state] != list(layouts):
         return f"state has keys {sorted(map(str, state))}; a parameter of {param.dtype} needs {['step', *layouts]}"
     for name, layout in layouts.items():
         tensor = state[name]
-        if tuple(tensor.shape) != layout.shape or tensor.dtype != layout.dtype or tensor.device != param.device:
+        wanted = layout.stored_shape, layout.stored_dtype, param.device
+        if (tuple(tensor.shape), tensor.dtype, tensor.device) != wanted:
             return (
                 f"state[{name!r}]: shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}; its parameter of "
-                f"{param.dtype} needs shape {layout.shape}, {layout.dtype}, {param.device}"
+                f"{param.dtype} needs shape {wanted[0]}, {wanted[1]}, {wanted[2]}"
             )
+        problem = unwritable(tensor)
+        if problem is not None:
+            return f"state[{name!r}]: {problem}"
+        in_order = tensor.is_contiguous() or (name == "master" and _holds_whole_numbers(tensor))
+        if layout.is_bytes and not in_order:
+            return f"state[{name!r}]: has strides {tensor.stride()}; codes are read in order, make them contiguous()"
     return None
+
+
+def _holds_whole_numbers(tensor: Tensor) -> bool:
+    *strides, last = tensor.stride()
+    return last == 1 and all(number % tensor.shape[-1] == 0 for number in (*strides, tensor.storage_offset()))
 
 
 def tensor_step(
     param: Tensor, grad: Tensor, state: Mapping[str, Any], scalar_row: int, group: Mapping[str, Any]
 ) -> TensorStep:
     """Return one parameter's share of a step, on the tensors of this rank."""
-    master, group_exponents = state.get("master"), state.get("group_exponents")
+    numbers = numbers_of(state)
+    master = numbers.get("master")
     step = TensorStep(
         local(param.detach()),
         local_gradient(grad, param),
-        local(state["exp_avg"]),
-        local(state["exp_avg_sq"]),
+        numbers["exp_avg"],
+        numbers["exp_avg_sq"],
         scalar_row,
         precision_of(state).states,
-        None if master is None else local(master),
-        None if group_exponents is None else local(group_exponents),
+        master,
+        numbers.get("group_exponents"),
         group["weight_rounding"] == "stochastic" and master is None and param.dtype == torch.bfloat16,
         first_element(param),
         shard_groups(param),

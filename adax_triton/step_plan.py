@@ -1,7 +1,7 @@
-"""A step like the last one: what is checked of its tensors before the tables of the last one serve again.
+"""Reuse the previous step's launch tables when only gradient addresses and step counts changed.
 
-To look at a parameter, check it and put it into tables costs the host tens of microseconds. In training nothing of that
-changes from step to step but counts and the addresses of gradients, and whether that is so is found out in bulk.
+To check a parameter and put it into tables costs the host tens of microseconds. In training nothing of that changes
+from step to step but counts and where gradients lie, and whether that is so is found out in bulk.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from operator import attrgetter, is_, itemgetter, or_
 from typing import Any
 
 from torch import Tensor, nn
+from torch._C._dynamo import guards
 
 from .backends import Work
 from .control import StepControl
 from .device_tables import current_stream, is_capturing
 from .launches import ALIGNED_BYTES, KernelLaunch, is_settled
 from .pytorch_steps import HostRows
+from .state_tensors import STATE_TENSORS
 from .step_work import Assembly, needs_device, rows_of
 
 _gradient = attrgetter("grad")
-_dtype = attrgetter("dtype")
 _options = itemgetter("weight_rounding", "capturable")
 _list_of_params = itemgetter("params")
 
@@ -52,16 +53,16 @@ class StepPlan:
         self._params = list(compress(self._all_params, self._has_grad))
         self._devices = list({param.device for param in self._params})
         self._streams = list(map(current_stream, self._devices))
-        self._numels = list(map(Tensor.numel, self._params))
-        self._grad_dtypes = [param.grad.dtype for param in self._params if param.grad is not None]
+        self._states = [states[param] for param in self._params]
+        self._state_sizes = list(map(len, self._states))
+        names = [name for name in ("step", *STATE_TENSORS) if any(name in state for state in self._states)]
+        self._holders = {name: [state for state in self._states if name in state] for name in names}
+        self._counts: list[Any] = []
+        fixed = [*self._params, *self._state_tensors()]
+        self._fixed_addresses = list(map(Tensor.data_ptr, fixed))
         self._grad_addresses = array("q")
         self._aligned = any(launch.bucket.aligned for launch, _ in launches)
-        self._param_addresses = list(map(Tensor.data_ptr, self._params))
-        self._states = [states[param] for param in self._params]
-        values = list(chain.from_iterable(map(dict.values, self._states)))
-        self._is_count = [not isinstance(value, Tensor) for value in values]
-        self._is_tensor = [isinstance(value, Tensor) for value in values]
-        self._state_addresses = list(map(Tensor.data_ptr, compress(values, self._is_tensor)))
+        self._metadata = _guards([*fixed, *map(_gradient, self._params)])
         self._row_of = [step.scalar_row for step in assembly.work.kernel]
         self._groups = [group_index for group_index, _ in assembly.places]
         self._first_of_row = [self._row_of.index(row) for row in range(len(self._groups))]
@@ -78,7 +79,7 @@ class StepPlan:
             states: of all its parameters.
             control: of the step.
         """
-        if not (self._fits_groups(param_groups, control) and self._fits_states(states)):
+        if not self._fits_groups(param_groups, control) or not _are_same(list(states.values()), self._all_states):
             return None
         addresses = self._addresses_of_gradients()
         if addresses is None:
@@ -99,10 +100,11 @@ class StepPlan:
         else:
             work_rows = work_rows._replace(groups=param_groups)
         if addresses != self._grad_addresses:
-            self._grad_addresses = addresses
+            self._grad_addresses = array("q")  # of no step, should a table not be refreshed
             for launch, indices in self._launches:
                 whole = len(indices) == len(addresses)
                 launch.refresh_gradients(addresses if whole else array("q", [addresses[index] for index in indices]))
+            self._grad_addresses = addresses
         work = Work([], work_rows, [], HostRows([], []), (self._launches, self._params))
         return Assembly(work, places, rows, self._states if places else [], self._owners)
 
@@ -120,43 +122,41 @@ class StepPlan:
             control.is_idle and not any(map(needs_device, param_groups))
         ):
             return False
-        return (
-            _group_sizes(param_groups) == self._group_sizes
-            and _are_same(_params(param_groups), self._all_params)
-            and list(map(Tensor.numel, self._params)) == self._numels
-            and list(map(Tensor.data_ptr, self._params)) == self._param_addresses
-            and all(map(Tensor.is_contiguous, self._params))
-        )
+        return _group_sizes(param_groups) == self._group_sizes and _are_same(_params(param_groups), self._all_params)
 
-    def _fits_states(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
-        if not _are_same(list(states.values()), self._all_states):
-            return False
-        self._values = list(chain.from_iterable(map(dict.values, self._states)))
-        if len(self._values) != len(self._is_tensor):
-            return False
-        try:
-            return list(map(Tensor.data_ptr, compress(self._values, self._is_tensor))) == self._state_addresses
-        except TypeError:  # a count where there was a tensor
-            return False
+    def _state_tensors(self) -> list[Tensor]:
+        """Return the tensors of all states, and leave their other counts in `_counts`.
+
+        Raises:
+            KeyError: one is gone.
+        """
+        values = {name: list(map(itemgetter(name), holders)) for name, holders in self._holders.items()}
+        if isinstance(self._kernel_rows, HostRows):
+            self._counts = values.pop("step")
+        else:
+            self._counts = []
+        return list(chain.from_iterable(values.values()))
 
     def _addresses_of_gradients(self) -> array[int] | None:
+        """Return where gradients lie, or None if anything but that has changed of any tensor."""
         gradients = list(map(_gradient, self._all_params))
-        if list(map(type, gradients)) != self._grad_types:
+        if list(map(type, gradients)) != self._grad_types or list(map(len, self._states)) != self._state_sizes:
             return None
         if len(self._params) != len(gradients):
             gradients = list(compress(gradients, self._has_grad))
         try:
-            if list(map(_dtype, gradients)) != self._grad_dtypes or not all(map(Tensor.is_contiguous, gradients)):
-                return None
-            addresses = list(map(Tensor.data_ptr, gradients))
-        except RuntimeError:  # a sparse one
+            fixed = [*self._params, *self._state_tensors()]
+        except KeyError:
             return None
+        # Types, dtypes, devices, sizes, strides, and whether they are sparse, conjugated, negated or fake.
+        if not self._metadata.check(*fixed, *gradients) or list(map(Tensor.data_ptr, fixed)) != self._fixed_addresses:
+            return None
+        addresses = list(map(Tensor.data_ptr, gradients))
         return None if self._aligned and reduce(or_, addresses) % ALIGNED_BYTES else array("q", addresses)
 
     def _counts_of_rows(self) -> list[int] | None:
-        counts = list(compress(self._values, self._is_count))
-        # Not what a tensor among them would make of the sum, or of being compared.
-        if type(sum(counts)) is not int:
+        counts = self._counts
+        if set(map(type, counts)) != {int}:
             return None
         of_rows = [counts[first] for first in self._first_of_row]
         return of_rows if counts == list(map(of_rows.__getitem__, self._row_of)) else None
@@ -191,6 +191,16 @@ def plan_of(
         if not (plain and param.is_contiguous() and step.grad.is_contiguous()):
             return None
     return StepPlan(assembly, launches, param_groups, states)
+
+
+def _guards(tensors: Sequence[Any]) -> Any:
+    """Return PyTorch's own comparison of all that tensors are but where they lie, one call for all of them."""
+    make: Any = guards.TensorGuards
+    return make(
+        *tensors,
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+    )
 
 
 def _params(param_groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import DeviceRows, Work, uses_kernel
+from .backends import DeviceRows, Work, is_fake, uses_kernel
 from .control import StepControl
 from .device_scalars import DeviceRow, lr_address
-from .device_tables import UNPREPARED, is_capturing, on_device
+from .device_tables import UNPREPARED, is_capturing
+from .flat_buffer import unwritable
 from .hyperparameters import as_float
-from .parameters import checked_gradient
+from .parameters import check_param, checked_gradient
 from .pytorch_steps import HostRows
 from .rounding import random_key
 from .schedule import StepScalars, step_scalars
-from .state_tensors import misfit, tensor_step
+from .state_tensors import is_new, misfit, tensor_step
+from .step_counts import check_count, count_on_device, is_on_device, settled_count
 from .telemetry import Owner
 from .tensor_step import TensorStep
 
@@ -74,6 +76,7 @@ def due_params(
     param_groups: Sequence[Mapping[str, Any]],
     states: Mapping[Tensor, Mapping[str, Any]],
     control: StepControl,
+    keep_float32: Callable[[Tensor], bool] | None,
     only: Mapping[Tensor, int] | None = None,
 ) -> DueParams:
     """Return the parameters that have a gradient, or `only` these, given with their groups; nothing changes.
@@ -82,8 +85,8 @@ def due_params(
     knows; and parameters whose `step` is there already.
 
     Raises:
-        TypeError, ValueError: a gradient or a state that does not fit its parameter, or a group with `capturable=True`
-            that has a parameter which the kernel does not take.
+        TypeError, ValueError: a parameter for which there is no step, a gradient or a state that does not fit its
+            parameter, or a group with `capturable=True` that has a parameter which the kernel does not take.
         RuntimeError: a CUDA graph is being captured without `capturable=True`, or with a parameter that has no state
             and no step count on its device yet: made now, they would be filled by replays only.
     """
@@ -96,26 +99,23 @@ def due_params(
     }
     kernel, others = [], []
     on_device = not control.is_idle
-    capturing = any(map(is_capturing, {param.device for param in group_of}))
+    capturing = any(map(is_capturing, {param.device for param in group_of if not is_fake(param)}))
     for param, group_index in group_of.items():
         group, state = param_groups[group_index], states.get(param)
         if capturing and not group["capturable"]:
             raise RuntimeError(
                 f"step(): a CUDA graph is being captured, but param_groups[{group_index}] has capturable=False"
             )
-        due = Due(param, checked_gradient(param), group_index)
-        problem = misfit(state, param) if state else None
-        if problem is not None:
-            raise ValueError(problem)
-        if uses_kernel(param.device, param.dtype.to_real()):
+        due = Due(param, _checked_gradient(param, group_index, group, state, keep_float32), group_index)
+        if uses_kernel(param.device, param.dtype.to_real(), param):
             kernel.append(due)
-            counted_there = state is not None and isinstance(state.get("step"), Tensor)
+            counted_there = state is not None and is_on_device(state.get("step"), param)
             if capturing and not counted_there:
                 raise RuntimeError(UNPREPARED)
             on_device = on_device or needs_device(group) or counted_there
         else:
             others.append(due)
-            if group["capturable"]:
+            if group["capturable"] and not is_fake(param):
                 raise ValueError(
                     f"param_groups[{group_index}]['capturable'] is True, but no kernel takes its parameter of "
                     f"{param.dtype} on {param.device}: it would be stepped by the host"
@@ -124,6 +124,52 @@ def due_params(
         for due in kernel:
             lr_address(param_groups[due.group_index], due.param.device)  # refuses one that the kernel cannot read
     return DueParams(kernel, others, on_device)
+
+
+def _checked_gradient(
+    param: Tensor,
+    group_index: int,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any] | None,
+    keep_float32: Callable[[Tensor], bool] | None,
+) -> Tensor:
+    name = f"param_groups[{group_index}], a parameter of shape {tuple(param.shape)}"
+    if state is None or is_new(state):
+        check_param(param, name, group, keep_float32)
+    grad = checked_gradient(param)
+    if state is not None and not is_new(state):
+        check_state(state, param)
+    problem = unwritable(param)
+    if problem is not None:
+        raise ValueError(f"{name}: {problem}")
+    return grad
+
+
+def check_state(state: Mapping[str, Any], param: Tensor) -> None:
+    """Check the state of a parameter.
+
+    Raises:
+        TypeError, ValueError: a tensor that does not fit the parameter, or a step that is no count.
+    """
+    problem = misfit(state, param)
+    if problem is not None:
+        raise ValueError(problem)
+    check_count(state["step"], param)
+
+
+def settle_counts(due: Sequence[Due], states: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Bring the step counts of checked parameters into the form in which the step keeps them."""
+    seen = set()
+    for param, _, _ in due:
+        state = states.get(param)
+        if state and "step" in state and type(state["step"]) is not int:
+            on_kernel = uses_kernel(param.device, param.dtype.to_real(), param)
+            count = settled_count(state["step"], param, on_kernel)
+            if isinstance(count, Tensor):
+                if count.data_ptr() in seen:  # a tensor for several parameters would count the steps of all
+                    count = count.clone()
+                seen.add(count.data_ptr())
+            state["step"] = count
 
 
 def needs_device(group: Mapping[str, Any]) -> bool:
@@ -137,8 +183,8 @@ def scalars_of(group: Mapping[str, Any], step: int) -> StepScalars:
         step=step,
         lr=as_float(group["lr"], "lr"),
         betas=(as_float(group["betas"][0], "betas[0]"), as_float(group["betas"][1], "betas[1]")),
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
+        eps=as_float(group["eps"], "eps"),
+        weight_decay=as_float(group["weight_decay"], "weight_decay"),
         decoupled_weight_decay=group["decoupled_weight_decay"],
         second_moment=group["second_moment"],
         eps_placement=group["eps_placement"],
@@ -151,7 +197,8 @@ def host_places(due: Sequence[Due], states: Mapping[Tensor, Mapping[str, Any]]) 
     places: dict[tuple[int, int], int] = {}
     for param, _, group_index in due:
         state = states.get(param)
-        places.setdefault((group_index, state["step"] + 1 if state else 1), len(places))
+        step = 1 if state is None or is_new(state) else state["step"] + 1
+        places.setdefault((group_index, step), len(places))
     return places
 
 
@@ -192,7 +239,7 @@ def work_of(
     others = host_steps(due.others)
     if not due.on_device:
         return Work(host_steps(due.kernel), rows, others, rows)
-    _count_on_device([states[one.param] for one in due.kernel])
+    count_on_device([states[one.param] for one in due.kernel])
     device_rows: dict[torch.device, list[DeviceRow]] = defaultdict(list)
     kernel = []
     for one in due.kernel:
@@ -200,17 +247,6 @@ def work_of(
         kernel.append(step(one, len(here)))
         here.append(DeviceRow(states[one.param]["step"], one.group_index))
     return Work(kernel, DeviceRows(device_rows, param_groups), others, rows)
-
-
-def _count_on_device(states: Sequence[dict[str, Any]]) -> None:
-    alike: dict[torch.device, list[dict[str, Any]]] = defaultdict(list)
-    for state in states:
-        if not isinstance(state["step"], Tensor):
-            alike[state["exp_avg"].device].append(state)
-    for device, some in alike.items():
-        counts = torch.tensor([state["step"] for state in some], dtype=torch.int64, device="cpu")
-        for state, count in zip(some, on_device(counts, device), strict=True):
-            state["step"] = count
 
 
 def owners_of(due: DueParams, work: Work, param_groups: Sequence[Mapping[str, Any]]) -> list[Owner]:

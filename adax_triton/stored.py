@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .compact import GROUP, decode, encode
 from .reference import adax_update
-from .rounding import high_bits, join_master, low_bits, random_bits, round_to_bfloat16, split_master
+from .rounding import current_copy, high_bits, join_master, low_bits, random_bits, round_to_bfloat16, split_master
 from .schedule import StepScalars
 
 # Adding half of what is cut off rounds to the nearest, ties away from zero.
@@ -26,11 +26,27 @@ class StoredDtypes(NamedTuple):
 _OWN = StoredDtypes()
 
 
-def load_master(param: Tensor, master: Tensor | None, stored: StoredDtypes = _OWN) -> Tensor:
-    """Return the float32 weights that a parameter and its `master`, if it has one, stand for; a new tensor."""
+def load_master(
+    param: Tensor, master: Tensor | None, stored: StoredDtypes = _OWN, param_is_copy: bool = False
+) -> Tensor:
+    """Return the float32 weights that a step starts from; a new tensor.
+
+    A master counts only where it still rounds to the parameter. Elsewhere somebody has set the parameter, and it is the
+    weight.
+
+    Args:
+        param: any float dtype; bfloat16 next to a remainder, float16 next to a copy.
+        master: int16 or int8 remainder, float32 copy, or None.
+        stored: the dtype of `master` in the state, if it is a wider one here.
+        param_is_copy: the float32 `master` is the weight, and the parameter, of any dtype, is only written.
+    """
     if master is None:
         return param.to(torch.float32, copy=True)
-    return master.clone() if master.dtype == torch.float32 else join_master(param, master, stored.master)
+    if param_is_copy:
+        return master.clone()
+    if master.dtype == torch.float32:
+        return current_copy(param, master)
+    return join_master(param, master, stored.master)
 
 
 def store_master(
@@ -125,6 +141,7 @@ def stored_update(
     stochastic: bool,
     grad_as_it_is: bool = False,
     stored: StoredDtypes = _OWN,
+    param_is_copy: bool = False,
 ) -> None:
     """Apply one update to stored tensors, in place; see `reference.adax_update`.
 
@@ -137,10 +154,11 @@ def stored_update(
         stochastic: round the parameter itself stochastically.
         grad_as_it_is: see `scalar_arguments`.
         stored: the dtypes of `master` and `exp_avg_sq` in the state, if they are wider ones here.
+        param_is_copy: see `load_master`.
     """
     index = torch.arange(param.numel(), dtype=torch.int32, device=param.device).view(param.shape)
     random = random_bits(index + words[0], words[1:])
-    weights = load_master(param, master, stored)
+    weights = load_master(param, master, stored, param_is_copy)
     first, second = load_moments(exp_avg, exp_avg_sq, group_exponents, stored)
     adax_update(weights, grad, first, second, **scalar_arguments(scalars, grad_as_it_is))
     store_master(weights, param, master, random, stochastic, stored)

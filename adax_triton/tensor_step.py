@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .compact import GROUP
 from .flat_buffer import is_dense, memory_run
-from .precision import is_compact
 
 
 class TensorStep(NamedTuple):
@@ -22,6 +21,7 @@ class TensorStep(NamedTuple):
     group_exponents: of the codes.
     stochastic: round the parameter itself stochastically.
     first_element: its index in the whole parameter, of which this may be a shard.
+    param_is_copy: `master` holds the float32 weights, and `param` is only written, whatever it holds.
     process_groups: over which the squares of the gradient are summed for its norm.
     """
 
@@ -36,6 +36,7 @@ class TensorStep(NamedTuple):
     stochastic: bool = False
     first_element: int = 0
     process_groups: tuple[Any, ...] = ()
+    param_is_copy: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,21 +77,26 @@ def laid_out_alike(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> Ten
     """Return the step on dense tensors in which elements of equal indices lie at equal distances from the start.
 
     Dense tensors of equal strides are so already. A gradient that is not is copied into the parameter's layout. For a
-    parameter with gaps, contiguous copies of all stand in, and `copies` gets the pairs to copy back. Codes lie in the
-    order of the parameter's memory as it is.
+    parameter with gaps, or of another layout than its states, contiguous copies of all take their places, and `copies`
+    gets the pairs to copy back. So does a tensor that is negated or conjugated only when it is read.
     """
-    if all(tensor.is_contiguous() for tensor in (step.grad, *step.written)):
+    tensors = (step.grad, *step.written)
+    if any(tensor.is_neg() or tensor.is_conj() for tensor in tensors):
+        return _contiguous(step, copies)
+    if all(tensor.is_contiguous() for tensor in tensors):
         return step
     strides = step.param.stride()
-    followers = [] if is_compact(step.states) else [step.exp_avg, step.exp_avg_sq]
-    followers += [] if step.master is None else [step.master]
-    if is_dense(step.param) and all(tensor.stride() == strides for tensor in followers):
+    if is_dense(step.param) and all(tensor.stride() == strides for tensor in step.written):
         if step.grad.stride() != strides:
             grad = step.grad.new_empty_strided(step.grad.shape, strides)
             return step._replace(grad=grad.copy_(step.grad))
         return step
-    contiguous = step.mapped(Tensor.contiguous)
+    return _contiguous(step, copies)
+
+
+def _contiguous(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> TensorStep:
+    contiguous = step.mapped(lambda tensor: tensor.resolve_conj().resolve_neg().contiguous())
     for original, copy in zip(step.written, contiguous.written, strict=True):
-        if copy.data_ptr() != original.data_ptr():
+        if copy is not original:
             copies.append((original, copy))
     return contiguous

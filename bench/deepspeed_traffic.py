@@ -6,7 +6,6 @@ from collections import defaultdict
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,7 +36,7 @@ class Traffic(TorchDispatchMode):
         self._patch: Any = None
 
     def __enter__(self) -> Traffic:
-        def counted(stepper: Stepper, work: Work, *arguments: Any) -> StepResult:
+        def counted(stepper: Stepper, work: Work, *arguments: Any, host_states: Any = ()) -> StepResult:
             self.bytes[STEP] += sum(map(step_bytes, [*work.kernel, *work.others]))
             return StepResult(True, None, None, None)
 
@@ -60,10 +59,9 @@ class Traffic(TorchDispatchMode):
 
 
 def step_bytes(step: TensorStep) -> int:
-    """Return what an update of one tensor reads and writes: a float32 master is read instead of the parameter."""
-    copied = step.master is not None and step.master.dtype == torch.float32
+    """Return what an update of one tensor reads and writes; a copy of float32 weights is written only."""
     written = [*step.written, *([] if step.group_exponents is None else [step.group_exponents])]
-    return sum(map(_size, written)) * 2 + _size(step.grad) - (_size(step.param) if copied else 0)
+    return sum(map(_size, written)) * 2 + _size(step.grad) - (_size(step.param) if step.param_is_copy else 0)
 
 
 def _size(tensor: Tensor) -> int:

@@ -30,6 +30,7 @@ from torch import Tensor
 from adax_triton import AdaX
 from adax_triton.reference import adax_update
 from adax_triton.schedule import StepScalars, step_scalars
+from adax_triton.state_tensors import numbers_of
 from adax_triton.stored import load_moments
 
 from .environment import describe
@@ -124,7 +125,7 @@ def is_evaluated(step: int, steps: int) -> bool:
 
 def second_moment(optimizer: AdaX, param: Tensor) -> Tensor:
     """Return v in float32, as it stands in the optimizer's state."""
-    state = optimizer.state[param]
+    state = numbers_of(optimizer.state[param])
     return load_moments(state["exp_avg"], state["exp_avg_sq"], state.get("group_exponents"))[1]
 
 

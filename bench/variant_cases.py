@@ -13,7 +13,7 @@ from adax_triton.device_tables import chunk_table
 from adax_triton.precision import bytes_loaded, bytes_stored
 from adax_triton.rounding import random_key
 from adax_triton.schedule import step_scalars
-from adax_triton.state_tensors import new_states
+from adax_triton.state_tensors import new_states, numbers_of
 
 from .kernel_rewrites import EXACT, rewritten_kernel
 from .step import COPY, COPY_BYTES_PER_ELEMENT, MOST_COPIED, copying, make_params, reason
@@ -63,9 +63,9 @@ class StepCase:
     def __init__(self, section: Section, numel: int, device: torch.device, folder: Path) -> None:
         self._mode, self._numel, self._device, self._folder = section.mode, numel, device, folder
         (param,) = make_params([(numel,)], device, seed=1, dtype=section.mode.param_dtype)
-        state = new_states([param], [section.mode.precision])[0]
+        state = numbers_of(new_states([param], [section.mode.precision])[0])
         self.tensors: dict[str, Tensor] = {"param": param.detach()}
-        self.tensors |= {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        self.tensors |= state
         self._grad = param.grad  # kept alive: the kernel knows its address only
         read = {"grad": param.grad, **self.tensors}
         columns = ("param", "grad", "exp_avg", "exp_avg_sq", "master", "group_exponents")

@@ -19,6 +19,7 @@ import torch
 from deepspeed.utils.logging import log_dist
 
 from adax_triton.moment_optimizer import MomentOptimizer
+from adax_triton.state_tensors import numbers_of
 from adax_triton.step_work import needs_device
 
 from .deepspeed_fuse_hooks import LateLinks, Zero3Hooks, Zero12Hooks
@@ -93,11 +94,10 @@ def describe(engine: Any) -> dict[str, Any]:
         raise ValueError(f"describe(): the engine's optimizer is {type(optimizer).__name__}, not one of adax_triton")
     states: dict[str, set[str]] = {}
     count = 0
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                states.setdefault(name, set()).add(str(value.dtype).removeprefix("torch."))
-                count += value.numel() * value.element_size()
+    for state in (state for key, state in optimizer.state.items() if isinstance(key, torch.Tensor)):
+        for name, value in numbers_of(state).items():
+            states.setdefault(name, set()).add(str(value.dtype).removeprefix("torch."))
+            count += value.numel() * value.element_size()
     fusion: Fusion = engine.adax_fusion
     return {
         "optimizer": type(optimizer).__name__,

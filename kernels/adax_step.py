@@ -88,18 +88,19 @@ def _update_tile(
     STOCHASTIC: tl.constexpr,
     SETTLED: tl.constexpr,
     TELEMETRY: tl.constexpr,
+    PARAM_IS_COPY: tl.constexpr,
     LANES: tl.constexpr,
 ):
     AXIS: tl.constexpr = 1 if LANES > 0 else 0
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr = arrays
     mask = offsets < end
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
-    if MASTER_DTYPE != tl.float32:
+    if not PARAM_IS_COPY:
         param = tl.load(param_ptr + offsets, mask=mask, other=0.0)
     master = None
     if MASTER_DTYPE is not None:
         master = tl.load(master_ptr + offsets, mask=mask, other=0)
-        param = master if MASTER_DTYPE == tl.float32 else join_master(param, master)
+        param = master if PARAM_IS_COPY else join_master(param, master)
     param = to_float32(param)
     exp_avg_stored = tl.load(exp_avg_ptr + offsets, mask=mask, other=0)
     exp_avg_sq_stored = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0)
@@ -209,6 +210,7 @@ def adax_step_kernel(
     STOCHASTIC: tl.constexpr,
     SETTLED: tl.constexpr,
     TELEMETRY: tl.constexpr,
+    PARAM_IS_COPY: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     VECTOR: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -235,7 +237,6 @@ def adax_step_kernel(
     groups, offsets = _block(CHUNK_SIZE, VECTOR, GROUPED)
     tiles_end = tl.multiple_of(remaining & -UNIT, UNIT)
     tail = tiles_end + tl.arange(0, UNIT)
-    tail_group = tiles_end // GROUP + tl.arange(0, 1)
     grad_sum, update_sum, param_sum, unchanged, not_finite = _update_tile(
         arrays,
         scalars_ptr,
@@ -249,6 +250,7 @@ def adax_step_kernel(
         STOCHASTIC,
         SETTLED,
         TELEMETRY,
+        PARAM_IS_COPY,
         GROUP // VECTOR if GROUPED else 0,
     )
     if tiles_end != remaining:
@@ -256,7 +258,7 @@ def adax_step_kernel(
             arrays,
             scalars_ptr,
             tail,
-            tail_group,
+            tiles_end // GROUP + tl.arange(0, 1),
             remaining,
             first_index,
             PARAM_DTYPE,
@@ -265,11 +267,11 @@ def adax_step_kernel(
             STOCHASTIC,
             SETTLED,
             TELEMETRY,
+            PARAM_IS_COPY,
             0,
         )
         if TELEMETRY:
-            grad_sum, update_sum = grad_sum + more[0], update_sum + more[1]
-            param_sum += more[2]
+            grad_sum, update_sum, param_sum = grad_sum + more[0], update_sum + more[1], param_sum + more[2]
             unchanged, not_finite = unchanged + more[3], not_finite + more[4]
     if TELEMETRY:
         chunk_sums_ptr += tl.program_id(0) * TELEMETRY_COLUMNS

@@ -41,9 +41,8 @@ def decode_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
 
 
 @triton.jit
-def _fraction_bits(bits, AXIS: tl.constexpr):
-    largest = tl.max(bits, axis=AXIS, keep_dims=True) >> 23
-    octaves = largest - (tl.min(bits, axis=AXIS, keep_dims=True) >> 23)
+def _fraction_bits(bits, largest, AXIS: tl.constexpr):
+    octaves = (largest >> 23) - (tl.min(bits, axis=AXIS, keep_dims=True) >> 23)
     # One bit fewer for every doubling of octaves + 2.
     doublings = (bits_of((octaves + 2).to(tl.float32)) >> 23).to(tl.int32) - 127
     return tl.maximum(7 - doublings, 3).to(tl.uint32)
@@ -52,14 +51,21 @@ def _fraction_bits(bits, AXIS: tl.constexpr):
 @triton.jit
 def encode_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.constexpr):
     """Return the codes of float32 moments, the second rounded by the upper random bits, and their groups' exponents."""
-    # Makes NaNs of any payload and sign the quiet one: adding to all ones, a GPU's own, would carry over.
-    bits = tl.minimum(bits_of(exp_avg_sq), 0x7FC00000)
+    # 0x00800000 for a 0, from 0x01000000 on for normal numbers; infinities and NaNs wrap around, to less than a 0.
+    raised = (bits_of(exp_avg_sq) + 0x00800000).to(tl.int32, bitcast=True)
+    exp_avg = tl.where(raised >= 0x01000000, exp_avg, 0.0)
     if STATES == "low":
+        # Makes NaNs of any payload and sign the quiet one: adding to all ones, a GPU's own, would carry over.
+        bits = tl.minimum(bits_of(exp_avg_sq), 0x7FC00000)
         rounded = (bits + (random >> 17)) >> 15
         direction, scale = _encode_direction(exp_avg, 0x7F7FFFFF - (rounded << 14), 133, AXIS)
         return direction, rounded.to(tl.uint16), scale
     else:
-        fraction = _fraction_bits(bits, AXIS)
+        # What is not finite is stored as the group's largest finite number, or as an infinity where it has none.
+        largest = (tl.max(raised, axis=AXIS, keep_dims=True) - 0x00800000).to(tl.uint32, bitcast=True)
+        largest = tl.minimum(largest, 0x7F800000)
+        bits = tl.minimum(bits_of(exp_avg_sq), largest)
+        fraction = _fraction_bits(bits, largest, AXIS)
         dropped = 23 - fraction
         rounded = tl.umulhi(bits + (random >> (32 - dropped)), _power_of_two(32 - dropped))
         exponent = tl.max(rounded, axis=AXIS, keep_dims=True) >> fraction
@@ -75,9 +81,10 @@ def encode_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.c
 def _encode_direction(exp_avg, inverse, ORIGIN: tl.constexpr, AXIS: tl.constexpr):
     # 0x7F7FFFFF less half the bits of v, whose exponent is that of 2^-(E(v) // 2): all ones below it, none is borrowed.
     direction = exp_avg * from_bits(inverse & 0x7F800000)
-    largest = tl.max(bits_of(direction) & 0x7FFFFFFF, axis=AXIS, keep_dims=True)
-    # The addend raises the scale where the largest would be rounded to 128, and would wrap around on a NaN of all ones.
-    scale = tl.maximum((tl.minimum(largest, 0x7F800000) + 0x10000) >> 23, ORIGIN)
+    # Without signs and raised by an exponent: infinities and NaNs wrap around, to less than a 0.
+    largest = tl.max((bits_of(direction) << 1) + 0x01000000, axis=AXIS, keep_dims=True) >> 1
+    # The addend raises the scale where the largest would be rounded to 128.
+    scale = tl.maximum((largest + 0x10000) >> 23, ORIGIN + 1)
     # The second addend leaves the nearest integer in the low bits of the pattern.
-    code = direction * from_bits((260 - scale) << 23) + 12582912.0
-    return bits_of(code).to(tl.uint8).to(tl.int8, bitcast=True), scale - ORIGIN
+    code = direction * from_bits((261 - scale) << 23) + 12582912.0
+    return bits_of(code).to(tl.uint8).to(tl.int8, bitcast=True), scale - (ORIGIN + 1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +57,26 @@ def is_interpreted() -> bool:
 _compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
 
+class _Held(threading.local):
+    launches: list[Callable[[], object]] | None = None
+
+
+_held = _Held()
+
+
+@contextlib.contextmanager
+def held_launches() -> Iterator[list[Callable[[], object]]]:
+    """Have this thread's launches compile their kernels and wait in a list; the caller calls each, in order.
+
+    Compiling may fail, and so may allocations between launches. Nothing has been launched by then.
+    """
+    launches = _held.launches = []
+    try:
+        yield launches
+    finally:
+        _held.launches = None
+
+
 def launch(
     kernel: Any,
     programs: int,
@@ -62,7 +85,7 @@ def launch(
     constants: Callable[[], dict[str, Any]],
     options: dict[str, int],
 ) -> None:
-    """Launch a kernel on the current stream of its arguments' device.
+    """Launch a kernel on the current stream of its arguments' device, or hold the launch, see `held_launches`.
 
     Triton looks at every argument at every launch to find the compiled kernel, which takes longer than the launch
     itself. Here the first launch of a variant leaves the compiled kernel for the next ones.
@@ -77,7 +100,7 @@ def launch(
     """
     device = arguments[0].device
     if device.type != "cuda":
-        kernel[(programs,)](*arguments, **constants(), **options)
+        _start(device, kernel[(programs,)], arguments, {**constants(), **options})
     elif device.index == torch.cuda.current_device():
         _launch(kernel, programs, arguments, (kernel.fn, device.index, variant), constants, options)
     else:
@@ -98,8 +121,27 @@ def _launch(
     found = _compiled.get((key, aligned))
     if found is None:
         values = constants()
-        _compiled[key, aligned] = kernel[(programs,)](*arguments, **values, **options), tuple(values.values())
+        found = kernel.warmup(*arguments, **values, **options, grid=(programs,)), tuple(values.values())
+        _compiled[key, aligned] = found
+    compiled, others = found
+    stream = triton.runtime.driver.active.get_current_stream(key[1])
+    # To be subscribed loads the code onto the device, if it is not there yet.
+    run = compiled[(programs, 1, 1)]
+    if _held.launches is None:
+        run(*arguments, *others, stream=stream)
     else:
-        compiled, others = found
-        stream = triton.runtime.driver.active.get_current_stream(key[1])
-        compiled[(programs, 1, 1)](*arguments, *others, stream=stream)
+        _start(arguments[0].device, run, (*arguments, *others), {"stream": stream})
+
+
+def _start(
+    device: torch.device, run: Callable[..., object], arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
+    if _held.launches is None:
+        run(*arguments, **keywords)
+    else:
+        _held.launches.append(functools.partial(_run_on, device, functools.partial(run, *arguments, **keywords)))
+
+
+def _run_on(device: torch.device, run: Callable[[], object]) -> None:
+    with torch.cuda.device(-1 if device.index is None else device.index):
+        run()

@@ -73,12 +73,21 @@ def split_master(master, addend, REST: tl.constexpr):
 
 @triton.jit
 def join_master(param, rest):
-    """Return the float32 master weights of bfloat16 parameters and what they lack, int16 or int8."""
-    top = bits_of(to_float32(param))
-    low = rest.to(tl.int32).to(tl.uint32, bitcast=True)
-    if rest.dtype == tl.int8:
-        low = low << 8
-    return from_bits(top + low)
+    """Return the float32 weights of parameters and their masters, where these still round to the parameters.
+
+    Elsewhere somebody has set the parameter, and it is the weight.
+    """
+    weights = to_float32(param)
+    if rest.dtype == tl.float32:
+        return tl.where(rest.to(param.dtype) == param, rest, weights)
+    else:
+        low = rest.to(tl.int32).to(tl.uint32, bitcast=True)
+        if rest.dtype == tl.int8:
+            low = low << 8
+        joined = from_bits(bits_of(weights) + low)
+        # Any sum rounds to the parameter, except that it wraps around to a NaN next to a 0 or an infinity. Adding twice
+        # takes as many instructions as a choice between sums, fewer of them for integers.
+        return from_bits(bits_of(weights) + tl.where(joined != joined, 0, low))
 
 
 @triton.jit

@@ -32,12 +32,12 @@ class StepVariant(NamedTuple):
         param_dtype: float32, bfloat16 or float16.
         grad_dtype: likewise, or float64.
         states: `"float32"`, `"bfloat16"`, `"low"` or `"lowest"`.
-        master: None, `"int16"` or `"int8"` for the remainder of bfloat16 parameters, `"float32"` for a master copy that
-            is read instead of the parameter.
+        master: None, `"int16"` or `"int8"` for the remainder of bfloat16 parameters, `"float32"` for a master copy.
         stochastic: round the parameters themselves stochastically; bfloat16 without a master.
         settled: write second moments only where one in a group of 32 has changed.
         telemetry: write the sums of each chunk, see `telemetry.tile_sums`.
         aligned: every address is a multiple of 16 bytes.
+        param_is_copy: the float32 master is the weight; the parameter is only written.
     """
 
     param_dtype: torch.dtype
@@ -48,6 +48,7 @@ class StepVariant(NamedTuple):
     settled: bool = False
     telemetry: bool = False
     aligned: bool = True
+    param_is_copy: bool = False
 
     def constants(self, shape: LaunchShape) -> dict[str, Any]:
         """Return the compile-time arguments of the kernel."""
@@ -65,6 +66,7 @@ class StepVariant(NamedTuple):
             "STOCHASTIC": self.stochastic,
             "SETTLED": self.settled,
             "TELEMETRY": self.telemetry,
+            "PARAM_IS_COPY": self.param_is_copy,
             "CHUNK_SIZE": shape.chunk_size,
             # 16 bytes is the widest access.
             "VECTOR": min(128 // widest, shape.elements_per_thread),

@@ -74,7 +74,7 @@ def step_variants() -> list[StepVariant]:
         variants += [variant._replace(aligned=False) for variant in variants[-6:] if not settled]
     # Of float32 weights with an image of them beside, see adax_triton.beside.
     for image, grad, aligned in ((bf16, bf16, True), (bf16, bf16, False), (bf16, fp32, True), (fp32, fp32, True)):
-        variants.append(StepVariant(image, grad, master="float32", aligned=aligned))
+        variants.append(StepVariant(image, grad, master="float32", aligned=aligned, param_is_copy=True))
     for states in STATES:
         variants += [
             StepVariant(fp32, fp32, states, telemetry=True),

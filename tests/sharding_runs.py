@@ -77,8 +77,6 @@ def placed(tensor: Tensor, like: DTensor) -> DTensor:
 def gathered(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    if tensor.dtype == torch.int16:  # gloo does not send it
-        return tensor.detach().to(torch.int32).full_tensor().to(torch.int16)
     return tensor.detach().full_tensor()
 
 

@@ -131,6 +131,19 @@ def test_skipped_step_changes_nothing(mode: Mode, backend: torch.device) -> None
     assert scaler.get_scale() == 2.0**10  # doubled after two steps, then halved
 
 
+def test_a_scale_of_zero_is_skipped_or_divides_as_zero_does(backend: torch.device) -> None:
+    for found_inf, max_grad_norm in ((1.0, None), (1.0, 1.0), (0.0, 1.0), (0.0, None)):
+        param = Parameter(torch.ones(8, device=backend))
+        optimizer = AdaXW([param], max_grad_norm=max_grad_norm)
+        param.grad = torch.ones_like(param)
+        optimizer.grad_scale = torch.zeros((), device=backend)
+        optimizer.found_inf = torch.full((), found_inf, device=backend)
+        optimizer.step()
+        skipped = found_inf == 1.0 or max_grad_norm is not None  # a norm that is not finite skips, too
+        assert int(optimizer.state[param]["step"]) == (0 if skipped else 1)
+        assert bool((param == 1).all()) if skipped else not bool(param.isfinite().any())
+
+
 def test_first_step_may_be_skipped(backend: torch.device) -> None:
     params, twins = parameters(backend), parameters(backend)
     optimizer, twin = AdaX(params, lr=0.01), AdaX(twins, lr=0.01)

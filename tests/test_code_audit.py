@@ -27,18 +27,25 @@ NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "f
 REGISTERS = {
     # target: float32 states: gradients like parameters, other aligned, unaligned; all else: aligned, unaligned; and
     # with telemetry, aligned: without codes, with codes
-    "sm_80": (48, 64, 80, 80, 128, 98, 112),
+    "sm_80": (48, 64, 80, 80, 164, 104, 112),
     "sm_90": (48, 64, 64, 64, 128, 80, 112),
     "sm_100": (56, 64, 64, 64, 168, 80, 112),
-    "gfx942": (56, 56, 80, 64, 80, 72, 72),
+    "gfx942": (56, 56, 80, 68, 82, 72, 72),
+}
+# With codes next to a float32 copy of the parameter, both of which are read: aligned, unaligned, with telemetry.
+REGISTERS_OF_COPIES = {
+    "sm_80": (105, 163, 128),
+    "sm_90": (77, 168, 128),
+    "sm_100": (80, 168, 128),
+    "gfx942": (66, 86, 72),
 }
 # Of the 8-bit modes on sm_90, tail included, each a little above what it is: an H200 is bound by them. Beyond 48
 # registers it has 32 warps instead of 40 at a time, and takes 4 to 6 % longer.
 INSTRUCTIONS = {
-    "bf16-bf16-low-alone-stochastic-aligned": 620,
-    "bf16-bf16-low-int8-aligned": 690,
-    "bf16-bf16-lowest-alone-stochastic-aligned": 765,
-    "bf16-bf16-lowest-int8-aligned": 830,
+    "bf16-bf16-low-alone-stochastic-aligned": 650,
+    "bf16-bf16-low-int8-aligned": 745,
+    "bf16-bf16-lowest-alone-stochastic-aligned": 795,
+    "bf16-bf16-lowest-int8-aligned": 890,
 }
 
 MERGED = ("tile", "load", "group_exponents")
@@ -69,7 +76,7 @@ def audit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Facts
 
 def variant_name(facts: Facts) -> str:
     words = [NAMES[facts["param_dtype"]], NAMES[facts["grad_dtype"]], facts["states"], facts["master"] or "alone"]
-    words += [name for name in ("stochastic", "settled", "telemetry") if facts[name]]
+    words += [name for name in ("stochastic", "settled", "telemetry", "param_is_copy") if facts[name]]
     return "-".join([*words, "aligned" if facts["aligned"] else "unaligned"])
 
 
@@ -113,7 +120,7 @@ def expected_accesses(facts: Facts) -> Counter:
     for stream, dtype in streams.items():
         width = min(vector(facts) * dtype.itemsize, 16)
         count = facts["elements_per_thread"] * dtype.itemsize // width
-        copied = stream == "param" and facts["master"] == "float32"
+        copied = stream == "param" and facts["param_is_copy"]
         for kind in ("load",) if stream == "grad" else ("store",) if copied else ("load", "store"):
             expected[kind, stream, 8 * width] = count
     return expected
@@ -155,7 +162,8 @@ def test_every_variant_is_compiled(audit: dict[str, dict[str, Facts]], target: s
         for pair, master in (kept[0], kept[2], *masters[1:]):
             expected.add(f"{pair}-{states}-{master}-telemetry-aligned")
     beside = "bf16-bf16", "bf16-fp32", "fp32-fp32"
-    expected |= {f"{pair}-float32-float32-aligned" for pair in beside} | {"bf16-bf16-float32-float32-unaligned"}
+    expected |= {f"{pair}-float32-float32-param_is_copy-aligned" for pair in beside}
+    expected.add("bf16-bf16-float32-float32-param_is_copy-unaligned")
     assert set(audit[target]) == expected
 
 
@@ -173,7 +181,8 @@ def test_bytes_per_element_are_those_of_the_formula(audit: dict[str, dict[str, F
         found[name] = bytes_per_element(facts, "load"), bytes_per_element(facts, "store")
         like = with_states_like(facts)
         stored = bytes_stored(like, kept) - like.itemsize + param.itemsize
-        expected[name] = bytes_loaded(like, grad, kept), stored
+        loaded = bytes_loaded(like, grad, kept) - (like.itemsize if facts["param_is_copy"] else 0)
+        expected[name] = loaded, stored
     assert found == expected
 
 
@@ -227,7 +236,7 @@ def test_code_stays_out_of_shared_memory(audit: dict[str, dict[str, Facts]], tar
         assert facts["barriers"] == trips, name
         # AMD's reductions within a wave are ds_ operations.
         reduces = target == "gfx942" and (has_codes(facts) or facts["settled"])
-        assert facts["shared"] <= (130 if trips else 4 if reduces else 0), name
+        assert facts["shared"] <= (130 if trips else 5 if reduces else 0), name
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -243,7 +252,9 @@ def test_registers_are_within_bounds(audit: dict[str, dict[str, Facts]], target:
     alike, aligned, unaligned, rounded_aligned, rounded_unaligned, *with_telemetry = REGISTERS[target]
     excess = {}
     for name, facts in audit[target].items():
-        if facts["telemetry"]:
+        if has_codes(facts) and facts["master"] == "float32":
+            bound = REGISTERS_OF_COPIES[target][2 if facts["telemetry"] else not facts["aligned"]]
+        elif facts["telemetry"]:
             bound = with_telemetry[has_codes(facts)]
         elif not is_plain(facts):
             bound = rounded_aligned if facts["aligned"] else rounded_unaligned

@@ -110,22 +110,89 @@ def test_kernels_encode_and_decode_to_the_same_bits(lowest: bool, device: torch.
         assert torch.equal(values.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
 
 
+NO_NUMBERS = [0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0x7F800001, -0x400000, -1]
+NO_NORMALS = [*NO_NUMBERS, 0, 1, 0x7FFFFF]
+STRUCK = torch.arange(GROUP) == 9
+
+
+def struck_moments(moment: int, pattern: int) -> tuple[Tensor, Tensor]:
+    """Return moments of which one element of each group has the bits of `pattern`, its m and v otherwise ordinary."""
+    moments = wide_moments(64, 3.0)
+    moments[moment].view(torch.int32)[:, STRUCK] = pattern
+    return moments
+
+
 @each_format
-@pytest.mark.parametrize("pattern", [0x7FC00000, 0x7FFFFFFF, -0x400000, -1], ids=hex)
+@pytest.mark.parametrize("pattern", NO_NUMBERS, ids=hex)
 @pytest.mark.parametrize("moment", [0, 1], ids=["exp_avg", "exp_avg_sq"])
-def test_nan_is_to_its_group_as_infinity(moment: int, pattern: int, lowest: bool, device: torch.device) -> None:
-    moments, struck = wide_moments(64, 3.0), torch.arange(GROUP) == 9
-    random, nowhere = draws(moments[0].shape), torch.zeros(64, GROUP, dtype=torch.bool)
-    moments[moment][:, struck] = math.inf
-    expected = coded(*moments, random, lowest)
-    in_v = nowhere | struck if moment == 1 else nowhere
-    assert torch.equal(decode(*expected)[1].isinf(), in_v)
-    moments[moment].view(torch.int32)[:, struck] = pattern
-    for found in (coded(*moments, random, lowest), by_kernel(*moments, random, lowest, device)[2:]):
-        assert torch.equal(decode(*found)[1].isnan(), in_v)
+def test_infinity_and_nan_do_nothing_to_their_group(
+    moment: int, pattern: int, lowest: bool, device: torch.device
+) -> None:
+    m, v = struck_moments(moment, pattern)
+    random = draws(m.shape)
+    largest = v.where(~STRUCK, 0.0).amax(dim=1, keepdim=True)
+    expected = coded(m.where(~STRUCK, 0.0), v.where(~STRUCK, largest) if moment == 1 else v, random, lowest)
+    for found in (coded(m, v, random, lowest), by_kernel(m, v, random, lowest, device)[2:]):
         assert_same_bits(found[2], expected[2])
         for codes, alike in zip(found[:2], expected[:2], strict=True):
-            assert_same_bits(codes[:, ~struck], alike[:, ~struck])
+            assert_same_bits(codes[:, ~STRUCK], alike[:, ~STRUCK])
+        first, second = decode(*found)
+        if moment == 1:
+            assert not first[:, STRUCK].any()
+            # "lowest" has no infinities within its groups' ranges.
+            assert torch.equal(second.isfinite(), ~STRUCK.expand(64, GROUP) | lowest)
+            assert not lowest or torch.equal(found[1], expected[1].view(found[1].dtype))
+
+
+@each_format
+@pytest.mark.parametrize("pattern", [0, 1, 0x7FFFFF], ids=hex)
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_first_moment_over_a_vanished_second_one_does_nothing_to_its_group(
+    size: float, pattern: int, lowest: bool, device: torch.device
+) -> None:
+    moments = struck_moments(1, pattern)
+    moments[0][:, STRUCK] = size
+    expected, random = (moments[0].where(~STRUCK, 0.0), moments[1]), draws(moments[0].shape)
+    for found in (coded(*moments, random, lowest), by_kernel(*moments, random, lowest, device)[2:]):
+        for codes, alike in zip(found, coded(*expected, random, lowest), strict=True):
+            assert_same_bits(codes, alike)
+        m, v = decode(*found)
+        assert not m[:, STRUCK].any() and bool(
+            (v[:, STRUCK] <= 1.01 * 2.0**-126 + moments[1].amax(1, True) * 2.0**-30).all()
+        )
+        # And a group in which v is normal is what the others are, to a unit of their largest.
+        error = (m - expected[0]).abs() / v.sqrt().clamp_min(1e-30)
+        assert bool((error[:, ~STRUCK] < 2.0**-4).all())
+
+
+@each_format
+def test_smallest_and_largest_normal_second_moments_count(lowest: bool, device: torch.device) -> None:
+    for bits in (0x800000, 0x7F7FFFFF):
+        v = torch.full((64, GROUP), bits, dtype=torch.int32).view(torch.float32)
+        m = torch.linspace(-1.0, 1.0, GROUP).expand(64, GROUP) * v.sqrt()
+        nearest = torch.zeros(m.shape, dtype=torch.int32)
+        for found in (coded(m, v, nearest, lowest), by_kernel(m, v, nearest, lowest, device)[2:]):
+            decoded, _ = decode(*found)
+            assert bool(((decoded - m).abs() <= v.sqrt() * 2.0**-6).all())
+
+
+@each_format
+@pytest.mark.parametrize("pattern", NO_NORMALS, ids=hex)
+def test_group_without_a_normal_second_moment_has_no_direction(
+    pattern: int, lowest: bool, device: torch.device
+) -> None:
+    m, _ = wide_moments(64, 3.0)
+    v, random = torch.full(m.shape, pattern, dtype=torch.int32).view(torch.float32), draws(m.shape)
+    for found in (coded(m, v, random, lowest), by_kernel(m, v, random, lowest, device)[2:]):
+        assert not found[0].any()
+        decoded, again = decode(*found)
+        assert not decoded.any()
+        if pattern in NO_NUMBERS:
+            assert not again.isfinite().any()
+        else:
+            assert bool((again < 2.0**-124).all())
+    for one, other in zip(coded(m, v, random, lowest), by_kernel(m, v, random, lowest, device)[2:], strict=True):
+        assert_same_bits(other, one)
 
 
 def fraction_bits(v: Tensor, lowest: bool) -> Tensor:

@@ -242,8 +242,8 @@ def test_what_lacks_keys_or_has_other_states_is_named(convert: Any) -> None:
             refused(convert, given, [f"{where} has no {key!r}"], **options)
             holder[key] = value
     changes: list[tuple[dict[str, Any], type, str]] = [
-        ({"exp_avg": torch.zeros(7, dtype=torch.int8)}, ValueError, "states='float32'"),
-        ({"exp_avg_sq": torch.zeros(7, dtype=torch.int16)}, ValueError, "states='float32'"),
+        ({"exp_avg": torch.zeros(7, 1, dtype=torch.uint8)}, ValueError, "states='float32'"),
+        ({"exp_avg_sq": torch.zeros(7, 2, dtype=torch.uint8)}, ValueError, "states='float32'"),
         ({"group_exponents": torch.zeros(1)}, ValueError, "states='float32'"),
         ({"exp_avg": [0.0] * 7}, TypeError, "expected a tensor"),
         *(({"step": step}, TypeError, "expected a count") for step in (-1, 1.5, True, "3", math.nan, torch.ones(2))),

@@ -9,7 +9,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from adax_triton import compiled as compiled_module
-from adax_triton.compiled import _program, call_compiled
+from adax_triton.compiled import ANY, _program, compiled_program
 from adax_triton.cpu import (
     COMPILE_FROM_NUMEL,
     EAGER_CHUNK,
@@ -93,7 +93,7 @@ def test_new_scalars_and_sizes_do_not_compile_again() -> None:
 def test_step_beside_a_float32_copy_is_that_of_float32_weights(grad_dtype: torch.dtype) -> None:
     weights, grad, exp_avg, exp_avg_sq = make_tensors(COMPILE_FROM_NUMEL + 13, torch.float32, grad_dtype)
     copies = [tensor.clone() for tensor in (weights, exp_avg, exp_avg_sq)]
-    step = TensorStep(weights.bfloat16(), grad, copies[1], copies[2], 0, master=copies[0])
+    step = TensorStep(weights.bfloat16(), grad, copies[1], copies[2], 0, master=copies[0], param_is_copy=True)
     for count in (1, 2):
         scalars = scalars_of(count)._replace(grad_factor=1.0 / count)
         update_cpu(weights, grad.float(), exp_avg, exp_avg_sq, scalars)
@@ -140,10 +140,12 @@ def test_programs_are_called_with_any_sizes_and_return_what_they_compute() -> No
         total = (values * scale).sum()
         return -total if negate else total
 
-    for numel in (COMPILE_FROM_NUMEL, 3 * COMPILE_FROM_NUMEL + 1):
-        for negate in (False, True):
-            values = torch.ones(numel + 7)[7:]  # where a view begins is a number too
-            found = call_compiled(halves, (values, None, torch.tensor([2.0])), negate)
+    for negate in (False, True):
+        program = compiled_program(halves, ((torch.float32, (ANY,)), None, (torch.float32, (1,))), (negate,))
+        assert program is not None
+        for numel in (0, 1, 2, COMPILE_FROM_NUMEL, 3 * COMPILE_FROM_NUMEL + 1):
+            values = torch.ones(numel + 7)[7:]  # a view that begins anywhere
+            found = program(values, None, torch.tensor([2.0]))
             assert float(found) == (-2.0 if negate else 2.0) * numel
 
 

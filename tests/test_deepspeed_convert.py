@@ -51,8 +51,9 @@ def refused(source: Path, words: list[str], capsys: pytest.CaptureFixture[str], 
 
 ADAM = state_dict(torch.optim.Adam)
 LOW = state_dict(AdaX)
+LOW["state"][0]["exp_avg"] = torch.zeros(5, 1, dtype=torch.uint8)
 LOW["state"][0]["exp_avg_sq"] = torch.zeros(5, 2, dtype=torch.uint8)
-LOW["state"][0]["group_exponents"] = torch.zeros(1, dtype=torch.uint8)
+LOW["state"][0]["group_exponents"] = torch.zeros(1, 1, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(

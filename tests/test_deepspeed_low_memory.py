@@ -69,7 +69,7 @@ def test_low_memory_states_follow_single_process_and_resume(results: dict[str, A
 def test_own_masters_and_states_take_the_place_of_deepspeeds(results: dict[str, Any], case: Case) -> None:
     result = results[case["name"]]
     assert "failure" not in result, result["failure"]
-    dtypes = {"bfloat16": "torch.bfloat16", "low": "torch.int16", "lowest": "torch.uint8"}
+    dtypes = {"bfloat16": "torch.bfloat16", "low": "torch.uint8", "lowest": "torch.uint8"}
     assert dtypes[case["params"]["states"]] in result["states"]
     assert result["deviation"] <= 2.0**-6  # one unit in the last place of a bfloat16 weight below 4
     assert result["moved"] >= 2.0**-7

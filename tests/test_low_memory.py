@@ -16,6 +16,7 @@ from adax_triton.cpu import COMPILE_FROM_NUMEL, EAGER_CHUNK, WIDENED_NUMEL
 from adax_triton.flat_buffer import is_dense
 from adax_triton.precision import STATES, Precision, state_bytes
 from adax_triton.reference import adax_update
+from adax_triton.state_tensors import numbers_of
 from adax_triton.step_work import scalars_of
 from adax_triton.stored import load_master, load_moments
 
@@ -103,7 +104,7 @@ def stored(optimizer: AdaX, params: dict[str, Tensor]) -> dict[tuple[str, str], 
 
 
 def weights(optimizer: AdaX, param: Tensor) -> Tensor:
-    return load_master(param.detach(), optimizer.state[param].get("master"))
+    return load_master(param.detach(), numbers_of(optimizer.state[param]).get("master"))
 
 
 def rows_of_32(tensor: Tensor) -> Tensor:
@@ -111,6 +112,7 @@ def rows_of_32(tensor: Tensor) -> Tensor:
 
 
 def decoded(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    state = numbers_of(state)
     return load_moments(*(rows_of_32(state[name]) for name in ("exp_avg", "exp_avg_sq")), state.get("group_exponents"))
 
 
@@ -182,10 +184,15 @@ def test_step_is_as_accurate_as_its_formats(mode: Mode, backend: torch.device) -
             assert bool((error <= bound * 1.001 + 2 * reference).all()), (name, index)
 
 
+def index_order(param: Tensor) -> Tensor:
+    """Return the indices of a tensor's elements in their own order, which is that of codes."""
+    return torch.arange(param.numel(), device=param.device)
+
+
 def memory_order(param: Tensor) -> Tensor:
-    """Return the indices of a tensor's elements in the order in which they are stepped."""
+    """Return the indices of a tensor's elements in the order in which they are stepped next to floats."""
     if not is_dense(param):
-        return torch.arange(param.numel(), device=param.device)
+        return index_order(param)
     place = torch.empty_strided(param.shape, param.stride(), dtype=torch.int64, device=param.device)
     place.as_strided((param.numel(),), (1,)).copy_(torch.arange(param.numel()))
     return place.flatten().argsort()
@@ -195,7 +202,8 @@ def memory_order(param: Tensor) -> Tensor:
 def test_any_layout_is_stepped_as_the_row_of_its_elements(name: str, backend: torch.device) -> None:
     mode = MODES[name]
     params = leaves(backend, mode.dtype, ["channels_last", "transposed", "gaps"])
-    orders = {name: memory_order(param) for name, param in params.items()}
+    order = index_order if mode.states in ("low", "lowest") else memory_order
+    orders = {name: order(param) for name, param in params.items()}
     rows = {name: param.detach().flatten()[orders[name]].requires_grad_() for name, param in params.items()}
     optimizers = [AdaX(list(each.values()), lr=0.01, **mode.options()) for each in (params, rows)]
     for step in (1, 2):

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from adax_triton import AdaX
 from adax_triton.backends import Stepper, Work, uses_kernel
-from adax_triton.flat_buffer import is_dense
 from adax_triton.precision import STATES
 from adax_triton.pytorch_steps import HostRows
 from adax_triton.rounding import random_key
 from adax_triton.schedule import StepScalars
+from adax_triton.state_tensors import numbers_of
 from adax_triton.stored import load_master, load_moments
 from adax_triton.tensor_step import TensorStep
 
@@ -124,7 +124,7 @@ def test_part_of_a_parameter_is_stepped_as_it_is_within_the_whole(states: str, b
     scalars = StepScalars(0.5, one_minus_beta1=0.1, exp_avg_sq_weight=0.3, eps=1e-3, decay=0.01, l2=0, grad_factor=1)
     options = {"states": states, "weight_rounding": "stochastic", "seed": 3}
     param = normal(6144).to(backend, torch.bfloat16).requires_grad_()
-    state = train(AdaX([param], **options), {"row": param}, [1]).state[param]
+    state = numbers_of(train(AdaX([param], **options), {"row": param}, [1]).state[param])
     parts = [(0, 6144), (0, 2080), (2080, 6144)]
     found = []
     for start, end in parts:
@@ -163,16 +163,10 @@ def trained_in(states: str, master_weights: str | None, device: torch.device) ->
 
 
 def moments(state: dict[str, Any], param: Tensor) -> list[Tensor]:
-    """Return the moments in float64 in the order in which the elements are stepped, in groups of 32."""
-    if is_dense(param):
-        place = torch.empty_strided(param.shape, param.stride(), dtype=torch.int64)
-        place.as_strided((param.numel(),), (1,)).copy_(torch.arange(param.numel()))
-        order = place.flatten().argsort()
-    else:
-        order = torch.arange(param.numel())
-    exponents = state.get("group_exponents")
-    runs = [state[name].flatten() for name in ("exp_avg", "exp_avg_sq")]
-    runs = [run if exponents is not None else run[order] for run in runs]
+    """Return the moments in float64 in the order of indices, in groups of 32."""
+    numbers = numbers_of(state)
+    exponents = numbers.get("group_exponents")
+    runs = [numbers[name].flatten() for name in ("exp_avg", "exp_avg_sq")]
     padded = [nn.functional.pad(run, (0, -len(run) % 32)) for run in runs]
     inside = (torch.arange(len(padded[0])) < param.numel()).view(-1, 32)
     return [moment.view(-1, 32).double() * inside for moment in load_moments(*padded, exponents)]
@@ -216,8 +210,8 @@ def test_states_load_into_any_other_mode(
         for found, exact, bound in zip((m_found, v_found), (m, v), bounds(states, m, v, v_found), strict=True):
             assert bool(((found - exact).abs() <= bound).all()), name
         assert torch.equal(param, params[name])
-        weights = load_master(params[name].detach(), before.get("master"))
-        found = load_master(param.detach(), after.get("master"))
+        weights = load_master(params[name].detach(), numbers_of(before).get("master"))
+        found = load_master(param.detach(), numbers_of(after).get("master"))
         if target[1] == "float32" or source[1] == target[1] or source[1] is None:
             assert torch.equal(found, weights if target[1] else param.float())
         elif target[1] == "24bit":

@@ -16,7 +16,7 @@ from adax_triton.horizon import steps_until_frozen
 from adax_triton.precision import STATES, Precision
 from adax_triton.rounding import random_key
 from adax_triton.schedule import StepScalars
-from adax_triton.state_tensors import new_states
+from adax_triton.state_tensors import new_states, numbers_of
 
 pytest.importorskip("triton")
 
@@ -97,7 +97,7 @@ def test_parameter_that_cannot_be_kept_so_is_refused(
 
 
 SPOILED: dict[str, Callable[[dict[str, Any], Tensor], Any]] = {
-    "exp_avg_sq": lambda state, _: state.update(exp_avg_sq=state["exp_avg_sq"].long()),
+    "exp_avg_sq": lambda state, _: state.update(exp_avg_sq=state["exp_avg_sq"][..., 0].long()),
     "group_exponents": lambda state, _: state.pop("group_exponents"),
     "master": lambda state, param: setattr(param, "data", param.data.float()),
 }
@@ -124,12 +124,12 @@ def test_step_on_states_that_do_not_fit_changes_nothing(word: str, compiled_cpu:
 
 def test_groups_small_tensors_and_exceptions_are_kept_as_they_say(compiled_cpu: torch.device) -> None:
     named = {
-        "low": (blank(4096), torch.int16),
-        "small": (blank(4095), torch.float32),
-        "kept": (blank(5000), torch.float32),
-        "lowest": (blank(4096), torch.uint8),
-        "bfloat16": (blank(4096), torch.bfloat16),
-        "double": (blank(4096, WIDE), torch.float64),
+        "low": (blank(4096), (torch.uint8, (4096, 2))),
+        "small": (blank(4095), (torch.float32, (4095,))),
+        "kept": (blank(5000), (torch.float32, (5000,))),
+        "lowest": (blank(4096), (torch.uint8, (4096, 1))),
+        "bfloat16": (blank(4096), (torch.bfloat16, (4096,))),
+        "double": (blank(4096, WIDE), (torch.float64, (4096,))),
     }
     params = {name: param for name, (param, _) in named.items()}
     groups = [
@@ -142,9 +142,9 @@ def test_groups_small_tensors_and_exceptions_are_kept_as_they_say(compiled_cpu: 
     for param in params.values():
         param.grad = torch.ones_like(param)
     optimizer.step()
-    assert {name: optimizer.state[param]["exp_avg_sq"].dtype for name, param in params.items()} == {
-        name: dtype for name, (_, dtype) in named.items()
-    }
+    second = {name: optimizer.state[param]["exp_avg_sq"] for name, param in params.items()}
+    found = {name: (moment.dtype, tuple(moment.shape)) for name, moment in second.items()}
+    assert found == {name: layout for name, (_, layout) in named.items()}
     # Parameters of 32 bits and more are their own masters.
     assert not any("master" in state for state in optimizer.state.values())
 
@@ -174,7 +174,7 @@ def launch(param: Tensor, grad: Tensor, state: dict[str, Any], variant: StepVari
 
 def stepped_once(dtype: torch.dtype, states: str, master: str | None, device: torch.device) -> tuple[Tensor, dict]:
     param = normal(NUMEL).to(device, dtype)
-    state = new_states([param], [Precision(states, master)])[0]
+    state = numbers_of(new_states([param], [Precision(states, master)])[0])
     name = str(state["master"].dtype).removeprefix("torch.") if master else None
     variant = StepVariant(dtype, dtype, states, name, aligned=False)
     launch(param, normal(NUMEL, seed=1).to(param), state, variant, SCALARS._replace(exp_avg_sq_weight=1.0))
@@ -209,7 +209,8 @@ def test_settled_kernel_writes_only_groups_that_have_changed(states: str, device
     # Both moments in one place: the first is stored first, and stays where the second is not stored.
     spikes = {5: 0, 2100: 2100 // 32}
     for settled in (False, True):
-        param, state = torch.ones(NUMEL, device=device), new_states([torch.ones(NUMEL)], [Precision(states)])[0]
+        param = torch.ones(NUMEL, device=device)
+        state = numbers_of(new_states([torch.ones(NUMEL)], [Precision(states)])[0])
         variant = StepVariant(torch.float32, torch.float32, states, aligned=False)
         launch(param, torch.ones_like(param), state, variant, SCALARS._replace(exp_avg_sq_weight=1.0))
         shared = state["exp_avg_sq"]  # the codes of 1, which a weight of 2^-40 does not change
@@ -240,6 +241,25 @@ def test_frozen_second_moments_are_told_once(optimizer_class: type, compiled_cpu
             optimizer.step()
     assert [warning.filename for warning in caught] == [__file__]
     assert all(word in str(caught[0].message) for word in (f"step {frozen}", "0.1", "beta2_for_horizon"))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"capturable": True}, {"lr": "tensor"}], ids=str)
+def test_frozen_second_moments_are_told_whoever_counts_the_steps(options: dict[str, Any], device: torch.device) -> None:
+    options = {key: torch.tensor(0.01, device=device) if value == "tensor" else value for key, value in options.items()}
+    param = Parameter(torch.ones(8, device=device))
+    optimizer = AdaXW([param], **options)
+    param.grad = torch.ones_like(param)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+        assert caught == []
+        optimizer.state[param]["step"] = torch.tensor(150_000)
+        for _ in range(5):
+            optimizer.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+    assert [warning.filename for warning in caught] == [__file__]
+    assert "are frozen" in str(caught[0].message)
 
 
 def test_rules_that_do_not_freeze_tell_nothing(compiled_cpu: torch.device) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton import AdaX
+from adax_triton.state_tensors import numbers_of
 from adax_triton.stored import load_master
 
 
@@ -56,7 +57,7 @@ def test_master_state_dict_carries_the_exact_weights(
     assert exported["norm.running_mean"].dtype == torch.bfloat16
     assert exported["norm.num_batches_tracked"].dtype == torch.int64
     for name, param in model.named_parameters():
-        master = optimizer.state[param]["master"] if optimizer.state.get(param) else None
+        master = numbers_of(optimizer.state[param])["master"] if optimizer.state.get(param) else None
         assert exported[name].dtype == torch.float32
         assert torch.equal(exported[name], load_master(param.detach(), master))
     # Weights of all 32 bits, as a float32 model has them.

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from adax_triton import Adam, AdamW, AdaX, AdaXW
 from adax_triton.flat_buffer import is_dense
+from adax_triton.state_tensors import numbers_of
 from adax_triton.stored import load_master
 from adax_triton.telemetry import StepTelemetry, Telemetry
 
@@ -53,7 +54,7 @@ def weights(optimizer: AdaX, param: Tensor) -> Tensor:
     """Return the weights as they are stored, masters included, in float64."""
     state = optimizer.state.get(param) or {}
     data = torch.view_as_real(param.detach()) if param.is_complex() else param.detach()
-    stored = data if data.dtype == torch.float64 else load_master(data, state.get("master"))
+    stored = data if data.dtype == torch.float64 else load_master(data, numbers_of(state).get("master"))
     return stored.double().cpu().clone()
 
 

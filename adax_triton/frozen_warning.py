@@ -1,0 +1,77 @@
+"""The warning that second moments no longer change, given once, whoever counts the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .device_scalars import DeviceRow
+from .device_tables import is_capturing
+from .horizon import FROZEN_WEIGHT
+from .hyperparameters import as_float
+from .schedule import exp_avg_sq_weight
+
+# Steps at which counts on a device are read: the first, for a run that goes on from a checkpoint, then one in so many.
+_FIRST_READS, _READ_EVERY = 4, 1024
+
+
+class FrozenWarning:
+    """Says once when the second moments of a group are frozen, without the host waiting for a device."""
+
+    def __init__(self) -> None:
+        self._said = False
+        self._steps = 0
+        self._copies: list[tuple[int, Tensor, torch.cuda.Event]] = []
+
+    def after_host_step(
+        self, counts: Iterable[tuple[int, int]], param_groups: Sequence[Mapping[str, Any]]
+    ) -> str | None:
+        """Return the warning, if the (group, step) of a step that the host schedules call for it for the first time."""
+        if self._said:
+            return None
+        messages = (_message(step, index, param_groups) for index, step in counts)
+        message = next((text for text in messages if text is not None), None)
+        self._said = message is not None
+        return message
+
+    def after_device_step(
+        self, rows: Mapping[torch.device, Sequence[DeviceRow]], param_groups: Sequence[Mapping[str, Any]]
+    ) -> str | None:
+        """Return the warning, now and then looking at one count of each group; on a GPU it comes a few steps late."""
+        self._steps += 1
+        if self._said or any(map(is_capturing, rows)):
+            return None
+        known = [(index, int(count)) for index, count, event in self._copies if event.query()]
+        if known:
+            self._copies.clear()
+        if self._steps <= _FIRST_READS or self._steps % _READ_EVERY == 0:
+            first = {row.group_index: row.step for some in rows.values() for row in reversed(some)}
+            known += [(index, int(step)) for index, step in first.items() if step.device.type == "cpu"]
+            self._copies = [_copy(index, step) for index, step in first.items() if step.device.type != "cpu"]
+        return self.after_host_step(known, param_groups)
+
+
+def _copy(index: int, step: Tensor) -> tuple[int, Tensor, torch.cuda.Event]:
+    count = torch.empty(step.shape, dtype=step.dtype, pin_memory=True)
+    event = torch.cuda.Event()
+    with torch.cuda.device(step.device):
+        count.copy_(step, non_blocking=True)
+        event.record()
+    return index, count, event
+
+
+def _message(step: int, group_index: int, param_groups: Sequence[Mapping[str, Any]]) -> str | None:
+    group = param_groups[group_index]
+    if group["second_moment"] != "adax" or step < 1:
+        return None
+    beta2 = as_float(group["betas"][1], "betas[1]")
+    if exp_avg_sq_weight("adax", beta2, step) >= FROZEN_WEIGHT:
+        return None
+    return (
+        f"At step {step} with betas[1]={beta2} the second moments of param_groups[{group_index}] are frozen: from here "
+        "on this is momentum with fixed step sizes. If that is not wanted, train with "
+        "betas[1]=adax_triton.beta2_for_horizon(total_steps)."
+    )

@@ -1,0 +1,317 @@
+"""Whatever changes between two steps, the next one is the reference update of the tensors as they are then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adax_triton import AdaXW, GradientRelease
+from adax_triton.beside import Beside
+from adax_triton.moment_optimizer import MomentOptimizer
+from adax_triton.reference import adax_update
+from adax_triton.schedule import GROUP_KEYS, step_scalars
+
+KINDS = ["plain", "cpu", "clipped", "capturable", "scaler", "external", "release"]
+LIMIT, SCALE = 0.5, 4.0
+Change = Callable[[MomentOptimizer, nn.Parameter], None]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpu":
+        request.getfixturevalue("compiled_cpu")
+    return str(request.param)
+
+
+class Run:
+    """An optimizer whose every step is compared with the reference update of copies."""
+
+    def __init__(self, kind: str, device: torch.device) -> None:
+        self.kind, self.number = kind, 0
+        self.params = [nn.Parameter(torch.randn(shape, device=device)) for shape in ((5,), (6, 4), (3, 7))]
+        options = {"clipped": {"max_grad_norm": LIMIT}, "capturable": {"capturable": True}}.get(kind, {})
+        self.optimizer = AdaXW([{"params": self.params[:1]}, {"params": self.params[1:]}], lr=0.01, **options)
+        if kind == "release":
+            GradientRelease(self.optimizer)
+        if kind == "scaler":
+            self.optimizer.grad_scale = torch.tensor(SCALE, device=device)
+            self.optimizer.found_inf = torch.zeros((), device=device)
+
+    def gradients(self) -> list[Tensor]:
+        self.number += 1
+        generator = torch.Generator().manual_seed(self.number)
+        return [torch.randn(param.shape, generator=generator).to(param) for param in self.params]
+
+    def step(self, gradients: list[Tensor]) -> None:
+        if self.kind == "release":
+            sum((param * grad).sum() for param, grad in zip(self.params, gradients, strict=True)).backward()
+        elif self.kind == "external":
+            parts = [Beside(param, [grad]) for param, grad in zip(self.params, gradients, strict=True)]
+            self.optimizer.lay_beside(parts)
+            self.optimizer.step()
+        else:
+            for param, grad in zip(self.params, gradients, strict=True):
+                param.grad = grad
+            self.optimizer.step()
+
+    def check_step(self, change_gradient: Callable[[Tensor], Tensor] = lambda grad: grad) -> None:
+        gradients = self.gradients()
+        expected = [self.expected(param, grad) for param, grad in zip(self.params, gradients, strict=True)]
+        factor = 1.0
+        if self.kind == "clipped":
+            norm = torch.stack([grad.norm() for grad in gradients]).norm()
+            factor = min(1.0, LIMIT / (norm.item() + 1e-6))
+        for update in expected:
+            update.apply(factor)
+        change = change_gradient if self.kind != "release" else lambda grad: grad  # autograd makes those
+        scale = SCALE if self.kind == "scaler" else 1.0
+        self.step([change(grad * scale) for grad in gradients])
+        for param, update in zip(self.params, expected, strict=True):
+            update.check(param, self.optimizer.state[param])
+
+    def expected(self, param: nn.Parameter, grad: Tensor) -> Expected:
+        (group,) = (group for group in self.optimizer.param_groups if any(param is own for own in group["params"]))
+        return Expected(param, grad, self.optimizer.state.get(param) or {}, group)
+
+
+class Expected:
+    """What one parameter and its state are to be after a step."""
+
+    def __init__(self, param: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+        zeros = torch.zeros_like(param)
+        tensors = (param, grad, state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros))
+        self.tensors = [tensor.detach().resolve_neg().clone() for tensor in tensors]
+        self.step = int(state.get("step", 0)) + 1
+        known = {key: group[key] for key in GROUP_KEYS}
+        self.scalars = step_scalars(step=self.step, **{**known, "lr": float(group["lr"])})
+
+    def apply(self, factor: float) -> None:
+        scalars = self.scalars._replace(grad_factor=self.scalars.grad_factor * factor)
+        adax_update(*self.tensors, **scalars._asdict())
+
+    def check(self, param: Tensor, state: dict) -> None:
+        param, _, exp_avg, exp_avg_sq = param, *self.tensors[1:]
+        torch.testing.assert_close(param.detach().resolve_neg(), self.tensors[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state["exp_avg"].resolve_neg(), exp_avg, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state["exp_avg_sq"].resolve_neg(), exp_avg_sq, rtol=1e-5, atol=1e-7)
+        assert int(state["step"]) == self.step
+
+
+def with_states(optimizer: MomentOptimizer, param: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
+    param.data = change(param.data)
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[param][name] = change(optimizer.state[param][name])
+
+
+def moved(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    param.data = param.data.clone()
+
+
+def reshaped_where_it_lies(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    with_states(optimizer, param, lambda tensor: tensor.view(tensor.shape[::-1]))
+
+
+def shorter_where_it_lies(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    with_states(optimizer, param, lambda tensor: tensor[:-1])
+
+
+def grown_by_set(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    larger = torch.cat([param.data, param.data])
+    with torch.no_grad():
+        param.set_(larger)
+    for name in ("exp_avg", "exp_avg_sq"):
+        state = optimizer.state[param][name]
+        state.set_(torch.cat([state, state]))
+
+
+def transposed_where_it_lies(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    with_states(optimizer, param, lambda tensor: tensor.t())
+
+
+def transposed_without_its_states(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    param.data = param.data.t().contiguous().t()
+
+
+def negated_when_read(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    param.data = torch._neg_view(param.data)
+
+
+def double(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    if not optimizer.param_groups[0]["capturable"]:  # no kernel takes it
+        with_states(optimizer, param, lambda tensor: tensor.double())
+
+
+def single_again(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    with_states(optimizer, param, lambda tensor: tensor.float())
+
+
+def state_moved(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    optimizer.state[param]["exp_avg"] = optimizer.state[param]["exp_avg"].clone()
+
+
+def state_data_moved(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    optimizer.state[param]["exp_avg_sq"].data = optimizer.state[param]["exp_avg_sq"].clone()
+
+
+def state_with_gaps(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    state = optimizer.state[param]["exp_avg"]
+    optimizer.state[param]["exp_avg"] = torch.stack([state, state + 1], dim=-1)[..., 0]
+
+
+def state_strides_changed_in_place(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    state = optimizer.state[param]["exp_avg"]
+    rows, columns = state.shape
+    state.as_strided_((rows, columns), (1, rows))
+
+
+def state_negated_when_read(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    optimizer.state[param]["exp_avg"] = torch._neg_view(optimizer.state[param]["exp_avg"])
+
+
+def states_of_zeros(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    optimizer.state[param].update(
+        exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param), step=torch.tensor(0.0)
+    )
+
+
+def count_of_float32(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    optimizer.state[param]["step"] = torch.tensor([float(optimizer.state[param]["step"])])
+
+
+def count_of_int32(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    count = int(optimizer.state[param]["step"])
+    optimizer.state[param]["step"] = torch.tensor(count, dtype=torch.int32, device=param.device)
+
+
+def count_of_another(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    shared = torch.tensor(3.0)
+    for other in optimizer.state.values():
+        other["step"] = shared
+
+
+def frozen_and_not(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    param.requires_grad_(False)
+    param.requires_grad_(True)
+
+
+def group_of_its_own(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    optimizer.param_groups[1]["params"] = [other for other in optimizer.param_groups[1]["params"] if other is not param]
+    optimizer.add_param_group({"params": [param], "lr": 0.03})
+
+
+def groups_replaced(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    optimizer.param_groups = [{**group, "lr": 0.02} for group in optimizer.param_groups]
+
+
+def rule_changed(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    optimizer.param_groups[1].update(betas=(0.8, 1e-3), weight_decay=0.3, eps=1e-6, maximize=True)
+
+
+def rate_in_a_tensor(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    optimizer.param_groups[1]["lr"] = torch.tensor(0.05)
+
+
+def state_gone(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    del optimizer.state[param]
+
+
+CHANGES: list[Change] = [
+    *(moved, reshaped_where_it_lies, shorter_where_it_lies, grown_by_set, state_moved, state_data_moved),
+    *(state_with_gaps, states_of_zeros, count_of_float32, count_of_int32, count_of_another, frozen_and_not),
+    *(groups_replaced, rule_changed, rate_in_a_tensor, state_gone, state_strides_changed_in_place, group_of_its_own),
+    *(state_negated_when_read, double, single_again),
+]
+# External gradients are for contiguous float32 parameters.
+CHANGES_OF_LAYOUT: list[Change] = [transposed_where_it_lies, transposed_without_its_states, negated_when_read]
+GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "negated when read": lambda grad: torch._neg_view(-grad),
+    "transposed": lambda grad: grad if grad.ndim < 2 else grad.t().contiguous().t(),
+    "with gaps": lambda grad: torch.stack([grad, grad], dim=-1)[..., 0],
+    "sparse": lambda grad: grad.to_sparse(),
+    "misaligned": lambda grad: torch.cat([grad.new_zeros(1), grad.flatten()])[1:].view_as(grad),
+}
+
+
+def test_each_change_is_seen_by_the_next_step(kind: str, device: torch.device) -> None:
+    run = Run(kind, device)
+    for change in [*CHANGES, *([] if kind == "external" else CHANGES_OF_LAYOUT)]:
+        if kind == "external" and change is double:
+            continue
+        run.check_step()
+        run.check_step()
+        change(run.optimizer, run.params[1])
+        run.check_step()
+
+
+def test_each_kind_of_gradient_is_read_as_what_it_says(kind: str, device: torch.device) -> None:
+    run = Run(kind, device)
+    for name, change in GRADIENTS.items():
+        if kind == "external" and name == "sparse":
+            continue
+        run.check_step()
+        run.check_step()
+        run.check_step(change)
+
+
+def wrong_shape_of_gradient(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    assert param.grad is not None
+    param.grad.data = torch.zeros(1, device=param.device)
+
+
+def state_of_halves(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    optimizer.state[param]["exp_avg"] = optimizer.state[param]["exp_avg"].half()
+
+
+def half_a_step(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    optimizer.state[param]["step"] = torch.tensor(2.5)
+
+
+def no_count(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    optimizer.state[param]["step"] = "two"
+
+
+def without_a_moment(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    del optimizer.state[param]["exp_avg_sq"]
+
+
+def one_memory_for_all(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    param.data = torch.zeros(1, device=param.device).expand(param.shape)
+
+
+def other_shape_than_its_state(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    param.data = param.data.flatten()
+    param.grad = torch.zeros_like(param)
+
+
+REFUSED: dict[Change, str] = {
+    wrong_shape_of_gradient: "grad",
+    state_of_halves: "exp_avg",
+    half_a_step: "step",
+    no_count: "step",
+    without_a_moment: "exp_avg_sq",
+    one_memory_for_all: "share memory",
+    other_shape_than_its_state: "shape",
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("external", "release")], indirect=True)
+@pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
+def test_what_cannot_be_stepped_is_named_before_anything_changes(
+    kind: str, change: Change, device: torch.device
+) -> None:
+    run = Run(kind, device)
+    run.check_step()
+    run.check_step()
+    change(run.optimizer, run.params[1])
+    before = [(param.detach().clone(), int(run.optimizer.state[param]["step"])) for param in run.params[::2]]
+    for param in run.params[::2]:
+        param.grad = torch.ones_like(param)
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=REFUSED[change]):
+            run.optimizer.step()
+    for param, (weights, count) in zip(run.params[::2], before, strict=True):
+        assert torch.equal(param, weights)
+        assert int(run.optimizer.state[param]["step"]) == count

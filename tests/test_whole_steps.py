@@ -1,0 +1,392 @@
+"""Of a step that is interrupted or fails, all is taken or nothing. Oracle: the same steps undisturbed, bit for bit.
+
+Compiling fails for real causes: switches of torch.compile, a compiler that fails, modes that must see every operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adax_triton import AdaXW, GradientRelease, compiled, cpu
+from adax_triton.beside import Beside
+
+Sizes = tuple[tuple[int, torch.dtype], ...]
+# Above and below what is worth compiling for.
+SIZES: Sizes = ((50_000, torch.float32), (40_001, torch.bfloat16), (10, torch.float32), (33_000, torch.float32))
+# Of what the interpreter steps.
+SMALL = ((5_000, torch.float32), (401, torch.bfloat16), (10, torch.float32))
+LOW = {"states": "low", "master_weights": "24bit"}
+
+
+def build(sizes: Sizes = SIZES, device: torch.device | str = "cpu", **options: Any) -> tuple[AdaXW, list[Parameter]]:
+    generator = torch.Generator().manual_seed(0)
+    params = [Parameter(torch.randn(size, generator=generator).to(device, dtype)) for size, dtype in sizes]
+    return AdaXW(params, lr=1e-2, **options), params
+
+
+def give(params: list[Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(param.device, param.dtype)
+
+
+def tensors_of(optimizer: AdaXW, params: list[Parameter]) -> list[Tensor]:
+    """Return copies of all weights, states and counts."""
+    states = [torch.as_tensor(value) for param in params for value in optimizer.state[param].values()]
+    return [tensor.detach().clone() for tensor in (*params, *states)]
+
+
+def undisturbed(steps: int, sizes: Sizes = SIZES, device: torch.device | str = "cpu", **options: Any) -> list[Tensor]:
+    optimizer, params = build(sizes, device, **options)
+    for step in range(steps):
+        give(params, step)
+        optimizer.step()
+    return tensors_of(optimizer, params)
+
+
+def equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, compiled_cpu: torch.device) -> Iterator[None]:
+    """Nothing is compiled yet, and nothing was warned of."""
+    monkeypatch.setattr(compiled, "_warned", [])
+    compiled._program.cache_clear()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    compiled._program.cache_clear()
+
+
+def second_call(function: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
+    """Return `function` with something that happens before its second call."""
+    calls = []
+
+    def replacement(*args: Any, **keywords: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:
+            act()
+        return function(*args, **keywords)
+
+    return replacement
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def interrupts_raise() -> Iterator[None]:
+    """A process in the background may ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("options", [{}, LOW, {"telemetry": True}], ids=["plain", "low", "telemetry"])
+def test_interrupt_waits_for_the_whole_step(
+    options: dict[str, Any], backend: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adax_triton import backends, launches, pytorch_steps
+
+    kernel = backends.uses_kernel(backend, torch.float32)
+    owner, name, sizes = (launches.Launch, "run", SMALL) if kernel else (pytorch_steps, "_run", SIZES)
+    optimizer, params = build(sizes, backend, **options)
+    give(params, 0)
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, second_call(getattr(owner, name), interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert equal(tensors_of(optimizer, params), undisturbed(1, sizes, backend, **options))
+    give(params, 1)
+    optimizer.step()
+    assert equal(tensors_of(optimizer, params), undisturbed(2, sizes, backend, **options))
+
+
+def test_interrupt_waits_for_the_whole_step_beside(compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adax_triton import pytorch_steps
+
+    params = [Parameter(torch.ones(40_000)) for _ in range(2)]
+    optimizer = AdaXW(params)
+    optimizer.lay_beside([Beside(param, [torch.ones(40_000)]) for param in params])
+    monkeypatch.setattr(pytorch_steps, "_run", second_call(pytorch_steps._run, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert torch.equal(*params) and float(params[0].detach()[0]) < 1.0
+    assert [optimizer.state[param]["step"] for param in params] == [1, 1]
+
+
+def test_interrupt_waits_for_the_step_of_a_released_gradient(
+    compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adax_triton import pytorch_steps
+
+    param = Parameter(torch.ones(10))
+    optimizer = AdaXW([param])
+    GradientRelease(optimizer)
+    run = pytorch_steps.update_small_cpu
+
+    def interrupted(*args: Any) -> None:
+        run(*args)
+        interrupt()
+
+    monkeypatch.setattr(pytorch_steps, "update_small_cpu", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        (param * 2.0).sum().backward()
+    assert float(param.detach()[0]) < 1.0 and optimizer.state[param]["step"] == 1
+
+
+def test_other_threads_and_ignored_interrupts_are_left_alone(compiled_cpu: torch.device) -> None:
+    def step() -> None:
+        optimizer, params = build()
+        give(params, 0)
+        optimizer.step()
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        step()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def break_compiler(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[list[Any]], bool]) -> None:
+    from torch._inductor import compile_fx
+
+    original = compile_fx.compile_fx
+
+    def replacement(graph: Any, inputs: list[Any], **keywords: Any) -> Any:
+        if breaks([value.dtype for value in inputs if isinstance(value, Tensor)]):
+            raise OSError("no space left")
+        return original(graph, inputs, **keywords)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", replacement)
+
+
+@pytest.mark.parametrize("options", [{}, LOW, {"telemetry": True}], ids=["plain", "low", "telemetry"])
+def test_compiler_that_fails_for_the_second_dtype_costs_speed_alone(
+    options: dict[str, Any], fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = undisturbed(2, **options)
+    compiled._program.cache_clear()
+    break_compiler(monkeypatch, lambda dtypes: torch.bfloat16 in dtypes)
+    with pytest.warns(UserWarning, match="no space left") as caught:
+        found = undisturbed(2, **options)
+    assert len([one for one in caught if "adax_triton" in str(one.message)]) == 1
+    assert equal(found, expected)
+
+
+def test_warning_that_is_an_error_comes_before_the_first_write(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_compiler(monkeypatch, lambda dtypes: torch.bfloat16 in dtypes)
+    optimizer, params = build()
+    give(params, 0)
+    weights = [param.detach().clone() for param in params]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "adax_triton")
+        with pytest.raises(UserWarning, match="no space left"):
+            optimizer.step()
+    assert equal(weights, [param.detach() for param in params])
+    assert [optimizer.state[param]["step"] for param in params] == [0] * len(params)
+    optimizer.step()
+    assert equal(tensors_of(optimizer, params), undisturbed(1))
+
+
+@pytest.mark.parametrize("stance", ["force_eager", "fail_on_recompile"])
+def test_compiler_that_is_switched_off_is_told_once(stance: str, fresh: None) -> None:
+    expected = undisturbed(2)
+    compiled._program.cache_clear()
+    with torch.compiler.set_stance(stance), pytest.warns(UserWarning, match="uncompiled") as caught:
+        found = undisturbed(2)
+    assert len([one for one in caught if "adax_triton" in str(one.message)]) == 1
+    assert equal(found, expected)
+
+
+def test_compiler_that_the_environment_switches_off_is_told_once() -> None:
+    program = (
+        "import torch, warnings\n"
+        "from adax_triton import AdaXW\n"
+        "p = torch.ones(40000, requires_grad=True)\n"
+        "p.grad = torch.ones_like(p)\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    o = AdaXW([p]); o.step(); o.step()\n"
+        "ours = [str(w.message) for w in caught if 'adax_triton' in str(w.message)]\n"
+        "print(len(ours), 'uncompiled' in ours[0], o.state[p]['step'])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**environment, "TORCH_COMPILE_DISABLE": "1"}
+    )
+    assert done.stdout.split() == ["1", "True", "2"]
+
+
+class Log(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_modes_that_see_every_operation_get_the_same_bits(compiled_before: bool, fresh: None) -> None:
+    expected = undisturbed(2)
+    if not compiled_before:
+        compiled._program.cache_clear()
+    with warnings.catch_warnings(), Log():
+        warnings.filterwarnings("error", "adax_triton")
+        found = undisturbed(2)
+    assert equal(found, expected)
+    assert bool(compiled._program.cache_info().currsize) == compiled_before
+
+
+def test_code_that_another_thread_compiles_changes_no_bit(
+    compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = undisturbed(2)
+    # One flag for all threads.
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    assert equal(undisturbed(2), expected)
+
+
+def test_threads_compile_a_program_once(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class SlowProgram(compiled.Program):
+        def __init__(self, *args: Any) -> None:
+            made.append(args)
+            time.sleep(0.2)
+
+    monkeypatch.setattr(compiled, "Program", SlowProgram)
+    found: list[Any] = []
+
+    def find() -> None:
+        found.append(compiled.compiled_program(cpu._update, ((torch.float32, (compiled.ANY,)),), (True,)))
+
+    threads = [threading.Thread(target=find) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and len(found) == 4 and len(set(map(id, found))) == 1
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="no CUDA"))],
+)
+@pytest.mark.parametrize("states", ["float32", "bfloat16", "low", "lowest"])
+@pytest.mark.parametrize("master_weights", [None, "24bit", "float32"])
+def test_fake_tensors_are_stepped_by_pytorch(device: str, states: str, master_weights: str | None) -> None:
+    cpu._scalar_tensor.cache_clear()
+    options = {"states": states, "master_weights": master_weights, "telemetry": device == "cpu"}
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        dtype = torch.bfloat16 if master_weights else torch.float32
+        params = [Parameter(torch.ones(size, dtype=dtype, device=device)) for size in ((200, 200), (5,))]
+        params.append(Parameter(torch.ones(6, 4, dtype=dtype, device=device).as_strided((6, 2), (4, 2))))
+        optimizer = AdaXW(params, max_grad_norm=1.0 if states == "low" else None, **options)
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+    assert [optimizer.state[param]["step"] for param in params] == [2, 2, 2]
+    assert {optimizer.state[param]["exp_avg"].device.type for param in params} == {device}
+    assert cpu._scalar_tensor.cache_info().currsize == 0
+
+
+def fail() -> None:
+    raise RuntimeError("ptxas failed")
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"telemetry": True}], ids=["plain", "device", "sums"])
+def test_kernel_that_fails_to_compile_leaves_nothing_stepped(
+    options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adax_triton.kernels import adax_step
+
+    from adax_triton import backends
+
+    monkeypatch.setattr(backends, "_are_compiled", lambda launches: True)
+    optimizer, params = build(SMALL, device, **options)
+    give(params, 0)
+    weights = [param.detach().clone() for param in params]
+    with monkeypatch.context() as patch:
+        patch.setattr(adax_step, "launch", second_call(adax_step.launch, fail))
+        with pytest.raises(RuntimeError, match="ptxas failed"):
+            optimizer.step()
+    assert equal(weights, [param.detach() for param in params])
+    assert [int(optimizer.state[param]["step"]) for param in params] == [0] * len(params)
+    optimizer.step()
+    give(params, 1)
+    optimizer.step()
+    monkeypatch.undo()
+    assert equal(tensors_of(optimizer, params), undisturbed(2, SMALL, device, **options))
+
+
+class FakeKernel:
+    """Counts what is compiled, loaded and launched, in order."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.fn = object()
+        self._events = events
+
+    def warmup(self, *args: Any, grid: tuple[int], **constants: Any) -> FakeKernel:
+        self._events.append("compiled")
+        return self
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        self._events.append("loaded")
+        return lambda *args, stream: self._events.append(f"launched {grid[0]} {args[1:]} on {stream}")
+
+
+def test_held_launches_are_compiled_and_loaded_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adax_triton.kernels import launch as launch_module
+
+    driver = types.SimpleNamespace(active=types.SimpleNamespace(get_current_stream=lambda index: "s"))
+    fake_triton = types.SimpleNamespace(runtime=types.SimpleNamespace(driver=driver))
+    monkeypatch.setattr(launch_module, "triton", fake_triton)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(launch_module, "_compiled", {})
+    events: list[str] = []
+    kernel, table = FakeKernel(events), types.SimpleNamespace(device=torch.device("cuda", 0))
+
+    def launch(programs: int) -> None:
+        launch_module.launch(kernel, programs, (table, 7), "variant", lambda: {"SIZE": 4}, {"num_warps": 8})
+
+    with pytest.raises(RuntimeError), launch_module.held_launches():
+        launch(9)
+        raise RuntimeError
+    assert events == ["compiled", "loaded"]
+    with launch_module.held_launches() as held:
+        launch(1)
+        launch(2)
+    assert events == ["compiled", *["loaded"] * 3]
+    for one in held:
+        one()
+    assert events[4:] == ["launched 1 (7, 4) on s", "launched 2 (7, 4) on s"]
+    launch(3)
+    assert events[6:] == ["loaded", "launched 3 (7, 4) on s"]
