@@ -18,6 +18,7 @@ from adax_triton.moment_optimizer import MomentOptimizer
 from adax_triton.state_tensors import MOMENTS
 
 from .deepspeed_complete import complete_tag, save_whole
+from .deepspeed_failures import failing_together
 from .deepspeed_universal import (
     Method,
     allowing_saved_classes,
@@ -93,28 +94,21 @@ def _restore_what_is_left_out(original: Method) -> Method:
         load_module_only: bool = False,
         custom_load_fn: Callable[..., Any] | None = None,
     ) -> Any:
-        own = isinstance(self.basic_optimizer, MomentOptimizer)
-        if own:
-            tag = complete_tag(self, load_dir, tag)
-            _refuse_other_layout(self, load_dir, tag)
-            if not load_optimizer_states and self.zero_optimization_partition_weights():
-                _refuse_weights_of_another_tag(load_dir, tag)
-        own_scaler = getattr(self.optimizer, "loss_scaler", None)
+        states, schedulers = load_optimizer_states, load_lr_scheduler_states
+        options = (load_module_strict, states, schedulers, load_module_only, custom_load_fn)
         with allowing_saved_classes():  # for TORCH_FORCE_WEIGHTS_ONLY_LOAD=1
-            loaded = original(
-                self,
-                load_dir,
-                tag,
-                load_module_strict,
-                load_optimizer_states,
-                load_lr_scheduler_states,
-                load_module_only,
-                custom_load_fn,
-            )
-            if own and loaded[0] is not None and self.zero_optimization():
-                states = load_optimizer_states and not load_module_only
-                _restore(self, loaded[0], states)
-                _keep_loss_scaler(self.optimizer, own_scaler)
+            if not isinstance(self.basic_optimizer, MomentOptimizer):
+                return original(self, load_dir, tag, *options)
+            with failing_together(self) as meet:
+                tag = complete_tag(self, load_dir, tag, meet)
+                _refuse_other_layout(self, load_dir, tag)
+                if not states and self.zero_optimization_partition_weights():
+                    _refuse_weights_of_another_tag(load_dir, tag)
+                own_scaler = getattr(self.optimizer, "loss_scaler", None)
+                loaded = original(self, load_dir, tag, *options)
+                if loaded[0] is not None and self.zero_optimization():
+                    _restore(self, loaded[0], states and not load_module_only)
+                    _keep_loss_scaler(self.optimizer, own_scaler)
         return loaded
 
     return load_checkpoint

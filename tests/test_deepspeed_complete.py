@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import signal
 import sys
@@ -13,18 +15,20 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from adax_triton.integrations.deepspeed_complete import begin, folder_to_load, publish
+from adax_triton.integrations.deepspeed_complete import begin, begin_in_place, folder_to_load, publish
 
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
 
 
 def save(folder: Path, tag: str, contents: str) -> None:
-    begin(str(folder), tag)
-    staged = folder / f"{tag}.saving"
-    (staged / "inner").mkdir(parents=True)
+    in_place = not begin(str(folder), tag)
+    if in_place:
+        begin_in_place(str(folder), tag)
+    staged = folder / (tag if in_place else f"{tag}.saving")
+    (staged / "inner").mkdir()
     for name in ("weights", "inner/states"):
         (staged / name).write_text(contents)
-    publish(str(folder), tag, as_latest=True)
+    publish(str(folder), tag, as_latest=True, in_place=in_place)
 
 
 def contents(folder: Path) -> str:
@@ -33,6 +37,14 @@ def contents(folder: Path) -> str:
     assert name is not None
     (found,) = {(folder / name / file).read_text() for file in ("weights", "inner/states")}
     return found
+
+
+def contents_or_none(folder: Path) -> str | None:
+    try:
+        return contents(folder)
+    except ValueError as error:
+        assert "complete are: none" in str(error)
+        return None
 
 
 def dies(before_operation: int, action: Callable[[], None]) -> bool:
@@ -77,6 +89,32 @@ def test_death_at_any_operation_leaves_a_whole_checkpoint(tmp_path: Path, tag: s
     assert count > 20
     switched = found.index("new" * 100)
     assert found == ["old"] * switched + ["new" * 100] * (len(found) - switched)
+
+
+@pytest.mark.parametrize("tag", ["same", "other"])
+def test_death_without_rename_leaves_a_whole_checkpoint_or_none(
+    tmp_path: Path, tag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, refuse)
+    found = []
+    for count in itertools.count():
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        with pytest.warns(UserWarning, match=r"cannot rename folders \(Function not implemented\)"):
+            save(folder, "same", "old")
+            died = dies(count, lambda folder=folder: save(folder, tag, "new" * 100))
+            found.append(contents_or_none(folder))
+            save(folder, tag, "newer")
+        assert contents(folder) == "newer"
+        assert {path.name for path in folder.iterdir()} == {"same", tag, "latest"}
+        if not died:
+            break
+    kinds = ["old", "new" * 100] if tag == "other" else ["old", None, "new" * 100]
+    assert [kind for kind, _ in itertools.groupby(found)] == kinds
 
 
 def test_incomplete_folder_is_refused_by_tag_and_passed_over_without_one(tmp_path: Path) -> None:
