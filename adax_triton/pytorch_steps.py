@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def _large_and_small(steps: Sequence[TensorStep]) -> tuple[list[TensorStep], _Sm
     """Return the tensors that are stepped one by one, and those that are gathered, by row and dtypes."""
     large: list[TensorStep] = []
     small: _Small = defaultdict(list)
-    gathered: set[tuple[int, int]] = set()
+    gathered: set[tuple[Any, Any]] = set()
     for step in steps:
         address = step.param.untyped_storage()._cdata, step.param.storage_offset()
         alone = address not in gathered  # of two parameters on one memory, copies would lose a step

@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from adax_triton.beside import Beside
+from adax_triton.precision import PARAM_DTYPES
 
 _Wrapper: Any = object  # what the mixins come before
 
@@ -55,7 +56,9 @@ class OneRead(_Wrapper):
 
 def _norms(gradients: Iterable[Tensor]) -> list[Tensor]:
     gradients = list(gradients)
-    norms = list(torch._foreach_norm([gradient.detach() for gradient in gradients], 2, dtype=torch.float64))
+    # ZeRO 1 has gradients of frozen integers too, which are 0.
+    read = [each.detach() if each.dtype in PARAM_DTYPES else each.detach().double() for each in gradients]
+    norms = list(torch._foreach_norm(read, 2, dtype=torch.float64))
     for norm, gradient in zip(norms, gradients, strict=True):
         if getattr(gradient, "_zero_padding", False):
             norm._zero_padding = True  # type: ignore[attr-defined]  # ZeRO 1 and 2 have it count for no parameter

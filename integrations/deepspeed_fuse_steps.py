@@ -19,6 +19,7 @@ from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor
 
 from adax_triton.beside import Beside
+from adax_triton.precision import PARAM_DTYPES
 
 from .deepspeed_fuse_hooks import Zero12Hooks
 
@@ -144,7 +145,8 @@ class Zero12Step(Zero12Hooks):
 
     def _pieces(self, index: int, master: Tensor) -> list[Tensor]:
         flat = self._get_preflattened_grad_partition(index)
-        pieces = list(self.averaged_gradients[index]) if flat is None else [flat]
+        given = list(self.averaged_gradients[index]) if flat is None else [flat]
+        pieces = [piece if piece.dtype in PARAM_DTYPES else piece.to(master.dtype) for piece in given]
         missing = master.numel() - sum(piece.numel() for piece in pieces)
         if missing > 0:  # the last partition is padded
             pieces.append(torch.zeros(missing, dtype=pieces[0].dtype if pieces else master.dtype, device=master.device))

@@ -119,8 +119,8 @@ ALLOWED = {
         *("integrations.deepspeed_fuse_hooks", "integrations.deepspeed_fuse_steps", "moment_optimizer"),
         *("state_tensors", "step_work"),
     },
-    "adax_triton.integrations.deepspeed_fuse_hooks": {"beside"},
-    "adax_triton.integrations.deepspeed_fuse_steps": {"beside", "integrations.deepspeed_fuse_hooks"},
+    "adax_triton.integrations.deepspeed_fuse_hooks": {"beside", "precision"},
+    "adax_triton.integrations.deepspeed_fuse_steps": {"beside", "integrations.deepspeed_fuse_hooks", "precision"},
     "adax_triton.integrations.deepspeed_universal": {"moment_optimizer", "precision", "state_tensors"},
     "adax_triton.integrations.deepspeed_switch": {"conversion", "moment_optimizer"},
 }
