@@ -109,7 +109,8 @@ def _check_rule(saved: str | None, own: str, index: int) -> None:
     if saved is None:
         raise ValueError(
             f"state_dict['param_groups'][{index}] has no 'second_moment': it was not saved by adax_triton, and its "
-            "exp_avg_sq is not known to be the normalised second moment"
+            "exp_avg_sq is not known to be the normalised second moment; convert it first, by from_torch_adam or "
+            "from_released_adax"
         )
     if saved != own:
         raise ValueError(

@@ -92,7 +92,10 @@ def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
     precision = precision_of(state)
     layouts = state_layouts(param, precision)
     if precision.master_weights is not None and param.dtype not in HALF_DTYPES:
-        return f"state['master']: belongs to 16-bit parameters, not to one of {param.dtype}"
+        return (
+            f"state['master']: belongs to 16-bit parameters, not to one of {param.dtype}; load the state dict into an "
+            "optimizer made for the parameter as it is now"
+        )
     if [name for name in STATE_TENSORS if name in state] != list(layouts):
         return f"state has keys {sorted(map(str, state))}; a parameter of {param.dtype} needs {['step', *layouts]}"
     for name, layout in layouts.items():
