@@ -20,7 +20,7 @@ from .device_scalars import DeviceRow, DeviceScalars
 from .device_tables import UNPREPARED, DeviceTable, KeptByStream, is_capturing
 from .gradient_norm import sum_of_squares
 from .launches import KernelLaunch, Launches
-from .pytorch_steps import HostRows, prepare_steps, run_steps, run_steps_with_sums
+from .pytorch_steps import HostRows, prepare_steps_with_sums, prepared_steps, run_steps_with_sums
 from .schedule import StepScalars
 from .telemetry import StepSums
 from .tensor_step import TensorStep, laid_out_alike
@@ -153,17 +153,18 @@ class Stepper:
         # A fake tensor has no value to decide by.
         decision = control.read(squares) if others and not fake and not control.is_idle else TAKEN
         # Whatever may fail comes before the first write.
-        prepare_steps(others, work.other_rows, decision, sums is not None)
+        if sums is None:
+            run_others = prepared_steps(others, work.other_rows, decision)
+        else:
+            prepare_steps_with_sums(others, work.other_rows, decision)
+            run_others = functools.partial(self._run_with_sums, others, len(params), work.other_rows, decision, sums)
         launch = functools.partial(self._run_launches, launches, work.kernel_rows, control, squares, sums)
         # Those of a plan have run before.
         run_launches = _prepared(launch) if work.launches is None and _are_compiled(launches) else launch
         with Uninterrupted():
             # The kernel writes behind autograd's back; a backward that still needs the old values must fail.
             torch.autograd.graph.increment_version(params)
-            if sums is None:
-                run_steps(others, work.other_rows, decision)
-            else:
-                self._run_with_sums(others, len(params), work.other_rows, decision, sums)
+            run_others()
             report = run_launches()
             # Of a skipped step the copies are what they were.
             for original, copy in copies:

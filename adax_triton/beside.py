@@ -115,13 +115,13 @@ def due_beside(
     for index, part in enumerate(parts):
         if part.param not in group_of:
             raise ValueError(f"parts[{index}].param: in none of the optimizer's groups")
-        group, state = param_groups[group_of[part.param]], states.get(part.param)
-        if needs_device(group) or (state and is_on_device(state.get("step"), part.param)):
+        group, state = param_groups[group_of[part.param]], states.get(part.param, {})
+        if needs_device(group) or is_on_device(state.get("step"), part.param):
             raise ValueError(
                 f"parts[{index}].param: its steps are counted on the device; lay_beside() needs capturable=False, a "
                 "learning rate that is a number, and no steps taken with grad_scale or max_grad_norm"
             )
-        if state is not None and not is_new(state):
+        if not is_new(state):
             check_state(state, part.param)
     return [Due(part.param, part.grads[0], group_of[part.param]) for part in parts]
 

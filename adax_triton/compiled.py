@@ -108,7 +108,7 @@ def _program(
     twin = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
     try:
         return Program(twin, inputs, constants)
-    # There are as many as parts of the compiler, and of the machine that it needs.
+    # Every part of the compiler, and of the machine that it needs, raises errors of its own.
     except Exception as error:
         said = str(error).partition("Output:")[2] or str(error)  # of a C++ compiler, not the long command
         return f"{type(error).__name__}: {' '.join(said.split())[:300]}"

@@ -93,7 +93,7 @@ class MomentOptimizer(Optimizer):
             if self._is_decoupled and not group["decoupled_weight_decay"]:
                 name = type(self).__name__
                 raise ValueError(
-                    f"Invalid decoupled_weight_decay: False in a group of {name}, whose name says that it is; use "
+                    f"Invalid decoupled_weight_decay: False in a group of {name}, which always decouples it; use "
                     f"{name.removesuffix('W')}"
                 )
             params = param_group.get("params", [])
@@ -159,8 +159,9 @@ class MomentOptimizer(Optimizer):
         assembly = planned or self._assembled(control)
         if self._sums is not None:
             self._sums.begin(assembly.owners)
-        error_if_nonfinite, states = self.options.error_if_nonfinite, assembly.host_states
-        result = self._stepper.run(assembly.work, control, error_if_nonfinite, self._sums, states)
+        result = self._stepper.run(
+            assembly.work, control, self.options.error_if_nonfinite, self._sums, assembly.host_states
+        )
         self._grad_norm = result.grad_norm
         if self._sums is not None:
             self._sums.end(not result.taken if result.skipped is None else result.skipped, control.grad_scale)

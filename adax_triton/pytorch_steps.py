@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cpu
 from .compiled import ANY, Program, compiled_program
-from .control import TAKEN, Decision
+from .control import Decision
 from .cpu import (
     COMPILE_FROM_NUMEL,
     GATHERED_NUMEL,
@@ -36,46 +36,45 @@ class HostRows(NamedTuple):
     keys: list[tuple[int, int]]
 
 
-def prepare_steps(steps: Sequence[TensorStep], rows: HostRows, decision: Decision, with_sums: bool) -> None:
-    """Compile all that a step needs, before the first tensor changes.
-
-    Args:
-        steps, rows, decision: of the `run_steps` that follows.
-        with_sums: it is `run_steps_with_sums`.
-    """
-    scalars = _scaled(rows.scalars, decision)
-    large, small = (steps, {}) if with_sums else _large_and_small(steps)
-    for step in large:
-        prepare_update(step, scalars[step.scalar_row])
-        if with_sums:
-            _sums_program(step)
-    for (scalar_row, _, _), quads in small.items():
-        prepare_small_updates(quads, scalars[scalar_row])
-
-
-def run_steps(steps: Sequence[TensorStep], rows: HostRows, decision: Decision = TAKEN) -> None:
-    """Update tensors in place, unless the step is skipped.
+def prepared_steps(steps: Sequence[TensorStep], rows: HostRows, decision: Decision) -> Callable[[], None]:
+    """Compile all that a step needs, and return what updates its tensors in place, unless the step is skipped.
 
     Args:
         steps: on 1-D contiguous tensors; each names its row.
         rows: of the step.
         decision: whether to skip, and the factor of all gradients.
     """
-    if decision.skip:
-        return
     scalars = _scaled(rows.scalars, decision)
     large, small = _large_and_small(steps)
     for step in large:
-        _run(step, scalars[step.scalar_row], rows.keys[step.scalar_row])
+        prepare_update(step, scalars[step.scalar_row])
     for (scalar_row, _, _), quads in small.items():
-        update_small_cpu(quads, scalars[scalar_row])
+        prepare_small_updates(quads, scalars[scalar_row])
+
+    def run() -> None:
+        if decision.skip:
+            return
+        for step in large:
+            _run(step, scalars[step.scalar_row], rows.keys[step.scalar_row])
+        for (scalar_row, _, _), quads in small.items():
+            update_small_cpu(quads, scalars[scalar_row])
+
+    return run
+
+
+def prepare_steps_with_sums(steps: Sequence[TensorStep], rows: HostRows, decision: Decision) -> None:
+    """Compile all that `run_steps_with_sums` needs for these tensors."""
+    scalars = _scaled(rows.scalars, decision)
+    for step in steps:
+        prepare_update(step, scalars[step.scalar_row])
+        _sums_program(step)
 
 
 def run_steps_with_sums(steps: Sequence[TensorStep], rows: HostRows, decision: Decision, sums: Tensor) -> None:
-    """Update tensors as `run_steps` does, and write the sums of `kernels.telemetry.tile_sums` of each into a row.
+    """Update tensors as `prepared_steps` does, and write the sums of `kernels.telemetry.tile_sums` of each into a row.
 
     Args:
-        steps, rows, decision: see `run_steps`.
+        steps, rows, decision: see `prepared_steps`.
         sums: (n, 5) float32 on the tensors' device.
     """
     scalars = _scaled(rows.scalars, decision)

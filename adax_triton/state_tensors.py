@@ -74,16 +74,16 @@ def numbers_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return numbers
 
 
-def is_new(state: Mapping[str, Any] | None) -> bool:
+def is_new(state: Mapping[str, Any]) -> bool:
     """Whether a parameter's state holds nothing of this package yet; others may keep keys of their own there."""
-    return not state or not any(name in state for name in ("step", *STATE_TENSORS))
+    return not any(name in state for name in ("step", *STATE_TENSORS))
 
 
 def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
     """Return why a parameter's state does not fit it, or None.
 
-    States are reached by address: after `param.data = other`, a cast or `model.to(...)` they would be misread. Other
-    keys than this package's belong to others, such as a wrapper that keeps averages there.
+    States are reached by address: after `param.data = other`, a cast or `model.to(...)` they would be misread. Keys
+    of others, such as a wrapper that keeps averages there, are ignored.
     """
     missing = [name for name in ("step", *MOMENTS) if name not in state]
     strange = [name for name in STATE_TENSORS if name in state and not isinstance(state[name], Tensor)]

@@ -57,8 +57,7 @@ class StepPlan:
         self._state_sizes = list(map(len, self._states))
         names = [name for name in ("step", *STATE_TENSORS) if any(name in state for state in self._states)]
         self._holders = {name: [state for state in self._states if name in state] for name in names}
-        self._counts: list[Any] = []
-        fixed = [*self._params, *self._state_tensors()]
+        fixed = [*self._params, *self._state_values()[0]]
         self._fixed_addresses = list(map(Tensor.data_ptr, fixed))
         self._grad_addresses = array("q")
         self._aligned = any(launch.bucket.aligned for launch, _ in launches)
@@ -81,18 +80,22 @@ class StepPlan:
         """
         if not self._fits_groups(param_groups, control) or not _are_same(list(states.values()), self._all_states):
             return None
-        addresses = self._addresses_of_gradients()
+        try:
+            tensors, counts = self._state_values()
+        except KeyError:  # one is gone
+            return None
+        addresses = self._addresses_of_gradients(tensors)
         if addresses is None:
             return None
         work_rows, places, rows = self._kernel_rows, {}, HostRows([], [])
         if isinstance(work_rows, HostRows):
-            counts = self._counts_of_rows()
-            if counts is None:
+            of_rows = self._counts_of_rows(counts)
+            if of_rows is None:
                 return None
             places = {
-                (group, count + 1): row for row, (group, count) in enumerate(zip(self._groups, counts, strict=True))
+                (group, count + 1): row for row, (group, count) in enumerate(zip(self._groups, of_rows, strict=True))
             }
-            if len(places) != len(counts):  # two rows of a group have come to the same step
+            if len(places) != len(of_rows):  # two rows of a group have come to the same step
                 return None
             work_rows = rows = rows_of(places, param_groups)
             if self._settled_kinds(rows) != self._settled:
@@ -124,38 +127,31 @@ class StepPlan:
             return False
         return _group_sizes(param_groups) == self._group_sizes and _are_same(_params(param_groups), self._all_params)
 
-    def _state_tensors(self) -> list[Tensor]:
-        """Return the tensors of all states, and leave their other counts in `_counts`.
+    def _state_values(self) -> tuple[list[Tensor], list[Any]]:
+        """Return the tensors of all states, and the counts that the host keeps.
 
         Raises:
             KeyError: one is gone.
         """
         values = {name: list(map(itemgetter(name), holders)) for name, holders in self._holders.items()}
-        if isinstance(self._kernel_rows, HostRows):
-            self._counts = values.pop("step")
-        else:
-            self._counts = []
-        return list(chain.from_iterable(values.values()))
+        counts = values.pop("step") if isinstance(self._kernel_rows, HostRows) else []
+        return list(chain.from_iterable(values.values())), counts
 
-    def _addresses_of_gradients(self) -> array[int] | None:
+    def _addresses_of_gradients(self, state_tensors: Sequence[Tensor]) -> array[int] | None:
         """Return where gradients lie, or None if anything but that has changed of any tensor."""
         gradients = list(map(_gradient, self._all_params))
         if list(map(type, gradients)) != self._grad_types or list(map(len, self._states)) != self._state_sizes:
             return None
         if len(self._params) != len(gradients):
             gradients = list(compress(gradients, self._has_grad))
-        try:
-            fixed = [*self._params, *self._state_tensors()]
-        except KeyError:
-            return None
+        fixed = [*self._params, *state_tensors]
         # Types, dtypes, devices, sizes, strides, and whether they are sparse, conjugated, negated or fake.
         if not self._metadata.check(*fixed, *gradients) or list(map(Tensor.data_ptr, fixed)) != self._fixed_addresses:
             return None
         addresses = list(map(Tensor.data_ptr, gradients))
         return None if self._aligned and reduce(or_, addresses) % ALIGNED_BYTES else array("q", addresses)
 
-    def _counts_of_rows(self) -> list[int] | None:
-        counts = self._counts
+    def _counts_of_rows(self, counts: Sequence[Any]) -> list[int] | None:
         if set(map(type, counts)) != {int}:
             return None
         of_rows = [counts[first] for first in self._first_of_row]

@@ -101,7 +101,7 @@ def due_params(
     on_device = not control.is_idle
     capturing = any(map(is_capturing, {param.device for param in group_of if not is_fake(param)}))
     for param, group_index in group_of.items():
-        group, state = param_groups[group_index], states.get(param)
+        group, state = param_groups[group_index], states.get(param, {})
         if capturing and not group["capturable"]:
             raise RuntimeError(
                 f"step(): a CUDA graph is being captured, but param_groups[{group_index}] has capturable=False"
@@ -109,7 +109,7 @@ def due_params(
         due = Due(param, _checked_gradient(param, group_index, group, state, keep_float32), group_index)
         if uses_kernel(param.device, param.dtype.to_real(), param):
             kernel.append(due)
-            counted_there = state is not None and is_on_device(state.get("step"), param)
+            counted_there = is_on_device(state.get("step"), param)
             if capturing and not counted_there:
                 raise RuntimeError(UNPREPARED)
             on_device = on_device or needs_device(group) or counted_there
@@ -130,14 +130,14 @@ def _checked_gradient(
     param: Tensor,
     group_index: int,
     group: Mapping[str, Any],
-    state: Mapping[str, Any] | None,
+    state: Mapping[str, Any],
     keep_float32: Callable[[Tensor], bool] | None,
 ) -> Tensor:
-    name = f"param_groups[{group_index}], a parameter of shape {tuple(param.shape)}"
-    if state is None or is_new(state):
+    name, new = f"param_groups[{group_index}], a parameter of shape {tuple(param.shape)}", is_new(state)
+    if new:
         check_param(param, name, group, keep_float32)
     grad = checked_gradient(param)
-    if state is not None and not is_new(state):
+    if not new:
         check_state(state, param)
     problem = unwritable(param)
     if problem is not None:
@@ -161,8 +161,8 @@ def settle_counts(due: Sequence[Due], states: Mapping[Tensor, dict[str, Any]]) -
     """Bring the step counts of checked parameters into the form in which the step keeps them."""
     seen = set()
     for param, _, _ in due:
-        state = states.get(param)
-        if state and "step" in state and type(state["step"]) is not int:
+        state = states.get(param, {})
+        if type(state.get("step", 0)) is not int:
             on_kernel = uses_kernel(param.device, param.dtype.to_real(), param)
             count = settled_count(state["step"], param, on_kernel)
             if isinstance(count, Tensor):
@@ -196,8 +196,8 @@ def host_places(due: Sequence[Due], states: Mapping[Tensor, Mapping[str, Any]]) 
     """Return the row of each (group, step) among parameters that the host schedules."""
     places: dict[tuple[int, int], int] = {}
     for param, _, group_index in due:
-        state = states.get(param)
-        step = 1 if state is None or is_new(state) else state["step"] + 1
+        state = states.get(param, {})
+        step = 1 if is_new(state) else state["step"] + 1
         places.setdefault((group_index, step), len(places))
     return places
 
