@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import itertools
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +74,30 @@ def dies(before_operation: int, action: Callable[[], None]) -> bool:
     return status != 0
 
 
-@pytest.mark.parametrize("tag", ["same", "other"])
-def test_death_at_any_operation_leaves_a_whole_checkpoint(tmp_path: Path, tag: str) -> None:
-    found, count = [], 0
-    while True:
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        save(folder, "same", "old")
-        died = dies(count, lambda folder=folder: save(folder, tag, "new" * 100))
-        found.append(contents(folder))
-        save(folder, tag, "newer")
-        assert contents(folder) == "newer"
-        assert {path.name for path in folder.iterdir()} == {"same", tag, "latest"}
+def found_after_each_death(
+    folder: Path, tag: str, read: Callable[[Path], Any], expecting: Callable[[], AbstractContextManager[Any]]
+) -> list[Any]:
+    """Return what is there after a death before each operation of a save, the last time after none."""
+    found = []
+    for count in itertools.count():
+        place = folder / str(count)
+        place.mkdir()
+        with expecting():
+            save(place, "same", "old")
+            died = dies(count, lambda place=place: save(place, tag, "new" * 100))
+            found.append(read(place))
+            save(place, tag, "newer")
+        assert contents(place) == "newer"
+        assert {path.name for path in place.iterdir()} == {"same", tag, "latest"}
         if not died:
             break
-        count += 1
-    assert count > 20
+    return found
+
+
+@pytest.mark.parametrize("tag", ["same", "other"])
+def test_death_at_any_operation_leaves_a_whole_checkpoint(tmp_path: Path, tag: str) -> None:
+    found = found_after_each_death(tmp_path, tag, contents, contextlib.nullcontext)
+    assert len(found) > 21
     switched = found.index("new" * 100)
     assert found == ["old"] * switched + ["new" * 100] * (len(found) - switched)
 
@@ -100,19 +111,8 @@ def test_death_without_rename_leaves_a_whole_checkpoint_or_none(
 
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, refuse)
-    found = []
-    for count in itertools.count():
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        with pytest.warns(UserWarning, match=r"cannot rename folders \(Function not implemented\)"):
-            save(folder, "same", "old")
-            died = dies(count, lambda folder=folder: save(folder, tag, "new" * 100))
-            found.append(contents_or_none(folder))
-            save(folder, tag, "newer")
-        assert contents(folder) == "newer"
-        assert {path.name for path in folder.iterdir()} == {"same", tag, "latest"}
-        if not died:
-            break
+    refused = functools.partial(pytest.warns, UserWarning, match=r"cannot rename folders \(Function not implemented\)")
+    found = found_after_each_death(tmp_path, tag, contents_or_none, refused)
     kinds = ["old", "new" * 100] if tag == "other" else ["old", None, "new" * 100]
     assert [kind for kind, _ in itertools.groupby(found)] == kinds
 
