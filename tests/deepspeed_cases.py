@@ -1,6 +1,9 @@
 """What every worker of DeepSpeed cases does on its rank, but for running a case."""
 
 import json
+import os
+import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -12,12 +15,14 @@ import torch.distributed as dist
 
 Case = dict[str, Any]
 
+MEETING_TIMEOUT = timedelta(seconds=120)
+
 
 def start() -> None:
     """Meet the other ranks."""
     # An inference-only kernel that DeepSpeed would compile for every new environment.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=120), verbose=False)
+    deepspeed.init_distributed("gloo", timeout=MEETING_TIMEOUT, verbose=False)
 
 
 def run_cases(
@@ -31,7 +36,8 @@ def run_cases(
 
     Args:
         cases_path: a JSON list of dictionaries, each with a name.
-        results_path: of the JSON file to write. The result of a case that raises is {"failure": traceback}.
+        results_path: of the JSON file to write. The result of a case that raises is {"failure": traceback}, whatever
+            the rank. One that raises on some ranks and leaves the others waiting ends this process.
         defaults: of every case.
         run: returns the result of a case.
         others: results of no case. Default: None.
@@ -39,10 +45,38 @@ def run_cases(
     results = dict(others or {})
     for given in json.loads(Path(cases_path).read_text()):
         case = {**defaults, **given}
+        result = failure = None
         try:
-            results[case["name"]] = run(case)
+            result = run(case)
         except Exception:
-            results[case["name"]] = {"failure": traceback.format_exc()}
+            failure = traceback.format_exc()
+            print(f"{case['name']} on rank {dist.get_rank()}:\n{failure}", file=sys.stderr, flush=True)
+        shared = Path(f"{results_path}.{os.environ['MASTER_PORT']}.{len(results)}")  # of this launch and case
+        found = "\n".join(filter(None, failures_of_ranks(shared, failure)))
+        results[case["name"]] = {"failure": found} if found else result
     if dist.get_rank() == 0:
         Path(results_path).write_text(json.dumps(results))
     dist.destroy_process_group()
+
+
+def failures_of_ranks(shared: Path, failure: str | None) -> list[str | None]:
+    """Return what failed on each rank; they meet by files, as collectives may be out of step after a failure.
+
+    Args:
+        shared: files that begin with it are written.
+        failure: of this rank.
+
+    Raises:
+        TimeoutError: a rank does not come.
+    """
+    own = Path(f"{shared}.{dist.get_rank()}")
+    part = Path(f"{own}.part")
+    part.write_text(json.dumps(failure))
+    part.rename(own)
+    files = [Path(f"{shared}.{rank}") for rank in range(dist.get_world_size())]
+    deadline = time.monotonic() + MEETING_TIMEOUT.total_seconds()
+    while not all(file.exists() for file in files):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{', '.join(file.name for file in files if not file.exists())} does not come")
+        time.sleep(0.01)
+    return [json.loads(file.read_text()) for file in files]

@@ -1,8 +1,6 @@
 """The launches of deepspeed_checkpoint_worker.py, one after another, each on its number of ranks."""
 
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ RANKS_OF_LAUNCH = {"0": 1, "1": 2, "2": 1}
 ENVIRONMENT = {
     "TRITON_INTERPRET": "0",
     "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",  # also where DeepSpeed asks for the contrary: nothing of ours needs it
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where torch looks for ninja
 }
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from adax_triton.integrations.deepspeed import switching_optimizer
 from adax_triton.integrations.deepspeed_universal import allowing_saved_classes
+from async_io import merge_sources
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.zero.partition_parameters import Init
@@ -219,6 +220,8 @@ def run_case(case: dict[str, Any], folder: Path, launch: int) -> list[dict[str, 
 def main(cases_path: str, folder: str, launch: str) -> None:
     start()
     get_accelerator().is_fp16_supported = lambda: True
+    if '"nvme"' in Path(cases_path).read_text():
+        merge_sources()
 
     def run(case: dict[str, Any]) -> list[dict[str, Any]]:
         legs = [{**LEG_DEFAULTS, **leg} for leg in case["legs"]]

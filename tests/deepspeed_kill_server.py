@@ -278,7 +278,7 @@ def main(folder: str, kills: str, seed: str) -> None:
     while len(killed) < int(kills) and not failures:
         plans = (next_plan(number, chance) for number in range(len(killed), int(kills)))
         # Under one tag every checkpoint takes the place of the one before.
-        run = run_to_end(Path(folder) / f"run-{runs}", (None, "last")[runs % 2], plans, unbroken, chance)
+        run = run_to_end(Path(folder) / f"run-{runs}", ("last", None)[runs % 2], plans, unbroken, chance)
         killed += run.kills
         failures += [f"run {runs}, {text}" for text in run.problems]
         runs += 1

@@ -8,6 +8,7 @@ CASES.json is a list of dictionaries (see `CASE_DEFAULTS`); RESULTS.json becomes
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import adax_triton.integrations.deepspeed  # noqa: F401  registers the optimizer types
@@ -75,9 +76,8 @@ def train(engine: Any, steps: range, case: dict[str, Any]) -> Iterator[dict[str,
     for step in steps:
         for micro_step in range(engine.gradient_accumulation_steps()):
             loss = engine(*batch(step, micro_step, dist.get_rank()))
-            if step == case["overflow_at"] and dist.get_rank() == 1:
-                loss = loss * float("inf")
-            engine.backward(loss)
+            with overflowing(engine) if step == case["overflow_at"] and dist.get_rank() == 1 else nullcontext():
+                engine.backward(loss)
             engine.step()
         if step == case["offload_at"]:
             include = case["offload"] and [OffloadStateTypeEnum(kind) for kind in case["offload"]]
@@ -85,6 +85,17 @@ def train(engine: Any, steps: range, case: dict[str, Any]) -> Iterator[dict[str,
             engine.offload_states(include=include, pin_memory=hasattr(get_accelerator(), "pin_empty_like"))
             engine.reload_states()
         yield master_weights(engine)
+
+
+@contextmanager
+def overflowing(engine: Any) -> Iterator[None]:
+    """Make one of all gradients infinite in backward passes of the block."""
+    param = next(iter(trainable(engine.module).values()))
+    hook = param.register_hook(lambda grad: grad * float("inf"))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def deviation(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -1,6 +1,6 @@
 """Gradient release on one of two ranks, with FSDP2 against the same run with `step()`, and with DDP.
 
-Usage, once per rank: python gradient_release_worker.py RANK FOLDER
+Usage, once per rank: RANK=... python gradient_release_worker.py FOLDER
 
 FOLDER/RANK.json becomes {check: what is wrong, or ""}.
 """
@@ -8,6 +8,7 @@ FOLDER/RANK.json becomes {check: what is wrong, or ""}.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -132,4 +133,4 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(os.environ["RANK"]), Path(sys.argv[1]))

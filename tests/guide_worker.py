@@ -3,9 +3,9 @@
 Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=... python guide_worker.py CASES.json RESULTS.json
 
 CASES.json is a list of {"name": heading of a section, "folder": where it runs}; RESULTS.json becomes {heading: result}.
-The configuration is that of the guide but for "nvme_path" and, without DeepSpeed's async_io, the device "nvme", which
-becomes "cpu". Sections that go on from a checkpoint find it in the folder, from the section before or from a run of
-AdamW that is made here.
+The configuration is that of the guide but for "nvme_path" and, without libaio, the device "nvme", which becomes "cpu".
+Sections that go on from a checkpoint find it in the folder, from the section before or from a run of AdamW that is made
+here.
 """
 
 import json
@@ -19,6 +19,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from async_io import merge_sources
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed_cases import run_cases, start
 from deepspeed_oracle import MICRO_BATCH, VOCABULARY, TiedModel
 from deepspeed_worker import deviation, master_weights
@@ -47,7 +49,8 @@ def configuration(blocks: dict[str, list[str]]) -> dict[str, Any]:
     offload = config["zero_optimization"].get("offload_optimizer", {})
     if offload.get("device") == "nvme":
         offload["nvme_path"] = str(Path("swapped").resolve())
-        offload["device"] = "nvme" if async_io_is_built() else "cpu"
+        merge_sources()
+        offload["device"] = "nvme" if AsyncIOBuilder().is_compatible(verbose=False) else "cpu"
     return config
 
 
@@ -88,7 +91,9 @@ def start_adamw(config: dict[str, Any]) -> None:
 def run_section(name: str) -> dict[str, Any]:
     common, blocks = sections()[""], sections()[name]
     config = configuration(blocks)
-    Path("ds_config.json").write_text(json.dumps(config))
+    if dist.get_rank() == 0:
+        Path("ds_config.json").write_text(json.dumps(config))
+    dist.barrier()
     for command in blocks.get("sh", []):
         subprocess.run(command.replace("python ", f"{sys.executable} ", 1), shell=True, check=True)
     if "switching_optimizer" in str(blocks):
@@ -153,15 +158,6 @@ def kept_bytes(engine: Any) -> dict[str, float]:
     numel = sum(getattr(param, "ds_numel", param.numel()) for param in parameters)
     sizes = {name: sum(t.nbytes for t in tensors if t is not None) for name, tensors in lists.items()}
     return {name: size / numel for name, size in sizes.items() if size}
-
-
-def async_io_is_built() -> bool:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-    from torch.utils import cpp_extension
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        return False
-    return (Path(cpp_extension._get_build_directory("async_io", verbose=False)) / "async_io.so").exists()
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:

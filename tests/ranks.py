@@ -2,57 +2,79 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LAUNCH_TIMEOUT_S = 900
+# Set before torch and DeepSpeed are imported.
+SHARED_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+}
 
 
 def run_ranks(
-    script: Path, arguments: Sequence[str], world_size: int, folder: Path, environment: Mapping[str, str], log: Path
+    script: Path,
+    arguments: Sequence[str],
+    world_size: int,
+    folder: Path,
+    environment: Mapping[str, str],
+    log: Path,
+    timeout: float = LAUNCH_TIMEOUT_S,
 ) -> None:
     """Run a script on every rank, in a folder, and fail with the end of the log if one of them does.
 
-    The ranks see `RANK`, `LOCAL_RANK`, `WORLD_SIZE` and an address to meet at; no GPU, and one thread each.
+    The ranks see `RANK`, `LOCAL_RANK`, `WORLD_SIZE` and an address to meet at; no GPU, and one thread each. They are
+    forked from a process that has imported torch and DeepSpeed.
+
+    Args:
+        script: of Python.
+        arguments: of the script.
+        world_size: the number of ranks.
+        folder: where they run.
+        environment: variables of all ranks; `TRITON_INTERPRET` is one of them.
+        log: written; the output of all ranks.
+        timeout: seconds after which the ranks are killed.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    shared = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world_size),
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        **environment,
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where torch looks for ninja
+    shared = {**os.environ, "PATH": path, **SHARED_ENVIRONMENT, **meeting, **environment}
+    log.write_text("")
+    request = {
+        "script": str(script),
+        "arguments": list(arguments),
+        "environments": [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)],
+        "folder": str(folder),
+        "log": str(log),
+        "timeout": timeout,
     }
-    with log.open("w") as output:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(script), *arguments],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=folder,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            deadline = time.monotonic() + LAUNCH_TIMEOUT_S
-            # A rank whose partner has died waits for it until its own timeout.
-            while time.monotonic() < deadline and None in [rank.poll() for rank in ranks]:
-                if any(rank.returncode for rank in ranks):
-                    break
-                time.sleep(0.1)
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    assert [rank.returncode for rank in ranks] == [0] * world_size, log.read_text()[-4000:]
+    server = rank_server(environment["TRITON_INTERPRET"])
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    assert json.loads(server.stdout.readline()) == [0] * world_size, log.read_text()[-4000:]
+
+
+@functools.cache
+def rank_server(interpret: str) -> subprocess.Popen[str]:
+    """Start rank_server.py; it ends with this process."""
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
+        env={**os.environ, **SHARED_ENVIRONMENT, "TRITON_INTERPRET": interpret},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(server.kill)
+    return server

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from adax_triton import AdaX, AdaXW
 from adax_triton.gradient_release import GradientRelease
-
-RANKS_TIMEOUT_S = 120
 
 
 def test_norm_of_failed_backward_counts_for_nothing(backend: torch.device) -> None:
@@ -134,24 +129,14 @@ def test_grad_scaler_is_refused(backend: torch.device) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, str]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What two processes with gloo found: by the name of a check, what is wrong, or nothing."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
     worker = Path(__file__).with_name("gradient_release_worker.py")
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    started = [
-        subprocess.Popen([sys.executable, str(worker), str(rank), str(folder)], env=environment, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=RANKS_TIMEOUT_S)[1].decode() for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
-    yield [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    run_ranks(worker, [str(folder)], 2, folder, {"TRITON_INTERPRET": "0"}, folder / "log")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("check", ["fsdp2", "norm", "accumulation", "twice", "ddp"])

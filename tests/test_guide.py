@@ -1,7 +1,7 @@
 """docs/deepspeed.md: every configuration in a real engine on gloo CPU ranks, every program run, every sum of memory.
 
-Changed of the guide's configurations are "nvme_path" and, where DeepSpeed's async_io is not built, the device "nvme",
-which becomes "cpu"; test_deepspeed_nvme.py has more of NVMe. The model is that of deepspeed_worker.py; two ranks stand
+Changed of the guide's configurations are "nvme_path" and, without libaio, the device "nvme", which becomes "cpu";
+test_deepspeed_nvme.py has more of NVMe. The model is that of deepspeed_worker.py; two ranks stand
 for several GPUs. Oracles: for the resumed run the one that went on; for the memory, sizes of the engines' tensors.
 """
 
