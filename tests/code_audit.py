@@ -1,13 +1,16 @@
 """Compile the step kernel for GPUs that need not be there, and read facts from the code; see test_code_audit.py.
 
-Usage, with TRITON_INTERPRET unset: python code_audit.py TARGET
-Prints a JSON list of one dictionary per variant, with the fields of its StepVariant.
+Usage, with TRITON_INTERPRET unset: python code_audit.py
+Prints, for each target, a JSON list of one dictionary per variant, with the fields of its StepVariant. The first target
+has every variant, the others a few that cover them, or every variant too if the variable AUDIT is "all".
 """
 
 import bisect
 import inspect
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import struct
 import subprocess
@@ -29,14 +32,32 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 TARGETS = {
+    "sm_90": GPUTarget("cuda", 90, 32),  # first, since it takes longest
     "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRAD_DTYPES = (*PARAM_DTYPES, torch.float64)
 STATES = ("float32", "bfloat16", "low", "lowest")
+FP32, BF16, FP16 = PARAM_DTYPES
+# Those that come nearest to a bound of registers on some target, in triton 3.7.1.
+TIGHT = (
+    StepVariant(FP32, FP32),
+    StepVariant(BF16, BF16),
+    StepVariant(FP32, FP16, aligned=False),
+    StepVariant(FP32, FP32, "lowest", telemetry=True),
+    StepVariant(BF16, BF16, "bfloat16", "int8", telemetry=True),
+    StepVariant(BF16, BF16, "lowest", "int8", telemetry=True),
+    StepVariant(BF16, BF16, "lowest", "int8", aligned=False),
+    StepVariant(BF16, BF16, "lowest", "int16"),
+    StepVariant(BF16, BF16, "lowest", "int16", aligned=False),
+    StepVariant(FP16, FP16, "low", "float32", settled=True),
+    StepVariant(FP16, FP16, "low", "float32", aligned=False),
+    StepVariant(FP16, FP16, "lowest", "float32", settled=True),
+    StepVariant(FP16, FP16, "lowest", "float32", telemetry=True),
+    StepVariant(FP16, FP16, "lowest", "float32", aligned=False),
+)
 
 LOCATION = re.compile(r"\.loc\s.*?adax_step\.py:(\d+):\d+(?: @\[ adax_step\.py:(\d+):)?")
 PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)\s")
@@ -61,28 +82,42 @@ def step_variants() -> list[StepVariant]:
         StepVariant(param, grad, aligned=aligned)
         for param, grad, aligned in itertools.product(PARAM_DTYPES, GRAD_DTYPES, (True, False))
     ]
-    fp32, bf16, fp16 = PARAM_DTYPES
     for states, settled in itertools.product(STATES, (False, True)):
         variants += [
-            StepVariant(fp32, fp32, states, settled=settled),
-            StepVariant(bf16, bf16, states, settled=settled),
-            StepVariant(bf16, bf16, states, stochastic=True, settled=settled),
-            StepVariant(bf16, bf16, states, "int16", settled=settled),
-            StepVariant(bf16, bf16, states, "int8", settled=settled),
-            StepVariant(fp16, fp16, states, "float32", settled=settled),
+            StepVariant(FP32, FP32, states, settled=settled),
+            StepVariant(BF16, BF16, states, settled=settled),
+            StepVariant(BF16, BF16, states, stochastic=True, settled=settled),
+            StepVariant(BF16, BF16, states, "int16", settled=settled),
+            StepVariant(BF16, BF16, states, "int8", settled=settled),
+            StepVariant(FP16, FP16, states, "float32", settled=settled),
         ]
         variants += [variant._replace(aligned=False) for variant in variants[-6:] if not settled]
     # Of float32 weights with an image of them beside, see adax_triton.beside.
-    for image, grad, aligned in ((bf16, bf16, True), (bf16, bf16, False), (bf16, fp32, True), (fp32, fp32, True)):
+    for image, grad, aligned in ((BF16, BF16, True), (BF16, BF16, False), (BF16, FP32, True), (FP32, FP32, True)):
         variants.append(StepVariant(image, grad, master="float32", aligned=aligned, param_is_copy=True))
     for states in STATES:
         variants += [
-            StepVariant(fp32, fp32, states, telemetry=True),
-            StepVariant(bf16, bf16, states, stochastic=True, telemetry=True),
-            StepVariant(bf16, bf16, states, "int8", telemetry=True),
-            StepVariant(fp16, fp16, states, "float32", telemetry=True),
+            StepVariant(FP32, FP32, states, telemetry=True),
+            StepVariant(BF16, BF16, states, stochastic=True, telemetry=True),
+            StepVariant(BF16, BF16, states, "int8", telemetry=True),
+            StepVariant(FP16, FP16, states, "float32", telemetry=True),
         ]
     return sorted(set(variants), key=variants.index)
+
+
+def traits(variant: StepVariant) -> set[Any]:
+    """Return its pairs of values of two fields."""
+    return set(itertools.combinations(variant._asdict().items(), 2))
+
+
+def covering(variants: list[StepVariant]) -> list[StepVariant]:
+    """Choose a few variants that have all traits of all of them, the tight ones among them."""
+    chosen = [*TIGHT]
+    missing = set().union(*map(traits, variants)).difference(*map(traits, TIGHT))
+    while missing:
+        chosen.append(max(variants, key=lambda variant: len(traits(variant) & missing)))
+        missing -= traits(chosen[-1])
+    return chosen
 
 
 def recorded(launch: Callable[[], None]) -> list[Launch]:
@@ -213,8 +248,8 @@ def nvidia_facts(kernels: list[Any]) -> Iterator[dict[str, Any]]:
             "spills": stack + sum(name.startswith(("LDL", "STL")) for name in operations),
             "shared": kernel.metadata.shared + sum(name.startswith(("LDS", "STS")) for name in operations),
             "barriers": sum(name.startswith("BAR") for name in operations),
+            "atomics": sum(name.startswith(("ATOM", "RED.")) for name in operations),
             "instructions": len(operations),
-            "accesses": read_accesses(kernel.asm["ptx"]),
             "machine": [
                 ({"LDG": "load", "STG": "store"}[name[:3]], sass_bits(name))
                 for name in operations
@@ -226,6 +261,7 @@ def nvidia_facts(kernels: list[Any]) -> Iterator[dict[str, Any]]:
 def amd_facts(kernel: Any) -> dict[str, Any]:
     code = kernel.asm["amdgcn"]
     operations = re.findall(r"^\s+([a-z]+_\w+)", code, re.MULTILINE)
+    accesses = [match for line in code.splitlines() if (match := AMD_ACCESS.match(line))]
 
     def count(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
@@ -236,33 +272,60 @@ def amd_facts(kernel: Any) -> dict[str, Any]:
         "spills": sum(map(count, spills)) + sum(name.startswith("scratch_") for name in operations),
         "shared": count("group_segment_fixed_size") + sum(name.startswith("ds_") for name in operations),
         "barriers": sum(name.startswith("s_barrier") for name in operations),
+        "atomics": sum(bool(re.match(r"(?:global|buffer|flat)_atomic", name)) for name in operations),
         "instructions": len(operations),
-        "accesses": read_accesses(code),
-        "machine": [(kind, bits) for _, kind, _, bits in read_accesses(code)],
+        "machine": [(match[1], amd_bits(match[2])) for match in accesses],
     }
 
 
-def audit(target_name: str) -> Iterator[dict[str, Any]]:
-    """Yield the facts of every variant of one target."""
+def machine_facts(kernels: list[Any], target: GPUTarget) -> Iterator[dict[str, Any]]:
+    """Yield what the machine code of each kernel says, whatever the kernel does."""
+    return nvidia_facts(kernels) if target.backend == "cuda" else map(amd_facts, kernels)
+
+
+def assembly(kernel: Any) -> str:
+    return kernel.asm["ptx" if "ptx" in kernel.asm else "amdgcn"]
+
+
+def elements_per_thread(kernel: Any, target: GPUTarget) -> int:
+    return launch_shape(target.backend).chunk_size // (kernel.metadata.num_warps * target.warp_size)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def audit(target_name: str) -> list[dict[str, Any]]:
+    """Return the facts of the variants of one target."""
     target = TARGETS[target_name]
     driver.set_active(AbsentDevice(target))
     step_module.current_backend = lambda: target.backend
-    variants = step_variants()
+    every = target_name == next(iter(TARGETS)) or os.environ.get("AUDIT") == "all"
+    variants = step_variants() if every else covering(step_variants())
     launches = [record_launches(variant) for variant in variants]
     kernels = [compile_launch(adax_step_kernel, first, target) for first, *_ in launches]
-    found = nvidia_facts(kernels) if target.backend == "cuda" else map(amd_facts, kernels)
-    for variant, of_variant, kernel, facts in zip(variants, launches, kernels, found, strict=True):
-        yield {
+    return [
+        {
             **variant._asdict(),
-            "param_dtype": str(variant.param_dtype).removeprefix("torch."),
-            "grad_dtype": str(variant.grad_dtype).removeprefix("torch."),
+            "param_dtype": dtype_name(variant.param_dtype),
+            "grad_dtype": dtype_name(variant.grad_dtype),
             "keys": sorted({launch.key for launch in of_variant}),
-            "elements_per_thread": launch_shape(target.backend).chunk_size
-            // (kernel.metadata.num_warps * target.warp_size),
+            "elements_per_thread": elements_per_thread(kernel, target),
             "layout_conversions": kernel.asm["ttgir"].count("ttg.convert_layout"),
+            "accesses": read_accesses(assembly(kernel)),
             **facts,
         }
+        for variant, of_variant, kernel, facts in zip(
+            variants, launches, kernels, machine_facts(kernels, target), strict=True
+        )
+    ]
+
+
+def print_facts(audit: Callable[[str], Any], processes: int) -> None:
+    """Print the facts of all targets, each in a process of its own: Triton keeps what it found of a device."""
+    with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
+        json.dump(dict(zip(TARGETS, pool.map(audit, TARGETS, chunksize=1), strict=True)), sys.stdout)
 
 
 if __name__ == "__main__":
-    json.dump(list(audit(sys.argv[1])), sys.stdout)
+    print_facts(audit, processes=2)

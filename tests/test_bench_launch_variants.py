@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from adax_triton.bench import kernel_rewrites, launch_variants
+from adax_triton.bench import kernel_rewrites, launch_variants, timing
 from adax_triton.bench.kernel_rewrites import EXACT, REWRITES, Edit
 from adax_triton.bench.timing import Clock
 from adax_triton.bench.variant_cases import SAME, NormCase, StepCase, case_of
@@ -23,6 +23,11 @@ CPU = torch.device("cpu")
 NUMEL = 2100  # a chunk, groups of 32 and four elements more
 LOWEST = "bf16 + lowest + 24-bit masters"
 DRY = ["--device", "cpu", "--numel", str(NUMEL), "--rounds", "1"]
+
+
+@pytest.fixture(autouse=True)
+def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**20)
 
 
 def verdicts(section: str, variants: list[Variant], folder: Path) -> list[str]:
@@ -147,7 +152,7 @@ from triton.backends.compiler import GPUTarget
 
 if __name__ == "__main__":
     jobs = [(SECTIONS[sys.argv[1]], Variant(1024, 4, 48, (name,))) for name in (*REWRITES, "faster")]
-    failed = compile_all(jobs, GPUTarget("cuda", 90, 32), 2, 120.0)
+    failed = compile_all(jobs, GPUTarget("cuda", 90, 32), 1, 120.0)
     print(json.dumps({label: why for (_, label), why in failed.items()}))
 """
 

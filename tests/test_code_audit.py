@@ -1,15 +1,13 @@
 """What the compilers make of the step kernel, for four GPU architectures and without a GPU: see code_audit.py."""
 
-import json
+import itertools
 import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from audit_cache import TESTS, audit_facts
 
 from adax_triton.compact import GROUP
 from adax_triton.precision import Precision, bytes_loaded, bytes_stored, state_layouts
@@ -19,6 +17,7 @@ pytest.importorskip("triton")
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*NVIDIA, "gfx942")
 DATA = ("param", "grad", "exp_avg", "exp_avg_sq", "master")
+FLAGS = ("stochastic", "settled", "telemetry", "param_is_copy")
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 # Per thread, in triton 3.7.1. Gradients of the parameter's dtype, aligned, are the case to be fast: 40 registers leave
@@ -54,29 +53,15 @@ Facts = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def audit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Facts]]:
-    """The facts of each variant of each target, compiled afresh in processes where Triton is not interpreting."""
-    folder = tmp_path_factory.mktemp("audit")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    script = Path(__file__).with_name("code_audit.py")
-    running = {}
-    for target in TARGETS:
-        with (folder / target).open("w") as output:
-            running[target] = subprocess.Popen(
-                [sys.executable, script, target], stdout=output, env=environment, cwd=folder
-            )
-    failed = [target for target, process in running.items() if process.wait() != 0]
-    assert not failed, "see the captured stderr"
-    return {
-        target: {variant_name(facts): facts for facts in json.loads((folder / target).read_text())}
-        for target in TARGETS
-    }
+def audit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Facts]]:
+    """The facts of each variant of each target: all of sm_90, a few of the others unless AUDIT=all."""
+    found = audit_facts(request.config, TESTS / "code_audit.py", tmp_path_factory.mktemp("audit"))
+    return {target: {variant_name(facts): facts for facts in found[target]} for target in TARGETS}
 
 
 def variant_name(facts: Facts) -> str:
     words = [NAMES[facts["param_dtype"]], NAMES[facts["grad_dtype"]], facts["states"], facts["master"] or "alone"]
-    words += [name for name in ("stochastic", "settled", "telemetry", "param_is_copy") if facts[name]]
+    words += [name for name in FLAGS if facts[name]]
     return "-".join([*words, "aligned" if facts["aligned"] else "unaligned"])
 
 
@@ -149,8 +134,7 @@ def ptx_accesses(facts: Facts) -> Counter:
     return found
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_variant_is_compiled(audit: dict[str, dict[str, Facts]], target: str) -> None:
+def test_every_variant_is_compiled(audit: dict[str, dict[str, Facts]]) -> None:
     pairs = [f"{param}-{grad}" for param in ("fp32", "bf16", "fp16") for grad in ("fp32", "bf16", "fp16", "fp64")]
     expected = {f"{pair}-float32-alone-{aligned}" for pair in pairs for aligned in ("aligned", "unaligned")}
     kept = ("fp32-fp32", "alone"), ("bf16-bf16", "alone"), ("bf16-bf16", "alone-stochastic")
@@ -164,7 +148,21 @@ def test_every_variant_is_compiled(audit: dict[str, dict[str, Facts]], target: s
     beside = "bf16-bf16", "bf16-fp32", "fp32-fp32"
     expected |= {f"{pair}-float32-float32-param_is_copy-aligned" for pair in beside}
     expected.add("bf16-bf16-float32-float32-param_is_copy-unaligned")
-    assert set(audit[target]) == expected
+    assert set(audit["sm_90"]) == expected
+    for target in TARGETS:
+        assert set(audit[target]) <= expected
+        assert set(audit[target]) == expected or os.environ.get("AUDIT") != "all"
+
+
+def traits(variants: dict[str, Facts]) -> set[Any]:
+    """Every pair of values of two fields."""
+    fields = (*FLAGS, "param_dtype", "grad_dtype", "states", "master", "aligned")
+    return {pair for facts in variants.values() for pair in itertools.combinations(((f, facts[f]) for f in fields), 2)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_pair_of_values_is_compiled(audit: dict[str, dict[str, Facts]], target: str) -> None:
+    assert traits(audit[target]) == traits(audit["sm_90"])
 
 
 @pytest.mark.parametrize("target", TARGETS)

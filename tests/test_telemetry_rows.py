@@ -1,25 +1,13 @@
-"""The sums of rows behind telemetry: against torch in float64; and what the compilers make of them, without a GPU.
+"""The sums of rows behind telemetry, against torch in float64."""
 
-As a script, with TRITON_INTERPRET unset: python test_telemetry_rows.py TARGET. It prints facts as JSON.
-"""
-
-import json
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 COUNTS = (0, 1, 511, 512, 513, 5000)
-LAUNCHES = ((1, 1), (16, 1), (17, 2), (4096, 16), (5000, 128))  # rows and runs
 
 
 def run_rows(counts: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -64,54 +52,3 @@ def test_a_number_that_is_not_finite_stays_in_its_run_and_column(device: torch.d
     sums = torch.empty(2, 5, device=device)
     add_rows(rows, torch.tensor([(0, 520), (520, 80)], device=device), sums)
     assert str(sums.tolist()) == str([[float("nan"), *[520.0] * 4], [*[80.0] * 4, float("inf")]])
-
-
-def audit(target_name: str) -> dict[str, Any]:
-    """Return the facts of the one variant that all sizes share, compiled for a target."""
-    import code_audit
-    from adax_triton.kernels.telemetry import add_rows, add_rows_kernel
-
-    target = code_audit.TARGETS[target_name]
-    code_audit.driver.set_active(code_audit.AbsentDevice(target))
-
-    def launch() -> None:
-        for rows, runs in LAUNCHES:
-            add_rows(torch.zeros(rows, 5), torch.zeros(runs, 2, dtype=torch.int64), torch.zeros(runs, 5))
-
-    launches = code_audit.recorded(launch)
-    kernel = code_audit.compile_launch(add_rows_kernel, launches[0], target)
-    facts: dict[str, Any] = {"keys": sorted({launch.key for launch in launches}), "recorded": len(launches)}
-    if target.backend == "cuda":
-        cubin = kernel.asm["cubin"]
-        architecture = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1].replace("sm_", "SM")
-        (operations,) = code_audit.disassemble([code_audit.machine_code(cubin)], architecture)
-        facts["registers"], stack = code_audit.resources(cubin)
-        facts["spills"] = stack + sum(name.startswith(("LDL", "STL")) for name in operations)
-        return {**facts, "atomics": sum(name.startswith(("ATOM", "RED.")) for name in operations)}
-    code = kernel.asm["amdgcn"]
-    spills = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    facts["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
-    facts["spills"] = sum(int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for name in spills)
-    return {**facts, "atomics": len(re.findall(r"^\s+(?:global|buffer|flat)_atomic", code, re.MULTILINE))}
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_one_variant_serves_all_sizes_without_spills_and_atomics(target: str, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), target],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    facts = json.loads(run.stdout)
-    assert facts["recorded"] == len(LAUNCHES) and len(facts["keys"]) == 1
-    assert (facts["spills"], facts["atomics"]) == (0, 0)
-    assert facts["registers"] <= 64  # of 1024 threads an SM of 65536 then holds all
-
-
-if __name__ == "__main__":
-    json.dump(audit(sys.argv[1]), sys.stdout)

@@ -1,0 +1,59 @@
+"""Facts of compiled kernels, kept in pytest's cache until a source they depend on changes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent
+# What the facts depend on, next to Triton and PyTorch: kernels import nothing else of the package.
+SOURCES = [
+    *sorted((TESTS.parent / "kernels").glob("*.py")),
+    TESTS.parent / "bench" / "variant_cases.py",
+    TESTS / "code_audit.py",
+    TESTS / "small_kernels_audit.py",
+]
+
+
+def audit_facts(config: pytest.Config, script: Path, folder: Path, sources: Iterable[Path] = SOURCES) -> Any:
+    """Return what a script prints, from pytest's cache if it holds that.
+
+    Facts of every variant are kept for the runs that ask for a few; `AUDIT=all` asks for every one.
+
+    Args:
+        config: of the session.
+        script: prints JSON; runs where Triton is not interpreting.
+        folder: an empty one, to run in.
+        sources: the files whose change makes the cached facts out of date.
+    """
+    key = {"sources": digest(sources), "all": os.environ.get("AUDIT") == "all"}
+    cache = getattr(config, "cache", None)  # absent with -p no:cacheprovider
+    kept = None if cache is None else cache.get(f"audit/{script.stem}", None)
+    if kept and kept["key"] in (key, {**key, "all": True}):
+        return kept["facts"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    done = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, env=environment, cwd=folder, check=False)
+    assert done.returncode == 0, "see the captured stderr"
+    facts = json.loads(done.stdout)
+    if cache is not None:
+        cache.set(f"audit/{script.stem}", {"key": key, "facts": facts})
+    return facts
+
+
+def digest(sources: Iterable[Path]) -> str:
+    """Return a hash of files and of the versions of what compiles them."""
+    versions = [importlib.metadata.version(package) for package in ("triton", "torch")]
+    found = hashlib.sha256(" ".join(versions).encode())
+    for source in sources:
+        found.update(source.name.encode() + source.read_bytes())
+    return found.hexdigest()
