@@ -182,9 +182,11 @@ def benchmark(name: str, result: Path, interpret: bool, seconds: float) -> Part:
         few = ("--device", "cpu", "--rounds", "2")
         options["host"] = (*few, "--tensors", "1", "3")
         options["train"] = ("--device", "cpu", "--quick", "--steps", "2", "--ranks", "1", "--only", "plain / AdaXW")
-        options["train"] += ("--layers", "1", "--width", "32")  # too few weights for anything to be compiled
-        options["step"] = (*few, "--sizes", "500", "--models", "--modes", "fp32", "--only", "AdaXW", "fused")
-        options["variants"] = ("--device", "cpu", "--numel", "3000", "--rounds", "1", "--modes", "fp32")
+        # Too few weights for anything to be compiled.
+        options["train"] += ("--layers", "1", "--width", "32", "--context", "16", "--warmup", "1")
+        options["step"] = (*few, "--sizes", "500", "--models", "--modes", "fp32", "--only", "fused")
+        options["variants"] = ("--device", "cpu", "--numel", "500", "--rounds", "1", "--modes", "fp32")
+        options["variants"] += ("--variants", "2048x8 r48")
     if name in MARGINS_S:
         options[name] += ("--budget", str(round(max(seconds - MARGINS_S[name], 1.0))))
     words = ("-m", "adax_triton.bench.launch_variants") if name == "variants" else (*COMMAND_LINE, "bench", name)

@@ -28,6 +28,7 @@ ONE = {"flat 1,000": workloads.flat(1000)}
 @pytest.fixture(autouse=True)
 def few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "SHAPES", [(33, 17), (3,)])
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**20)
 
 
 def named(*labels: str) -> list[Provider]:

@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"adax_triton": "adax_triton", "kernels": "adax_triton.kernels", "integrations": "adax_triton.integrations"}
 FRAMEWORKS = {"deepspeed", "transformers", "accelerate", "lightning", "pytorch_lightning"}
@@ -149,21 +147,21 @@ def imported(path: Path, module: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(("module", "path"), sources(), ids=[name for name, _ in sources()])
-def test_module_imports_only_what_lies_below_it(module: str, path: Path) -> None:
-    ours = {name for name in imported(path, module) if name.split(".")[0] == "adax_triton"}
-    relative = {name.removeprefix("adax_triton").removeprefix(".") for name in ours}
-    allowed = ALLOWED.get(module, set())
-    assert not {name for name in relative if name not in allowed and name.split(".")[0] not in allowed}
+def test_modules_import_only_what_lies_below_them() -> None:
+    for module, path in sources():
+        ours = {name for name in imported(path, module) if name.split(".")[0] == "adax_triton"}
+        relative = {name.removeprefix("adax_triton").removeprefix(".") for name in ours}
+        allowed = ALLOWED.get(module, set())
+        assert not {name for name in relative if name not in allowed and name.split(".")[0] not in allowed}, module
 
 
-@pytest.mark.parametrize(("module", "path"), sources(), ids=[name for name, _ in sources()])
-def test_only_integrations_import_frameworks(module: str, path: Path) -> None:
-    roots = {name.split(".")[0] for name in imported(path, module)}
-    if not module.startswith("adax_triton.integrations."):
-        assert not roots & FRAMEWORKS
-    if not module.startswith("adax_triton.kernels"):
-        assert "triton" not in roots
+def test_only_integrations_import_frameworks() -> None:
+    for module, path in sources():
+        roots = {name.split(".")[0] for name in imported(path, module)}
+        if not module.startswith("adax_triton.integrations."):
+            assert not roots & FRAMEWORKS, module
+        if not module.startswith("adax_triton.kernels"):
+            assert "triton" not in roots, module
 
 
 def test_reader_of_imports_sees_every_form() -> None:
@@ -178,13 +176,14 @@ def python_files() -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-@pytest.mark.parametrize("path", python_files(), ids=[str(path.relative_to(ROOT)) for path in python_files()])
-def test_file_is_short_and_plainly_named(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= 500
-    assert path.stem not in {"utils", "common", "helpers", "misc", "base", "config"}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            body = node.body[1:] if ast.get_docstring(node) else node.body
-            assert not body or node.end_lineno - body[0].lineno < 60, f"{node.name} is long"
-            assert path.parent.name == "tests" or node.args.kwarg is None, f"{node.name} swallows unknown arguments"
+def test_files_are_short_and_plainly_named() -> None:
+    for path in python_files():
+        text = path.read_text()
+        assert len(text.splitlines()) <= 500, path
+        assert path.stem not in {"utils", "common", "helpers", "misc", "base", "config"}, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                where = f"{path}: {node.name}"
+                assert not body or node.end_lineno - body[0].lineno < 60, f"{where} is long"
+                assert path.parent.name == "tests" or node.args.kwarg is None, f"{where} swallows unknown arguments"

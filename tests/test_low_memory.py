@@ -48,11 +48,10 @@ SHAPES: dict[str, Callable[[], Tensor]] = {
     "small": lambda: normal(7, 11),
     "4096": lambda: normal(4096),
     "4097": lambda: normal(4097),
-    "5003": lambda: normal(5003),
     "(64, 96)": lambda: normal(64, 96),
-    "(67, 100)": lambda: normal(67, 100),
-    "channels_last": lambda: normal(4, 32, 6, 8).contiguous(memory_format=torch.channels_last),
-    "transposed": lambda: normal(100, 67).t(),
+    "(41, 100)": lambda: normal(41, 100),
+    "channels_last": lambda: normal(4, 32, 4, 8).contiguous(memory_format=torch.channels_last),
+    "transposed": lambda: normal(100, 41).t(),
     "gaps": lambda: normal(70, 120)[:, ::2],
 }
 
@@ -80,7 +79,7 @@ def gradient(name: str, step: int, param: Tensor) -> Tensor:
     return grad.where(scales < 0.9, 0.0).to(param.device, param.dtype)
 
 
-def train(optimizer: AdaX, params: dict[str, Tensor], steps: Iterable[int] = range(1, 4)) -> AdaX:
+def train(optimizer: AdaX, params: dict[str, Tensor], steps: Iterable[int] = (1, 2)) -> AdaX:
     for step in steps:
         for name, param in params.items():
             param.grad = gradient(name, step, param)
@@ -118,7 +117,7 @@ def decoded(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 @each_mode
 def test_kernel_and_cpu_agree(mode: Mode, device: torch.device, request: pytest.FixtureRequest) -> None:
-    names = ["small", "4096", "4097", "5003", "(67, 100)", "channels_last", "gaps"]
+    names = ["small", "4096", "4097", "(41, 100)", "channels_last", "gaps"]
     kernel_params, by_kernel = run(device, mode, names)
     cpu_params, by_cpu = run(request.getfixturevalue("compiled_cpu"), mode, names)
     left, right = stored(by_kernel, kernel_params), stored(by_cpu, cpu_params)
@@ -157,15 +156,15 @@ def second_moment_bound(states: str, v: Tensor) -> Tensor:
 
 @each_mode
 def test_step_is_as_accurate_as_its_formats(mode: Mode, backend: torch.device) -> None:
-    params, optimizer = run(backend, mode, ["small", "4097", "(67, 100)"])
+    params, optimizer = run(backend, mode, ["small", "4097", "(41, 100)"])
     units = {None: 2.0**-7, "24bit": 2.0**-15, "float32": 2.0**-23}  # stochastic, so a whole one
     unit = 2.0**-23 if mode.dtype == torch.float32 else units[mode.master_weights]
     before = {}
     for name, param in params.items():
-        param.grad = gradient(name, 4, param)
+        param.grad = gradient(name, 3, param)
         values = (weights(optimizer, param), param.grad)
         before[name] = [*map(rows_of_32, values), *decoded(optimizer.state[param])]
-    scalars = scalars_of(optimizer.param_groups[0], 4)._asdict()
+    scalars = scalars_of(optimizer.param_groups[0], 3)._asdict()
     optimizer.step()
     for name, param in params.items():
         states = mode.states if param.numel() >= 4096 else "float32"
@@ -219,7 +218,7 @@ def test_any_layout_is_stepped_as_the_row_of_its_elements(name: str, backend: to
 
 @each_states
 def test_training_with_float32_masters_is_that_of_float32_weights(states: str, backend: torch.device) -> None:
-    for dtype, steps in ((torch.bfloat16, 20), (torch.float16, 2)):
+    for dtype, steps in ((torch.bfloat16, 8), (torch.float16, 2)):
         half = leaves(backend, dtype, ["4096"])
         full = {name: param.detach().float().requires_grad_() for name, param in half.items()}
         optimizers = [

@@ -17,14 +17,21 @@ from adax_triton import AdamW, AdaXW
 from adax_triton.moment_optimizer import MomentOptimizer
 from adax_triton.precision import STATES
 
-SHAPES = ((4096,), (64, 96), (67, 100), (2, 64, 64), (5000, 2), (3, 5), ())
+# Too few elements altogether to be worth compiling for.
+SHAPES = ((4096,), (41, 100), (3, 5), ())
 MODES = [(states, master_weights) for states in STATES for master_weights in (None, "24bit", "float32")]
+# Each format of moments and of masters, not each pair.
+STEPPED_MODES = [("float32", None), ("bfloat16", "float32"), ("low", "24bit"), ("lowest", None), ("lowest", "24bit")]
 
 
-def parameters(dtype: torch.dtype = torch.bfloat16, device: torch.device | None = None) -> list[nn.Parameter]:
+def parameters(
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | None = None,
+    shapes: tuple[tuple[int, ...], ...] = SHAPES,
+) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    tensors.append(torch.randn(2, 64, 8, 8, generator=generator).contiguous(memory_format=torch.channels_last))
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors.append(torch.randn(2, 32, 8, 8, generator=generator).contiguous(memory_format=torch.channels_last))
     return [nn.Parameter(tensor.to(device or "cpu", dtype)) for tensor in tensors]
 
 
@@ -48,7 +55,8 @@ def assert_equal_steps(left: MomentOptimizer, right: MomentOptimizer) -> None:
 def test_a_state_dict_holds_the_tensors_of_the_state(
     states: str, master_weights: str | None, compiled_cpu: torch.device
 ) -> None:
-    optimizer = AdaXW(parameters(), states=states, master_weights=master_weights)
+    params = parameters(shapes=(*SHAPES, (2, 32, 64), (2048, 2)))
+    optimizer = AdaXW(params, states=states, master_weights=master_weights)
     train(optimizer, [1])
     for state, saved in zip(optimizer.state.values(), optimizer.state_dict()["state"].values(), strict=True):
         assert state.keys() == saved.keys() and type(saved.pop("step")) is int
@@ -59,7 +67,7 @@ def test_a_state_dict_holds_the_tensors_of_the_state(
             assert tensor.is_floating_point() or tensor.shape[-1] in (1, 2)
 
 
-@pytest.mark.parametrize(("states", "master_weights"), MODES)
+@pytest.mark.parametrize(("states", "master_weights"), STEPPED_MODES)
 def test_states_may_be_put_back_as_they_were_saved(
     states: str, master_weights: str | None, backend: torch.device
 ) -> None:
@@ -67,7 +75,7 @@ def test_states_may_be_put_back_as_they_were_saved(
         AdaXW(parameters(device=backend), states=states, master_weights=master_weights, lr=0.01) for _ in range(2)
     ]
     for optimizer in optimizers:
-        train(optimizer, [1, 2])
+        train(optimizer, [1])
     left, right = optimizers
     saved = copy.deepcopy(left.state_dict()["state"])
     for param, index in zip(right.param_groups[0]["params"], saved, strict=True):
@@ -75,17 +83,16 @@ def test_states_may_be_put_back_as_they_were_saved(
     assert_equal_steps(left, right)
 
 
-@pytest.mark.parametrize("optimizer_class", [AdaXW, AdamW])
-def test_keys_of_others_are_kept_through_steps_and_checkpoints(optimizer_class: type, backend: torch.device) -> None:
+def test_keys_of_others_are_kept_through_steps_and_checkpoints(backend: torch.device) -> None:
     params = parameters(torch.float32, backend)
-    optimizer = optimizer_class(params, states="low")
+    optimizer = AdaXW(params, states="low")
     for param in params:
         optimizer.state[param]["slow"] = param.detach().clone()  # before this package has put anything there
         optimizer.state[param]["note"] = 5
     optimizer.state["scheduler"] = {"scale": torch.ones(1), "step": 3}
     optimizer.state["count"] = 7
-    train(optimizer, [1, 2, 3])
-    twin = optimizer_class(parameters(torch.float32, backend), states="lowest")
+    train(optimizer, [1, 2])
+    twin = AdaXW(parameters(torch.float32, backend), states="lowest")
     train(twin, [1])
     saved = copy.deepcopy(optimizer.state_dict())
     twin.load_state_dict(saved)
@@ -93,7 +100,7 @@ def test_keys_of_others_are_kept_through_steps_and_checkpoints(optimizer_class: 
     assert twin.state["count"] == 7
     for param, other in zip(params, twin.param_groups[0]["params"], strict=True):
         assert torch.equal(optimizer.state[param]["slow"], twin.state[other]["slow"])
-        assert twin.state[other]["note"] == 5 and twin.state[other]["step"] == 3
+        assert twin.state[other]["note"] == 5 and twin.state[other]["step"] == 2
     train(twin, [4])
     twin.load_state_dict({**saved, "state": {key: saved["state"][key] for key in range(len(params))}})
     assert "count" not in twin.state
@@ -137,22 +144,22 @@ MEMORY_FORMATS = {
 }
 
 
-@pytest.mark.parametrize(("states", "master_weights"), MODES)
+@pytest.mark.parametrize(("states", "master_weights"), STEPPED_MODES)
 def test_strides_may_change_between_saving_and_loading_and_between_steps(
     states: str, master_weights: str | None, backend: torch.device
 ) -> None:
     def build(form: str) -> AdaXW:
-        tensor = MEMORY_FORMATS[form](torch.randn(8, 32, 4, 5, generator=torch.Generator().manual_seed(0)))
+        tensor = MEMORY_FORMATS[form](torch.randn(4, 32, 2, 16, generator=torch.Generator().manual_seed(0)))
         param = nn.Parameter(tensor.to(backend, torch.bfloat16))
         return AdaXW([param], lr=0.01, states=states, master_weights=master_weights)
 
     for before in MEMORY_FORMATS:
         optimizer = build(before)
-        train(optimizer, [1, 2])
+        train(optimizer, [1])
         (param,) = optimizer.param_groups[0]["params"]
         file = io.BytesIO()
         torch.save(optimizer.state_dict(), file)
-        for after in MEMORY_FORMATS:
+        for after in MEMORY_FORMATS.keys() - {before}:
             file.seek(0)
             twin = build(after)
             (other,) = twin.param_groups[0]["params"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from adax_triton import AdaXW
 from adax_triton import cpu as cpu_module
+from adax_triton.backends import uses_kernel
 from adax_triton.cpu import COMPILE_FROM_NUMEL
 from adax_triton.rounding import join_master
 from adax_triton.stored import load_master
@@ -33,10 +35,20 @@ def take_step(param: Tensor, optimizer: AdaXW, seed: int) -> None:
     optimizer.step()
 
 
-def trained(dtype: torch.dtype, master_weights: str, device: torch.device, **options: Any) -> tuple[Tensor, AdaXW]:
+def trained(
+    dtype: torch.dtype, master_weights: str, device: torch.device, telemetry: bool = False
+) -> tuple[Tensor, AdaXW]:
     """Return a parameter after three steps, with masters that no longer are its own values."""
+    return copy.deepcopy(original(dtype, master_weights, device, telemetry, uses_kernel(device, dtype)))
+
+
+@functools.cache
+def original(
+    dtype: torch.dtype, master_weights: str, device: torch.device, telemetry: bool, by_kernel: bool
+) -> tuple[Tensor, AdaXW]:
+    assert uses_kernel(device, dtype) == by_kernel
     param = nn.Parameter(normal(NUMEL, 0).to(device, dtype))
-    optimizer = AdaXW([param], lr=LR, weight_decay=0.0, master_weights=master_weights, **options)
+    optimizer = AdaXW([param], lr=LR, weight_decay=0.0, master_weights=master_weights, telemetry=telemetry)
     for seed in (1, 2, 3):
         take_step(param, optimizer, seed)
     return param, optimizer

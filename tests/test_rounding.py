@@ -58,7 +58,7 @@ def patterns(values: Tensor) -> np.ndarray:
     return values.cpu().view(torch.int32).numpy().view(np.uint32).astype(np.int64)
 
 
-def many_floats(count: int = 2**20) -> Tensor:
+def many_floats(count: int = 2**18) -> Tensor:
     """Every exponent and sign with the fractions around every rounding, then random patterns, NaNs among both."""
     edges = [0, 1, 0x7F, 0x80, 0x81, 0xFF, 0x100, 0x7FFF, 0x8000, 0x8001, 0xFF7F, 0xFF80, 0xFFFF, 0x10000, 0x18000]
     edges += [0x7FFFFF - edge for edge in edges]

@@ -6,6 +6,7 @@ Compiling fails for real causes: switches of torch.compile, a compiler that fail
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -32,7 +33,13 @@ Sizes = tuple[tuple[int, torch.dtype], ...]
 SIZES: Sizes = ((50_000, torch.float32), (40_001, torch.bfloat16), (10, torch.float32), (33_000, torch.float32))
 # Of what the interpreter steps.
 SMALL = ((5_000, torch.float32), (401, torch.bfloat16), (10, torch.float32))
-LOW = {"states": "low", "master_weights": "24bit"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "low": {"states": "low", "master_weights": "24bit"},
+    "device": {"capturable": True},
+    "telemetry": {"telemetry": True},
+}
+each_of_three = pytest.mark.parametrize("mode", ["plain", "low", "telemetry"])
 
 
 def build(sizes: Sizes = SIZES, device: torch.device | str = "cpu", **options: Any) -> tuple[AdaXW, list[Parameter]]:
@@ -53,12 +60,19 @@ def tensors_of(optimizer: AdaXW, params: list[Parameter]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in (*params, *states)]
 
 
-def undisturbed(steps: int, sizes: Sizes = SIZES, device: torch.device | str = "cpu", **options: Any) -> list[Tensor]:
-    optimizer, params = build(sizes, device, **options)
-    for step in range(steps):
+def trained(mode: str = "plain", sizes: Sizes = SIZES, device: torch.device | str = "cpu") -> list[list[Tensor]]:
+    """Return what there is after one step, and after two."""
+    optimizer, params = build(sizes, device, **OPTIONS[mode])
+    found = []
+    for step in range(2):
         give(params, step)
         optimizer.step()
-    return tensors_of(optimizer, params)
+        found.append(tensors_of(optimizer, params))
+    return found
+
+
+# The kernel never steps `SIZES` on a CPU, and PyTorch never `SMALL`.
+undisturbed = functools.cache(trained)
 
 
 def equal(left: list[Tensor], right: list[Tensor]) -> bool:
@@ -66,13 +80,14 @@ def equal(left: list[Tensor], right: list[Tensor]) -> bool:
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, compiled_cpu: torch.device) -> Iterator[None]:
-    """Nothing is compiled yet, and nothing was warned of."""
-    monkeypatch.setattr(compiled, "_warned", [])
-    compiled._program.cache_clear()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-    compiled._program.cache_clear()
+def forget(monkeypatch: pytest.MonkeyPatch, compiled_cpu: torch.device) -> Callable[[], None]:
+    """Has nothing compiled yet, and nothing warned of, for the rest of a test."""
+
+    def forget_all() -> None:
+        monkeypatch.setattr(compiled, "_warned", [])
+        monkeypatch.setattr(compiled, "_program", functools.cache(compiled._program.__wrapped__))
+
+    return forget_all
 
 
 def second_call(function: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
@@ -100,15 +115,13 @@ def interrupts_raise() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("options", [{}, LOW, {"telemetry": True}], ids=["plain", "low", "telemetry"])
-def test_interrupt_waits_for_the_whole_step(
-    options: dict[str, Any], backend: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@each_of_three
+def test_interrupt_waits_for_the_whole_step(mode: str, backend: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from adax_triton import backends, launches, pytorch_steps
 
     kernel = backends.uses_kernel(backend, torch.float32)
     owner, name, sizes = (launches.Launch, "run", SMALL) if kernel else (pytorch_steps, "_run", SIZES)
-    optimizer, params = build(sizes, backend, **options)
+    optimizer, params = build(sizes, backend, **OPTIONS[mode])
     give(params, 0)
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
@@ -116,10 +129,10 @@ def test_interrupt_waits_for_the_whole_step(
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
     assert signal.getsignal(signal.SIGINT) is before
-    assert equal(tensors_of(optimizer, params), undisturbed(1, sizes, backend, **options))
+    assert equal(tensors_of(optimizer, params), undisturbed(mode, sizes, backend)[0])
     give(params, 1)
     optimizer.step()
-    assert equal(tensors_of(optimizer, params), undisturbed(2, sizes, backend, **options))
+    assert equal(tensors_of(optimizer, params), undisturbed(mode, sizes, backend)[1])
 
 
 def test_interrupt_waits_for_the_whole_step_beside(compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,20 +198,24 @@ def break_compiler(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[list[Any]]
     monkeypatch.setattr(compile_fx, "compile_fx", replacement)
 
 
-@pytest.mark.parametrize("options", [{}, LOW, {"telemetry": True}], ids=["plain", "low", "telemetry"])
+@each_of_three
 def test_compiler_that_fails_for_the_second_dtype_costs_speed_alone(
-    options: dict[str, Any], fresh: None, monkeypatch: pytest.MonkeyPatch
+    mode: str, forget: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = undisturbed(2, **options)
-    compiled._program.cache_clear()
+    expected = undisturbed(mode)
+    forget()
     break_compiler(monkeypatch, lambda dtypes: torch.bfloat16 in dtypes)
     with pytest.warns(UserWarning, match="no space left") as caught:
-        found = undisturbed(2, **options)
+        found = trained(mode)
     assert len([one for one in caught if "adax_triton" in str(one.message)]) == 1
-    assert equal(found, expected)
+    assert all(map(equal, found, expected))
 
 
-def test_warning_that_is_an_error_comes_before_the_first_write(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warning_that_is_an_error_comes_before_the_first_write(
+    forget: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = undisturbed()
+    forget()
     break_compiler(monkeypatch, lambda dtypes: torch.bfloat16 in dtypes)
     optimizer, params = build()
     give(params, 0)
@@ -210,17 +227,17 @@ def test_warning_that_is_an_error_comes_before_the_first_write(fresh: None, monk
     assert equal(weights, [param.detach() for param in params])
     assert [optimizer.state[param]["step"] for param in params] == [0] * len(params)
     optimizer.step()
-    assert equal(tensors_of(optimizer, params), undisturbed(1))
+    assert equal(tensors_of(optimizer, params), expected[0])
 
 
 @pytest.mark.parametrize("stance", ["force_eager", "fail_on_recompile"])
-def test_compiler_that_is_switched_off_is_told_once(stance: str, fresh: None) -> None:
-    expected = undisturbed(2)
-    compiled._program.cache_clear()
+def test_compiler_that_is_switched_off_is_told_once(stance: str, forget: Callable[[], None]) -> None:
+    expected = undisturbed()
+    forget()
     with torch.compiler.set_stance(stance), pytest.warns(UserWarning, match="uncompiled") as caught:
-        found = undisturbed(2)
+        found = trained()
     assert len([one for one in caught if "adax_triton" in str(one.message)]) == 1
-    assert equal(found, expected)
+    assert all(map(equal, found, expected))
 
 
 def test_compiler_that_the_environment_switches_off_is_told_once() -> None:
@@ -251,28 +268,30 @@ class Log(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("compiled_before", [False, True])
-def test_modes_that_see_every_operation_get_the_same_bits(compiled_before: bool, fresh: None) -> None:
-    expected = undisturbed(2)
-    if not compiled_before:
-        compiled._program.cache_clear()
+def test_modes_that_see_every_operation_get_the_same_bits(compiled_before: bool, forget: Callable[[], None]) -> None:
+    expected = undisturbed()
+    forget()
+    if compiled_before:
+        trained()
     with warnings.catch_warnings(), Log():
         warnings.filterwarnings("error", "adax_triton")
-        found = undisturbed(2)
-    assert equal(found, expected)
+        found = trained()
+    assert all(map(equal, found, expected))
     assert bool(compiled._program.cache_info().currsize) == compiled_before
 
 
 def test_code_that_another_thread_compiles_changes_no_bit(
     compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = undisturbed(2)
+    expected = undisturbed()
     # One flag for all threads.
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert torch.compiler.is_compiling()
-    assert equal(undisturbed(2), expected)
+    assert all(map(equal, trained(), expected))
 
 
-def test_threads_compile_a_program_once(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_compile_a_program_once(forget: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    forget()
     made = []
 
     class SlowProgram(compiled.Program):
@@ -321,16 +340,16 @@ def fail() -> None:
     raise RuntimeError("ptxas failed")
 
 
-@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"telemetry": True}], ids=["plain", "device", "sums"])
+@pytest.mark.parametrize("mode", ["plain", "device", "telemetry"])
 def test_kernel_that_fails_to_compile_leaves_nothing_stepped(
-    options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+    mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from adax_triton.kernels import adax_step
 
     from adax_triton import backends
 
     monkeypatch.setattr(backends, "_are_compiled", lambda launches: True)
-    optimizer, params = build(SMALL, device, **options)
+    optimizer, params = build(SMALL, device, **OPTIONS[mode])
     give(params, 0)
     weights = [param.detach().clone() for param in params]
     with monkeypatch.context() as patch:
@@ -343,7 +362,7 @@ def test_kernel_that_fails_to_compile_leaves_nothing_stepped(
     give(params, 1)
     optimizer.step()
     monkeypatch.undo()
-    assert equal(tensors_of(optimizer, params), undisturbed(2, SMALL, device, **options))
+    assert equal(tensors_of(optimizer, params), undisturbed(mode, SMALL, device)[1])
 
 
 class FakeKernel:
