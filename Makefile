@@ -9,7 +9,7 @@ PINNED_DEEPSPEED := $(shell sed -n 's/^deepspeed==//p' constraints.txt)
 DEEPSPEED ?= $(PINNED_DEEPSPEED)
 DEEPSPEED_VENV := $(if $(filter $(PINNED_DEEPSPEED),$(DEEPSPEED)),$(VENV),.venv-deepspeed-$(DEEPSPEED))
 
-.PHONY: env test soak lint demo bench results report acceptance gpu-check clean
+.PHONY: env test quick durations audit mutants soak lint demo bench results report acceptance gpu-check clean
 
 env: $(READY)
 
@@ -18,11 +18,27 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[deepspeed,huggingface,bench,dev]'
 	touch $(READY)
 
+# One worker has all tests of a file, the files that take longest first.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(READY)  ## all tests this machine can run
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) --durations=10
+
+quick: $(READY)  ## after an edit: lint without mypy, and the files of tests that take at most 3 s
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(PYTEST) --quick
+
+durations: $(READY)  ## all tests, on a quiet machine: tests/durations.json anew, the order of `test` and the choice of `quick`
+	$(PYTEST) --durations=30 --record-durations
+
+audit: $(READY)  ## read the code of every kernel variant for every GPU target, and keep the facts for `test`
+	AUDIT=all $(BIN)/pytest tests/test_code_audit.py tests/test_small_kernels_audit.py
+
+mutants: $(READY)  ## make the faults of tests/mutants.toml one by one; every one has to fail a test. MUTANTS="a b" chooses
+	$(BIN)/python tests/mutants.py $(MUTANTS)
 
 soak: $(READY)  ## kill ranks of a DeepSpeed run 200 times, and compare with a run that is never killed
-	KILLS=200 $(BIN)/pytest -s tests/test_deepspeed_kill.py
+	KILLS=200 KILL_SEED=$$(date +%s) $(BIN)/pytest -s tests/test_deepspeed_kill.py
 
 lint: $(READY)  ## mypy reads an installed copy: it cannot see folders that are mapped into the package
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

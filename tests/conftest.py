@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,24 +21,63 @@ from torch.utils._pytree import tree_leaves
 # The functions of the package that launch a kernel.
 LAUNCHERS = {"adax_step": "adax_step", "schedule": "prepare_step", "grad_stats": "grad_stats", "telemetry": "add_rows"}
 
+# Seconds of each file of tests on two quiet cores, by `make durations`; files up to QUICK_S are those of `make quick`.
+DURATIONS = Path(__file__).with_name("durations.json")
+QUICK_S = 3.0
+
 # Triton decides at its import, so this comes before any import of it; torch.cuda is also the HIP device.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# A pool of compile workers takes longer to start than what tests compile; each process that compiles would have one.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what the Makefile passes."""
+    parser.addoption("--quick", action="store_true", help="run only files of at most 3 s, see tests/durations.json")
+    parser.addoption("--record-durations", action="store_true", help="write tests/durations.json")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what a CPU shows as well, where the variable ONLY_GPU_TESTS is set: time on a GPU machine is short."""
-    if not os.environ.get("ONLY_GPU_TESTS"):
-        return
+    """Put the files that take longest first, so that none is left when all others have ended; leave out tests.
+
+    With `--quick`, those of files that take long. With the variable ONLY_GPU_TESTS, what a CPU shows as well: time on a
+    GPU machine is short.
+    """
+    seconds: dict[str, float] = json.loads(DURATIONS.read_text())
+    items.sort(key=lambda item: -seconds.get(item.path.name, QUICK_S))
     chosen, others = [], []
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        on_gpu = bool({"device", "backend"} & {*fixtures}) or item.get_closest_marker("gpu") is not None
-        of_cpu = params.get("backend") == "cpu" or "compiled_cpu" in fixtures
-        (chosen if on_gpu and not of_cpu else others).append(item)
+        quick = not config.getoption("quick", False) or seconds.get(item.path.name, QUICK_S) <= QUICK_S
+        (chosen if quick and (not os.environ.get("ONLY_GPU_TESTS") or needs_gpu(item)) else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
+
+
+def pytest_collection_finish() -> None:
+    """Have garbage be looked for among what tests make, not among what was imported."""
+    gc.freeze()
+
+
+def needs_gpu(item: pytest.Item) -> bool:
+    fixtures = getattr(item, "fixturenames", ())
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    on_gpu = bool({"device", "backend"} & {*fixtures}) or item.get_closest_marker("gpu") is not None
+    return on_gpu and not (params.get("backend") == "cpu" or "compiled_cpu" in fixtures)
+
+
+class DurationFile:
+    """Writes the seconds that each file takes, all its tests together."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._seconds[Path(report.fspath).name] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        found = {name: round(self._seconds[name], 1) for name in sorted(self._seconds)}
+        DURATIONS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 class FailureFile:
@@ -65,10 +106,13 @@ class FailureFile:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep failures in the file that the variable FAILURES names."""
-    path = os.environ.get("FAILURES")
-    if path and not hasattr(config, "workerinput"):  # a worker of pytest-xdist reports to the process that has one
+    """Keep failures in the file that the variable FAILURES names, and durations in theirs."""
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist reports to the process that has one
+        return
+    if path := os.environ.get("FAILURES"):
         config.pluginmanager.register(FailureFile(config, path))
+    if config.getoption("record_durations", False):
+        config.pluginmanager.register(DurationFile())
 
 
 @pytest.fixture

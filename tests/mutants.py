@@ -1,0 +1,82 @@
+"""Break the package on purpose, one line at a time, and check that the tests notice.
+
+Usage: python tests/mutants.py [NAME ...]
+
+Every fault of mutants.toml, or those named, is made in a copy of the tracked files. Prints the first test that fails
+for each; exits with 1 if no test fails, or if the fault keeps the tests from being collected.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS_FAILED = 1  # pytest's exit code
+
+
+def main() -> int:
+    mutants = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of mutants.toml; default: all")
+    names = parser.parse_args().names or list(mutants)
+    if unknown := sorted(set(names) - set(mutants)):
+        parser.error(f"mutants.toml has no {', '.join(unknown)}")
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copy_tree(Path(folder, "tree"))
+        survivors = [name for name in names if not is_caught(name, mutants[name], tree)]
+    print(f"{len(names) - len(survivors)} of {len(names)} mutants caught")
+    for name in survivors:
+        print(f"survived: {name}")
+    return 1 if survivors else 0
+
+
+def copy_tree(tree: Path) -> Path:
+    """Copy the tracked files, with the folders that are installed inside the package linked into it."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in tracked.split("\0")[:-1]:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    folders = tomllib.loads((tree / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+    (tree / "importable").mkdir()
+    for package, folder in folders.items():
+        link = tree / "importable" / package.replace(".", "/")
+        link.symlink_to(tree / folder)
+    return tree
+
+
+def is_caught(name: str, mutant: dict[str, Any], tree: Path) -> bool:
+    file = tree / mutant["file"]
+    original = file.read_text()
+    if original.count(mutant["old"]) != 1:
+        raise ValueError(f"{name}: {mutant['file']} has {mutant['old']!r} {original.count(mutant['old'])} times")
+    file.write_text(original.replace(mutant["old"], mutant["new"]))
+    begun = time.monotonic()
+    try:
+        code, output = run_tests(tree, [f"tests/{test}" for test in mutant["tests"]])
+    finally:
+        file.write_text(original)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    caught = code == TESTS_FAILED and failed is not None
+    told = failed[1] if failed else f"exit code {code}\n{output[-2000:]}" if code else "SURVIVED"
+    print(f"{name}: {told} ({time.monotonic() - begun:.0f} s)", flush=True)
+    return caught
+
+
+def run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
+    environment = {**os.environ, "PYTHONPATH": str(tree / "importable"), "PYTHONDONTWRITEBYTECODE": "1"}
+    pytest = str(Path(sys.executable).with_name("pytest"))
+    command = [pytest, "--exitfirst", "--quiet", "--tb=no", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=tree, env=environment, check=False, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    sys.exit(main())
