@@ -29,7 +29,7 @@ quick: $(READY)  ## after an edit: lint without mypy, and the files of tests tha
 	$(PYTEST) --quick
 
 durations: $(READY)  ## all tests, on a quiet machine: tests/durations.json anew, the order of `test` and the choice of `quick`
-	$(PYTEST) --durations=30 --record-durations
+	$(PYTEST) --durations=30 --record-durations --cache-clear
 
 audit: $(READY)  ## read the code of every kernel variant for every GPU target, and keep the facts for `test`
 	AUDIT=all $(BIN)/pytest tests/test_code_audit.py tests/test_small_kernels_audit.py

@@ -39,13 +39,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the files that take longest first, so that none is left when all others have ended; leave out tests.
+    """Give workers the files that take longest first, so that none is left when all others have ended; leave out tests.
 
     With `--quick`, those of files that take long. With the variable ONLY_GPU_TESTS, what a CPU shows as well: time on a
     GPU machine is short.
     """
     seconds: dict[str, float] = json.loads(DURATIONS.read_text())
-    items.sort(key=lambda item: -seconds.get(item.path.name, QUICK_S))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: -seconds.get(item.path.name, QUICK_S))
     chosen, others = [], []
     for item in items:
         quick = not config.getoption("quick", False) or seconds.get(item.path.name, QUICK_S) <= QUICK_S

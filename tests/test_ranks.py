@@ -17,7 +17,7 @@ from ranks import run_ranks
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.deepspeed
 
-ENDED_WITHIN_S = 10.0
+ENDED_WITHIN_S = 60.0  # half of what a collective waits
 
 
 def launch(folder: Path, *cases: dict[str, Any]) -> dict[str, Any]:
