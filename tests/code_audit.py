@@ -169,20 +169,23 @@ def read_accesses(code: str) -> list[tuple[str, str, str, int]]:
     calls = [number for number, line in enumerate(source, start=1) if re.match(r"\s+(?:.* = )?_update_tile\(", line)]
     assert len(calls) == 2, "one call for the tile, then one for the tail"
     accesses = []
-    location = None
-    for line in code.splitlines():
-        location = LOCATION.search(line) or location
-        if match := PTX_ACCESS.search(line):
-            kind, bits = {"ld": "load", "st": "store"}[match[1]], int(match[2] or 1) * int(match[3])
-        elif match := AMD_ACCESS.match(line):
-            kind, bits = match[1], amd_bits(match[2])
-        else:
-            continue
+    for location, kind, bits in located_accesses(code, LOCATION):
         stream = stream_of(source[int(location[1]) - 1])
         # A call over several lines is ascribed to any of them.
         region = "table" if location[2] is None else "tile" if int(location[2]) < calls[1] else "tail"
         accesses.append((region, kind, stream, bits))
     return accesses
+
+
+def located_accesses(code: str, location: re.Pattern[str]) -> Iterator[tuple[Any, str, int]]:
+    """Yield (last match of the location, "load" or "store", bits) of each vector access of PTX or AMD assembly."""
+    last = None
+    for line in code.splitlines():
+        last = location.search(line) or last
+        if match := PTX_ACCESS.search(line):
+            yield last, {"ld": "load", "st": "store"}[match[1]], int(match[2] or 1) * int(match[3])
+        elif match := AMD_ACCESS.match(line):
+            yield last, match[1], amd_bits(match[2])
 
 
 def amd_bits(operation: str) -> int:

@@ -18,17 +18,15 @@ from adax_triton.kernels.grad_stats import grad_stats, grad_stats_kernel
 from adax_triton.kernels.schedule import prepare_step, prepare_step_kernel
 from adax_triton.kernels.telemetry import add_rows, add_rows_kernel
 from code_audit import (
-    AMD_ACCESS,
     GRAD_DTYPES,
-    PTX_ACCESS,
     TARGETS,
     AbsentDevice,
     Launch,
-    amd_bits,
     assembly,
     compile_launch,
     dtype_name,
     elements_per_thread,
+    located_accesses,
     machine_facts,
     print_facts,
     recorded,
@@ -66,17 +64,9 @@ def gradient_accesses(code: str) -> list[tuple[str, str, int]]:
     The stream is "tile" or "tail" of the gradients, "partial" or "table", from the source line of the access.
     """
     source = Path(inspect.getsourcefile(grad_stats_kernel.fn)).read_text().splitlines()
-    accesses, line_number = [], 0
-    for line in code.splitlines():
-        if location := LOCATION.search(line):
-            line_number = int(location[1])
-        if match := PTX_ACCESS.search(line):
-            kind, bits = {"ld": "load", "st": "store"}[match[1]], int(match[2] or 1) * int(match[3])
-        elif match := AMD_ACCESS.match(line):
-            kind, bits = match[1], amd_bits(match[2])
-        else:
-            continue
-        text = source[line_number - 1]
+    accesses = []
+    for location, kind, bits in located_accesses(code, LOCATION):
+        text = source[int(location[1]) - 1] if location else ""
         accesses.append((next((name for words, name in STREAMS.items() if words in text), "table"), kind, bits))
     return accesses
 
