@@ -24,7 +24,7 @@ PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --n
 test: $(READY)  ## all tests this machine can run
 	$(PYTEST) --durations=10
 
-quick: $(READY)  ## after an edit: lint without mypy, and the files of tests that take at most 3 s
+quick: $(READY)  ## after an edit: lint without mypy, and the tests that take a minute together
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(PYTEST) --quick
 

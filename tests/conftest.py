@@ -21,9 +21,11 @@ from torch.utils._pytree import tree_leaves
 # The functions of the package that launch a kernel.
 LAUNCHERS = {"adax_step": "adax_step", "schedule": "prepare_step", "grad_stats": "grad_stats", "telemetry": "add_rows"}
 
-# Seconds of each file of tests on two quiet cores, by `make durations`; files up to QUICK_S are those of `make quick`.
+# Seconds of each file of tests on two quiet cores, by `make durations`.
 DURATIONS = Path(__file__).with_name("durations.json")
+# `make quick`: files that take no longer, and those of the update, of its formats, of the contract and of refusals.
 QUICK_S = 3.0
+ESSENTIAL = {f"test_{name}.py" for name in ("kernel", "compact", "rounding", "optimizer_contract", "bad_input")}
 
 # Triton decides at its import, so this comes before any import of it; torch.cuda is also the HIP device.
 if not torch.cuda.is_available():
@@ -34,7 +36,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what the Makefile passes."""
-    parser.addoption("--quick", action="store_true", help="run only files of at most 3 s, see tests/durations.json")
+    parser.addoption("--quick", action="store_true", help="run the tests that take a minute together")
     parser.addoption("--record-durations", action="store_true", help="write tests/durations.json")
 
 
@@ -49,8 +51,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: -seconds.get(item.path.name, QUICK_S))
     chosen, others = [], []
     for item in items:
-        quick = not config.getoption("quick", False) or seconds.get(item.path.name, QUICK_S) <= QUICK_S
-        (chosen if quick and (not os.environ.get("ONLY_GPU_TESTS") or needs_gpu(item)) else others).append(item)
+        short = item.path.name in ESSENTIAL or seconds.get(item.path.name, QUICK_S) <= QUICK_S
+        left_out = config.getoption("quick", False) and not short
+        left_out |= bool(os.environ.get("ONLY_GPU_TESTS")) and not needs_gpu(item)
+        (others if left_out else chosen).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
 
