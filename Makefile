@@ -16,6 +16,7 @@ env: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[deepspeed,huggingface,bench,dev]'
+	-DS_ACCELERATOR=cpu $(BIN)/python tests/async_io.py >/dev/null
 	touch $(READY)
 
 # One worker has all tests of a file, the files that take longest first.

@@ -1,4 +1,7 @@
-"""DeepSpeed's async_io in a minute instead of five: its files with torch's headers are compiled as one."""
+"""DeepSpeed's async_io in a minute instead of five: its files with torch's headers are compiled as one.
+
+As a script, by `make env`: builds it where libaio is, so that the first test that needs it does not.
+"""
 
 import os
 import sys
@@ -55,3 +58,10 @@ def write(path: Path, text: str) -> None:
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+
+if __name__ == "__main__":
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where torch looks for ninja
+    if op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+        merge_sources()
+        op_builder.AsyncIOBuilder().load()

@@ -106,8 +106,8 @@ def step_variants() -> list[StepVariant]:
 
 
 def traits(variant: StepVariant) -> set[Any]:
-    """Return its pairs of values of two fields."""
-    return set(itertools.combinations(variant._asdict().items(), 2))
+    """Return its values of each field, and of the two that shape the code most."""
+    return {*variant._asdict().items(), (variant.states, variant.master)}
 
 
 def covering(variants: list[StepVariant]) -> list[StepVariant]:
