@@ -12,10 +12,11 @@ import os
 import shutil
 import stat
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +62,13 @@ def replaced(name: str, replacement: Callable[[Callable[..., Any]], Callable[...
         setattr(owner, function, original)
 
 
+def move_away(folder: Path) -> None:
+    """Make a folder vanish at once, which removing its files one by one while another rank adds some may not do."""
+    elsewhere = tempfile.mkdtemp(dir=folder.parents[1])
+    with suppress(FileNotFoundError):  # has vanished before
+        folder.rename(Path(elsewhere, "vanished"))
+
+
 @contextmanager
 def failing(failure: Failure) -> Iterator[None]:
     """From its n-th call on a function fails on one rank, or the folder of its file vanishes."""
@@ -72,7 +80,7 @@ def failing(failure: Failure) -> Iterator[None]:
             calls += 1
             if calls >= failure["call"] and failure["error"] == "vanishes":
                 path = next(arg for arg in args if isinstance(arg, str))
-                shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+                move_away(Path(path).parent)
             elif calls >= failure["call"]:
                 if failure["function"] == "os.access":
                     return False
