@@ -11,29 +11,50 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tables
 from .compact import GROUP, decode_moments, encode_moments
 from .launch import current_backend, launch, launch_shape
 from .rounding import differ, join_master, random_bits, round_to_bfloat16, split_master, to_float32
 from .telemetry import TELEMETRY_COLUMNS, tile_sums
 from .variants import StepVariant
 
-# Addresses of param, grad, exp_avg, exp_avg_sq, master, group_exponents; first_element; numel; scalar row.
-TENSOR_COLUMNS = tl.constexpr(9)
-# step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor; two words of the random key; skip.
-SCALAR_COLUMNS = tl.constexpr(10)
+CHUNK_BITS = tl.constexpr(tables.CHUNK_BITS)
+CHUNK_MASK = tl.constexpr((1 << tables.CHUNK_BITS) - 1)
+TENSOR_COLUMNS = tl.constexpr(len(tables.TENSOR_COLUMNS))
+_PARAM = tl.constexpr(tables.TENSOR_COLUMNS.index("param"))
+GRAD = tl.constexpr(tables.TENSOR_COLUMNS.index("grad"))
+_EXP_AVG = tl.constexpr(tables.TENSOR_COLUMNS.index("exp_avg"))
+_EXP_AVG_SQ = tl.constexpr(tables.TENSOR_COLUMNS.index("exp_avg_sq"))
+_MASTER = tl.constexpr(tables.TENSOR_COLUMNS.index("master"))
+_GROUP_EXPONENTS = tl.constexpr(tables.TENSOR_COLUMNS.index("group_exponents"))
+_FIRST_ELEMENT = tl.constexpr(tables.TENSOR_COLUMNS.index("first_element"))
+NUMEL = tl.constexpr(tables.TENSOR_COLUMNS.index("numel"))
+_SCALAR_ROW = tl.constexpr(tables.TENSOR_COLUMNS.index("scalar_row"))
+
+SCALAR_COLUMNS = tl.constexpr(len(tables.SCALAR_COLUMNS))
+STEP_SIZE = tl.constexpr(tables.SCALAR_COLUMNS.index("step_size"))
+ONE_MINUS_BETA1 = tl.constexpr(tables.SCALAR_COLUMNS.index("one_minus_beta1"))
+EXP_AVG_SQ_WEIGHT = tl.constexpr(tables.SCALAR_COLUMNS.index("exp_avg_sq_weight"))
+EPS = tl.constexpr(tables.SCALAR_COLUMNS.index("eps"))
+DECAY = tl.constexpr(tables.SCALAR_COLUMNS.index("decay"))
+L2 = tl.constexpr(tables.SCALAR_COLUMNS.index("l2"))
+GRAD_FACTOR = tl.constexpr(tables.SCALAR_COLUMNS.index("grad_factor"))
+RANDOM_KEY0 = tl.constexpr(tables.SCALAR_COLUMNS.index("random_key0"))
+RANDOM_KEY1 = tl.constexpr(tables.SCALAR_COLUMNS.index("random_key1"))
+SKIP = tl.constexpr(tables.SCALAR_COLUMNS.index("skip"))
 
 
 @triton.jit
 def _scalars(scalars_ptr):
-    step_size = tl.load(scalars_ptr)
-    one_minus_beta1 = tl.load(scalars_ptr + 1)
-    exp_avg_sq_weight = tl.load(scalars_ptr + 2)
-    eps = tl.load(scalars_ptr + 3)
-    decay = tl.load(scalars_ptr + 4)
-    l2 = tl.load(scalars_ptr + 5)
-    grad_factor = tl.load(scalars_ptr + 6)
-    key0 = tl.load(scalars_ptr + 7).to(tl.uint32, bitcast=True)
-    key1 = tl.load(scalars_ptr + 8).to(tl.uint32, bitcast=True)
+    step_size = tl.load(scalars_ptr + STEP_SIZE)
+    one_minus_beta1 = tl.load(scalars_ptr + ONE_MINUS_BETA1)
+    exp_avg_sq_weight = tl.load(scalars_ptr + EXP_AVG_SQ_WEIGHT)
+    eps = tl.load(scalars_ptr + EPS)
+    decay = tl.load(scalars_ptr + DECAY)
+    l2 = tl.load(scalars_ptr + L2)
+    grad_factor = tl.load(scalars_ptr + GRAD_FACTOR)
+    key0 = tl.load(scalars_ptr + RANDOM_KEY0).to(tl.uint32, bitcast=True)
+    key1 = tl.load(scalars_ptr + RANDOM_KEY1).to(tl.uint32, bitcast=True)
     return (step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor), key0, key1
 
 
@@ -124,7 +145,7 @@ def _update_tile(
         param = round_to_bfloat16(param, random & 0xFFFF)
 
     # The flag comes last, and masks only the stores: loads would wait for it.
-    written_end = tl.where(tl.load(scalars_ptr + 9) == 0.0, end, 0)
+    written_end = tl.where(tl.load(scalars_ptr + SKIP) == 0.0, end, 0)
     written = offsets < written_end
     # Parameters are stored first, to free their registers for the codes.
     param = param.to(PARAM_DTYPE)
@@ -169,18 +190,18 @@ def _arrays(
     MASTER_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    param_ptr = _array(row_ptr, PARAM_DTYPE, start, ALIGNED)
-    grad_ptr = _array(row_ptr + 1, GRAD_DTYPE, start, ALIGNED)
-    exp_avg_ptr = _array(row_ptr + 2, EXP_AVG_DTYPE, start, ALIGNED)
-    exp_avg_sq_ptr = _array(row_ptr + 3, EXP_AVG_SQ_DTYPE, start, ALIGNED)
+    param_ptr = _array(row_ptr + _PARAM, PARAM_DTYPE, start, ALIGNED)
+    grad_ptr = _array(row_ptr + GRAD, GRAD_DTYPE, start, ALIGNED)
+    exp_avg_ptr = _array(row_ptr + _EXP_AVG, EXP_AVG_DTYPE, start, ALIGNED)
+    exp_avg_sq_ptr = _array(row_ptr + _EXP_AVG_SQ, EXP_AVG_SQ_DTYPE, start, ALIGNED)
     master_ptr = param_ptr
     if MASTER_DTYPE is not None:
-        master_ptr = _array(row_ptr + 4, MASTER_DTYPE, start, ALIGNED)
+        master_ptr = _array(row_ptr + _MASTER, MASTER_DTYPE, start, ALIGNED)
     group_exponents_ptr = param_ptr
     if STATES == "low":
-        group_exponents_ptr = _array(row_ptr + 5, tl.uint8, start // GROUP, False)
+        group_exponents_ptr = _array(row_ptr + _GROUP_EXPONENTS, tl.uint8, start // GROUP, False)
     elif STATES == "lowest":
-        group_exponents_ptr = _array(row_ptr + 5, tl.uint16, start // GROUP, False)
+        group_exponents_ptr = _array(row_ptr + _GROUP_EXPONENTS, tl.uint16, start // GROUP, False)
     return param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr
 
 
@@ -221,14 +242,14 @@ def adax_step_kernel(
     stored.
     """
     chunk = tl.load(chunks_ptr + tl.program_id(0))
-    row_ptr = tensors_ptr + (chunk >> 32) * TENSOR_COLUMNS
-    start = (chunk & 0xFFFFFFFF) * CHUNK_SIZE  # int64: a tensor may exceed 2^31 elements
+    row_ptr = tensors_ptr + (chunk >> CHUNK_BITS) * TENSOR_COLUMNS
+    start = (chunk & CHUNK_MASK) * CHUNK_SIZE  # int64: a tensor may exceed 2^31 elements
     arrays = _arrays(
         row_ptr, start, PARAM_DTYPE, GRAD_DTYPE, STATES, EXP_AVG_DTYPE, EXP_AVG_SQ_DTYPE, MASTER_DTYPE, ALIGNED
     )
-    first_index = (tl.load(row_ptr + 6) + start).to(tl.uint32)
-    remaining = tl.minimum(tl.load(row_ptr + 7) - start, CHUNK_SIZE).to(tl.int32)
-    scalars_ptr += tl.load(row_ptr + 8) * SCALAR_COLUMNS
+    first_index = (tl.load(row_ptr + _FIRST_ELEMENT) + start).to(tl.uint32)
+    remaining = tl.minimum(tl.load(row_ptr + NUMEL) - start, CHUNK_SIZE).to(tl.int32)
+    scalars_ptr += tl.load(row_ptr + _SCALAR_ROW) * SCALAR_COLUMNS
 
     # A mask at an arbitrary element would split every access; this one falls on a vector or group, and the rest is one
     # small tile.
@@ -294,15 +315,11 @@ def adax_step(
     The update is that of `adax_triton.reference.adax_update`, in float32 arithmetic.
 
     Args:
-        tensors: (n, 9) int64: the addresses of param, grad, exp_avg, exp_avg_sq, of the master and of the group
-            exponents (0 where there are none); the index of the first element in its parameter, for the random bits;
-            the number of elements; and the row of `scalars`. The arrays are contiguous.
+        tensors: (n, 9) int64, see `tables.TENSOR_COLUMNS`. The arrays are contiguous.
         chunks: (programs,) int64: `tensor << 32 | chunk` for each run of `launch.chunk_size()` elements of each tensor.
-        scalars: (rows, 10) float32: the fields of `StepScalars` in order, the bits of the two words of the random
-            key, and `skip`: where it is not 0, nothing is written.
+        scalars: (rows, 10) float32, see `tables.SCALAR_COLUMNS`.
         variant: what all tensors of the table have in common.
-        chunk_sums: (programs, 5) float32, written by a variant with telemetry: what `telemetry.tile_sums` finds in each
-            chunk.
+        chunk_sums: (programs, 5) float32, written by a variant with telemetry; see `tables.SUM_COLUMNS`.
 
     The caller keeps every tensor behind an address alive until the launch is enqueued.
     """

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .adax_step import TENSOR_COLUMNS
+from .adax_step import CHUNK_BITS, CHUNK_MASK, GRAD, NUMEL, TENSOR_COLUMNS
 from .launch import current_backend, launch, launch_shape
 from .variants import TRITON_DTYPES
 
@@ -18,10 +18,10 @@ MOST_PARTIALS = 1024
 def _locate(tensors_ptr, chunks_ptr, index, chunk_count, GRAD_DTYPE: tl.constexpr, CHUNK_SIZE: tl.constexpr):
     present = index < chunk_count
     chunk = tl.load(chunks_ptr + index, mask=present, other=0)
-    row_ptr = tensors_ptr + (chunk >> 32) * TENSOR_COLUMNS
-    start = (chunk & 0xFFFFFFFF) * CHUNK_SIZE  # int64: a tensor may exceed 2^31 elements
-    address = tl.load(row_ptr + 1, mask=present, other=0) + start * (GRAD_DTYPE.primitive_bitwidth // 8)
-    numel = tl.load(row_ptr + 7, mask=present, other=0)
+    row_ptr = tensors_ptr + (chunk >> CHUNK_BITS) * TENSOR_COLUMNS
+    start = (chunk & CHUNK_MASK) * CHUNK_SIZE  # int64: a tensor may exceed 2^31 elements
+    address = tl.load(row_ptr + GRAD, mask=present, other=0) + start * (GRAD_DTYPE.primitive_bitwidth // 8)
+    numel = tl.load(row_ptr + NUMEL, mask=present, other=0)
     return address, tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
 
 

@@ -10,7 +10,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .adax_step import SCALAR_COLUMNS
+from .adax_step import (
+    DECAY,
+    EPS,
+    EXP_AVG_SQ_WEIGHT,
+    GRAD_FACTOR,
+    L2,
+    ONE_MINUS_BETA1,
+    RANDOM_KEY0,
+    RANDOM_KEY1,
+    SCALAR_COLUMNS,
+    SKIP,
+    STEP_SIZE,
+)
 from .launch import launch
 from .rounding import from_bits, random_bits
 
@@ -108,16 +120,16 @@ def prepare_step_kernel(
     key0, key1 = random_key(seed.to(tl.int64).to(tl.uint32), step.to(tl.uint32))
 
     scalars_ptr += tensors * SCALAR_COLUMNS
-    tl.store(scalars_ptr, (lr / _one_minus_exp(bias_rate * t)).to(tl.float32), mask=mask)
-    tl.store(scalars_ptr + 1, one_minus_beta1.to(tl.float32), mask=mask)
-    tl.store(scalars_ptr + 2, weight.to(tl.float32), mask=mask)
-    tl.store(scalars_ptr + 3, eps.to(tl.float32), mask=mask)
-    tl.store(scalars_ptr + 4, (lr * decoupled_decay).to(tl.float32), mask=mask)
-    tl.store(scalars_ptr + 5, l2.to(tl.float32), mask=mask)
-    tl.store(scalars_ptr + 6, (grad_sign * clip / grad_scale).to(tl.float32), mask=mask)
-    tl.store(scalars_ptr + 7, from_bits(key0), mask=mask)
-    tl.store(scalars_ptr + 8, from_bits(key1), mask=mask)
-    tl.store(scalars_ptr + 9, skip, mask=mask)
+    tl.store(scalars_ptr + STEP_SIZE, (lr / _one_minus_exp(bias_rate * t)).to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + ONE_MINUS_BETA1, one_minus_beta1.to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + EXP_AVG_SQ_WEIGHT, weight.to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + EPS, eps.to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + DECAY, (lr * decoupled_decay).to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + L2, l2.to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + GRAD_FACTOR, (grad_sign * clip / grad_scale).to(tl.float32), mask=mask)
+    tl.store(scalars_ptr + RANDOM_KEY0, from_bits(key0), mask=mask)
+    tl.store(scalars_ptr + RANDOM_KEY1, from_bits(key1), mask=mask)
+    tl.store(scalars_ptr + SKIP, skip, mask=mask)
     tl.store(count_ptr, tl.where(taken, step, count), mask=mask)
 
 

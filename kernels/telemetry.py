@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from .launch import launch
+from .tables import SUM_COLUMNS
 
-# Squared gradients, squared updates, squared parameters, unchanged parameters, gradients that are not finite.
-TELEMETRY_COLUMNS = tl.constexpr(5)
+TELEMETRY_COLUMNS = tl.constexpr(len(SUM_COLUMNS))
 # Rows that one program adds up at a time.
 ROWS_PER_PROGRAM = 512
 
@@ -21,7 +21,7 @@ def _sum(values, mask):
 
 @triton.jit
 def tile_sums(grad, param_before, param, mask):
-    """Return the sums over a tile of float32 values; parameters as they are stored, before the step and after it."""
+    """Return the sums over a tile of float32 values, in the order of `tables.SUM_COLUMNS`."""
     update = param - param_before
     return (
         _sum(grad * grad, mask),

@@ -31,9 +31,9 @@ def test_wheel_holds_exactly_the_modules_of_the_tree(wheel: Path) -> None:
     expected = {"adax_triton/py.typed"}
     for name in tracked:
         folder, _, rest = name.partition("/")
-        if rest.endswith(".py"):
+        if rest.endswith((".py", ".cpp", ".hpp")):
             expected.add(f"{FOLDERS[folder]}/{rest}")
-    assert expected > {"adax_triton/kernels/adax_step.py", "adax_triton/bench/step.py"}
+    assert expected > {"adax_triton/kernels/adax_step.cpp", "adax_triton/step/plan.py", "adax_triton/bench/step.py"}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == expected
 

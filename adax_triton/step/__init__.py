@@ -1,0 +1,1 @@
+"""From param_groups to launches."""

@@ -1,0 +1,277 @@
+"""Build, cache, load and call the native CPU kernel, `kernels/adax_step.cpp`."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adax_triton.kernels import tables
+
+# Elements per entry of the chunk table; a multiple of `tables.GROUP`.
+CHUNK_SIZE = 16_384
+_SOURCES = [Path(tables.__file__).with_name(name) for name in ("adax_step.cpp", "compact.hpp", "rounding.hpp")]
+_COMPILERS = ("c++", "g++", "clang++")
+_ADVICE = "Install a C++ compiler, such as g++, or name one in the environment variable CXX"
+# Contraction and errno would change results or forbid vectors of roots. Only the pragmas of OpenMP are used: its
+# threads are those of the runtime that PyTorch has loaded.
+_FLAGS = (
+    *("-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+)
+_X86 = ("x86_64", "amd64")
+_NATIVE = dict.fromkeys(_X86, ("-march=native",)) | dict.fromkeys(("aarch64", "arm64"), ("-mcpu=native",))
+# The names of the C++ source.
+_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+_STATES = {"float32": "full", "bfloat16": "bfloat16_moments", "low": "low", "lowest": "lowest"}
+_MASTERS = {None: "no_master", "int16": "int16_rest", "int8": "int8_rest", "float32": "float32_copy"}
+
+
+class CpuKernelError(RuntimeError):
+    """The CPU kernel cannot be built or loaded."""
+
+
+class CpuVariant(NamedTuple):
+    """What one compiled kernel takes.
+
+    Args:
+        param_dtype: float32, bfloat16, float16 or float64.
+        grad_dtype: likewise.
+        states: `"float32"`, `"bfloat16"`, `"low"` or `"lowest"`; `"float32"` means float64 for float64 parameters,
+            which have no other.
+        master: None, `"int16"` or `"int8"` for the remainder of bfloat16 parameters, `"float32"` for a master copy.
+        stochastic: round the parameters themselves stochastically; bfloat16 without a master.
+        telemetry: write the sums of each chunk, see `tables.SUM_COLUMNS`.
+        param_is_copy: the float32 master is the weight; the parameter is only written.
+    """
+
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    states: str = "float32"
+    master: str | None = None
+    stochastic: bool = False
+    telemetry: bool = False
+    param_is_copy: bool = False
+
+    def definitions(self) -> dict[str, str | int]:
+        """Return the preprocessor definitions that compile this variant."""
+        return {
+            **tables.definitions(),
+            "CHUNK_SIZE": CHUNK_SIZE,
+            "PARAM": _DTYPES[self.param_dtype],
+            "GRAD": _DTYPES[self.grad_dtype],
+            "STATES": _STATES[self.states],
+            "MASTER": _MASTERS[self.master],
+            "STOCHASTIC": int(self.stochastic),
+            "TELEMETRY": int(self.telemetry),
+            "PARAM_IS_COPY": int(self.param_is_copy),
+        }
+
+
+class CpuKernel:
+    """One compiled variant.
+
+    Args:
+        library: the path of its shared library.
+
+    Raises:
+        OSError: it cannot be loaded.
+    """
+
+    def __init__(self, library: Path) -> None:
+        functions = ctypes.CDLL(str(library))
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        self._step = functions.adax_step
+        self._step.argtypes = (pointer, pointer, integer, pointer, pointer, ctypes.c_int)
+        self._step.restype = None
+        self._sum_of_squares = functions.sum_of_squares
+        self._sum_of_squares.argtypes = (pointer, pointer, integer, pointer, ctypes.c_int)
+        self._sum_of_squares.restype = None
+        functions.instruction_set.restype = ctypes.c_char_p
+        self.instruction_set: str = functions.instruction_set().decode()
+        openmp = _openmp()
+        if openmp is not None:
+            functions.use_openmp(*openmp)
+
+    def step(self, tensors: Tensor, chunks: Tensor, scalars: Tensor, chunk_sums: Tensor | None = None) -> None:
+        """Apply one update to every tensor of a table, in place; see `reference.adax_update`.
+
+        Args:
+            tensors: (n, 9) int64, see `tables.TENSOR_COLUMNS`. The arrays are contiguous and on the CPU.
+            chunks: (k,) int64: `tensor << 32 | chunk` for each run of `CHUNK_SIZE` elements of each tensor.
+            scalars: (rows, 10) float32, or float64 for float64 parameters; see `tables.SCALAR_COLUMNS`.
+            chunk_sums: (k, 5), of the dtype of `scalars`, written by a variant with telemetry; see
+                `tables.SUM_COLUMNS`.
+
+        All four are contiguous CPU tensors.
+        """
+        sums = None if chunk_sums is None else chunk_sums.data_ptr()
+        threads = torch.get_num_threads()
+        self._step(tensors.data_ptr(), chunks.data_ptr(), chunks.numel(), scalars.data_ptr(), sums, threads)
+
+    def sum_of_squares(self, tensors: Tensor, chunks: Tensor, partials: Tensor) -> None:
+        """Write the sum of squares of each chunk's gradients.
+
+        The squares are those of the gradients in float32, or in float64 for float64 gradients, added in float64.
+
+        Args:
+            tensors, chunks: see `step`.
+            partials: (k,) float64 on the CPU, written; the same bits with any number of threads.
+        """
+        threads = torch.get_num_threads()
+        self._sum_of_squares(tensors.data_ptr(), chunks.data_ptr(), chunks.numel(), partials.data_ptr(), threads)
+
+
+@functools.cache
+def cpu_kernel(variant: CpuVariant) -> CpuKernel:
+    """Return the kernel of a variant, compiled at its first use on this machine.
+
+    Raises:
+        CpuKernelError: it cannot be built; the message holds the compiler's.
+    """
+    compiler = _compiler()
+    folder, key = _cache_folder(), _key(compiler, variant)
+    for library in folder.glob(f"{key}-*.so"):
+        with contextlib.suppress(OSError, AttributeError):  # a broken file is built again
+            # Loading a truncated one might end the process.
+            if library.name == _file_name(key, library):
+                return CpuKernel(library)
+    library = _build(compiler, variant, folder, key)
+    try:
+        return CpuKernel(library)
+    except (OSError, AttributeError) as error:
+        raise CpuKernelError(f"Cannot load the CPU kernel {library}: {error}") from error
+
+
+@functools.cache
+def build_problem() -> str | None:
+    """Return why no kernel can be built here, or None; found by building one, unless it is cached."""
+    try:
+        cpu_kernel(CpuVariant(torch.float32, torch.float32))
+    except CpuKernelError as error:
+        return str(error)
+    return None
+
+
+def instruction_set() -> str:
+    """Return the vector instructions that kernels are compiled for, such as `"AVX-512"` or `"NEON"`.
+
+    Raises:
+        CpuKernelError: no kernel can be built here.
+    """
+    return cpu_kernel(CpuVariant(torch.float32, torch.float32)).instruction_set
+
+
+def _compiler() -> tuple[str, ...]:
+    named = os.environ.get("CXX")
+    if named:
+        command = shlex.split(named)
+        found = shutil.which(command[0])
+        if found is None:
+            raise CpuKernelError(
+                f"The C++ compiler {command[0]!r} of the environment variable CXX is missing. {_ADVICE}."
+            )
+        return (found, *command[1:])
+    for name in _COMPILERS:
+        found = shutil.which(name)
+        if found is not None:
+            return (found,)
+    raise CpuKernelError(f"No C++ compiler was found among {', '.join(_COMPILERS)}. {_ADVICE}.")
+
+
+def _arguments(variant: CpuVariant) -> list[str]:
+    machine = platform.machine().lower()
+    arguments = [*_FLAGS, *_NATIVE.get(machine, ())]
+    if machine in _X86:
+        # Codes are bytes, and a group has half as many as the widest vector.
+        arguments.append(f"-mprefer-vector-width={256 if variant.states in ('low', 'lowest') else 512}")
+    return arguments + [f"-D{name}={value}" for name, value in variant.definitions().items()]
+
+
+def _key(compiler: tuple[str, ...], variant: CpuVariant) -> str:
+    # Everything that the machine code depends on: caches are shared between machines.
+    status = os.stat(compiler[0])
+    parts = (
+        *(*(source.read_text(encoding="utf-8") for source in _SOURCES), *_arguments(variant)),
+        *(*compiler, str(status.st_size), str(status.st_mtime_ns)),
+        _processor(),
+    )
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _file_name(key: str, library: str | Path) -> str:
+    return f"{key}-{os.stat(library).st_size}.so"
+
+
+@functools.cache
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.startswith(("flags", "Features")):
+                return platform.machine() + line
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+@functools.cache
+def _cache_folder() -> Path:
+    given = os.environ.get("XDG_CACHE_HOME")
+    with contextlib.suppress(OSError, RuntimeError):  # no home folder
+        folder = (Path(given) if given else Path.home() / ".cache") / "adax_triton"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    private = tempfile.mkdtemp(prefix="adax_triton-")
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    return Path(private)
+
+
+def _build(compiler: tuple[str, ...], variant: CpuVariant, folder: Path, key: str) -> Path:
+    # Renamed when it is whole: no lock that a killed process could leave behind, and many may build at once.
+    building = None
+    try:
+        handle, building = tempfile.mkstemp(prefix="building-", suffix=".so", dir=folder)
+        os.close(handle)
+        command = [*compiler, *_arguments(variant), str(_SOURCES[0]), "-o", building]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode != 0:
+            message = (done.stderr + done.stdout).strip() or f"exit status {done.returncode}"
+            raise CpuKernelError(f"{shlex.join(compiler)} failed to build the CPU kernel. {_ADVICE}.\n{message}")
+        library = folder / _file_name(key, building)
+        os.replace(building, library)
+        return library
+    except OSError as error:
+        raise CpuKernelError(f"Cannot build the CPU kernel with {compiler[0]}: {error}. {_ADVICE}.") from error
+    finally:
+        if building is not None:
+            with contextlib.suppress(OSError):  # moved
+                os.unlink(building)
+
+
+@functools.cache
+def _openmp() -> tuple[ctypes.c_void_p, ctypes.c_void_p] | None:
+    # GOMP_parallel and omp_get_thread_num of the runtime that PyTorch uses; libomp and libiomp have both, too. Linked
+    # in, another runtime than PyTorch's might be loaded, with threads of its own.
+    for library in (None, torch._C.__file__):
+        with contextlib.suppress(OSError, AttributeError):
+            functions = ctypes.CDLL(library)
+            parallel, number = functions.GOMP_parallel, functions.omp_get_thread_num
+            return ctypes.cast(parallel, ctypes.c_void_p), ctypes.cast(number, ctypes.c_void_p)
+    return None
