@@ -9,7 +9,6 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .adam import Adam, AdamW
-    from .beside import Beside
     from .conversion import (
         adam_from_adax,
         adax_from_adam,
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from .optimizer import AdaX, AdaXW
     from .reference import adax_update
     from .schedule import StepScalars, step_scalars
+    from .step.external_grads import Beside
     from .telemetry import StepTelemetry, Telemetry
     from .telemetry_logging import JsonLinesLogger, TensorBoardLogger
 
@@ -55,8 +55,8 @@ __all__ = [
 
 # Where these names are. They are imported when one is asked for, because they import PyTorch, which takes seconds.
 _MODULES = (
-    *("adam", "beside", "conversion", "flat_buffer", "gradient_release", "horizon", "optimizer", "reference"),
-    *("schedule", "telemetry", "telemetry_logging"),
+    *("adam", "conversion", "flat_buffer", "gradient_release", "horizon", "optimizer", "reference"),
+    *("schedule", "step.external_grads", "telemetry", "telemetry_logging"),
 )
 
 if not TYPE_CHECKING:  # else a checker would take any name for one of these

@@ -86,17 +86,14 @@ def encode(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None, lowest: b
     return exp_avg_code, code, _signed_word(word).view(-1)
 
 
-def decode(
-    exp_avg: Tensor, exp_avg_sq: Tensor, group_exponents: Tensor, stored: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+def decode(exp_avg: Tensor, exp_avg_sq: Tensor, group_exponents: Tensor) -> tuple[Tensor, Tensor]:
     """Return float32 (groups, 32) moments of codes of the same shape, exactly; see `encode`.
 
     Args:
-        exp_avg, exp_avg_sq, group_exponents: the codes, in any integer dtypes that hold them.
-        stored: uint8 or int16, the dtype of `exp_avg_sq` in the state. Default: its own.
+        exp_avg, exp_avg_sq, group_exponents: the codes; `exp_avg_sq` is uint8 for `"lowest"`, int16 for `"low"`.
     """
     word = group_exponents.view(-1, 1).to(torch.int32)
-    if (stored or exp_avg_sq.dtype) == torch.uint8:
+    if exp_avg_sq.dtype == torch.uint8:
         fraction = ((word >> 8) & 3) + _FEWEST_BITS
         second = (exp_avg_sq.to(torch.int32) + _code_start(word & 0xFF, fraction)) << (23 - fraction)
         scale = ((word >> 10) & 63) + _LOWEST_SCALE

@@ -40,7 +40,7 @@ class StepControl(NamedTuple):
     @property
     def is_idle(self) -> bool:
         """Whether the step is taken as it is."""
-        return all(value is None for value in self)
+        return self is IDLE or all(value is None for value in self)
 
     def read(self, sum_of_squares: Tensor | None) -> Decision:
         """Return what follows for tensors that the host schedules; it waits for devices other than the CPU.
@@ -65,6 +65,9 @@ class StepControl(NamedTuple):
         """Return the norm of the unscaled gradients, 0-d float32."""
         norm = sum_of_squares.sqrt()
         return (norm if self.grad_scale is None else norm / self.grad_scale.reshape(()).to(norm.device)).float()
+
+
+IDLE = StepControl()
 
 
 class ProgramOptions(NamedTuple):
@@ -144,6 +147,9 @@ def control_of(optimizer: Any) -> StepControl:
     Raises:
         TypeError, ValueError: one that was set to what it cannot be.
     """
+    given = optimizer.__dict__
+    if given["max_grad_norm"] is None and given.get("grad_scale") is None and given.get("found_inf") is None:
+        return IDLE
     limit, process_group = check_max_grad_norm(optimizer.max_grad_norm), optimizer.options.norm_process_group
     ranks = None
     if limit is not None and process_group is not None:

@@ -10,9 +10,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from adax_triton.kernels.tables import CHUNK_BITS
+
 T = TypeVar("T")
 
-_CHUNK_BITS = 32
 # Releasing gradients steps each parameter by itself, and so has tables for each.
 _MOST_KEPT = 8192
 UNPREPARED = (
@@ -151,7 +152,7 @@ def on_device(host: Tensor, device: torch.device) -> Tensor:
 def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
     """Return `tensor << 32 | chunk` for each run of `chunk_size` elements of each tensor, as 1-D int64 on the CPU."""
     chunks = [
-        torch.arange(-(-numel // chunk_size), dtype=torch.int64, device="cpu") + (index << _CHUNK_BITS)
+        torch.arange(-(-numel // chunk_size), dtype=torch.int64, device="cpu") + (index << CHUNK_BITS)
         for index, numel in enumerate(numels)
     ]
     return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64, device="cpu")
@@ -172,6 +173,7 @@ class AddressTable:
 
     Attributes:
         numels: of the tensors.
+        tensors: (n, columns) int64 on the device: what the rows say.
         chunks: (programs,) int64 on the device, see `chunk_table`.
     """
 
@@ -182,12 +184,8 @@ class AddressTable:
         self._rows = torch.empty(0, dtype=torch.int64, device="cpu")
         self._column: array[int] | None = None
         self.numels: Sequence[int] = ()
+        self.tensors = torch.empty(0, dtype=torch.int64, device=device)
         self.chunks = torch.empty(0, dtype=torch.int64, device=device)
-
-    @property
-    def tensors(self) -> Tensor:
-        """(n, columns) int64: what the rows say."""
-        return self._tensors.tensor
 
     def refresh(self, rows: Sequence[tuple[int, ...]], numels: Sequence[int]) -> None:
         """Make the tables say `rows`, one tuple of integers per tensor, for tensors of `numels` elements.
@@ -201,7 +199,7 @@ class AddressTable:
                 chunks if self._device.type == "cpu" else chunks.pin_memory().to(self._device, non_blocking=True)
             )
             self.numels = numels
-        self._tensors.set(rows, self._filled)
+        self.tensors = self._tensors.set(rows, self._filled)
         self._column = None
 
     def _filled(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
@@ -213,7 +211,7 @@ class AddressTable:
         if values != self._column:
             self._rows[:, column] = torch.frombuffer(values, dtype=torch.int64)
             self._column = values
-        self._tensors.set(values, lambda _: self._rows)
+        self.tensors = self._tensors.set(values, lambda _: self._rows)
 
     def chunk_counts(self) -> list[int]:
         """Return how many chunks each tensor has."""

@@ -1,4 +1,4 @@
-"""`adax-triton doctor`: what this machine can run and why, and whether the kernel is right on it."""
+"""`adax-triton doctor`: which kernel steps what on this machine and why, and whether its numbers are right."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import time
 
 import torch
 
-from .backends import explain_backend, uses_kernel
 from .optimizer import AdaX, AdaXW
 from .precision import PARAM_DTYPES
 from .reference import adax_update
 from .schedule import GROUP_KEYS, step_scalars
+from .step.backend import REFERENCE, backend_of, explain_backend
+from .step.cpu_kernel import build_problem, instruction_set
 
 _CHECK_SIZES = (1, 1000, 4099)
 _CHECK_STEPS = 3
@@ -22,7 +23,7 @@ _CHECK_TOLERANCE = 1e-6
 
 
 def main() -> int:
-    """Print the findings; return 0 if the kernel's numbers are right and nothing that is installed is broken."""
+    """Print the findings; return 0 if all kernels' numbers are right and nothing that is installed is broken."""
     print("versions")
     for name, version in versions().items():
         print(f"  {name:<12}{version or 'absent'}")
@@ -32,12 +33,13 @@ def main() -> int:
         for dtype in PARAM_DTYPES:
             backend, why = explain_backend(device, dtype)
             print(f"    {str(dtype).removeprefix('torch.'):<12}{backend:<10}{why}")
-    # First, because DeepSpeed imports Triton, and only before that can the interpreter be chosen.
-    kernel_ok, finding = self_check()
-    print(f"self-check\n  {finding}")
+    # The native kernel before the interpreter is chosen, and that before DeepSpeed imports Triton.
+    native_ok, native = native_check()
+    triton_ok, triton = triton_check()
+    print(f"self-check\n  {native}\n  {triton}")
     deepspeed_ok, finding = deepspeed_finding()
     print(f"DeepSpeed\n  {finding}")
-    return 0 if deepspeed_ok and kernel_ok else 1
+    return 0 if native_ok and triton_ok and deepspeed_ok else 1
 
 
 def versions() -> dict[str, str | None]:
@@ -78,23 +80,34 @@ def deepspeed_finding() -> tuple[bool, str]:
     return True, '"optimizer": {"type": "AdaX"} works after `import adax_triton.integrations.deepspeed`'
 
 
-def self_check() -> tuple[bool, str]:
+def native_check() -> tuple[bool, str]:
+    """Build the native CPU kernel if need be, and compare its steps with the reference in float64."""
+    problem = build_problem()
+    if problem is not None:
+        return True, f"the reference steps CPU tensors, several times slower: {problem}"
+    return _check(torch.device("cpu"), f"the native kernel on cpu with {instruction_set()}")
+
+
+def triton_check() -> tuple[bool, str]:
     """Step tensors on the first GPU, else in Triton's interpreter, and compare with the reference in float64."""
     cuda = torch.cuda.is_available()
     if not cuda:
         # Only this process, and only before Triton is first imported.
         os.environ["TRITON_INTERPRET"] = "1"
     device = torch.device("cuda" if cuda else "cpu")
+    return _check(device, f"the Triton kernel on {device_name(device) if cuda else 'cpu, in the interpreter'}")
+
+
+def _check(device: torch.device, kernel: str) -> tuple[bool, str]:
     start = time.perf_counter()
     try:
         error = _largest_error(device)
     except Exception as problem:  # whatever stops the kernel is the finding
-        return False, f"the kernel does not run on {device}: {type(problem).__name__}: {problem}"
+        return False, f"{kernel} does not run: {type(problem).__name__}: {problem}"
     verdict = "agrees" if error <= _CHECK_TOLERANCE else "DISAGREES"
-    where = device_name(device) if cuda else "cpu, in Triton's interpreter"
     return error <= _CHECK_TOLERANCE, (
-        f"the kernel on {where} {verdict} with the float64 reference: largest error {error:.1e} after {_CHECK_STEPS} "
-        f"steps, tolerance {_CHECK_TOLERANCE:.0e}, {time.perf_counter() - start:.1f} s"
+        f"{kernel} {verdict} with the float64 reference: largest error {error:.1e} after {_CHECK_STEPS} steps, "
+        f"tolerance {_CHECK_TOLERANCE:.0e}, {time.perf_counter() - start:.1f} s"
     )
 
 
@@ -104,7 +117,7 @@ def _largest_error(device: torch.device) -> float:
     exact = [param.detach().double() for param in params]
     moments = [(torch.zeros_like(param), torch.zeros_like(param)) for param in exact]
     optimizer = AdaXW(params)
-    if not uses_kernel(device, torch.float32):
+    if backend_of(device, torch.float32) == REFERENCE:
         raise RuntimeError(explain_backend(device, torch.float32)[1])
     (group,) = optimizer.param_groups
     hyperparameters = {key: group[key] for key in GROUP_KEYS}

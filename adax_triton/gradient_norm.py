@@ -10,23 +10,19 @@ import torch
 from torch import Tensor
 
 from .control import NormRanks
-from .tensor_step import TensorStep
 
 if TYPE_CHECKING:
-    from .launches import Launch
+    from .step.launch import Launch
 
 
-def sum_of_squares(
-    launches: Sequence[Launch], others: Sequence[TensorStep], ranks: NormRanks | None = None
-) -> Tensor | None:
+def sum_of_squares(launches: Sequence[Launch], ranks: NormRanks | None = None) -> Tensor | None:
     """Return the sum of the squares of all gradients, or None where there are none at all.
 
     The gradients are read once. Those of sharded parameters are summed over their process groups, so every rank gets
     the same number.
 
     Args:
-        launches: refreshed, of the tensors that the kernel steps.
-        others: the tensors that PyTorch steps.
+        launches: refreshed.
         ranks: those that wait for this one, whether it has gradients or not.
 
     Returns:
@@ -36,13 +32,6 @@ def sum_of_squares(
     own = () if ranks is None else parts[(ranks.process_group,)]  # before all others, on every rank
     for launch in launches:
         parts[launch.process_groups].append(launch.sum_of_squares())
-    alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-    for step in others:
-        alike[step.process_groups, step.param.device].append(step.grad)
-    for (process_groups, _), grads in alike.items():
-        # In float64, which holds the squares of all float32 numbers.
-        norms = torch._foreach_norm(grads, 2, dtype=torch.float64)
-        parts[process_groups].append(torch.stack(norms).square().sum())
     if ranks is not None and not own:
         parts[(ranks.process_group,)].append(torch.zeros((), dtype=torch.float64, device=ranks.device))
     return sum_over_ranks(parts)

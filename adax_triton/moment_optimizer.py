@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, overload
 
 import torch
@@ -11,8 +12,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import master_weights
-from .backends import DeviceRows, Stepper, StepResult
-from .beside import Beside, BesideStep, assembly_beside, checked_beside, due_beside
 from .checkpoint import (
     check_state_dict,
     held_params,
@@ -22,16 +21,23 @@ from .checkpoint import (
     with_int_counts,
     with_own_options,
 )
-from .compiled import ensure_cache_folder
 from .control import ProgramOptions, StepControl, control_of
 from .frozen_warning import FrozenWarning
+from .horizon import FROZEN_WEIGHT
 from .hyperparameters import LATER_GROUP_DEFAULTS, validate_group
 from .parameters import check_param, is_frozen
 from .precision import precision_for
 from .state_tensors import STATE_TENSORS, is_new, misfit, new_states
-from .step_plan import StepPlan, plan_of
-from .step_work import Assembly, due_params, host_places, owners_of, rows_of, settle_counts, work_of
+from .step.backend import uses_triton
+from .step.collect import Collected, ParamWithGrad, collect, settle_counts
+from .step.external_grads import Beside, BesideStep, as_params, checked_beside, collect_external
+from .step.launch import LaunchMemory
+from .step.plan import StepPlan
+from .step.scalars import HostScalars
 from .telemetry import StepSums, StepTelemetry
+
+_MOST_PLANS = 8192
+_newest_weight = attrgetter("exp_avg_sq_weight")
 
 
 class MomentOptimizer(Optimizer):
@@ -58,7 +64,6 @@ class MomentOptimizer(Optimizer):
         self.options = options
         self.max_grad_norm = options.max_grad_norm
         self._prepare()
-        ensure_cache_folder()
         super().__init__(params, defaults)
 
     # Whether the class itself says that weight decay is decoupled, whatever checkpoint it loads, as torch's AdamW does.
@@ -67,9 +72,10 @@ class MomentOptimizer(Optimizer):
     _step_supports_amp_scaling = True
 
     def _prepare(self) -> None:
-        self._stepper = Stepper()
+        self._memory = LaunchMemory()
         self._sums = StepSums() if self.options.telemetry else None
-        self._plan: StepPlan | None = None
+        # By kind and first parameter: ZeRO gives a step one group at a time, and gradient release one parameter.
+        self._plans: dict[tuple[str, int], StepPlan] = {}
         self._beside: BesideStep | None = None
         self._grad_norm: Tensor | None = None
         self._frozen_warning = FrozenWarning()
@@ -155,19 +161,54 @@ class MomentOptimizer(Optimizer):
         if self._beside is not None:
             beside, self._beside = self._beside, None
             return self._step_beside(beside, control)
-        planned = None if self._plan is None else self._plan.next(self.param_groups, self.state, control)
-        assembly = planned or self._assembled(control)
-        if self._sums is not None:
-            self._sums.begin(assembly.owners)
-        result = self._stepper.run(
-            assembly.work, control, self.options.error_if_nonfinite, self._sums, assembly.host_states
+        key = "step", next((id(group["params"][0]) for group in self.param_groups if group["params"]), 0)
+        plan = self._plans.get(key)
+        if plan is None or not plan.matches(self.param_groups, self.state, control):
+            plan = self._planned(key, collect(self.param_groups, self.state, control, self.options.keep_float32))
+        self._run(plan, control)
+
+    def _planned(self, key: tuple[str, int], collected: Collected, is_whole: bool = True) -> StepPlan:
+        """Return a new plan for parameters that are checked, and keep it for later steps if it can serve them."""
+        settle_counts(collected.params, self.state)
+        host = HostScalars(
+            [
+                (one.group_index, 1 if is_new(state) else state["step"] + 1)
+                for one in collected.params
+                for state in [self.state.get(one.param, {})]
+                if not (collected.on_device and uses_triton(one.param))
+            ]
         )
+        host.compute(self.param_groups)
+        # Whatever the user may have got wrong has been refused by now; from here on things change.
+        self._create_states([one[:2] for one in collected.params if is_new(self.state[one.param])])
+        plan = StepPlan(
+            collected,
+            host,
+            self.param_groups,
+            self.state,
+            self._memory,
+            self.options.telemetry,
+            self.options.norm_process_group,
+            is_whole,
+        )
+        if key in self._plans or len(self._plans) >= _MOST_PLANS:  # what they hold may be gone from the groups
+            self._plans.clear()
+        if plan.is_reusable:
+            self._plans[key] = plan
+        return plan
+
+    def _run(self, plan: StepPlan, control: StepControl) -> None:
+        result = plan.run(self.param_groups, control, self.options.error_if_nonfinite, self._sums)
         self._grad_norm = result.grad_norm
-        if self._sums is not None:
-            self._sums.end(not result.taken if result.skipped is None else result.skipped, control.grad_scale)
-        self._warn_if_frozen(assembly, result)
-        if planned is None:
-            self._plan = plan_of(assembly, result.launches, self.param_groups, self.state)
+        warning = None
+        rows = plan.host.rows
+        if result.taken and rows and min(rows, key=_newest_weight).exp_avg_sq_weight < FROZEN_WEIGHT:
+            places = zip(plan.host.groups, plan.host.steps, strict=True)
+            warning = self._frozen_warning.after_host_step(places, self.param_groups)
+        if plan.device_rows:
+            warning = warning or self._frozen_warning.after_device_step(plan.device_rows, self.param_groups)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=5)
 
     def lay_beside(self, parts: Sequence[Beside], grad_factor: Tensor | None = None) -> None:
         """Have the next `step()` update these parameters from gradients beside them, and no other parameters.
@@ -186,39 +227,29 @@ class MomentOptimizer(Optimizer):
         self._beside = checked_beside(parts, grad_factor, self.options.telemetry)
 
     def _step_beside(self, beside: BesideStep, control: StepControl) -> None:
-        checked_beside(beside.parts, beside.grad_factor, telemetry=False)  # a tensor may have changed since
-        due = due_beside(beside.parts, control, self._group_indices(), self.param_groups, self.state)
-        settle_counts(due, self.state)
-        self._create_states([(param, group_index) for param, _, group_index in due if is_new(self.state[param])])
-        assembly = assembly_beside(beside.parts, due, self.state, self.param_groups)
-        torch.autograd.graph.increment_version([param for param, _, _ in due])
-        control = control._replace(grad_factor=beside.grad_factor)
-        self._warn_if_frozen(assembly, self._stepper.run(assembly.work, control, host_states=assembly.host_states))
-
-    def _warn_if_frozen(self, assembly: Assembly, result: StepResult) -> None:
-        warning, work = None, assembly.work
-        if result.taken:
-            warning = self._frozen_warning.after_host_step(assembly.places, self.param_groups)
-        if isinstance(work.kernel_rows, DeviceRows):
-            warning = warning or self._frozen_warning.after_device_step(work.kernel_rows.rows, self.param_groups)
-        if warning is not None:
-            warnings.warn(warning, stacklevel=5)
+        parts, group_of = beside.parts, self._group_indices()
+        key = "external", id(parts[0].param) if parts else 0
+        plan = self._plans.get(key)
+        known = control.is_idle and all(part.param in group_of for part in parts)
+        if (
+            plan is None
+            or not known
+            or not plan.matches(self.param_groups, self.state, control, as_params(parts, group_of))
+        ):
+            checked_beside(parts, beside.grad_factor, telemetry=False)  # a tensor may have changed since
+            collected = collect_external(parts, control, group_of, self.param_groups, self.state)
+            plan = self._planned(key, collected, is_whole=False)
+        self._run(plan, control._replace(grad_factor=beside.grad_factor))
 
     def _step_one(self, param: Tensor, group_index: int, grad_scale: Tensor | None) -> None:
-        control = StepControl(grad_scale)
-        assembly = self._assembled(control, {param: group_index})
-        self._warn_if_frozen(assembly, self._stepper.run(assembly.work, control, host_states=assembly.host_states))
-
-    def _assembled(self, control: StepControl, only: dict[Tensor, int] | None = None) -> Assembly:
-        due = due_params(self.param_groups, self.state, control, self.options.keep_float32, only)
-        # Whatever the user may have got wrong has been refused by now; from here on things change.
-        settle_counts(due.all, self.state)
-        places = host_places(due.of_host, self.state)
-        rows = rows_of(places, self.param_groups)
-        self._create_states([(param, group_index) for param, _, group_index in due.all if is_new(self.state[param])])
-        work = work_of(due, self.state, self.param_groups, places, rows, self.options.norm_process_group)
-        owners = owners_of(due, work, self.param_groups) if self.options.telemetry else []
-        return Assembly(work, places, rows, [self.state[param] for param, _, _ in due.of_host], owners)
+        control, key = StepControl(grad_scale), ("release", id(param))
+        plan = self._plans.get(key)
+        given = [ParamWithGrad(param, group_index, (param.grad,))] if param.grad is not None else []
+        if plan is None or not plan.matches(self.param_groups, self.state, control, given):
+            only = {param: group_index}
+            collected = collect(self.param_groups, self.state, control, self.options.keep_float32, only)
+            plan = self._planned(key, collected, is_whole=False)
+        self._run(plan, control)
 
     def _create_states(self, params: list[tuple[Tensor, int]]) -> None:
         keep_float32 = self.options.keep_float32
@@ -316,9 +347,9 @@ class MomentOptimizer(Optimizer):
         before, own_groups = self.__dict__.get("state", {}), self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         keep_lr_tensors(self.param_groups, own_groups)
-        if "_stepper" not in self.__dict__:  # unpickled; else captured graphs read its tables
+        if "_memory" not in self.__dict__:  # unpickled; else captured graphs read its tables
             self._prepare()
-        self._plan = None
+        self._plans.clear()
         for group in self.param_groups:
             for key, value in LATER_GROUP_DEFAULTS.items():
                 group.setdefault(key, value)

@@ -14,8 +14,6 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 QUIET_NAN = 0x7FC00000
 _TOP_HALF = -0x10000
-# In the bits of a float32: 2^-14, and what makes 1.5 * 2^13 times a power of two of it.
-_FLOAT16_SMALLEST_NORMAL, _THIRTEEN_BITS = 113 << 23, 13 << 23 | 0x400000
 
 
 def random_key(seed: int, step: int) -> tuple[int, int]:
@@ -39,21 +37,28 @@ def _shift_right(words: Tensor, bits: int) -> Tensor:
     return (words >> bits) & (_WORD >> bits)
 
 
-def random_bits(index: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
+def random_bits(index: Tensor, key: tuple[int, int]) -> Tensor:
     """Return 32 random bits per element, as int32.
 
     Args:
         index: int32, the position of each element in its parameter, modulo 2^32.
-        key: from `random_key`; as a tensor, its two words in int32.
+        key: from `random_key`.
     """
-    words = index ^ (key[0] if isinstance(key, Tensor) else _signed(key[0]))
+    return mix_words(index, signed_word(key[0]), signed_word(key[1]))
+
+
+def mix_words(words: Tensor, key0: int | Tensor, key1: int | Tensor) -> Tensor:
+    """Return the random bits of int32 words under the two int32 words of a key, or of a key for each."""
+    words = words ^ key0
     words = (words ^ _shift_right(words, 16)) * _MULTIPLIERS[0]
-    words = words + (key[1] if isinstance(key, Tensor) else _signed(key[1]))
+    words = words + key1
     words = (words ^ _shift_right(words, 15)) * _MULTIPLIERS[1]
     return words ^ _shift_right(words, 16)
 
 
-def _signed(word: int) -> int:
+def signed_word(word: int) -> int:
+    """Return an integer modulo 2^32 as the int32 of the same bits."""
+    word &= _WORD
     return word - (1 << 32) if word > 0x7FFFFFFF else word
 
 
@@ -88,12 +93,11 @@ def round_to_bfloat16(values: Tensor, addend: Tensor | int) -> Tensor:
 
 
 def _quieted(values: Tensor) -> Tensor:
-    # Adding to a NaN of all ones would carry over. isnan() is no vector operation for the compiler.
+    # Adding to a NaN of all ones would carry over.
     return torch.where(values != values, QUIET_NAN, bits_of(values))
 
 
 def _top_half(bits: Tensor) -> Tensor:
-    # An exact cast; the compiler has no vectors of 16-bit integers.
     return from_bits(bits & _TOP_HALF).to(torch.bfloat16)
 
 
@@ -123,7 +127,7 @@ def split_master(master: Tensor, addend: Tensor | int | None) -> tuple[Tensor, T
     return _top_half(bits + 0x8000), signed_byte(bits >> 8)
 
 
-def join_master(param: Tensor, rest: Tensor, stored: torch.dtype | None = None) -> Tensor:
+def join_master(param: Tensor, rest: Tensor) -> Tensor:
     """Return the float32 master weights of bfloat16 parameters and what they lack.
 
     Any sum of the two rounds to the parameter, except that it wraps around to a NaN where somebody has set a parameter
@@ -131,12 +135,10 @@ def join_master(param: Tensor, rest: Tensor, stored: torch.dtype | None = None) 
 
     Args:
         param: bfloat16.
-        rest: from `split_master`, in any integer dtype.
-        stored: int8 or int16, the dtype that holds it in the state. Default: its own.
+        rest: from `split_master`, int8 or int16.
     """
     words, weights = rest.to(torch.int32), param.to(torch.float32)
-    upper = (stored or rest.dtype) == torch.int8
-    joined = from_bits(bits_of(weights) + (words << 8 if upper else words))
+    joined = from_bits(bits_of(weights) + (words << 8 if rest.dtype == torch.int8 else words))
     return torch.where(joined != joined, weights, joined)
 
 
@@ -147,9 +149,4 @@ def current_copy(param: Tensor, master: Tensor) -> Tensor:
         param: float16.
         master: float32.
     """
-    # A compiler takes the cast to float16 and back for no change. A sum in which float32 has float16's units rounds
-    # alike; 65536 is where infinity begins.
-    given, weights = master.clamp(-65536.0, 65536.0), param.to(torch.float32)
-    exponent = (bits_of(given) & 0x7F800000).clamp_min(_FLOAT16_SMALLEST_NORMAL)
-    addend = from_bits(exponent + _THIRTEEN_BITS)
-    return torch.where(given + addend - addend == weights.clamp(-65536.0, 65536.0), master, weights)
+    return torch.where(master.to(torch.float16) == param, master, param.to(torch.float32))

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .compact import GROUP, decode, encode
 from .reference import adax_update
-from .rounding import current_copy, high_bits, join_master, low_bits, random_bits, round_to_bfloat16, split_master
+from .rounding import (
+    current_copy,
+    high_bits,
+    join_master,
+    low_bits,
+    random_bits,
+    round_to_bfloat16,
+    signed_word,
+    split_master,
+)
 from .schedule import StepScalars
 
 # Adding half of what is cut off rounds to the nearest, ties away from zero.
 _NEAREST = 0x8000
 
 
-class StoredDtypes(NamedTuple):
-    """Of the integer tensors of a state, the dtypes that say how they are read, where they lie in wider ones."""
-
-    master: torch.dtype | None = None
-    exp_avg_sq: torch.dtype | None = None
-
-
-_OWN = StoredDtypes()
-
-
-def load_master(
-    param: Tensor, master: Tensor | None, stored: StoredDtypes = _OWN, param_is_copy: bool = False
-) -> Tensor:
+def load_master(param: Tensor, master: Tensor | None, param_is_copy: bool = False) -> Tensor:
     """Return the float32 weights that a step starts from; a new tensor.
 
     A master counts only where it still rounds to the parameter. Elsewhere somebody has set the parameter, and it is the
@@ -37,7 +32,6 @@ def load_master(
     Args:
         param: any float dtype; bfloat16 next to a remainder, float16 next to a copy.
         master: int16 or int8 remainder, float32 copy, or None.
-        stored: the dtype of `master` in the state, if it is a wider one here.
         param_is_copy: the float32 `master` is the weight, and the parameter, of any dtype, is only written.
     """
     if master is None:
@@ -46,7 +40,7 @@ def load_master(
         return master.clone()
     if master.dtype == torch.float32:
         return current_copy(param, master)
-    return join_master(param, master, stored.master)
+    return join_master(param, master)
 
 
 def store_master(
@@ -55,7 +49,6 @@ def store_master(
     master: Tensor | None,
     random: Tensor | None,
     stochastic: bool,
-    stored: StoredDtypes = _OWN,
 ) -> None:
     """Round float32 weights into a parameter and its `master`.
 
@@ -65,7 +58,6 @@ def store_master(
         master: written; int16 or int8 remainder, float32 copy, or None.
         random: 32 random bits per element, for an int8 remainder and for `stochastic`; None to round to nearest.
         stochastic: round a bfloat16 parameter that has no master stochastically.
-        stored: the dtype of `master` in the state, if it is a wider one here.
     """
     if master is None:
         param.copy_(round_to_bfloat16(weights, low_bits(random, 16)) if stochastic else weights)
@@ -73,20 +65,17 @@ def store_master(
         param.copy_(weights)
         master.copy_(weights)
     else:
-        upper = (stored.master or master.dtype) == torch.int8
-        high, rest = split_master(weights, low_bits(random, 8) if upper else None)
+        high, rest = split_master(weights, low_bits(random, 8) if master.dtype == torch.int8 else None)
         param.copy_(high)
         master.copy_(rest)
 
 
-def load_moments(
-    exp_avg: Tensor, exp_avg_sq: Tensor, group_exponents: Tensor | None, stored: StoredDtypes = _OWN
-) -> tuple[Tensor, Tensor]:
+def load_moments(exp_avg: Tensor, exp_avg_sq: Tensor, group_exponents: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the moments in float32, of the shape in which they are stored; codes have whole groups of elements."""
     if group_exponents is None:
         return exp_avg.to(torch.float32, copy=True), exp_avg_sq.to(torch.float32, copy=True)
     codes = (exp_avg.view(-1, GROUP), exp_avg_sq.view(-1, GROUP), group_exponents.view(-1))
-    first, second = decode(*codes, stored.exp_avg_sq)
+    first, second = decode(*codes)
     return first.view(exp_avg.shape), second.view(exp_avg.shape)
 
 
@@ -96,7 +85,6 @@ def store_moments(
     exp_avg_sq: Tensor,
     group_exponents: Tensor | None,
     random: Tensor | None,
-    stored: StoredDtypes = _OWN,
 ) -> None:
     """Round float32 moments into their stored form; the second one stochastically, unless `random` is None."""
     first, second = values
@@ -105,7 +93,7 @@ def store_moments(
             first.view(-1, GROUP),
             second.view(-1, GROUP),
             None if random is None else random.view(-1, GROUP),
-            lowest=(stored.exp_avg_sq or exp_avg_sq.dtype) == torch.uint8,
+            lowest=exp_avg_sq.dtype == torch.uint8,
         )
         exp_avg.copy_(codes[0].view(exp_avg.shape))
         exp_avg_sq.copy_(codes[1].view(exp_avg_sq.shape))
@@ -118,17 +106,6 @@ def store_moments(
         exp_avg_sq.copy_(second)
 
 
-def scalar_arguments(scalars: StepScalars | Tensor, grad_as_it_is: bool) -> dict[str, float | Tensor]:
-    """Return the scalar arguments of `reference.adax_update`.
-
-    Args:
-        scalars: of the step; as a tensor, its fields in order.
-        grad_as_it_is: whether a tensor's `l2` is 0 and its `grad_factor` 1, which makes the update shorter.
-    """
-    arguments: dict[str, float | Tensor] = dict(zip(StepScalars._fields, scalars, strict=True))
-    return arguments | {"l2": 0.0, "grad_factor": 1.0} if grad_as_it_is else arguments
-
-
 def stored_update(
     param: Tensor,
     grad: Tensor,
@@ -136,30 +113,27 @@ def stored_update(
     exp_avg_sq: Tensor,
     master: Tensor | None,
     group_exponents: Tensor | None,
-    scalars: StepScalars | Tensor,
-    words: Tensor,
+    scalars: StepScalars,
+    words: tuple[int, int, int],
     stochastic: bool,
-    grad_as_it_is: bool = False,
-    stored: StoredDtypes = _OWN,
     param_is_copy: bool = False,
 ) -> None:
     """Apply one update to stored tensors, in place; see `reference.adax_update`.
 
     Args:
         param, grad, exp_avg, exp_avg_sq, master: (n,) contiguous, or (n / 32, 32) beside codes, in the dtypes of
-            `precision.state_layouts`, or integers in wider ones.
+            `precision.state_layouts`.
         group_exponents: (n / 32,) beside codes; else None.
-        scalars: of this step; as a tensor, its fields in order.
-        words: (3,) int32: the index of the first element in its parameter, and the words of `random_key`.
+        scalars: of this step.
+        words: the index of the first element in its parameter, modulo 2^32, and the words of `random_key`.
         stochastic: round the parameter itself stochastically.
-        grad_as_it_is: see `scalar_arguments`.
-        stored: the dtypes of `master` and `exp_avg_sq` in the state, if they are wider ones here.
         param_is_copy: see `load_master`.
     """
     index = torch.arange(param.numel(), dtype=torch.int32, device=param.device).view(param.shape)
-    random = random_bits(index + words[0], words[1:])
-    weights = load_master(param, master, stored, param_is_copy)
-    first, second = load_moments(exp_avg, exp_avg_sq, group_exponents, stored)
-    adax_update(weights, grad, first, second, **scalar_arguments(scalars, grad_as_it_is))
-    store_master(weights, param, master, random, stochastic, stored)
-    store_moments((first, second), exp_avg, exp_avg_sq, group_exponents, random, stored)
+    first_element, *key = map(signed_word, words)
+    random = random_bits(index + first_element, (key[0], key[1]))
+    weights = load_master(param, master, param_is_copy)
+    first, second = load_moments(exp_avg, exp_avg_sq, group_exponents)
+    adax_update(weights, grad, first, second, **scalars._asdict())
+    store_master(weights, param, master, random, stochastic)
+    store_moments((first, second), exp_avg, exp_avg_sq, group_exponents, random)

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adax_triton.kernels.tables import SUM_COLUMNS
+
 from .device_tables import KeptByStream, is_capturing, on_device, run_table
 
-_COLUMNS = 5
+_COLUMNS = len(SUM_COLUMNS)
 
 
 class Telemetry(NamedTuple):

@@ -50,6 +50,11 @@ class TensorStep(NamedTuple):
         return self.param, self.exp_avg, self.exp_avg_sq, *master
 
     @property
+    def draws_bits(self) -> bool:
+        """Whether a step of these tensors rounds stochastically."""
+        return self.stochastic or self.states != "float32" or (self.master is not None and self.master.itemsize == 1)
+
+    @property
     def is_plain(self) -> bool:
         """Whether the tensors are stored as they are computed with, but for the rounding of a cast."""
         return self.states == "float32" and self.master is None and not self.stochastic

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -10,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..backends import Stepper, StepResult, Work
+from ..step.launch import LaunchMemory
+from ..step.plan import StepPlan, StepResult
 from ..tensor_step import TensorStep
 
 # Smaller tensors are scalars and tables.
@@ -33,21 +36,24 @@ class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes: dict[str, int] = defaultdict(int)
-        self._patch: Any = None
+        self._patches = ExitStack()
 
     def __enter__(self) -> Traffic:
-        def counted(stepper: Stepper, work: Work, *arguments: Any, host_states: Any = ()) -> StepResult:
-            self.bytes[STEP] += sum(map(step_bytes, [*work.kernel, *work.others]))
-            return StepResult(True, None, None, None)
+        def counted(memory: LaunchMemory, steps: Sequence[TensorStep], *arguments: Any) -> list[Any]:
+            self.bytes[STEP] += sum(map(step_bytes, steps))
+            return []  # a plan without launches is not used again
 
-        self._patch = mock.patch.object(Stepper, "run", counted)
-        self._patch.start()
+        def nothing(plan: StepPlan, *arguments: Any) -> StepResult:
+            return StepResult(True, None, None)
+
+        self._patches.enter_context(mock.patch.object(LaunchMemory, "launches", counted))
+        self._patches.enter_context(mock.patch.object(StepPlan, "run", nothing))
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._patch.stop()
+        self._patches.close()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

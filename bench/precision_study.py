@@ -164,7 +164,7 @@ def study(kind: str, steps: int, numel: int, seed: int, eager: bool) -> dict[str
         Per mode, the figures of `precision_tally.Tally`.
     """
     compiled: Callable[[Any], Any] = (lambda function: function) if eager else torch.compile
-    step_mode, step_exact, draw = compiled(advance), compiled(advance_exact), compiled(random_bits)
+    step_mode, step_exact = compiled(advance), compiled(advance_exact)
     generator = torch.Generator().manual_seed(seed)
     gradient = KINDS[kind](numel, steps, generator)
     index = torch.arange(numel, dtype=torch.int32)
@@ -173,7 +173,7 @@ def study(kind: str, steps: int, numel: int, seed: int, eager: bool) -> dict[str
     tally = Tally(len(MODES), numel, steps, compiled)
     for step in range(1, steps + 1):
         scalars, grad = scalars_of(step), gradient(step)
-        random = draw(index, torch.tensor(random_key(seed, step), dtype=torch.int64).to(torch.int32))
+        random = random_bits(index, random_key(seed, step))
         update = step_exact(grad.double(), *exact, scalars)
         row = scalars.float()
         updates = [

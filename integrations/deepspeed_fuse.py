@@ -20,7 +20,7 @@ from deepspeed.utils.logging import log_dist
 
 from adax_triton.moment_optimizer import MomentOptimizer
 from adax_triton.state_tensors import numbers_of
-from adax_triton.step_work import needs_device
+from adax_triton.step.collect import needs_device
 
 from .deepspeed_fuse_hooks import LateLinks, Zero3Hooks, Zero12Hooks
 from .deepspeed_fuse_steps import BF16Step, Zero12Step, is_verified, methods_of

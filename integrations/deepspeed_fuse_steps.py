@@ -18,8 +18,8 @@ from deepspeed.runtime import utils as runtime_utils  # of which older versions 
 from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor
 
-from adax_triton.beside import Beside
 from adax_triton.precision import PARAM_DTYPES
+from adax_triton.step.external_grads import Beside
 
 from .deepspeed_fuse_hooks import Zero12Hooks
 

@@ -68,7 +68,7 @@ def needs_gpu(item: pytest.Item) -> bool:
     fixtures = getattr(item, "fixturenames", ())
     params = item.callspec.params if hasattr(item, "callspec") else {}
     on_gpu = bool({"device", "backend"} & {*fixtures}) or item.get_closest_marker("gpu") is not None
-    return on_gpu and not (params.get("backend") == "cpu" or "compiled_cpu" in fixtures)
+    return on_gpu and not (params.get("backend") == "cpu" or "native_cpu" in fixtures)
 
 
 class DurationFile:
@@ -127,16 +127,23 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def compiled_cpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Has CPU tensors stepped by PyTorch, although the kernel would run on them in the interpreter."""
-    monkeypatch.setattr("adax_triton.backends._interpreting", lambda: False)
+def native_cpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Step CPU tensors by the native kernel, although Triton's would run on them in the interpreter."""
+    monkeypatch.setattr("adax_triton.step.backend._interpreting", lambda: False)
     return torch.device("cpu")
+
+
+@pytest.fixture
+def reference_cpu(native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Step CPU tensors by the reference formula, as without a C++ compiler."""
+    monkeypatch.setattr("adax_triton.step.launch.native_kernel", lambda variant: None)
+    return native_cpu
 
 
 @pytest.fixture(params=["kernel", "cpu"])
 def backend(request: pytest.FixtureRequest) -> torch.device:
-    """The device whose tensors are stepped by the kernel, and that of those stepped by PyTorch on the CPU."""
-    return request.getfixturevalue("device" if request.param == "kernel" else "compiled_cpu")
+    """The device whose tensors Triton's kernel steps, and the CPU, whose tensors the native kernel steps."""
+    return request.getfixturevalue("device" if request.param == "kernel" else "native_cpu")
 
 
 class Recording(TorchDispatchMode):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adax_triton import AdamW, AdaX, AdaXW
-from adax_triton.backends import uses_kernel
+from adax_triton.step.backend import TRITON, backend_of
 
 SHAPES = ((5, 7), (), (0,), (4097,))
 INFINITE, FROZEN, STEPS = (1, 3), (2,), range(5)
@@ -259,5 +259,5 @@ def test_state_dict_loads_into_counts_where_they_lie(backend: torch.device) -> N
     places = [optimizer.state[param]["step"] for param in params]
     optimizer.load_state_dict(saved.state_dict())
     assert [optimizer.state[param]["step"] for param in params] == [2] * len(params)
-    if uses_kernel(backend, torch.float32):
+    if backend_of(backend, torch.float32) == TRITON:
         assert all(optimizer.state[param]["step"] is place for param, place in zip(params, places, strict=True))

@@ -63,10 +63,10 @@ def test_ours_passes(mode: Mode, device: torch.device) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_what_is_wrong_is_rejected(wrong: Wrong, mode: str, compiled_cpu: torch.device) -> None:
+def test_what_is_wrong_is_rejected(wrong: Wrong, mode: str, native_cpu: torch.device) -> None:
     provider = dataclasses.replace(ours(MODES[mode]), build=functools.partial(wrong, MODES[mode]))
     with pytest.raises(gate.WrongResultError, match="AdaX-W rule"):
-        gate.check(provider, compiled_cpu)
+        gate.check(provider, native_cpu)
 
 
 @each_mode

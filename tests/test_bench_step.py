@@ -36,8 +36,8 @@ def named(*labels: str) -> list[Provider]:
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=list(MODES))
-def test_bytes_per_element_are_those_of_tensors(mode: Mode, compiled_cpu: torch.device) -> None:
-    param = nn.Parameter(torch.ones(128, 64, device=compiled_cpu, dtype=mode.param_dtype))
+def test_bytes_per_element_are_those_of_tensors(mode: Mode, native_cpu: torch.device) -> None:
+    param = nn.Parameter(torch.ones(128, 64, device=native_cpu, dtype=mode.param_dtype))
     param.grad = torch.ones_like(param)
     optimizer = AdaXW([param], states=mode.precision.states, master_weights=mode.precision.master_weights)
     optimizer.step()

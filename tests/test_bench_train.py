@@ -187,7 +187,7 @@ def test_plain_training_learns_and_is_counted(tmp_path: Path) -> None:
     assert len(table(result).splitlines()[-1].split(" | ")) == len(COLUMNS) + 1
 
 
-def test_states_are_those_of_the_mode(compiled_cpu: torch.device, tmp_path: Path) -> None:
+def test_states_are_those_of_the_mode(native_cpu: torch.device, tmp_path: Path) -> None:
     figures = train_rank.train(case("plain / AdaXW low"), job(steps=1), 0, 1, tmp_path / "progress")
     # Weights of 4096 elements and more have 1 + 2 bytes and a byte per 32; the others 8.
     with torch.device("meta"):
@@ -200,7 +200,7 @@ def test_states_are_those_of_the_mode(compiled_cpu: torch.device, tmp_path: Path
 
 @pytest.mark.deepspeed
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
-def test_zero_2_on_two_ranks_ends_where_plain_training_does(compiled_cpu: torch.device, tmp_path: Path) -> None:
+def test_zero_2_on_two_ranks_ends_where_plain_training_does(native_cpu: torch.device, tmp_path: Path) -> None:
     (sharded,) = run_command(tmp_path, "--ranks=2", "--lr=1e-2", "--only", "ZeRO-2 / AdaXW")["cases"].values()
     # One process on the batches of both ranks.
     plain = train_rank.train(case("plain / AdaXW"), job(batch=8), 0, 1, tmp_path / "progress")

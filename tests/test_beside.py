@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton import AdaX, AdaXW, Beside
-from adax_triton.backends import uses_kernel
-from adax_triton.cpu import COMPILE_FROM_NUMEL
+from adax_triton.step.backend import TRITON, backend_of
 
 SIZES = [1, 31, 700, 33, 3]  # pieces of a gradient: odd ones, of no whole groups of codes
 STEPS = 3
@@ -22,7 +21,7 @@ def pieces(sizes: list[int], dtype: torch.dtype, device: torch.device, seed: int
 
 
 def rounded(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.bfloat16 and weights.device.type == "cpu" and uses_kernel(weights.device, dtype):
+    if dtype == torch.bfloat16 and weights.device.type == "cpu" and backend_of(weights.device, dtype) == TRITON:
         # What the interpreter makes of a conversion, which on a GPU rounds.
         return (weights.view(torch.int32) & ~0xFFFF).view(torch.float32).to(dtype)
     return weights.to(dtype)
@@ -84,13 +83,13 @@ def test_equals_them_with_low_memory_states(backend: torch.device, states: str) 
     assert torch.equal(image, params[1].half())
 
 
-def test_large_pieces_are_compiled_and_small_ones_gathered(compiled_cpu: torch.device) -> None:
-    sizes = [COMPILE_FROM_NUMEL + 5, 3, 9, COMPILE_FROM_NUMEL]
-    params = pair(sum(sizes), compiled_cpu)
+def test_large_and_small_pieces_are_stepped_alike(native_cpu: torch.device) -> None:
+    sizes = [32_773, 3, 9, 32_768]
+    params = pair(sum(sizes), native_cpu)
     optimizers = AdaX([params[0]], lr=1e-2, weight_decay=0.1), AdaX([params[1]], lr=1e-2, weight_decay=0.1)
     image = torch.zeros(sum(sizes), dtype=torch.bfloat16)
     for step in range(STEPS):
-        step_both(optimizers, params, pieces(sizes, torch.bfloat16, compiled_cpu, step), image, torch.tensor(0.3))
+        step_both(optimizers, params, pieces(sizes, torch.bfloat16, native_cpu, step), image, torch.tensor(0.3))
     assert_same(optimizers, params)
     assert torch.equal(image, params[1].bfloat16())
 
@@ -103,6 +102,26 @@ def test_pieces_that_follow_each_other_or_have_other_shapes_and_dtypes(backend: 
         transposed = tail.view(2, 4).t().float()
         grads = [whole[:20], whole[20:28].view(2, 4), whole[4:8], transposed]
         step_both(optimizers, params, grads)
+    assert_same(optimizers, params)
+
+
+def test_steady_steps_use_their_plan_again_and_moved_gradients_are_read(
+    backend: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = pair(48, backend)
+    optimizers = AdaXW([params[0]], lr=1e-2), AdaXW([params[1]], lr=1e-2)
+    planned: list[Any] = []
+    original = optimizers[0]._planned
+    monkeypatch.setattr(
+        optimizers[0], "_planned", lambda *given, **options: planned.append(given) or original(*given, **options)
+    )
+    memory, image = torch.empty(96, device=backend), torch.empty(48, dtype=torch.float16, device=backend)
+    for step in range(STEPS - 1):
+        memory.copy_(pieces([96], torch.float32, backend, step)[0])
+        step_both(optimizers, params, [memory[:20], memory[20:48]], image)  # read as one
+    assert len(planned) == 1
+    step_both(optimizers, params, [memory[:20], memory[60:88]], image)  # no longer one after the other
+    assert len(planned) == 2
     assert_same(optimizers, params)
 
 

@@ -127,12 +127,12 @@ def test_default_device_is_for_the_user(options: dict[str, Any], device: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_parameter_without_a_kernel_is_refused(dtype: torch.dtype, compiled_cpu: torch.device) -> None:
-    optimizer, params = build(compiled_cpu, dtype, capturable=True)
+def test_parameter_without_a_kernel_is_refused(dtype: torch.dtype, native_cpu: torch.device) -> None:
+    optimizer, params = build(native_cpu, dtype, capturable=True)
     set_gradients(params, 0)
     with pytest.raises(ValueError, match=rf"param_groups\[0\]\['capturable'\] is True, .* {dtype} on cpu"):
         optimizer.step()
-    assert [bits(param) for param in params] == [bits(param) for param in parameters(compiled_cpu, dtype)]
+    assert [bits(param) for param in params] == [bits(param) for param in parameters(native_cpu, dtype)]
     assert len(optimizer.state) == 0
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton import AdaXW, GradientRelease
-from adax_triton.beside import Beside
 from adax_triton.moment_optimizer import MomentOptimizer
 from adax_triton.reference import adax_update
 from adax_triton.schedule import GROUP_KEYS, step_scalars
+from adax_triton.step.external_grads import Beside
 
 KINDS = ["plain", "cpu", "clipped", "capturable", "scaler", "external", "release"]
 LIMIT, SCALE = 0.5, 4.0
@@ -22,7 +22,7 @@ Change = Callable[[MomentOptimizer, nn.Parameter], None]
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu":
-        request.getfixturevalue("compiled_cpu")
+        request.getfixturevalue("native_cpu")
     return str(request.param)
 
 

@@ -40,7 +40,8 @@ def compiled(case: str) -> dict[str, list[int]]:
     import code_audit
     import triton
 
-    from adax_triton import AdaXW, backends
+    from adax_triton import AdaXW
+    from adax_triton.step import backend
 
     code_audit.driver.set_active(code_audit.AbsentDevice(code_audit.TARGETS["sm_90"]))
     keys: dict[str, set[str]] = defaultdict(set)
@@ -54,7 +55,7 @@ def compiled(case: str) -> dict[str, list[int]]:
     params = [torch.zeros(4096 + index, dtype=dtype, requires_grad=True) for index in range(17)]
     optimizer = AdaXW(params, **CASES[case])
     counts = []
-    with mock.patch.object(backends, "_interpreting", lambda: True):  # CPU tensors go to the kernel
+    with mock.patch.object(backend, "_interpreting", lambda: True):  # CPU tensors go to the kernel
         for step in range(STEPS if case == "capturable" else FEWER_STEPS):
             change(optimizer, params, step, case not in ("plain", "low"))
             optimizer.step()

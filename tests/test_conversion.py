@@ -18,7 +18,7 @@ from adax_triton.conversion import adax_from_adam, from_released_adax, from_torc
 from adax_triton.schedule import exp_avg_sq_weight
 
 # Steps as a CPU tensor takes them, not the interpreter, which cuts float32 to bfloat16.
-pytestmark = pytest.mark.usefixtures("compiled_cpu")
+pytestmark = pytest.mark.usefixtures("native_cpu")
 STEPS = 50
 UNNORMALIZED = {"eps_placement": "unnormalized"}
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}

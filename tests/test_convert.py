@@ -15,7 +15,7 @@ from adax_triton import AdamW, AdaX, AdaXW
 from adax_triton.cli import main
 from adax_triton.conversion import adam_from_adax, adax_from_adam, from_released_adax, from_torch_adam
 
-pytestmark = pytest.mark.usefixtures("compiled_cpu")
+pytestmark = pytest.mark.usefixtures("native_cpu")
 SHAPES = ((64, 80), (7,), (5, 3))  # the first is large enough for codes
 
 

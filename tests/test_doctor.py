@@ -30,8 +30,17 @@ def test_doctor_reports_and_passes() -> None:
     ):
         assert part in done.stdout
     if not torch.cuda.is_available():
-        assert "compiled" in done.stdout
+        assert "native    the fused kernel, compiled for" in done.stdout
+        assert "the native kernel on cpu" in done.stdout
         assert "interpreter agrees" in done.stdout
+
+
+def test_doctor_says_what_a_machine_without_a_compiler_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = adax_triton("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the reference steps CPU tensors" in done.stdout
+    assert done.stdout.count("no-such-compiler") == 5  # of each dtype, and of the check
 
 
 def test_doctor_fails_when_the_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -45,9 +54,10 @@ def test_doctor_fails_when_the_kernel_does_not_run(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("no driver")
 
     monkeypatch.setattr(doctor, "_largest_error", broken)
-    good, finding = doctor.self_check()
-    assert not good
-    assert "RuntimeError: no driver" in finding
+    for check in (doctor.native_check, doctor.triton_check):
+        good, finding = check()
+        assert not good
+        assert "does not run: RuntimeError: no driver" in finding
 
 
 def test_unknown_command_is_refused() -> None:

@@ -146,7 +146,7 @@ def test_only_tests_on_a_gpu_are_run_where_that_is_asked_for(tmp_path: Path) -> 
         "def test_host(): pass\n"
         "def test_on_device(device): pass\n"
         "def test_both(backend): pass\n"
-        "def test_compiled(device, compiled_cpu): pass\n"
+        "def test_compiled(device, native_cpu): pass\n"
         "@pytest.mark.gpu\n"
         "def test_marked(): pass\n"
     )

@@ -134,7 +134,7 @@ def test_tied_parameters_step_once_and_unused_ones_not(backend: torch.device) ->
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointed_segments_step_as_without_release(use_reentrant: bool, compiled_cpu: torch.device) -> None:
+def test_checkpointed_segments_step_as_without_release(use_reentrant: bool, native_cpu: torch.device) -> None:
     runs = []
     for released in (False, True):
         torch.manual_seed(0)
@@ -205,7 +205,7 @@ def test_clips_by_the_norm_of_the_last_backward(backend: torch.device) -> None:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_norm_that_is_not_finite_does_not_clip(value: float, compiled_cpu: torch.device) -> None:
+def test_norm_that_is_not_finite_does_not_clip(value: float, native_cpu: torch.device) -> None:
     bad, good, twin = (Parameter(torch.ones(3)) for _ in range(3))
     optimizer, plain = AdaX([bad, good]), AdaX([twin])
     GradientRelease(optimizer, max_last_norm=1e9)
@@ -254,3 +254,20 @@ def test_parameters_that_join_later_are_released(backend: torch.device) -> None:
     assert_same(optimizer, plain)
     with pytest.raises(ValueError, match="another GradientRelease"):
         GradientRelease(AdaX(params[-1:]))
+
+
+def test_steady_passes_use_their_plans_again_and_step_leaves_them(
+    backend: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(backend)
+    optimizer = AdaXW(model.parameters())
+    planned: list[tuple[str, int]] = []
+    original = optimizer._planned
+    monkeypatch.setattr(
+        optimizer, "_planned", lambda key, *given, **options: planned.append(key) or original(key, *given, **options)
+    )
+    with GradientRelease(optimizer):
+        for _ in range(3):
+            model(torch.ones(2, 3, device=backend)).sum().backward()
+            optimizer.step()
+    assert [kind for kind, _ in planned if kind == "release"] == ["release"] * 4

@@ -98,7 +98,7 @@ def test_refuses_offloaded_shards_of_older_torch(monkeypatch: pytest.MonkeyPatch
     GradientRelease(AdaX([param])).remove()
 
 
-def test_gradient_in_parts_is_refused(compiled_cpu: torch.device) -> None:
+def test_gradient_in_parts_is_refused(native_cpu: torch.device) -> None:
     shared, last = nn.Linear(4, 4), nn.Linear(4, 4)
     GradientRelease(AdaX([*shared.parameters(), *last.parameters()]))
     x = torch.ones(2, 4, requires_grad=True)
@@ -108,7 +108,7 @@ def test_gradient_in_parts_is_refused(compiled_cpu: torch.device) -> None:
         last(x).sum().backward()
 
 
-def test_clipping_set_later_is_refused(compiled_cpu: torch.device) -> None:
+def test_clipping_set_later_is_refused(native_cpu: torch.device) -> None:
     param = Parameter(torch.ones(3))
     optimizer = AdaX([param])
     GradientRelease(optimizer)

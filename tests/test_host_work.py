@@ -15,9 +15,10 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from adax_triton import AdaXW, step_plan
+from adax_triton import AdaXW
+from adax_triton.step import unchanged
 
-compare = step_plan._guards
+compare = unchanged.tensor_guards
 SHAPES = ((5, 7), (4097,), ())
 SCALED = {"grad_scale": 1024.0, "found_inf": 0.0}
 MODES: dict[str, dict[str, Any]] = {
@@ -92,7 +93,7 @@ class Unwatched:
 
 @pytest.fixture(autouse=True)
 def only_the_step_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_plan, "_guards", Unwatched)
+    monkeypatch.setattr(unchanged, "tensor_guards", Unwatched)
     # On a CPU a count is read where it lies. On a GPU it is a copy that has arrived.
     monkeypatch.setattr("adax_triton.frozen_warning._FIRST_READS", 0)
 

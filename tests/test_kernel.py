@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from adax_triton.kernels.tables import scalar_row
 from torch import Tensor, nn
 
 from adax_triton import AdaX
-from adax_triton.backends import Stepper, Work
 from adax_triton.device_tables import chunk_table
-from adax_triton.pytorch_steps import HostRows
 from adax_triton.reference import adax_update
 from adax_triton.schedule import StepScalars, effective_eps, step_scalars
+from adax_triton.step.launch import LaunchMemory
 from adax_triton.tensor_step import TensorStep
 
 pytest.importorskip("triton")
@@ -269,8 +269,9 @@ def test_launch_is_told_of_an_unaligned_address(
     quad = random_quad(10, device)
     if unaligned:
         quad = quad._replace(**{unaligned: getattr(quad, unaligned)[1:]})
-    rows = HostRows([SCALARS], [(0, 0)])
-    Stepper().run(Work([TensorStep(*(tensor[:9] for tensor in quad), 0)], rows, [], rows))
+    ((one, _),) = LaunchMemory().launches([TensorStep(*(tensor[:9] for tensor in quad), 0)], [SCALARS], telemetry=False)
+    row = bytearray(scalar_row(SCALARS))
+    one.run(torch.frombuffer(row, dtype=torch.float32).view(1, -1).to(device), None)
     assert [variant.aligned for variant in launches] == [unaligned is None]
 
 

@@ -9,51 +9,45 @@ FRAMEWORKS = {"deepspeed", "transformers", "accelerate", "lightning", "pytorch_l
 # What a module of the package may import of the package; what is missing here may import nothing of ours.
 ALLOWED = {
     "adax_triton": {
-        *("adam", "beside", "conversion", "flat_buffer", "gradient_release", "horizon", "optimizer", "reference"),
-        *("schedule", "telemetry", "telemetry_logging", "version"),
+        *("adam", "conversion", "flat_buffer", "gradient_release", "horizon", "optimizer", "reference"),
+        *("schedule", "step", "telemetry", "telemetry_logging", "version"),
     },
     "adax_triton.adam": {"control", "moment_optimizer"},
     "adax_triton.optimizer": {"control", "moment_optimizer"},
     "adax_triton.moment_optimizer": {
-        *(
-            "",
-            "master_weights",
-            "backends",
-            "beside",
-            "checkpoint",
-            "compiled",
-            "control",
-            "frozen_warning",
-            "hyperparameters",
-            "parameters",
-        ),
-        *("precision", "schedule", "state_tensors", "step_plan", "step_work", "telemetry", "uninterrupted"),
+        *("", "checkpoint", "control", "frozen_warning", "horizon", "hyperparameters", "master_weights", "parameters"),
+        *("precision", "schedule", "state_tensors", "telemetry"),
+        *("step.backend", "step.collect", "step.external_grads", "step.launch", "step.plan", "step.scalars"),
     },
-    "adax_triton.backends": {
-        *("compiled", "control", "cpu", "device_scalars", "device_tables", "gradient_norm", "launches"),
-        *("pytorch_steps", "schedule", "telemetry", "tensor_step", "uninterrupted", "kernels"),
+    "adax_triton.step.plan": {
+        *("control", "device_tables", "gradient_norm", "step_counts", "telemetry", "tensor_step", "uninterrupted"),
+        *("step.backend", "step.collect", "step.external_grads", "step.launch", "step.scalars", "step.unchanged"),
+        "kernels",
     },
-    "adax_triton.beside": {
-        *("backends", "compact", "control", "cpu", "device_tables", "precision", "state_tensors", "step_counts"),
-        *("step_work", "tensor_step"),
+    "adax_triton.step.unchanged": {"state_tensors", "step.collect"},
+    "adax_triton.step.external_grads": {
+        *("compact", "control", "device_tables", "precision", "state_tensors", "step_counts", "tensor_step"),
+        "step.collect",
     },
-    "adax_triton.device_scalars": {"control", "device_tables", "hyperparameters", "schedule", "kernels"},
+    "adax_triton.step.launch": {
+        *("device_tables", "schedule", "telemetry", "tensor_step"),
+        *("step.backend", "step.cpu_kernel", "step.reference_steps", "step.scalars"),
+        "kernels",
+    },
+    "adax_triton.step.collect": {
+        *("control", "device_tables", "flat_buffer", "parameters", "state_tensors", "step_counts"),
+        *("step.backend", "step.scalars"),
+    },
+    "adax_triton.step.backend": {"step.cpu_kernel", "kernels"},
+    "adax_triton.step.reference_steps": {"compact", "control", "reference", "schedule", "stored", "tensor_step"},
+    "adax_triton.step.scalars": {"control", "device_tables", "hyperparameters", "rounding", "schedule", "kernels"},
+    "adax_triton.step.cpu_kernel": {"kernels"},
     "adax_triton.gradient_release": {
         *("control", "device_tables", "gradient_norm", "moment_optimizer", "parameters", "sharding"),
     },
-    "adax_triton.frozen_warning": {"device_scalars", "device_tables", "horizon", "hyperparameters", "schedule"},
-    "adax_triton.gradient_norm": {"control", "launches", "tensor_step"},
-    "adax_triton.launches": {"device_tables", "schedule", "telemetry", "tensor_step", "kernels"},
-    "adax_triton.pytorch_steps": {"compiled", "control", "cpu", "schedule", "stored", "tensor_step"},
+    "adax_triton.frozen_warning": {"step.scalars", "device_tables", "horizon", "hyperparameters", "schedule"},
+    "adax_triton.gradient_norm": {"control", "step.launch"},
     "adax_triton.step_counts": {"device_tables"},
-    "adax_triton.step_plan": {
-        *("backends", "control", "device_tables", "launches", "pytorch_steps", "state_tensors", "step_work"),
-    },
-    "adax_triton.step_work": {
-        *("backends", "control", "device_scalars", "device_tables", "flat_buffer", "hyperparameters", "parameters"),
-        "pytorch_steps",
-        *("rounding", "schedule", "state_tensors", "step_counts", "telemetry", "tensor_step"),
-    },
     "adax_triton.telemetry": {"device_tables", "kernels"},
     "adax_triton.telemetry_logging": {"moment_optimizer", "telemetry"},
     "adax_triton.checkpoint": {
@@ -71,16 +65,24 @@ ALLOWED = {
     "adax_triton.horizon": {"schedule"},
     "adax_triton.conversion": {"converted_states", "hyperparameters", "schedule"},
     "adax_triton.converted_states": {"hyperparameters", "step_counts"},
-    "adax_triton.cpu": {"compact", "compiled", "reference", "schedule", "stored", "tensor_step"},
+    "adax_triton.device_tables": {"kernels.tables"},
     "adax_triton.kernels.adax_step": {
-        *("kernels.compact", "kernels.launch", "kernels.rounding", "kernels.telemetry", "kernels.variants"),
+        *("kernels", "kernels.compact", "kernels.launch", "kernels.rounding", "kernels.telemetry", "kernels.variants"),
     },
     "adax_triton.kernels.grad_stats": {"kernels.adax_step", "kernels.launch", "kernels.variants"},
     "adax_triton.kernels.schedule": {"kernels.adax_step", "kernels.launch", "kernels.rounding"},
-    "adax_triton.kernels.telemetry": {"kernels.launch"},
+    "adax_triton.kernels.telemetry": {"kernels.launch", "kernels.tables"},
     "adax_triton.kernels.compact": {"kernels.rounding"},
     "adax_triton.kernels.variants": {"kernels.launch"},
-    "adax_triton.doctor": {"backends", "optimizer", "precision", "reference", "schedule", "integrations"},
+    "adax_triton.doctor": {
+        "step.backend",
+        "step.cpu_kernel",
+        "optimizer",
+        "precision",
+        "reference",
+        "schedule",
+        "integrations",
+    },
     "adax_triton.cli": {"convert_command", "doctor", "version", "bench"},
     "adax_triton.convert_command": {"bench.progress", "convert", "integrations.deepspeed_convert", "precision"},
     "adax_triton.convert": {"conversion", "converted_states", "optimizer", "precision"},
@@ -115,10 +117,14 @@ ALLOWED = {
     },
     "adax_triton.integrations.deepspeed_fuse": {
         *("integrations.deepspeed_fuse_hooks", "integrations.deepspeed_fuse_steps", "moment_optimizer"),
-        *("state_tensors", "step_work"),
+        *("state_tensors", "step.collect"),
     },
-    "adax_triton.integrations.deepspeed_fuse_hooks": {"beside", "precision"},
-    "adax_triton.integrations.deepspeed_fuse_steps": {"beside", "integrations.deepspeed_fuse_hooks", "precision"},
+    "adax_triton.integrations.deepspeed_fuse_hooks": {"precision", "step.external_grads"},
+    "adax_triton.integrations.deepspeed_fuse_steps": {
+        "integrations.deepspeed_fuse_hooks",
+        "precision",
+        "step.external_grads",
+    },
     "adax_triton.integrations.deepspeed_universal": {"moment_optimizer", "precision", "state_tensors"},
     "adax_triton.integrations.deepspeed_switch": {"conversion", "moment_optimizer"},
 }
@@ -127,8 +133,9 @@ ALLOWED = {
 def sources() -> list[tuple[str, Path]]:
     found = []
     for folder, package in FOLDERS.items():
-        for path in sorted((ROOT / folder).glob("*.py")):
-            found.append((package if path.stem == "__init__" else f"{package}.{path.stem}", path))
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            names = path.relative_to(ROOT / folder).with_suffix("").parts
+            found.append((".".join([package, *(name for name in names if name != "__init__")]), path))
     return found
 
 
@@ -165,8 +172,9 @@ def test_only_integrations_import_frameworks() -> None:
 
 
 def test_reader_of_imports_sees_every_form() -> None:
-    path = ROOT / "adax_triton" / "backends.py"
-    assert {"os", "torch", "adax_triton.cpu", "adax_triton.kernels.launch"} <= imported(path, "adax_triton.backends")
+    path = ROOT / "adax_triton" / "step" / "backend.py"
+    names = {"os", "torch", "adax_triton.step.cpu_kernel", "adax_triton.kernels.launch"}
+    assert names <= imported(path, "adax_triton.step.backend")
     path = ROOT / "adax_triton" / "cli.py"
     assert {"adax_triton.bench.step_report", "adax_triton.doctor"} <= imported(path, "adax_triton.cli")
 

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adax_triton import AdaX, AdaXW
-from adax_triton import cpu as cpu_module
-from adax_triton.cpu import COMPILE_FROM_NUMEL, EAGER_CHUNK, WIDENED_NUMEL
 from adax_triton.flat_buffer import is_dense
 from adax_triton.precision import STATES, Precision, state_bytes
 from adax_triton.reference import adax_update
 from adax_triton.state_tensors import numbers_of
-from adax_triton.step_work import scalars_of
+from adax_triton.step.reference_steps import CHUNK_SIZE
+from adax_triton.step.scalars import scalars_of
 from adax_triton.stored import load_master, load_moments
 
 
@@ -119,7 +118,7 @@ def decoded(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def test_kernel_and_cpu_agree(mode: Mode, device: torch.device, request: pytest.FixtureRequest) -> None:
     names = ["small", "4096", "4097", "(41, 100)", "channels_last", "gaps"]
     kernel_params, by_kernel = run(device, mode, names)
-    cpu_params, by_cpu = run(request.getfixturevalue("compiled_cpu"), mode, names)
+    cpu_params, by_cpu = run(request.getfixturevalue("native_cpu"), mode, names)
     left, right = stored(by_kernel, kernel_params), stored(by_cpu, cpu_params)
     assert left.keys() == right.keys()
     for (name, key), one in left.items():
@@ -239,8 +238,8 @@ def test_training_with_float32_masters_is_that_of_float32_weights(states: str, b
                 assert torch.equal(optimizers[0].state[param][key], optimizers[1].state[full[name]][key])
 
 
-def test_many_small_masters_on_the_cpu_are_float32_weights_too(compiled_cpu: torch.device) -> None:
-    # The float32 ones are gathered and compiled, the others are not: no multiply-add may be fused.
+def test_many_small_masters_on_the_cpu_are_float32_weights_too(native_cpu: torch.device) -> None:
+    # No multiply-add may be fused.
     half = [normal(4000, seed=seed).bfloat16().requires_grad_() for seed in range(9)]
     full = [param.detach().float().requires_grad_() for param in half]
     for seed, (param, other) in enumerate(zip(half, full, strict=True)):
@@ -252,22 +251,17 @@ def test_many_small_masters_on_the_cpu_are_float32_weights_too(compiled_cpu: tor
     assert all(torch.equal(weights(optimizers[0], param), other) for param, other in zip(half, full, strict=True))
 
 
-COMPILED = ["low", "lowest, 24bit", "low, stochastic", "bf16 states, master"]
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_step_equals_the_uncompiled_one(
-    name: str, compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+@each_mode
+def test_native_step_equals_the_reference(
+    mode: Mode, native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Chunks that begin anywhere: the random bits must not.
-    monkeypatch.setattr(cpu_module, "WIDENED_NUMEL", 32 * 1500)
-    mode = MODES[name]
     runs = []
-    for worth_compiling in (True, False):
-        param = normal(COMPILE_FROM_NUMEL * 3 + 7).to(mode.dtype).requires_grad_()
+    for by_reference in (True, False):
+        param = normal(CHUNK_SIZE + 32_775).to(mode.dtype).requires_grad_()
         optimizer = AdaX([param], lr=0.01, **mode.options())
         with monkeypatch.context() as patch:
-            patch.setattr(cpu_module, "_worth_compiling", lambda _, worth=worth_compiling: worth)
+            if by_reference:
+                patch.setattr("adax_triton.step.launch.native_kernel", lambda variant: None)
             for step in (1, 2):
                 param.grad = normal(param.numel(), seed=step).to(mode.dtype)
                 optimizer.step()
@@ -277,12 +271,10 @@ def test_compiled_step_equals_the_uncompiled_one(
         assert key == "step" or torch.equal(value, runs[1][1][key]), key
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_step_makes_no_temporary_of_the_tensors_size(
-    compiled: bool, compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu_module, "_worth_compiling", lambda _: compiled)
-    mode, numel = MODES["lowest, 24bit"], 8 * WIDENED_NUMEL if compiled else 16 * EAGER_CHUNK
+@pytest.mark.parametrize("path", ["native_cpu", "reference_cpu"])
+def test_step_makes_no_temporary_of_the_tensors_size(path: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(path)
+    mode, numel = MODES["lowest, 24bit"], 16 * CHUNK_SIZE
     param = torch.ones(numel, dtype=mode.dtype, requires_grad=True)
     optimizer = AdaX([param], **mode.options())
     param.grad = torch.ones_like(param)
@@ -290,12 +282,12 @@ def test_step_makes_no_temporary_of_the_tensors_size(
     with torch.profiler.profile(profile_memory=True) as profile:
         optimizer.step()
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert 0 < largest <= numel * 4 // 8 + 4096
+    assert largest <= (numel * 4 // 8 + 4096 if path == "reference_cpu" else 4096)
 
 
 @each_mode
-def test_states_have_the_bytes_that_are_promised(mode: Mode, compiled_cpu: torch.device) -> None:
-    params, optimizer = run(compiled_cpu, mode, ["4096", "(64, 96)"])
+def test_states_have_the_bytes_that_are_promised(mode: Mode, native_cpu: torch.device) -> None:
+    params, optimizer = run(native_cpu, mode, ["4096", "(64, 96)"])
     for param in params.values():
         state = optimizer.state[param]
         found = sum(value.nbytes for value in state.values() if isinstance(value, Tensor)) / param.numel()

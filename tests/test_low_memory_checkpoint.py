@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from adax_triton.kernels.tables import scalar_row
 from torch import Tensor, nn
 
 from adax_triton import AdaX
-from adax_triton.backends import Stepper, Work, uses_kernel
 from adax_triton.precision import STATES
-from adax_triton.pytorch_steps import HostRows
 from adax_triton.rounding import random_key
 from adax_triton.schedule import StepScalars
 from adax_triton.state_tensors import numbers_of
+from adax_triton.step.launch import LaunchMemory
 from adax_triton.stored import load_master, load_moments
 from adax_triton.tensor_step import TensorStep
 
@@ -114,10 +114,10 @@ def test_bits_do_not_depend_on_the_way_there(options: dict[str, Any], backend: t
 
 
 @each_low
-def test_bits_change_with_the_seed_and_with_nothing_but_it(options: dict[str, Any], compiled_cpu: torch.device) -> None:
+def test_bits_change_with_the_seed_and_with_nothing_but_it(options: dict[str, Any], native_cpu: torch.device) -> None:
     runs = []
     for seed in (0, 0, 1, 2**32 - 1):
-        params = two(compiled_cpu)
+        params = two(native_cpu)
         runs.append(bits(train(AdaX(list(params.values()), seed=seed, **options), params, (1, 2)), params))
     assert runs[0] == runs[1]
     for left, right in ((0, 2), (0, 3), (2, 3)):
@@ -138,9 +138,9 @@ def test_part_of_a_parameter_is_stepped_as_it_is_within_the_whole(states: str, b
         ]
         exponents = state["group_exponents"][start // 32 : end // 32].clone() if "group_exponents" in state else None
         step = TensorStep(*tensors, 0, states, None, exponents, stochastic=True, first_element=start)
-        rows = HostRows([scalars], [random_key(3, 2)])
-        by_kernel = uses_kernel(param.device, param.dtype)
-        Stepper().run(Work([step] if by_kernel else [], rows, [] if by_kernel else [step], rows))
+        ((launch, _),) = LaunchMemory().launches([step], [scalars], telemetry=False)
+        row = bytearray(scalar_row(scalars, random_key(3, 2)))
+        launch.run(torch.frombuffer(row, dtype=torch.float32).view(1, -1).to(backend), None)
         found.append(step)
     for index in (0, 2, 3):
         whole = found[0].tensors[index]
@@ -191,11 +191,11 @@ def bounds(states: str, m: Tensor, v: Tensor, v_found: Tensor) -> tuple[Tensor, 
 
 @pytest.mark.parametrize(("source", "target"), CONVERSIONS, ids=lambda pair: f"{pair[0]} {pair[1]}")
 def test_states_load_into_any_other_mode(
-    source: tuple[str, str | None], target: tuple[str, str | None], compiled_cpu: torch.device
+    source: tuple[str, str | None], target: tuple[str, str | None], native_cpu: torch.device
 ) -> None:
-    params, optimizer = trained_in(*source, compiled_cpu)
-    fitting = trained_in(*target, compiled_cpu)[1]
-    loaded = leaves(compiled_cpu)
+    params, optimizer = trained_in(*source, native_cpu)
+    fitting = trained_in(*target, native_cpu)[1]
+    loaded = leaves(native_cpu)
     for name, param in loaded.items():
         param.detach().copy_(params[name].detach())
     twin = AdaX(list(loaded.values()), states=target[0], master_weights=target[1])
@@ -225,12 +225,12 @@ def test_states_load_into_any_other_mode(
 
 
 @pytest.mark.parametrize("states", STATES)
-def test_checkpoint_from_before_the_modes_loads(states: str, compiled_cpu: torch.device) -> None:
-    params, optimizer = trained_in("float32", None, compiled_cpu)
+def test_checkpoint_from_before_the_modes_loads(states: str, native_cpu: torch.device) -> None:
+    params, optimizer = trained_in("float32", None, native_cpu)
     state_dict = copy.deepcopy(optimizer.state_dict())
     for key in ("states", "master_weights", "weight_rounding", "seed"):
         del state_dict["param_groups"][0][key]
-    loaded = leaves(compiled_cpu)
+    loaded = leaves(native_cpu)
     twin = AdaX(list(loaded.values()), states=states, weight_rounding="stochastic")
     twin.load_state_dict(state_dict)
     group = twin.param_groups[0]

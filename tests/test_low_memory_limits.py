@@ -81,7 +81,7 @@ PARAMETERS: list[tuple[torch.dtype, dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize(("dtype", "options", "words"), PARAMETERS, ids=[str(case[:2]) for case in PARAMETERS])
 def test_parameter_that_cannot_be_kept_so_is_refused(
-    dtype: torch.dtype, options: dict[str, Any], words: list[str], compiled_cpu: torch.device
+    dtype: torch.dtype, options: dict[str, Any], words: list[str], native_cpu: torch.device
 ) -> None:
     param = blank(4096, dtype)
     with pytest.raises(ValueError) as caught:
@@ -104,7 +104,7 @@ SPOILED: dict[str, Callable[[dict[str, Any], Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("word", SPOILED)
-def test_step_on_states_that_do_not_fit_changes_nothing(word: str, compiled_cpu: torch.device) -> None:
+def test_step_on_states_that_do_not_fit_changes_nothing(word: str, native_cpu: torch.device) -> None:
     params = [normal(4096, seed=seed).bfloat16().requires_grad_() for seed in range(2)]
     optimizer = AdaX(params, states="low", master_weights="24bit")
     for param in params:
@@ -122,7 +122,7 @@ def test_step_on_states_that_do_not_fit_changes_nothing(word: str, compiled_cpu:
 # Who is kept how
 
 
-def test_groups_small_tensors_and_exceptions_are_kept_as_they_say(compiled_cpu: torch.device) -> None:
+def test_groups_small_tensors_and_exceptions_are_kept_as_they_say(native_cpu: torch.device) -> None:
     named = {
         "low": (blank(4096), (torch.uint8, (4096, 2))),
         "small": (blank(4095), (torch.float32, (4095,))),
@@ -226,7 +226,7 @@ def test_settled_kernel_writes_only_groups_that_have_changed(states: str, device
 
 
 @pytest.mark.parametrize("optimizer_class", [AdaX, AdaXW])
-def test_frozen_second_moments_are_told_once(optimizer_class: type, compiled_cpu: torch.device) -> None:
+def test_frozen_second_moments_are_told_once(optimizer_class: type, native_cpu: torch.device) -> None:
     frozen = steps_until_frozen(0.1)
     param = Parameter(torch.ones(4))
     optimizer = optimizer_class([{"params": [param]}, {"params": [Parameter(torch.ones(2))]}], betas=(0.9, 0.1))
@@ -262,7 +262,7 @@ def test_frozen_second_moments_are_told_whoever_counts_the_steps(options: dict[s
     assert "are frozen" in str(caught[0].message)
 
 
-def test_rules_that_do_not_freeze_tell_nothing(compiled_cpu: torch.device) -> None:
+def test_rules_that_do_not_freeze_tell_nothing(native_cpu: torch.device) -> None:
     optimizers = [
         Adam([Parameter(torch.ones(4))], betas=(0.9, 1 - 2**-31)),
         AdaX([Parameter(torch.ones(4))], second_moment="adafactor", betas=(0.9, 1.0)),

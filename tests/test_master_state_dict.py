@@ -47,9 +47,9 @@ def step_model(model: Tied, optimizer: AdaX, steps: Iterable[int]) -> None:
 @pytest.mark.parametrize("stepped", [False, True], ids=["before the first step", "after two"])
 @pytest.mark.parametrize("target", ["float32", "24bit", None])
 def test_master_state_dict_carries_the_exact_weights(
-    target: str | None, stepped: bool, compiled_cpu: torch.device
+    target: str | None, stepped: bool, native_cpu: torch.device
 ) -> None:
-    model, optimizer = make_model(compiled_cpu, master_weights="float32")
+    model, optimizer = make_model(native_cpu, master_weights="float32")
     step_model(model, optimizer, (1, 2) if stepped else ())
     exported = optimizer.master_state_dict(model)
     assert exported.keys() == model.state_dict().keys()
@@ -64,7 +64,7 @@ def test_master_state_dict_carries_the_exact_weights(
     given = {name: value.clone() for name, value in exported.items()}
     given["embed.weight"] = given["head.weight"] = normal(70, 64, seed=9)
     given["norm.weight"] = normal(64, seed=8)
-    twin, other = make_model(compiled_cpu, master_weights=target)
+    twin, other = make_model(native_cpu, master_weights=target)
     other.load_master_state_dict(twin, given)
     again = other.master_state_dict(twin)
     unit = {"float32": 0.0, "24bit": 2.0**-16, None: 2.0**-8}[target]
@@ -75,7 +75,7 @@ def test_master_state_dict_carries_the_exact_weights(
     assert twin.head.weight is twin.embed.weight
 
 
-def test_loaded_masters_continue_as_float32_weights_would(compiled_cpu: torch.device) -> None:
+def test_loaded_masters_continue_as_float32_weights_would(native_cpu: torch.device) -> None:
     given = normal(4100, seed=1)
     model = nn.ParameterDict({"weight": nn.Parameter(given.bfloat16())})
     optimizer = AdaX(model.parameters(), lr=0.01, states="low", master_weights="float32")
@@ -104,8 +104,8 @@ MISFITS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_master_state_dict_that_does_not_fit_changes_nothing(name: str, compiled_cpu: torch.device) -> None:
-    model, optimizer = make_model(compiled_cpu, master_weights="float32")
+def test_master_state_dict_that_does_not_fit_changes_nothing(name: str, native_cpu: torch.device) -> None:
+    model, optimizer = make_model(native_cpu, master_weights="float32")
     step_model(model, optimizer, (1, 2))
     before = contents(model, optimizer)
     given = {key: value + 1 for key, value in optimizer.master_state_dict(model).items()}

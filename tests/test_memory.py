@@ -29,12 +29,12 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("way", memory.WAYS, ids=[way.name for way in memory.WAYS])
-def test_bytes_are_those_of_tensors(way: memory.Way, compiled_cpu: torch.device) -> None:
+def test_bytes_are_those_of_tensors(way: memory.Way, native_cpu: torch.device) -> None:
     if way.name in OTHERS:
         assert way.total == OTHERS[way.name]
         return
     states, master_weights = OURS[way.name]
-    param = nn.Parameter(torch.ones(128, 64, device=compiled_cpu, dtype=torch.bfloat16))
+    param = nn.Parameter(torch.ones(128, 64, device=native_cpu, dtype=torch.bfloat16))
     param.grad = torch.ones_like(param)
     optimizer = AdaXW([param], states=states, master_weights=master_weights)
     optimizer.step()

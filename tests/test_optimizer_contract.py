@@ -130,13 +130,13 @@ def scheduled(optimizer: Optimizer, params: list[Tensor], name: str) -> list[tup
 
 @every_class
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduled_steps_equal_steps_by_hand(optimizer_class: type, name: str, compiled_cpu: torch.device) -> None:
-    params = parameters(compiled_cpu)
+def test_scheduled_steps_equal_steps_by_hand(optimizer_class: type, name: str, native_cpu: torch.device) -> None:
+    params = parameters(native_cpu)
     optimizer = optimizer_class(params, lr=0.1)
     truth = [(param.detach().cpu().double(), *torch.zeros(2, *param.shape, dtype=torch.float64)) for param in params]
     scheduled(optimizer, params, name)
     # torch's own optimizer under the same scheduler says which numbers were due.
-    by_torch = parameters(compiled_cpu)
+    by_torch = parameters(native_cpu)
     due = scheduled(torch.optim.Adam(by_torch, lr=0.1), by_torch, name)
     assert len(set(due)) > 1  # else the scheduler did nothing
     constant = {key: optimizer.defaults[key] for key in GROUP_KEYS if key not in ("lr", "betas")}

@@ -53,7 +53,7 @@ def assert_equal_steps(left: MomentOptimizer, right: MomentOptimizer) -> None:
 
 @pytest.mark.parametrize(("states", "master_weights"), MODES)
 def test_a_state_dict_holds_the_tensors_of_the_state(
-    states: str, master_weights: str | None, compiled_cpu: torch.device
+    states: str, master_weights: str | None, native_cpu: torch.device
 ) -> None:
     params = parameters(shapes=(*SHAPES, (2, 32, 64), (2048, 2)))
     optimizer = AdaXW(params, states=states, master_weights=master_weights)
@@ -107,7 +107,7 @@ def test_keys_of_others_are_kept_through_steps_and_checkpoints(backend: torch.de
 
 
 @pytest.mark.parametrize("saving", STATES)
-def test_loading_in_place_is_right_or_refused(saving: str, compiled_cpu: torch.device, tmp_path: Path) -> None:
+def test_loading_in_place_is_right_or_refused(saving: str, native_cpu: torch.device, tmp_path: Path) -> None:
     def build(states: str) -> tuple[nn.Module, AdaXW]:
         torch.manual_seed(0)
         model = nn.Linear(64, 128, bias=False)

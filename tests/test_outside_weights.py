@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton import AdaXW
-from adax_triton import cpu as cpu_module
-from adax_triton.backends import uses_kernel
-from adax_triton.cpu import COMPILE_FROM_NUMEL
 from adax_triton.rounding import join_master
+from adax_triton.step.backend import TRITON, backend_of
 from adax_triton.stored import load_master
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, interpreting
@@ -39,14 +37,14 @@ def trained(
     dtype: torch.dtype, master_weights: str, device: torch.device, telemetry: bool = False
 ) -> tuple[Tensor, AdaXW]:
     """Return a parameter after three steps, with masters that no longer are its own values."""
-    return copy.deepcopy(original(dtype, master_weights, device, telemetry, uses_kernel(device, dtype)))
+    return copy.deepcopy(original(dtype, master_weights, device, telemetry, backend_of(device, dtype) == TRITON))
 
 
 @functools.cache
 def original(
     dtype: torch.dtype, master_weights: str, device: torch.device, telemetry: bool, by_kernel: bool
 ) -> tuple[Tensor, AdaXW]:
-    assert uses_kernel(device, dtype) == by_kernel
+    assert (backend_of(device, dtype) == TRITON) == by_kernel
     param = nn.Parameter(normal(NUMEL, 0).to(device, dtype))
     optimizer = AdaXW([param], lr=LR, weight_decay=0.0, master_weights=master_weights, telemetry=telemetry)
     for seed in (1, 2, 3):
@@ -138,10 +136,11 @@ def test_loaded_weights_are_exported_and_counted_by_telemetry(
     assert optimizer.read_telemetry().groups[0].update_norm <= 10 * LR * math.sqrt(NUMEL)
 
 
-@pytest.mark.parametrize("numel", [1000, COMPILE_FROM_NUMEL + 5], ids=["eager", "compiled"])
-def test_float16_master_counts_where_the_parameter_is_its_rounding(numel: int, compiled_cpu: torch.device) -> None:
+@pytest.mark.parametrize("path", ["native_cpu", "reference_cpu"])
+def test_float16_master_counts_where_the_parameter_is_its_rounding(path: str, request: pytest.FixtureRequest) -> None:
     # The comparison needs the cast to float16, which a compiler that fuses it into float32 would leave out.
-    assert cpu_module._worth_compiling(torch.empty(numel)) == (numel >= COMPILE_FROM_NUMEL)
+    request.getfixturevalue(path)
+    numel = 32_773
     full = normal(numel, 0).requires_grad_()
     half = full.detach().half().requires_grad_()
     optimizers = AdaXW([full], lr=LR), AdaXW([half], lr=LR, master_weights="float32")

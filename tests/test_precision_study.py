@@ -117,7 +117,7 @@ def test_gradients_repeat_with_their_seed(kind: str) -> None:
         assert torch.equal(grad, again(step))
 
 
-def test_long_run_compares_modes_on_the_same_batches(compiled_cpu: torch.device, tmp_path: Path) -> None:
+def test_long_run_compares_modes_on_the_same_batches(native_cpu: torch.device, tmp_path: Path) -> None:
     out = tmp_path / "long.json"
     assert long_run.main(["--steps", "40", "--lr", "0.01", "--out", str(out)]) == 0
     result = json.loads(out.read_text())

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from adax_triton.rounding import join_master, low_bits, random_bits, random_key, round_to_bfloat16, split_master
+from adax_triton.rounding import (
+    join_master,
+    low_bits,
+    mix_words,
+    random_bits,
+    random_key,
+    round_to_bfloat16,
+    split_master,
+)
 
 pytest.importorskip("triton")
 
@@ -160,7 +168,7 @@ def test_random_bits_do_not_follow_from_others(mask_and_shift: tuple[int, int]) 
 def test_random_bits_of_one_element_are_uniform_over_the_steps(element: int) -> None:
     count = 100_000
     keys = torch.tensor([random_key(0, step) for step in range(1, count + 1)]).to(torch.int32).T
-    words = patterns(random_bits(torch.full((count,), element, dtype=torch.int32), keys).view(torch.float32))
+    words = patterns(mix_words(torch.full((count,), element, dtype=torch.int32), *keys).view(torch.float32))
     for shift in (0, 24):
         observed = np.bincount(words >> shift & 0xFF, minlength=256)
         chi_square = ((observed - count / 256) ** 2).sum() / (count / 256)

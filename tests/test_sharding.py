@@ -219,7 +219,7 @@ def test_meshes_of_two_dimensions(four: Results, case: str) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # which is what this is about
 @pytest.mark.parametrize("mode", RESHARDED)
 def test_checkpoint_of_shards_loads_without_them(
-    two: Results, folder: Path, mode: str, compiled_cpu: torch.device
+    two: Results, folder: Path, mode: str, native_cpu: torch.device
 ) -> None:
     from sharding_modes import check_without_shards
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton import AdamW, AdaXW
-from adax_triton.beside import Beside
+from adax_triton.step.external_grads import Beside
 
 
 def give(params: list[nn.Parameter], scale: float = 1.0) -> None:

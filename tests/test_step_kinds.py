@@ -109,7 +109,7 @@ RULES = {"lr": 0.3, "betas": (0.7, 1e-2), "weight_decay": 0.2, "eps": 1e-3, "max
 
 
 def assert_equal_step(training: Training, twin: Training, number: int) -> None:
-    twin.optimizer._plan = None
+    twin.optimizer._plans.clear()
     for each in (training, twin):
         each.step(number)
     assert training.contents() == twin.contents()
@@ -224,9 +224,9 @@ def test_streams_share_no_memory(kind: str, options: str, replace: Replace, laun
 def test_a_plan_serves_its_own_stream_alone(replace: Replace, monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training()
     replace("current_stream", lambda device: current)
-    original = training.optimizer._assembled
+    original = training.optimizer._planned
     assembled: list[int] = []
-    monkeypatch.setattr(training.optimizer, "_assembled", lambda given: assembled.append(current) or original(given))
+    monkeypatch.setattr(training.optimizer, "_planned", lambda *given: assembled.append(current) or original(*given))
     for number, stream in enumerate([1, 1, 1, 2, 2, 1, 1]):
         current = stream
         training.step(number)
@@ -253,12 +253,12 @@ def test_a_capture_takes_what_was_used_last_and_leaves_the_rest(replace: Replace
 
 def kept(training: Training) -> list[Any]:
     """Return all owners of tables, with what tells whether they were touched, and the plan."""
-    stepper, sums = training.optimizer._stepper, training.optimizer._sums
-    caches = [stepper._launches._kept, stepper._device_scalars, stepper._host_scalars]
+    memory, sums = training.optimizer._memory, training.optimizer._sums
+    caches = [memory._launches, memory.device_scalars, memory.host_scalars]
     caches += [] if sums is None else [sums._kept]
     owners = [owner for cache in caches for of_streams in cache._kept.values() for owner in of_streams.values()]
     revisions = [getattr(owner, "revision", None) for owner in owners]
-    return [list(map(id, owners)), revisions, [cache._captured for cache in caches], training.optimizer._plan]
+    return [list(map(id, owners)), revisions, [cache._captured for cache in caches], dict(training.optimizer._plans)]
 
 
 def first_step(training: Training) -> None:

@@ -142,15 +142,16 @@ def test_many_chunks_are_added_up_in_rounds(most: int, device: torch.device, mon
     for step in range(2):
         set_gradients(params, step)
         check(optimizer, params, positions(params))
-    stages = [len(launch._sums._stages) for launch, _ in optimizer._plan._launches]
+    (plan,) = optimizer._plans.values()
+    stages = [len(launch._sums._stages) for launch, _ in plan._launches]
     assert stages == [{2: 5, 4: 3}[most]]
 
 
-def test_long_tensors_are_added_up_in_parts_on_the_cpu(compiled_cpu: torch.device) -> None:
-    from adax_triton.cpu import COMPILE_FROM_NUMEL, GATHERED_NUMEL
-
-    for numel in (COMPILE_FROM_NUMEL + 1, GATHERED_NUMEL, 2 * GATHERED_NUMEL + 33):
-        params = parameters(compiled_cpu, torch.bfloat16, ((numel,),))
+@pytest.mark.parametrize("path", ["native_cpu", "reference_cpu"])
+def test_long_tensors_are_added_up_in_parts_on_the_cpu(path: str, request: pytest.FixtureRequest) -> None:
+    device = request.getfixturevalue(path)
+    for numel in (32_769, 2**17, 2**17 + 33):
+        params = parameters(device, torch.bfloat16, ((numel,),))
         optimizer = AdaX(params, states="low", weight_rounding="stochastic", telemetry=True)
         set_gradients(params, 1)
         check(optimizer, params, ["0.0"])

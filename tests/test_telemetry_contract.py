@@ -86,12 +86,12 @@ def test_step_is_the_same_without_telemetry(name: str, backend: torch.device) ->
     assert runs[0] == runs[1]
 
 
-def test_a_long_tensor_is_stepped_the_same_in_parts(compiled_cpu: torch.device) -> None:
-    from adax_triton.cpu import GATHERED_NUMEL
-
+@pytest.mark.parametrize("path", ["native_cpu", "reference_cpu"])
+def test_a_long_tensor_is_stepped_the_same_in_parts(path: str, request: pytest.FixtureRequest) -> None:
+    device = request.getfixturevalue(path)
     runs = []
     for telemetry in (True, False):
-        params = parameters(compiled_cpu, torch.float32, ((GATHERED_NUMEL + 1003,), *[(9000,)] * 5))
+        params = parameters(device, torch.float32, ((2**17 + 1003,), *[(9000,)] * 5))
         optimizer = AdaXW(params, lr=0.01, telemetry=telemetry)
         for step in range(2):
             set_gradients(params, step)
@@ -152,9 +152,8 @@ def test_kernel_steps_reuse_their_buffers(device: torch.device) -> None:
     optimizer = AdaX(params, max_grad_norm=10.0, telemetry=True)
 
     def buffers() -> list[int]:
-        tensors = [
-            tensor for launch, _ in optimizer._plan._launches for stage in launch._sums._stages for tensor in stage
-        ]
+        (plan,) = optimizer._plans.values()
+        tensors = [tensor for launch, _ in plan._launches for stage in launch._sums._stages for tensor in stage]
         tensors += [buffer for buffer, _ in optimizer._sums._written.values()]
         return [tensor.data_ptr() for tensor in tensors]
 

@@ -1,18 +1,14 @@
 """Of a step that is interrupted or fails, all is taken or nothing. Oracle: the same steps undisturbed, bit for bit.
 
-Compiling fails for real causes: switches of torch.compile, a compiler that fails, modes that must see every operation.
+The native kernel fails to build as it does for want of a compiler or of room on the disk.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,11 +21,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adax_triton import AdaXW, GradientRelease, compiled, cpu
-from adax_triton.beside import Beside
+from adax_triton import AdaXW, GradientRelease
+from adax_triton.step import backend as backend_module
+from adax_triton.step.backend import uses_triton
+from adax_triton.step.cpu_kernel import CpuKernelError, CpuVariant
+from adax_triton.step.external_grads import Beside
+from adax_triton.step.launch import NativeLaunch, TritonLaunch
 
 Sizes = tuple[tuple[int, torch.dtype], ...]
-# Above and below what is worth compiling for.
+# Of several chunks and of one.
 SIZES: Sizes = ((50_000, torch.float32), (40_001, torch.bfloat16), (10, torch.float32), (33_000, torch.float32))
 # Of what the interpreter steps.
 SMALL = ((5_000, torch.float32), (401, torch.bfloat16), (10, torch.float32))
@@ -71,7 +71,7 @@ def trained(mode: str = "plain", sizes: Sizes = SIZES, device: torch.device | st
     return found
 
 
-# The kernel never steps `SIZES` on a CPU, and PyTorch never `SMALL`.
+# Triton's kernel never steps `SIZES` on a CPU, and the native one never `SMALL`.
 undisturbed = functools.cache(trained)
 
 
@@ -80,14 +80,18 @@ def equal(left: list[Tensor], right: list[Tensor]) -> bool:
 
 
 @pytest.fixture
-def forget(monkeypatch: pytest.MonkeyPatch, compiled_cpu: torch.device) -> Callable[[], None]:
-    """Has nothing compiled yet, and nothing warned of, for the rest of a test."""
+def fail_for_bfloat16(monkeypatch: pytest.MonkeyPatch, native_cpu: torch.device) -> None:
+    """Have no native kernel for bfloat16 parameters, and nothing warned of."""
+    original = backend_module.cpu_kernel
 
-    def forget_all() -> None:
-        monkeypatch.setattr(compiled, "_warned", [])
-        monkeypatch.setattr(compiled, "_program", functools.cache(compiled._program.__wrapped__))
+    def fails(variant: CpuVariant) -> Any:
+        if variant.param_dtype == torch.bfloat16:
+            raise CpuKernelError("no space left")
+        return original(variant)
 
-    return forget_all
+    monkeypatch.setattr(backend_module, "_warned", [])
+    monkeypatch.setattr(backend_module, "cpu_kernel", fails)
+    monkeypatch.setattr(backend_module, "_failed", set())
 
 
 def second_call(function: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
@@ -117,15 +121,12 @@ def interrupts_raise() -> Iterator[None]:
 
 @each_of_three
 def test_interrupt_waits_for_the_whole_step(mode: str, backend: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adax_triton import backends, launches, pytorch_steps
-
-    kernel = backends.uses_kernel(backend, torch.float32)
-    owner, name, sizes = (launches.Launch, "run", SMALL) if kernel else (pytorch_steps, "_run", SIZES)
+    owner, sizes = (TritonLaunch, SMALL) if uses_triton(torch.empty(1, device=backend)) else (NativeLaunch, SIZES)
     optimizer, params = build(sizes, backend, **OPTIONS[mode])
     give(params, 0)
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, second_call(getattr(owner, name), interrupt))
+        patch.setattr(owner, "run", second_call(owner.run, interrupt))
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
     assert signal.getsignal(signal.SIGINT) is before
@@ -135,13 +136,14 @@ def test_interrupt_waits_for_the_whole_step(mode: str, backend: torch.device, mo
     assert equal(tensors_of(optimizer, params), undisturbed(mode, sizes, backend)[1])
 
 
-def test_interrupt_waits_for_the_whole_step_beside(compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adax_triton import pytorch_steps
-
+def test_interrupt_waits_for_the_whole_step_beside(native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     params = [Parameter(torch.ones(40_000)) for _ in range(2)]
     optimizer = AdaXW(params)
-    optimizer.lay_beside([Beside(param, [torch.ones(40_000)]) for param in params])
-    monkeypatch.setattr(pytorch_steps, "_run", second_call(pytorch_steps._run, interrupt))
+    images = None, torch.empty(40_000, dtype=torch.bfloat16)  # so that there are two launches
+    optimizer.lay_beside(
+        [Beside(param, [torch.ones(40_000)], image) for param, image in zip(params, images, strict=True)]
+    )
+    monkeypatch.setattr(NativeLaunch, "run", second_call(NativeLaunch.run, interrupt))
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert torch.equal(*params) and float(params[0].detach()[0]) < 1.0
@@ -149,26 +151,24 @@ def test_interrupt_waits_for_the_whole_step_beside(compiled_cpu: torch.device, m
 
 
 def test_interrupt_waits_for_the_step_of_a_released_gradient(
-    compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+    native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adax_triton import pytorch_steps
-
     param = Parameter(torch.ones(10))
     optimizer = AdaXW([param])
     GradientRelease(optimizer)
-    run = pytorch_steps.update_small_cpu
+    run = NativeLaunch.run
 
     def interrupted(*args: Any) -> None:
         run(*args)
         interrupt()
 
-    monkeypatch.setattr(pytorch_steps, "update_small_cpu", interrupted)
+    monkeypatch.setattr(NativeLaunch, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         (param * 2.0).sum().backward()
     assert float(param.detach()[0]) < 1.0 and optimizer.state[param]["step"] == 1
 
 
-def test_other_threads_and_ignored_interrupts_are_left_alone(compiled_cpu: torch.device) -> None:
+def test_other_threads_and_ignored_interrupts_are_left_alone(native_cpu: torch.device) -> None:
     def step() -> None:
         optimizer, params = build()
         give(params, 0)
@@ -185,26 +185,12 @@ def test_other_threads_and_ignored_interrupts_are_left_alone(compiled_cpu: torch
         signal.signal(signal.SIGINT, before)
 
 
-def break_compiler(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[list[Any]], bool]) -> None:
-    from torch._inductor import compile_fx
-
-    original = compile_fx.compile_fx
-
-    def replacement(graph: Any, inputs: list[Any], **keywords: Any) -> Any:
-        if breaks([value.dtype for value in inputs if isinstance(value, Tensor)]):
-            raise OSError("no space left")
-        return original(graph, inputs, **keywords)
-
-    monkeypatch.setattr(compile_fx, "compile_fx", replacement)
-
-
 @each_of_three
-def test_compiler_that_fails_for_the_second_dtype_costs_speed_alone(
-    mode: str, forget: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+def test_kernel_that_is_not_built_for_the_second_dtype_costs_speed_alone(
+    mode: str, native_cpu: torch.device, request: pytest.FixtureRequest
 ) -> None:
     expected = undisturbed(mode)
-    forget()
-    break_compiler(monkeypatch, lambda dtypes: torch.bfloat16 in dtypes)
+    request.getfixturevalue("fail_for_bfloat16")
     with pytest.warns(UserWarning, match="no space left") as caught:
         found = trained(mode)
     assert len([one for one in caught if "adax_triton" in str(one.message)]) == 1
@@ -212,11 +198,10 @@ def test_compiler_that_fails_for_the_second_dtype_costs_speed_alone(
 
 
 def test_warning_that_is_an_error_comes_before_the_first_write(
-    forget: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    native_cpu: torch.device, request: pytest.FixtureRequest
 ) -> None:
     expected = undisturbed()
-    forget()
-    break_compiler(monkeypatch, lambda dtypes: torch.bfloat16 in dtypes)
+    request.getfixturevalue("fail_for_bfloat16")
     optimizer, params = build()
     give(params, 0)
     weights = [param.detach().clone() for param in params]
@@ -230,36 +215,6 @@ def test_warning_that_is_an_error_comes_before_the_first_write(
     assert equal(tensors_of(optimizer, params), expected[0])
 
 
-@pytest.mark.parametrize("stance", ["force_eager", "fail_on_recompile"])
-def test_compiler_that_is_switched_off_is_told_once(stance: str, forget: Callable[[], None]) -> None:
-    expected = undisturbed()
-    forget()
-    with torch.compiler.set_stance(stance), pytest.warns(UserWarning, match="uncompiled") as caught:
-        found = trained()
-    assert len([one for one in caught if "adax_triton" in str(one.message)]) == 1
-    assert all(map(equal, found, expected))
-
-
-def test_compiler_that_the_environment_switches_off_is_told_once() -> None:
-    program = (
-        "import torch, warnings\n"
-        "from adax_triton import AdaXW\n"
-        "p = torch.ones(40000, requires_grad=True)\n"
-        "p.grad = torch.ones_like(p)\n"
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n"
-        "    o = AdaXW([p]); o.step(); o.step()\n"
-        "ours = [str(w.message) for w in caught if 'adax_triton' in str(w.message)]\n"
-        "print(len(ours), 'uncompiled' in ours[0], o.state[p]['step'])\n"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", "-c", program]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**environment, "TORCH_COMPILE_DISABLE": "1"}
-    )
-    assert done.stdout.split() == ["1", "True", "2"]
-
-
 class Log(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -267,50 +222,21 @@ class Log(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("compiled_before", [False, True])
-def test_modes_that_see_every_operation_get_the_same_bits(compiled_before: bool, forget: Callable[[], None]) -> None:
+def test_modes_that_see_every_operation_get_the_same_bits(native_cpu: torch.device) -> None:
     expected = undisturbed()
-    forget()
-    if compiled_before:
-        trained()
-    with warnings.catch_warnings(), Log():
-        warnings.filterwarnings("error", "adax_triton")
+    with Log():
         found = trained()
     assert all(map(equal, found, expected))
-    assert bool(compiled._program.cache_info().currsize) == compiled_before
 
 
 def test_code_that_another_thread_compiles_changes_no_bit(
-    compiled_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+    native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = undisturbed()
     # One flag for all threads.
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert torch.compiler.is_compiling()
     assert all(map(equal, trained(), expected))
-
-
-def test_threads_compile_a_program_once(forget: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    forget()
-    made = []
-
-    class SlowProgram(compiled.Program):
-        def __init__(self, *args: Any) -> None:
-            made.append(args)
-            time.sleep(0.2)
-
-    monkeypatch.setattr(compiled, "Program", SlowProgram)
-    found: list[Any] = []
-
-    def find() -> None:
-        found.append(compiled.compiled_program(cpu._update, ((torch.float32, (compiled.ANY,)),), (True,)))
-
-    threads = [threading.Thread(target=find) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(made) == 1 and len(found) == 4 and len(set(map(id, found))) == 1
 
 
 @pytest.mark.parametrize(
@@ -320,7 +246,6 @@ def test_threads_compile_a_program_once(forget: Callable[[], None], monkeypatch:
 @pytest.mark.parametrize("states", ["float32", "bfloat16", "low", "lowest"])
 @pytest.mark.parametrize("master_weights", [None, "24bit", "float32"])
 def test_fake_tensors_are_stepped_by_pytorch(device: str, states: str, master_weights: str | None) -> None:
-    cpu._scalar_tensor.cache_clear()
     options = {"states": states, "master_weights": master_weights, "telemetry": device == "cpu"}
     with FakeTensorMode(allow_non_fake_inputs=False):
         dtype = torch.bfloat16 if master_weights else torch.float32
@@ -333,7 +258,6 @@ def test_fake_tensors_are_stepped_by_pytorch(device: str, states: str, master_we
             optimizer.step()
     assert [optimizer.state[param]["step"] for param in params] == [2, 2, 2]
     assert {optimizer.state[param]["exp_avg"].device.type for param in params} == {device}
-    assert cpu._scalar_tensor.cache_info().currsize == 0
 
 
 def fail() -> None:
@@ -346,9 +270,7 @@ def test_kernel_that_fails_to_compile_leaves_nothing_stepped(
 ) -> None:
     from adax_triton.kernels import adax_step
 
-    from adax_triton import backends
-
-    monkeypatch.setattr(backends, "_are_compiled", lambda launches: True)
+    monkeypatch.setattr("adax_triton.step.plan.are_compiled", lambda launches: True)
     optimizer, params = build(SMALL, device, **OPTIONS[mode])
     give(params, 0)
     weights = [param.detach().clone() for param in params]

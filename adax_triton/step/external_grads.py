@@ -7,22 +7,20 @@ here they are part of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .backends import Work, uses_kernel
-from .compact import GROUP
-from .control import StepControl, check_one_element
-from .cpu import COMPILE_FROM_NUMEL
-from .device_tables import is_capturing
-from .precision import PARAM_DTYPES, is_compact
-from .state_tensors import MOMENTS, is_new, tensor_step
-from .step_counts import is_on_device
-from .step_work import Assembly, Due, check_state, host_places, needs_device, rows_of
-from .tensor_step import TensorStep
+from ..compact import GROUP
+from ..control import StepControl, check_one_element
+from ..device_tables import is_capturing
+from ..precision import PARAM_DTYPES, is_compact
+from ..state_tensors import MOMENTS, is_new, tensor_step
+from ..step_counts import is_on_device
+from ..tensor_step import TensorStep
+from .collect import Collected, ParamWithGrad, check_state, needs_device
 
 _IMAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -89,14 +87,14 @@ def _kind(tensor: object) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
 
 
-def due_beside(
+def collect_external(
     parts: Sequence[Beside],
     control: StepControl,
     group_of: Mapping[Tensor, int],
     param_groups: Sequence[Mapping[str, Any]],
     states: Mapping[Tensor, Mapping[str, Any]],
-) -> list[Due]:
-    """Return the parameters of a step, which the host schedules, with their groups; nothing changes.
+) -> Collected:
+    """Return the parameters of a step, which the host counts; nothing changes.
 
     Raises:
         ValueError: clipping or a gradient scaler; a parameter in no group; a group or state whose steps the device
@@ -123,37 +121,45 @@ def due_beside(
             )
         if not is_new(state):
             check_state(state, part.param)
-    return [Due(part.param, part.grads[0], group_of[part.param]) for part in parts]
+    return Collected(as_params(parts, group_of), False)
 
 
-def assembly_beside(
-    parts: Sequence[Beside],
-    due: Sequence[Due],
-    states: MutableMapping[Tensor, dict[str, Any]],
-    param_groups: Sequence[Mapping[str, Any]],
-) -> Assembly:
-    """Return all that a step of checked parameters needs, which have their states by now."""
-    places = host_places(due, states)
-    rows = rows_of(places, param_groups)
-    kernel: list[TensorStep] = []
-    others: list[TensorStep] = []
-    for part, (param, _, group_index) in zip(parts, due, strict=True):
-        state, group = states[param], param_groups[group_index]
-        for name in MOMENTS:
-            state[name] = state[name].resolve_neg().contiguous()
-        whole = tensor_step(param, param, state, places[group_index, state["step"] + 1], group).as_runs()
-        if part.image is not None:
-            whole = whole._replace(param=part.image.detach().view(-1), master=whole.param, param_is_copy=True)
-        on_kernel = uses_kernel(param.device, whole.param.dtype, param)
-        start = 0
-        for grad in _pieces(part.grads, on_kernel, is_compact(whole.states)):
-            piece = whole.part(start, start + grad.numel())
-            (kernel if on_kernel else others).append(piece._replace(grad=grad))
-            start += grad.numel()
-    return Assembly(Work(kernel, rows, others, rows), places, rows, [states[param] for param, _, _ in due], [])
+def as_params(parts: Sequence[Beside], group_of: Mapping[Tensor, int]) -> list[ParamWithGrad]:
+    """Return the parameters of parts, all of them in groups, as a step takes them."""
+    return [ParamWithGrad(part.param, group_of[part.param], tuple(part.grads), part.image, True) for part in parts]
 
 
-def _pieces(grads: Sequence[Tensor], on_kernel: bool, in_groups: bool) -> list[Tensor]:
+def tensor_steps(
+    one: ParamWithGrad, state: dict[str, Any], scalar_row: int, group: Mapping[str, Any], norm_process_group: Any
+) -> list[TensorStep]:
+    """Return the tensors of one parameter's step: one piece for each external gradient, else one.
+
+    Args:
+        one: the parameter.
+        state: its state; moments that are not contiguous are made so for external gradients.
+        scalar_row: of the table of scalars.
+        group: the parameter's.
+        norm_process_group: over which the gradients of parameters that are no DTensors are sharded, or None.
+    """
+    if not one.is_external:
+        step = tensor_step(one.param, one.grads[0], state, scalar_row, group)
+        if norm_process_group is not None and not step.process_groups:
+            step = step._replace(process_groups=(norm_process_group,))
+        return [step]
+    for name in MOMENTS:
+        state[name] = state[name].resolve_neg().contiguous()
+    whole = tensor_step(one.param, one.param, state, scalar_row, group).as_runs()
+    if one.image is not None:
+        whole = whole._replace(param=one.image.detach().view(-1), master=whole.param, param_is_copy=True)
+    steps = []
+    start = 0
+    for grad in _pieces(one.grads, is_compact(whole.states)):
+        steps.append(whole.part(start, start + grad.numel())._replace(grad=grad))
+        start += grad.numel()
+    return steps
+
+
+def _pieces(grads: Sequence[Tensor], in_groups: bool) -> list[Tensor]:
     """Return the gradient in as few 1-D tensors as reading it in place allows."""
     pieces: list[Tensor] = []
     for grad in grads:
@@ -164,7 +170,7 @@ def _pieces(grads: Sequence[Tensor], on_kernel: bool, in_groups: bool) -> list[T
             pieces.append(flat)
     if in_groups and any(piece.numel() % GROUP for piece in pieces[:-1]):
         return [torch.cat(pieces)]  # codes have one exponent per group
-    return pieces if on_kernel else _without_small(pieces)
+    return pieces
 
 
 def _follows(first: Tensor, second: Tensor) -> bool:
@@ -173,19 +179,3 @@ def _follows(first: Tensor, second: Tensor) -> bool:
         and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
         and first.storage_offset() + first.numel() == second.storage_offset()
     )
-
-
-def _without_small(pieces: Sequence[Tensor]) -> list[Tensor]:
-    """Gather neighbours that are too small to be worth a call each on a CPU."""
-    gathered: list[Tensor] = []
-    small: list[Tensor] = []
-    for piece in [*pieces, None]:
-        if piece is not None and piece.numel() < COMPILE_FROM_NUMEL:
-            small.append(piece)
-            continue
-        if small:
-            gathered.append(torch.cat(small) if len(small) > 1 else small[0])
-            small = []
-        if piece is not None:
-            gathered.append(piece)
-    return gathered

@@ -1,0 +1,83 @@
+"""Which kernel steps a tensor: Triton's on a GPU, the native one on a CPU, else the reference formula."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+
+from .cpu_kernel import CpuKernel, CpuKernelError, CpuVariant, build_problem, cpu_kernel, instruction_set
+
+TRITON, NATIVE, REFERENCE = "triton", "native", "reference"
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def backend_of(device: torch.device, param_dtype: torch.dtype, param: Tensor | None = None) -> str:
+    """Return `TRITON`, `NATIVE` or `REFERENCE` for a parameter; CPU tensors go to Triton only in its interpreter.
+
+    Args:
+        device: of the parameter.
+        param_dtype: of its real numbers.
+        param: the parameter. A fake one has no memory, so the reference steps it. Default: None, any other.
+    """
+    if param is not None and is_fake(param):
+        return REFERENCE
+    if param_dtype in _TRITON_DTYPES and (device.type == "cuda" or (device.type == "cpu" and _interpreting())):
+        return TRITON
+    return NATIVE if device.type == "cpu" else REFERENCE
+
+
+def uses_triton(param: Tensor) -> bool:
+    """Return whether the Triton kernel steps a parameter."""
+    return backend_of(param.device, param.dtype.to_real(), param) == TRITON
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor, or what a DTensor shards, has a shape and a device but no memory."""
+    return type(tensor) not in (Tensor, nn.Parameter) and fake_tensor.is_fake(tensor)
+
+
+def explain_backend(device: torch.device, param_dtype: torch.dtype) -> tuple[str, str]:
+    """Return `TRITON`, `NATIVE` or `REFERENCE` for parameters of a kind, and why."""
+    backend = backend_of(device, param_dtype)
+    if backend == TRITON:
+        interpreted = ", in the interpreter because TRITON_INTERPRET is set" if device.type == "cpu" else ""
+        return backend, f"the fused kernel{interpreted}"
+    if backend == REFERENCE:
+        return backend, f"uncompiled PyTorch: the kernel does not take {param_dtype} on {device.type}"
+    problem = build_problem()
+    if problem is not None:
+        return REFERENCE, f"uncompiled PyTorch: {problem}"
+    return backend, f"the fused kernel, compiled for {instruction_set()}"
+
+
+_failed: set[CpuVariant] = set()
+_warned: list[str] = []
+
+
+def native_kernel(variant: CpuVariant) -> CpuKernel | None:
+    """Return the native kernel, or None where it cannot be built; the first such failure warns."""
+    if variant in _failed:
+        return None
+    try:
+        return cpu_kernel(variant)
+    except CpuKernelError as error:
+        problem = str(error)
+    _failed.add(variant)
+    if not _warned:
+        _warned.append(problem)
+        warnings.warn(
+            f"adax_triton steps CPU tensors with uncompiled PyTorch, several times slower: {problem}", stacklevel=2
+        )
+    return None
+
+
+def _interpreting() -> bool:
+    if os.environ.get("TRITON_INTERPRET", "0") == "0":
+        return False
+    from adax_triton.kernels.launch import is_interpreted
+
+    return is_interpreted()

@@ -1,0 +1,287 @@
+"""The launches of a step: which tensors share one, the tables they are reached by, and the kernel they go to."""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adax_triton.kernels.tables import SUM_COLUMNS, TENSOR_COLUMNS
+
+from ..device_tables import UNPREPARED, AddressTable, DeviceTable, KeptByStream, is_capturing
+from ..schedule import StepScalars
+from ..tensor_step import TensorStep
+from .backend import NATIVE, REFERENCE, TRITON, backend_of, native_kernel
+from .cpu_kernel import CHUNK_SIZE, CpuVariant, cpu_kernel
+from .reference_steps import ReferenceLaunch
+from .scalars import DeviceScalars
+
+if TYPE_CHECKING:
+    from ..telemetry import DeviceSums
+
+ALIGNED_BYTES = 16
+_GRAD_COLUMN = TENSOR_COLUMNS.index("grad")
+# Below these w_t about 10 % of the 32-element groups still change v, so the GPU kernel stores only those.
+_SETTLED_BELOW = {"float32": 2.0**-27, "bfloat16": 2.0**-15, "low": 2.0**-16, "lowest": 2.0**-14}
+
+
+class Bucket(NamedTuple):
+    """What the tensors of one launch have in common: device, kernel, and the fields of `kernels.variants.StepVariant`.
+
+    `kernel` is one of `backends.TRITON`, `NATIVE` and `REFERENCE`.
+    """
+
+    device: torch.device
+    kernel: str
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    states: str
+    master: str | None
+    stochastic: bool
+    settled: bool
+    telemetry: bool
+    aligned: bool
+    param_is_copy: bool
+
+
+class TableLaunch:
+    """One launch that reaches its tensors by a table of addresses; kept between steps.
+
+    Args:
+        bucket: of all its tensors.
+        process_groups: over which the gradients of all its tensors are sharded.
+        chunk_size: elements per entry of the chunk table.
+
+    Attributes:
+        revision: calls of `refresh`. A plan may reuse the tables as long as this stays the same.
+    """
+
+    def __init__(self, bucket: Bucket, process_groups: tuple[Any, ...], chunk_size: int) -> None:
+        self.bucket = bucket
+        self.device = bucket.device
+        self.process_groups = process_groups
+        self.revision = 0
+        self._table = AddressTable(bucket.device, chunk_size)
+
+    def refresh(self, steps: Sequence[TensorStep], addresses: Sequence[tuple[int, ...]]) -> None:
+        """Take up the tensors of a step, of which only the addresses are kept.
+
+        Args:
+            steps: the tensors.
+            addresses: of each step's tensors, see `addresses_of`.
+        """
+        rows = [
+            (*address, step.first_element, step.param.numel(), step.scalar_row)
+            for step, address in zip(steps, addresses, strict=True)
+        ]
+        self.revision += 1
+        self._table.refresh(rows, _numels(steps))
+
+    def is_prepared_for(self, steps: Sequence[TensorStep]) -> bool:
+        """Return whether a capture can step these tensors: the last ones were as many, and as large."""
+        return self._table.numels == _numels(steps)
+
+    def refresh_gradients(self, addresses: array[int]) -> None:
+        """Take up the tensors of the last `refresh` with gradients that lie elsewhere."""
+        self._table.refresh_column(_GRAD_COLUMN, addresses)
+
+
+class TritonLaunch(TableLaunch):
+    """One launch of the Triton kernel."""
+
+    def __init__(self, bucket: Bucket, process_groups: tuple[Any, ...]) -> None:
+        from adax_triton.kernels.launch import chunk_size
+
+        super().__init__(bucket, process_groups, chunk_size())
+        self._partials = torch.empty(0, dtype=torch.float32, device=bucket.device)
+        self._wide_partials = torch.empty(0, dtype=torch.float64, device=bucket.device)
+        self._squares = torch.empty((), dtype=torch.float64, device=bucket.device)
+        self._sums: DeviceSums | None = None
+
+    def sum_of_squares(self) -> Tensor:
+        """Return the sum of the squared gradients, 0-d float64 on their device; always the same tensor."""
+        from adax_triton.kernels.grad_stats import grad_stats, partial_count
+
+        count = partial_count(self._table.chunks.numel())
+        if self._partials.numel() != count:
+            self._partials = torch.empty(count, dtype=torch.float32, device=self.bucket.device)
+            self._wide_partials = torch.empty(count, dtype=torch.float64, device=self.bucket.device)
+        grad_stats(self._table.tensors, self._table.chunks, self._partials, self.bucket.grad_dtype, self.bucket.aligned)
+        # Summed up in float64 as they are, float32 numbers would be converted into memory got for it at each step.
+        return torch.sum(self._wide_partials.copy_(self._partials), dim=0, out=self._squares)
+
+    def run(self, scalars: Tensor, sums: Tensor | None) -> None:
+        """Step the tensors.
+
+        Args:
+            scalars: on the device, see `kernels.adax_step`.
+            sums: (n, 5) float32 on the device, written; the rows of `kernels.telemetry` of each tensor, or None.
+        """
+        from adax_triton.kernels.adax_step import adax_step
+        from adax_triton.kernels.variants import StepVariant
+
+        variant = StepVariant(*self.bucket[2:])
+        if sums is None:
+            adax_step(self._table.tensors, self._table.chunks, scalars, variant)
+        else:
+            if self._sums is None:
+                from ..telemetry import DeviceSums
+
+                self._sums = DeviceSums(self.bucket.device)
+            chunk_sums = self._sums.of_chunks(self._table.chunk_counts())
+            adax_step(self._table.tensors, self._table.chunks, scalars, variant, chunk_sums)
+            self._sums.add_up(sums)
+
+
+class NativeLaunch(TableLaunch):
+    """One call of the native CPU kernel."""
+
+    def __init__(self, bucket: Bucket, process_groups: tuple[Any, ...]) -> None:
+        super().__init__(bucket, process_groups, CHUNK_SIZE)
+        self._kernel = cpu_kernel(_cpu_variant(bucket))
+        self.is_float64 = bucket.param_dtype == torch.float64
+
+    def sum_of_squares(self) -> Tensor:
+        """Return the sum of the squared gradients, 0-d float64 on the CPU; the same bits with any number of threads."""
+        partials = torch.empty(self._table.chunks.numel(), dtype=torch.float64, device="cpu")
+        self._kernel.sum_of_squares(self._table.tensors, self._table.chunks, partials)
+        length = torch.tensor([partials.numel()], device="cpu")
+        return torch.segment_reduce(partials, "sum", lengths=length, initial=0.0)[0]
+
+    def run(self, scalars: Tensor, sums: Tensor | None) -> None:
+        """Step the tensors.
+
+        Args:
+            scalars: (rows, 10) on the CPU, see `kernels.tables.SCALAR_COLUMNS`.
+            sums: (n, 5) float32, written; see `kernels.tables.SUM_COLUMNS`. None for none.
+        """
+        if sums is None:
+            return self._kernel.step(self._table.tensors, self._table.chunks, scalars)
+        chunk_sums = torch.empty(self._table.chunks.numel(), len(SUM_COLUMNS), dtype=scalars.dtype, device="cpu")
+        self._kernel.step(self._table.tensors, self._table.chunks, scalars, chunk_sums)
+        counts = torch.tensor(self._table.chunk_counts(), device="cpu")
+        sums.copy_(torch.segment_reduce(chunk_sums.double(), "sum", lengths=counts, initial=0.0))
+
+
+# A launch, and the indices of its tensors among those of the step.
+Launch = TritonLaunch | NativeLaunch | ReferenceLaunch
+IndexedLaunch = tuple[Launch, list[int]]
+
+
+class LaunchMemory:
+    """The tables on devices of all steps so far, by kind, first tensor and stream.
+
+    Attributes:
+        device_scalars: of steps that a device counts.
+        host_scalars: tables on devices of scalars from the host.
+    """
+
+    def __init__(self) -> None:
+        self._launches: KeptByStream[TritonLaunch] = KeptByStream()
+        self.device_scalars: KeptByStream[DeviceScalars] = KeptByStream()
+        self.host_scalars: KeptByStream[DeviceTable] = KeptByStream()
+
+    def launches(
+        self, steps: Sequence[TensorStep], scalars: Sequence[StepScalars] | None, telemetry: bool
+    ) -> list[IndexedLaunch]:
+        """Return the launches that step tensors, refreshed, each with the indices of its tensors.
+
+        Args:
+            steps: dense tensors.
+            scalars: the rows of the steps, where the host counts those of the Triton kernel.
+            telemetry: whether sums are wanted.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured without a step of the same parameters before it; no launch has
+                changed then.
+        """
+        all_addresses: list[tuple[int, ...]] = []
+        alike: dict[tuple[Bucket, tuple[Any, ...], int], list[int]] = defaultdict(list)
+        turns: dict[int, int] = defaultdict(int)
+        for index, step in enumerate(steps):
+            weight = 1.0 if scalars is None else scalars[step.scalar_row].exp_avg_sq_weight
+            bucket, addresses = _bucket(step, weight, telemetry)
+            # Parameters on one memory are stepped one after the other, each by a launch.
+            turn = turns[addresses[0]] if step.param.numel() else 0
+            turns[addresses[0]] += 1
+            all_addresses.append(addresses)
+            alike[bucket, step.process_groups, turn].append(index)
+        # ZeRO calls step() once per group, so several are live at once.
+        keys = {kind: (*kind, all_addresses[indices[0]][0]) for kind, indices in alike.items()}
+        for kind, indices in alike.items():
+            if is_capturing(kind[0].device):
+                prepared = self._launches.prepared(keys[kind])
+                if prepared is None or not prepared.is_prepared_for([steps[index] for index in indices]):
+                    raise RuntimeError(UNPREPARED)
+        launches: list[IndexedLaunch] = []
+        for kind, indices in alike.items():
+            bucket, process_groups, _ = kind
+            some = [steps[index] for index in indices]
+            launch: Launch
+            if bucket.kernel == REFERENCE:
+                launch = ReferenceLaunch(some, process_groups)
+            else:
+                if bucket.kernel == TRITON:
+                    make = functools.partial(TritonLaunch, bucket, process_groups)
+                    launch = self._launches.get(keys[kind], bucket.device, make)
+                else:
+                    launch = NativeLaunch(bucket, process_groups)
+                launch.refresh(some, [all_addresses[index] for index in indices])
+            launches.append((launch, indices))
+        return launches
+
+
+def _cpu_variant(bucket: Bucket) -> CpuVariant:
+    return CpuVariant(
+        bucket.param_dtype,
+        bucket.grad_dtype,
+        bucket.states,
+        bucket.master,
+        bucket.stochastic,
+        bucket.telemetry,
+        bucket.param_is_copy,
+    )
+
+
+def is_settled(states: str, exp_avg_sq_weight: float) -> bool:
+    """Whether so little of second moments still changes in a step that the kernel looks before it writes."""
+    return exp_avg_sq_weight < _SETTLED_BELOW[states]
+
+
+def _numels(steps: Sequence[TensorStep]) -> list[int]:
+    return [step.param.numel() for step in steps]
+
+
+def _bucket(step: TensorStep, exp_avg_sq_weight: float, telemetry: bool) -> tuple[Bucket, tuple[int, ...]]:
+    """Return what a launch of a step's tensors is for, and their addresses; 0 for what there is not."""
+    kernel = backend_of(step.param.device, step.param.dtype, step.param)
+    if kernel == REFERENCE:
+        addresses: tuple[int, ...] = (id(step.param),)  # a fake tensor has no memory
+    else:
+        tensors = (*step.tensors, step.master, step.group_exponents)
+        addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+    misaligned = 0
+    if kernel == TRITON:
+        for address in addresses[:-1]:
+            misaligned |= address % ALIGNED_BYTES
+    bucket = Bucket(
+        step.param.device,
+        kernel,
+        step.param.dtype,
+        step.grad.dtype,
+        step.states,
+        None if step.master is None else str(step.master.dtype).removeprefix("torch."),
+        step.stochastic,
+        kernel == TRITON and is_settled(step.states, exp_avg_sq_weight),
+        telemetry,
+        misaligned == 0,
+        step.param_is_copy,
+    )
+    if kernel == NATIVE and native_kernel(_cpu_variant(bucket)) is None:
+        return bucket._replace(kernel=REFERENCE), addresses
+    return bucket, addresses

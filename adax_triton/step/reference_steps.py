@@ -1,0 +1,101 @@
+"""Steps by the reference formula: on devices without a kernel, and on a CPU without a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..compact import GROUP
+from ..control import Decision
+from ..reference import adax_update
+from ..schedule import StepScalars
+from ..stored import load_master, stored_update
+from ..tensor_step import TensorStep
+
+# Elements updated at a time: temporaries stay in cache and never reach the tensor's size. A multiple of GROUP.
+CHUNK_SIZE = 65_536
+
+
+class ReferenceLaunch:
+    """Tensors of one device that the reference formula steps, one after another.
+
+    Args:
+        steps: on dense tensors.
+        process_groups: over which the gradients of all these tensors are sharded.
+    """
+
+    def __init__(self, steps: Sequence[TensorStep], process_groups: tuple[Any, ...]) -> None:
+        self.process_groups = process_groups
+        self.device = steps[0].param.device
+        self._steps = [step.as_runs() for step in steps]
+
+    def sum_of_squares(self) -> Tensor:
+        """Return the sum of the squared gradients, 0-d float64 on their device."""
+        norms = torch._foreach_norm([step.grad for step in self._steps], 2, dtype=torch.float64)
+        return torch.stack(norms).square().sum()
+
+    def run(
+        self, rows: Sequence[StepScalars], keys: Sequence[tuple[int, int]], decision: Decision, sums: Tensor | None
+    ) -> None:
+        """Step the tensors.
+
+        Args:
+            rows: scalars, with the factor of the gradients.
+            keys: the random key of each row, see `rounding.random_key`.
+            decision: whether to skip.
+            sums: (n, 5) float32 on the device, written; the sums of `kernels.telemetry.tile_sums` of each tensor.
+        """
+        for index, step in enumerate(self._steps):
+            scalars, key = rows[step.scalar_row], keys[step.scalar_row]
+            total = None if sums is None else sums[index].zero_()
+            for start in range(0, step.param.numel(), CHUNK_SIZE):
+                part = step.part(start, min(start + CHUNK_SIZE, step.param.numel()))
+                before = None if total is None else _weights(part)
+                if not decision.skip:
+                    _update(part, scalars, key)
+                if total is not None and before is not None:
+                    total += _sums(part.grad, before, _weights(part))
+
+
+def _update(part: TensorStep, scalars: StepScalars, key: tuple[int, int]) -> None:
+    if part.is_plain:
+        return adax_update(*part.tensors, **scalars._asdict())
+    missing = 0 if part.group_exponents is None else -part.param.numel() % GROUP
+    if not missing:
+        return _update_stored(part, scalars, key)
+    padded = part.mapped(lambda tensor: pad(tensor, (0, missing)))
+    _update_stored(padded, scalars, key)
+    for original, updated in zip(part.written, padded.written, strict=True):
+        original.copy_(updated[: original.numel()])
+
+
+def _update_stored(part: TensorStep, scalars: StepScalars, key: tuple[int, int]) -> None:
+    exponents = part.group_exponents
+    if exponents is not None:
+        part = part.mapped(lambda tensor: tensor.view(-1, GROUP))
+    stored_update(
+        *part.tensors,
+        part.master,
+        exponents,
+        scalars,
+        (part.first_element, *key),
+        part.stochastic,
+        part.param_is_copy,
+    )
+
+
+def _weights(part: TensorStep) -> Tensor:
+    """Return a copy of the weights in the dtype of the arithmetic."""
+    if part.param.dtype == torch.float64:
+        return part.param.clone()
+    return load_master(part.param, part.master, part.param_is_copy)
+
+
+def _sums(grad: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    grad, update = grad.to(before.dtype), after - before
+    columns = (grad.square(), update.square(), after.square(), update == 0, grad - grad != 0)
+    return torch.stack([column.to(before.dtype).sum() for column in columns]).float()

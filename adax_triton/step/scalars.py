@@ -1,0 +1,285 @@
+"""The scalars of a step: from the host, or from the device where it counts the steps.
+
+`HostScalars` and `DeviceScalars` fill the table of scalars that launches read, and advance step counts. All else in a
+step is the same for both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adax_triton.kernels.tables import SCALAR_COLUMNS, scalar_row
+
+from ..control import TAKEN, Decision, StepControl
+from ..device_tables import DeviceTable
+from ..hyperparameters import as_float
+from ..rounding import random_key
+from ..schedule import GROUP_KEYS, DeviceSchedule, StepScalars, device_schedule, step_scalars
+
+_GRAD_FACTOR = SCALAR_COLUMNS.index("grad_factor")
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+
+
+class HostScalars:
+    """Scalars of parameters whose steps the host counts, one row per (group, step).
+
+    Args:
+        places: (group index, step to take) of each parameter, in order.
+
+    Attributes:
+        row_of_param: the row of each parameter.
+        groups: the group index of each row.
+        steps: the step that each row is about to take.
+        rows: the scalars of each row, by `compute`.
+        needs_keys: whether a kernel draws random bits.
+    """
+
+    def __init__(self, places: Sequence[tuple[int, int]]) -> None:
+        row_of_place = {place: row for row, place in enumerate(dict.fromkeys(places))}
+        self.row_of_param = [row_of_place[place] for place in places]
+        self.groups = [group_index for group_index, _ in row_of_place]
+        self.steps = [step for _, step in row_of_place]
+        self.rows: list[StepScalars] = []
+        self.needs_keys = True
+        self._keys: list[tuple[int, int]] = []
+        self._first_param = [self.row_of_param.index(row) for row in range(len(self.steps))]
+        self._tables: dict[bool, tuple[bytearray, Tensor]] = {}
+
+    def follows(self, counts: list[Any]) -> bool:
+        """Take up the counts of all parameters, one after another; return False if the rows are other ones now."""
+        if set(map(type, counts)) != {int}:
+            return False
+        taken = [counts[first] for first in self._first_param]
+        if len(taken) == 1:
+            alike = counts.count(taken[0]) == len(counts)
+        else:
+            alike = counts == list(map(taken.__getitem__, self.row_of_param))
+            alike = alike and len(set(zip(self.groups, taken, strict=True))) == len(taken)
+        self.steps = [count + 1 for count in taken]
+        return alike
+
+    def compute(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
+        """Find the scalars of each row's step.
+
+        Raises:
+            TypeError, ValueError: a hyper-parameter that is not a number.
+        """
+        self.rows, self._keys = [], []
+        for index, step in zip(self.groups, self.steps, strict=True):
+            group = param_groups[index]
+            self.rows.append(scalars_of(group, step))
+            self._keys.append(random_key(group["seed"], step) if self.needs_keys else (0, 0))
+
+    def on_cpu(self, float64: bool, decision: Decision = TAKEN) -> Tensor:
+        """Return the table for tensors that no device counts, (rows, 10) on the CPU; the same memory each time.
+
+        Args:
+            float64: in float64, for parameters of that; else float32.
+            decision: the factor of all gradients, and whether to skip.
+        """
+        if float64 not in self._tables:
+            memory = bytearray(self._packed(float64, decision))
+            dtype = torch.float64 if float64 else torch.float32
+            self._tables[float64] = memory, torch.frombuffer(memory, dtype=dtype).view(-1, len(SCALAR_COLUMNS))
+        memory, table = self._tables[float64]
+        memory[:] = self._packed(float64, decision)
+        return table
+
+    def on_device(self, table: DeviceTable, grad_factor: Tensor | None) -> Tensor:
+        """Return the table for tensors that a kernel steps on a device, (rows, 10) float32 there.
+
+        Args:
+            table: uploaded if it holds another step's.
+            grad_factor: of all gradients, 1 element on any device; the host does not wait for it. None for 1.
+        """
+        columns = len(SCALAR_COLUMNS)
+        scalars = table.set(
+            (self.rows, self._keys),
+            lambda _: torch.frombuffer(bytearray(self._packed(False, TAKEN)), dtype=torch.float32).view(-1, columns),
+        )
+        if grad_factor is not None:
+            factor = grad_factor.detach().reshape(()).to(scalars.device, non_blocking=True)
+            scalars[:, _GRAD_FACTOR].mul_(factor)
+            table.forget()
+        return scalars
+
+    def scaled(self, decision: Decision) -> tuple[list[StepScalars], list[tuple[int, int]]]:
+        """Return the scalars and the random key of each row, with the factor that was decided on."""
+        factor = decision.grad_factor
+        return [row._replace(grad_factor=row.grad_factor * factor) for row in self.rows], self._keys
+
+    def _packed(self, float64: bool, decision: Decision) -> bytes:
+        packed = []
+        rows = self.rows if decision is TAKEN else self.scaled(decision)[0]
+        for scalars, key in zip(rows, self._keys, strict=True):
+            try:
+                packed.append(scalar_row(scalars, key, decision.skip, float64))
+            except OverflowError:  # past the largest float32
+                packed.append(scalar_row(tuple(map(_as_float32, scalars)), key, decision.skip))
+        return packed[0] if len(packed) == 1 else b"".join(packed)
+
+    def advance(self, states: Sequence[dict[str, Any]]) -> None:
+        """Count the step in the states of all parameters."""
+        if len(self.steps) == 1:
+            (step,) = self.steps
+            for state in states:
+                state["step"] = step
+        else:
+            for state, row in zip(states, self.row_of_param, strict=True):
+                state["step"] = self.steps[row]
+
+
+def _as_float32(value: float) -> float:
+    return math.copysign(math.inf, value) if abs(value) > _LARGEST_FLOAT32 else value
+
+
+def scalars_of(group: Mapping[str, Any], step: int) -> StepScalars:
+    """Return the scalars of step `step` of a parameter group."""
+    beta1, beta2 = group["betas"]
+    return step_scalars(
+        step=step,
+        lr=as_float(group["lr"], "lr"),
+        betas=(as_float(beta1, "betas[0]"), as_float(beta2, "betas[1]")),
+        eps=as_float(group["eps"], "eps"),
+        weight_decay=as_float(group["weight_decay"], "weight_decay"),
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+        second_moment=group["second_moment"],
+        eps_placement=group["eps_placement"],
+        maximize=group["maximize"],
+    )
+
+
+class DeviceRow(NamedTuple):
+    """Where the scalars of a tensor come from: its step count, 0-d int64 on its device, and its parameter group."""
+
+    step: Tensor
+    group_index: int
+
+
+class DeviceScalars:
+    """Advances step counts and computes scalars on one device, in one small launch.
+
+    Args:
+        device: of the tensors to step.
+
+    Attributes:
+        report: (3,) float32: norm of the unscaled gradients, NaN unless asked for; clip factor; 1 if skipped, else 0.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._rows = DeviceTable(device)
+        self._groups = DeviceTable(device)
+        self._inputs = DeviceTable(device)
+        self._scalars = torch.empty(0, dtype=torch.float32, device=device)
+        self._written: tuple[bool, ...] = ()
+        self.report = torch.zeros(3, dtype=torch.float32, device=device)
+
+    def prepare(
+        self,
+        rows: Sequence[DeviceRow],
+        groups: Sequence[Mapping[str, Any]],
+        control: StepControl,
+        sum_of_squares: Tensor | None,
+    ) -> Tensor:
+        """Advance the counts of `rows`, unless the step is to be skipped, and return the scalars of each row.
+
+        Args:
+            rows: one per tensor. A list that was given before must be what it was, with the counts where they were.
+            groups: the parameter groups.
+            control: of this step.
+            sum_of_squares: of all gradients as they are, float64; None unless `control` clips.
+
+        Returns:
+            (n, 10) float32, see `kernels.adax_step`.
+
+        Raises:
+            TypeError: a learning rate on this device that is not float32.
+        """
+        from adax_triton.kernels.schedule import SCALAR_COLUMNS, prepare_step
+
+        used = _used_groups(rows, groups)
+        constants = [_constants(groups[index], self._device) for index in used]
+        addresses = [lr_address(groups[index], self._device) for index in used]
+        place = {index: position for position, index in enumerate(used)}
+        columns = len(DeviceSchedule._fields)
+        # A list that is the very one of the last step, whose counts lie where they lay, is not gone through again.
+        row_table = self._rows.set(
+            (_Same(rows), addresses),
+            lambda _: torch.tensor(
+                [(row.step.data_ptr(), place[row.group_index], addresses[place[row.group_index]]) for row in rows],
+                dtype=torch.int64,
+                device="cpu",
+            ).view(-1, 3),
+        )
+        group_table = self._groups.set(
+            constants, lambda given: torch.tensor(given, dtype=torch.float64, device="cpu").view(-1, columns)
+        )
+        if self._scalars.shape[0] < len(rows):
+            self._scalars = torch.empty(len(rows), SCALAR_COLUMNS, dtype=torch.float32, device=self._device)
+        scalars = self._scalars[: len(rows)]
+        prepare_step(row_table, group_table, self._filled_inputs(control, sum_of_squares), scalars, self.report)
+        return scalars
+
+    def is_prepared_for(self, rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether a capture can `prepare` these rows: the last ones were as many, of as many groups."""
+        counts = len(self._rows.tensor), len(self._groups.tensor)
+        return counts == (len(rows), len(_used_groups(rows, groups)))
+
+    def _filled_inputs(self, control: StepControl, sum_of_squares: Tensor | None) -> Tensor:
+        given = (control.grad_scale, control.found_inf, sum_of_squares)
+        present = tuple(value is not None for value in given)
+        if present != self._written:
+            self._inputs.forget()
+            self._written = present
+        limit = control.max_grad_norm or 0.0
+        inputs = self._inputs.set(
+            (1.0, 0.0, 0.0, limit), lambda given: torch.tensor(given, dtype=torch.float64, device="cpu")
+        )
+        for index, value in enumerate(given):
+            if value is not None:
+                inputs[index].copy_(value.detach().reshape(()), non_blocking=True)
+        return inputs
+
+
+def _used_groups(rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    return sorted({row.group_index for row in rows}) if len(groups) > 1 else [0]
+
+
+class _Same:
+    """Equal to what holds the very same list."""
+
+    def __init__(self, rows: Sequence[DeviceRow]) -> None:
+        self.rows = rows
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.rows is self.rows
+
+
+def _constants(group: Mapping[str, Any], device: torch.device) -> DeviceSchedule:
+    known = {key: group[key] for key in GROUP_KEYS}
+    known["lr"] = 0.0 if lr_address(group, device) else as_float(group["lr"], "lr")
+    known |= {name: as_float(group[name], name) for name in ("eps", "weight_decay")}
+    known["betas"] = tuple(as_float(beta, f"betas[{index}]") for index, beta in enumerate(group["betas"]))
+    return device_schedule(**known, seed=group["seed"])
+
+
+def lr_address(group: Mapping[str, Any], device: torch.device) -> int:
+    """Return the address of a group's learning rate where that lies on a device, else 0.
+
+    Raises:
+        TypeError: it is not float32.
+    """
+    lr = group["lr"]
+    if not isinstance(lr, Tensor) or lr.device != device:
+        return 0
+    if lr.dtype != torch.float32:
+        raise TypeError(
+            f"Invalid type of lr: on {device} a tensor is read by the kernel, expected float32, got {lr.dtype}"
+        )
+    return lr.data_ptr()
