@@ -53,10 +53,12 @@ demo: $(READY)  ## train a small GPT through DeepSpeed with AdaX, against AdamW
 bench: $(READY)  ## step time against torch and DeepSpeed, interleaved in one run
 	$(BIN)/adax-triton bench step
 
-results: $(READY)  ## measure the committed CPU figures anew, in some eight minutes
+results: $(READY)  ## measure the committed CPU figures anew, in some fifteen minutes
 	$(BIN)/adax-triton bench step --sizes 5e7 --models gpt2 --budget 330 --json bench/results/cpu-step.json
 	$(BIN)/adax-triton bench scale --json bench/results/cpu-scale.json
 	$(BIN)/adax-triton bench host --json bench/results/cpu-host.json
+	$(BIN)/adax-triton bench cpu --json bench/results/cpu-native.json
+	$(BIN)/adax-triton bench functions --json bench/results/cpu-functions.json
 	$(BIN)/adax-triton bench train --steps 20 --budget 100 --json bench/results/cpu-train.json \
 		--only 'plain / torch AdamW' 'plain / AdaXW' 'ZeRO-2 /' 'ZeRO-3 /'
 	$(BIN)/python -m adax_triton.bench.deepspeed_step --out bench/results/cpu-passes.json \

@@ -15,6 +15,8 @@ BENCHMARKS = {
     "memory": "bytes per parameter of every mode, beside other optimizers",
     "step": "time of one step beside torch's and DeepSpeed's AdamW",
     "host": "what a step costs the host, for 1 to 5,000 tensors",
+    "cpu": "time of a step on a CPU, next to torch's and DeepSpeed's AdamW and to another copy of this package",
+    "functions": "functions and files that a first and a later step call",
     "train": "tokens per second and memory of a small GPT, in plain PyTorch and under DeepSpeed",
     "scale": "time of a step against its elements and tensors, and a model of it up to 1T parameters",
     "report": "tables and plots of result files",
@@ -44,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(names: list[str], words: list[str]) -> int:
     # Not earlier: PyTorch takes seconds, which --version, --help and a misspelt command do not need.
-    from adax_triton.bench import host, memory, report, scale, step_report, train
+    from adax_triton.bench import cpu, host, memory, report, scale, step_functions, step_report, train
 
     from . import convert_command, doctor
 
     modules = {"doctor": doctor, "convert": convert_command, "memory": memory, "step": step_report, "host": host}
+    modules |= {"cpu": cpu, "functions": step_functions}
     modules |= {"train": train, "scale": scale, "report": report}
     module = modules[names[-1]]
     parser = argparse.ArgumentParser(prog=" ".join(["adax-triton", *names]), description=module.__doc__)
