@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any, overload
 
 import torch
@@ -37,7 +36,6 @@ from .step.scalars import HostScalars
 from .telemetry import StepSums, StepTelemetry
 
 _MOST_PLANS = 8192
-_newest_weight = attrgetter("exp_avg_sq_weight")
 
 
 class MomentOptimizer(Optimizer):
@@ -201,8 +199,7 @@ class MomentOptimizer(Optimizer):
         result = plan.run(self.param_groups, control, self.options.error_if_nonfinite, self._sums)
         self._grad_norm = result.grad_norm
         warning = None
-        rows = plan.host.rows
-        if result.taken and rows and min(rows, key=_newest_weight).exp_avg_sq_weight < FROZEN_WEIGHT:
+        if result.taken and any(row.exp_avg_sq_weight < FROZEN_WEIGHT for row in plan.host.rows):
             places = zip(plan.host.groups, plan.host.steps, strict=True)
             warning = self._frozen_warning.after_host_step(places, self.param_groups)
         if plan.device_rows:

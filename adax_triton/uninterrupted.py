@@ -15,9 +15,8 @@ class Uninterrupted:
     ignores SIGINT or has no handler in Python.
     """
 
-    def __init__(self) -> None:
-        self._handler: Any = None
-        self._remembered: tuple[Any, ...] | None = None
+    _handler: Any = None
+    _remembered: tuple[Any, ...] | None = None
 
     def __enter__(self) -> None:
         if threading.get_ident() == threading.main_thread().ident:
