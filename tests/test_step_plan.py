@@ -213,6 +213,18 @@ def test_counts_that_become_equal_are_noticed(backend: torch.device) -> None:
     assert pair.step(4)
 
 
+def test_a_count_that_is_set_within_one_group_is_noticed(backend: torch.device) -> None:
+    params = parameters(backend, torch.float32, SHAPES)
+    optimizer = AdaXW(params, lr=0.01)
+    for number in range(2):
+        give_gradients(params, number)
+        optimizer.step()
+    optimizer.state[params[1]]["step"] = 50
+    give_gradients(params, 2)
+    optimizer.step()
+    assert [optimizer.state[param]["step"] for param in params] == [3, 51, 3, 3]
+
+
 def scale_lr(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
     optimizer.param_groups[1]["lr"] *= 0.7
 
