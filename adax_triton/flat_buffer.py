@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Elements. Every tensor of a buffer starts on a multiple, so that states of 1 byte and up are read 128 bits at a time.
 ALIGNMENT = 128
@@ -35,7 +35,18 @@ def unwritable(tensor: Tensor) -> str | None:
         return "was made in inference mode; set it to its clone()"
     if not tensor.is_contiguous() and _shares_memory(tensor):
         return "has elements that share memory, as an expanded tensor; set it to its contiguous()"
-    return None
+    return beyond_storage(tensor)
+
+
+def beyond_storage(tensor: Tensor) -> str | None:
+    """Return what a tensor lacks of its storage, which others may have freed, with what to do, or None."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.numel() == 0:
+        return None
+    last = tensor.storage_offset() + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    needed, held = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
+    return f"has {held} of {needed} bytes of memory; resize its storage before the step" if held < needed else None
 
 
 def _shares_memory(tensor: Tensor) -> bool:

@@ -35,7 +35,7 @@ from .step.plan import StepPlan
 from .step.scalars import HostScalars
 from .telemetry import StepSums, StepTelemetry
 
-_MOST_PLANS = 8192
+_FEW_PLANS = 64
 
 
 class MomentOptimizer(Optimizer):
@@ -74,6 +74,7 @@ class MomentOptimizer(Optimizer):
         self._sums = StepSums() if self.options.telemetry else None
         # By kind and first parameter: ZeRO gives a step one group at a time, and gradient release one parameter.
         self._plans: dict[tuple[str, int], StepPlan] = {}
+        self._most_plans = _FEW_PLANS
         self._beside: BesideStep | None = None
         self._grad_norm: Tensor | None = None
         self._frozen_warning = FrozenWarning()
@@ -189,8 +190,11 @@ class MomentOptimizer(Optimizer):
             self.options.norm_process_group,
             is_whole,
         )
-        if key in self._plans or len(self._plans) >= _MOST_PLANS:  # what they hold may be gone from the groups
-            self._plans.clear()
+        self._plans.pop(key, None)
+        if key[0] == "step" or len(self._plans) >= self._most_plans:
+            # Plans keep their tensors alive, also those of parameters that have been replaced.
+            self._plans = {other: kept for other, kept in self._plans.items() if kept.belongs_to(self.state)}
+            self._most_plans = 2 * len(self._plans) + _FEW_PLANS
         if plan.is_reusable:
             self._plans[key] = plan
         return plan

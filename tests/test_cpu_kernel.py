@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy
@@ -20,7 +18,7 @@ from adax_triton import reference
 from adax_triton.control import TAKEN
 from adax_triton.schedule import StepScalars
 from adax_triton.step import cpu_kernel as module
-from adax_triton.step.cpu_kernel import CHUNK_SIZE, CpuKernelError, CpuVariant, build_problem, cpu_kernel
+from adax_triton.step.cpu_kernel import CHUNK_SIZE, CpuVariant, build_problem, cpu_kernel
 from adax_triton.step.reference_steps import ReferenceLaunch
 from adax_triton.stored import load_master
 from adax_triton.tensor_step import TensorStep
@@ -391,85 +389,6 @@ def test_several_steps_of_moderate_numbers(variant: CpuVariant) -> None:
             for mine, updated in zip(arrays(step), tensors, strict=True):
                 if mine is not None and updated is not None:
                     mine.copy_(updated)
-
-
-# ---- building ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Forget all kernels, and return an empty cache folder."""
-    caches = (module.cpu_kernel, module.build_problem, module._cache_folder)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cache in caches:
-        cache.cache_clear()
-    yield tmp_path / "adax_triton"
-    for cache in caches:
-        cache.cache_clear()
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.exists() else []
-
-
-def test_a_kernel_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert build_problem() is None
-    (library,) = files(fresh)
-    assert library.suffix == ".so"
-    module.cpu_kernel.cache_clear()
-    monkeypatch.setattr(module, "_build", lambda *_: pytest.fail("built again"))
-    cpu_kernel(PLAIN)
-    assert module.instruction_set() in ("AVX-512", "AVX2", "baseline x86-64", "SVE", "NEON", "baseline")
-
-
-@pytest.mark.parametrize("kept", [0, 4, 0.5, 1])
-def test_a_broken_file_is_built_again(fresh: Path, kept: float) -> None:
-    folder = fresh.parent
-    library = module._build(module._compiler(), PLAIN, folder, module._key(module._compiler(), PLAIN))
-    content = library.read_bytes()
-    fresh.mkdir()
-    broken = fresh / library.name
-    broken.write_bytes(b"\0" * len(content) if kept == 1 else content[: int(kept * len(content) if kept < 1 else kept)])
-    assert build_problem() is None
-    assert broken.read_bytes() == content
-
-
-def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
-    file = fresh.parent / "file"
-    file.touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    assert build_problem() is None
-    assert module._cache_folder().name.startswith("adax_triton-")
-
-
-def test_a_compiler_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    problem = build_problem()
-    assert problem is not None and "'no-such-compiler'" in problem and "Install a C++ compiler" in problem
-
-
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(fresh))
-    with pytest.raises(CpuKernelError, match="CXX"):
-        cpu_kernel(PLAIN)
-
-
-def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
-    compiler = fresh.parent / "compiler"
-    compiler.write_text("#!/bin/sh\necho out of order >&2\nexit 3\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(CpuKernelError, match="out of order"):
-        cpu_kernel(PLAIN)
-    assert files(fresh) == []
-
-
-def test_many_processes_build_at_once(fresh: Path) -> None:
-    program = "from adax_triton.step.cpu_kernel import build_problem; assert build_problem() is None"
-    processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(4)]
-    assert [process.wait(120) for process in processes] == [0] * 4
-    assert len(files(fresh)) == 1
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="no Clang")

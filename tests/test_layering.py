@@ -26,8 +26,8 @@ ALLOWED = {
     },
     "adax_triton.step.unchanged": {"state_tensors", "step.collect"},
     "adax_triton.step.external_grads": {
-        *("compact", "control", "device_tables", "precision", "state_tensors", "step_counts", "tensor_step"),
-        "step.collect",
+        *("compact", "control", "device_tables", "flat_buffer", "precision", "state_tensors", "step_counts"),
+        *("tensor_step", "step.collect"),
     },
     "adax_triton.step.launch": {
         *("device_tables", "schedule", "telemetry", "tensor_step"),

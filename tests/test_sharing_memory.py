@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton import AdamW, AdaXW
+from adax_triton.step.backend import uses_triton
 from adax_triton.step.external_grads import Beside
 
 
@@ -30,6 +31,51 @@ def test_parameters_on_one_memory_are_stepped_one_after_the_other(numel: int, ba
         return params[0].detach()
 
     torch.testing.assert_close(run(AdamW), run(torch.optim.AdamW))
+
+
+def test_parameters_that_overlap_are_stepped_one_after_the_other(backend: torch.device) -> None:
+    # Of several chunks for each of the threads.
+    rows = 20 if backend.type == "cuda" or uses_triton(torch.empty(1, device=backend)) else 200
+
+    def run(optimizer_class: type) -> Tensor:
+        weights = torch.ones(2 * rows, 1000, device=backend)
+        params = [nn.Parameter(weights), nn.Parameter(weights[rows:]), nn.Parameter(weights[:rows])]
+        optimizer = optimizer_class(params, lr=0.1)
+        for step in range(3):
+            give(params, 1.0 + step)
+            optimizer.step()
+        return weights
+
+    expected = run(torch.optim.AdamW)
+    for _ in range(4):
+        torch.testing.assert_close(run(AdamW), expected)
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("left", [0, 8])
+@pytest.mark.parametrize("which", ["gradient", "parameter", "state", "external"])
+def test_memory_that_is_gone_is_told(which: str, left: int, steps_before: int, backend: torch.device) -> None:
+    params = [nn.Parameter(torch.ones(100, device=backend)) for _ in range(2)]
+    optimizer = AdaXW(params)
+
+    def step(gradient: Tensor) -> None:
+        if which == "external":
+            optimizer.lay_beside([Beside(params[0], [torch.ones_like(gradient)]), Beside(params[1], [gradient])])
+        else:
+            params[0].grad, params[1].grad = torch.ones_like(gradient), gradient
+        optimizer.step()
+
+    if which == "state" or steps_before:
+        for _ in range(max(1, steps_before)):
+            step(torch.ones(100, device=backend))
+    before = copy.deepcopy((params[0], optimizer.state_dict()["state"].get(0)))
+    gradient = torch.ones(100, device=backend)
+    gone = {"parameter": params[1].data, "state": optimizer.state[params[1]].get("exp_avg")}.get(which, gradient)
+    gone.untyped_storage().resize_(left)
+    with pytest.raises(ValueError, match=f"has {left} of 400 bytes|exp_avg"):
+        step(gradient)
+    assert torch.equal(params[0], before[0])
+    assert optimizer.state.get(params[0], {}).get("step", 0) == (before[1] or {}).get("step", 0)
 
 
 @pytest.mark.parametrize("states", ["float32", "bfloat16", "low"])

@@ -1,6 +1,7 @@
 """Steps that reuse the tables of the last one: when they may, and that whatever changed is noticed."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -225,6 +226,45 @@ def test_a_count_that_is_set_within_one_group_is_noticed(backend: torch.device) 
     assert [optimizer.state[param]["step"] for param in params] == [3, 51, 3, 3]
 
 
+def test_states_that_trade_places_are_noticed(backend: torch.device) -> None:
+    def trade(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+        first, second = optimizer.state.pop(params[1]), optimizer.state.pop(params[2])
+        optimizer.state[params[2]], optimizer.state[params[1]] = first, second  # in the same order of values
+
+    pair = Pair(backend, shapes=((9, 4), (6, 6), (6, 6)))
+    pair.step(0)
+    assert pair.step(1)
+    assert not pair.step(2, trade)
+
+
+def test_replaced_parameters_are_let_go(backend: torch.device) -> None:
+    param = nn.Parameter(torch.zeros(5, device=backend))
+    optimizer = AdaXW([param])
+    replaced = []
+    for _ in range(4):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        optimizer.step()
+        replaced.append(weakref.ref(param))
+        other = nn.Parameter(param.detach().clone())
+        optimizer.state[other] = optimizer.state.pop(param)
+        optimizer.param_groups[0]["params"][0] = param = other
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert [held() for held in replaced] == [None] * 4
+
+
+def test_a_negative_count_is_told(backend: torch.device) -> None:
+    param = nn.Parameter(torch.zeros(5, device=backend))
+    optimizer = AdaXW([param])
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    optimizer.state[param]["step"] = -5
+    with pytest.raises(TypeError, match="-5; expected a count"):
+        optimizer.step()
+
+
 def scale_lr(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
     optimizer.param_groups[1]["lr"] *= 0.7
 
@@ -285,8 +325,6 @@ def test_a_step_that_raised_leaves_no_tables_to_the_next(backend: torch.device) 
 
 
 def test_gradients_are_not_kept_alive(backend: torch.device) -> None:
-    import weakref
-
     param = nn.Parameter(torch.ones(100, device=backend))
     optimizer = AdaX([param], telemetry=True, max_grad_norm=1.0)
     for _ in range(3):

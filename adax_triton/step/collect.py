@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..control import StepControl
 from ..device_tables import UNPREPARED, is_capturing
-from ..flat_buffer import unwritable
+from ..flat_buffer import beyond_storage, unwritable
 from ..parameters import check_param, checked_gradient
 from ..state_tensors import is_new, misfit
 from ..step_counts import check_count, is_on_device, settled_count
@@ -118,6 +118,9 @@ def _checked_gradient(
     problem = unwritable(param)
     if problem is not None:
         raise ValueError(f"{name}: {problem}")
+    problem = beyond_storage(grad)
+    if problem is not None:
+        raise ValueError(f"{name}: its gradient {problem}")
     return grad
 
 

@@ -147,18 +147,27 @@ def cpu_kernel(variant: CpuVariant) -> CpuKernel:
     Raises:
         CpuKernelError: it cannot be built; the message holds the compiler's.
     """
-    compiler = _compiler()
-    folder, key = _cache_folder(), _key(compiler, variant)
+    try:
+        compiler = _compiler()
+        key = _key(compiler, variant)
+    except (OSError, ValueError) as error:
+        raise CpuKernelError(f"Cannot build the CPU kernel: {error}. {_ADVICE}.") from error
+    problem: Exception | None = None
+    for find_folder in (_cache_folder, _private_folder):  # the second where the first cannot be written or run from
+        try:
+            return _loaded(find_folder(), key) or CpuKernel(_build(compiler, variant, find_folder(), key))
+        except (OSError, AttributeError) as error:
+            problem = error
+    raise CpuKernelError(f"Cannot build the CPU kernel with {compiler[0]}: {problem}. {_ADVICE}.") from problem
+
+
+def _loaded(folder: Path, key: str) -> CpuKernel | None:
     for library in folder.glob(f"{key}-*.so"):
         with contextlib.suppress(OSError, AttributeError):  # a broken file is built again
             # Loading a truncated one might end the process.
             if library.name == _file_name(key, library):
                 return CpuKernel(library)
-    library = _build(compiler, variant, folder, key)
-    try:
-        return CpuKernel(library)
-    except (OSError, AttributeError) as error:
-        raise CpuKernelError(f"Cannot load the CPU kernel {library}: {error}") from error
+    return None
 
 
 @functools.cache
@@ -181,9 +190,8 @@ def instruction_set() -> str:
 
 
 def _compiler() -> tuple[str, ...]:
-    named = os.environ.get("CXX")
-    if named:
-        command = shlex.split(named)
+    command = shlex.split(os.environ.get("CXX", ""))
+    if command:
         found = shutil.which(command[0])
         if found is None:
             raise CpuKernelError(
@@ -232,37 +240,47 @@ def _processor() -> str:
 
 @functools.cache
 def _cache_folder() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME")
-    with contextlib.suppress(OSError, RuntimeError):  # no home folder
-        folder = (Path(given) if given else Path.home() / ".cache") / "adax_triton"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    private = tempfile.mkdtemp(prefix="adax_triton-")
-    atexit.register(shutil.rmtree, private, ignore_errors=True)
-    return Path(private)
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    with contextlib.suppress(RuntimeError):  # no home folder
+        return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "adax_triton"
+    return _private_folder()
+
+
+@functools.cache
+def _private_folder() -> Path:
+    folder, process = tempfile.mkdtemp(prefix="adax_triton-"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == process:  # not a fork, whose end comes first
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return Path(folder)
 
 
 def _build(compiler: tuple[str, ...], variant: CpuVariant, folder: Path, key: str) -> Path:
+    """Compile a variant into a folder, and return the library.
+
+    Raises:
+        CpuKernelError: the compiler fails.
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Renamed when it is whole: no lock that a killed process could leave behind, and many may build at once.
-    building = None
+    handle, building = tempfile.mkstemp(prefix="building-", suffix=".so", dir=folder)
     try:
-        handle, building = tempfile.mkstemp(prefix="building-", suffix=".so", dir=folder)
         os.close(handle)
         command = [*compiler, *_arguments(variant), str(_SOURCES[0]), "-o", building]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode != 0:
+        if done.returncode != 0 or os.stat(building).st_size == 0:
             message = (done.stderr + done.stdout).strip() or f"exit status {done.returncode}"
             raise CpuKernelError(f"{shlex.join(compiler)} failed to build the CPU kernel. {_ADVICE}.\n{message}")
         library = folder / _file_name(key, building)
         os.replace(building, library)
         return library
-    except OSError as error:
-        raise CpuKernelError(f"Cannot build the CPU kernel with {compiler[0]}: {error}. {_ADVICE}.") from error
     finally:
-        if building is not None:
-            with contextlib.suppress(OSError):  # moved
-                os.unlink(building)
+        with contextlib.suppress(OSError):  # moved
+            os.unlink(building)
 
 
 @functools.cache

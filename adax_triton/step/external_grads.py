@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..compact import GROUP
 from ..control import StepControl, check_one_element
 from ..device_tables import is_capturing
+from ..flat_buffer import beyond_storage, unwritable
 from ..precision import PARAM_DTYPES, is_compact
 from ..state_tensors import MOMENTS, is_new, tensor_step
 from ..step_counts import is_on_device
@@ -73,6 +74,9 @@ def checked_beside(parts: Sequence[Beside], grad_factor: Tensor | None, telemetr
                 raise TypeError(
                     f"parts[{index}].{name}: {_kind(tensor)}; expected one of {', '.join(map(str, dtypes))}"
                 )
+            problem = beyond_storage(tensor)
+            if problem is not None:
+                raise ValueError(f"parts[{index}].{name}: {problem}")
             if tensor.device != param.device:
                 raise ValueError(f"parts[{index}].{name}: on {tensor.device} for a parameter on {param.device}")
         count = sum(grad.numel() for grad in grads)
@@ -121,6 +125,9 @@ def collect_external(
             )
         if not is_new(state):
             check_state(state, part.param)
+        problem = unwritable(part.param)
+        if problem is not None:
+            raise ValueError(f"parts[{index}].param: {problem}")
     return Collected(as_params(parts, group_of), False)
 
 

@@ -16,7 +16,7 @@ from adax_triton.kernels.tables import SUM_COLUMNS, TENSOR_COLUMNS
 from ..device_tables import UNPREPARED, AddressTable, DeviceTable, KeptByStream, is_capturing
 from ..schedule import StepScalars
 from ..tensor_step import TensorStep
-from .backend import NATIVE, REFERENCE, TRITON, backend_of, native_kernel
+from .backend import NATIVE, REFERENCE, TRITON, backend_of, is_fake, native_kernel
 from .cpu_kernel import CHUNK_SIZE, CpuVariant, cpu_kernel
 from .reference_steps import ReferenceLaunch
 from .scalars import DeviceScalars
@@ -202,13 +202,9 @@ class LaunchMemory:
         """
         all_addresses: list[tuple[int, ...]] = []
         alike: dict[tuple[Bucket, tuple[Any, ...], int], list[int]] = defaultdict(list)
-        turns: dict[int, int] = defaultdict(int)
-        for index, step in enumerate(steps):
+        for index, (step, turn) in enumerate(zip(steps, _turns(steps), strict=True)):
             weight = 1.0 if scalars is None else scalars[step.scalar_row].exp_avg_sq_weight
             bucket, addresses = _bucket(step, weight, telemetry)
-            # Parameters on one memory are stepped one after the other, each by a launch.
-            turn = turns[addresses[0]] if step.param.numel() else 0
-            turns[addresses[0]] += 1
             all_addresses.append(addresses)
             alike[bucket, step.process_groups, turn].append(index)
         # ZeRO calls step() once per group, so several are live at once.
@@ -234,6 +230,25 @@ class LaunchMemory:
                 launch.refresh(some, [all_addresses[index] for index in indices])
             launches.append((launch, indices))
         return launches
+
+
+def _turns(steps: Sequence[TensorStep]) -> list[int]:
+    """Return how many launches each tensor waits for: parameters that share memory are stepped one after the other."""
+    turns = [0] * len(steps)
+    spans = sorted(
+        (str(step.param.device), step.param.data_ptr(), step.param.nbytes, index)
+        for index, step in enumerate(steps)
+        if step.param.numel() and not is_fake(step.param)
+    )
+    device_before, end, sharing = "", 0, list[int]()
+    for device, start, length, index in [*spans, ("", 0, 0, 0)]:
+        if device != device_before or start >= end:
+            for turn, member in enumerate(sorted(sharing)):
+                turns[member] = turn
+            device_before, end, sharing = device, 0, []
+        end = max(end, start + length)
+        sharing.append(index)
+    return turns
 
 
 def _cpu_variant(bucket: Bucket) -> CpuVariant:

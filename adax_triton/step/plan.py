@@ -79,7 +79,7 @@ class StepPlan:
         self._memory = memory
         self._params = [one.param for one in params]
         self._is_fake = any(map(is_fake, self._params))
-        own_states = [states[one.param] for one in params]
+        own_states = self._own_states = [states[one.param] for one in params]
         counted_there = [collected.on_device and uses_triton(param) for param in self._params]
         count_on_device(list(compress(own_states, counted_there)))
         self._host_states = list(compress(own_states, [not there for there in counted_there]))
@@ -144,7 +144,7 @@ class StepPlan:
             return False
         if self._owners and _param_names(param_groups) != self._param_names:
             return False
-        addresses = self._unchanged.gradient_addresses(param_groups, states, given)
+        addresses = self._unchanged.gradient_addresses(param_groups, states, given, self._grad_addresses)
         if addresses is None:
             return False
         moved = addresses != self._grad_addresses
@@ -171,6 +171,10 @@ class StepPlan:
         if [launch.revision for launch in self._triton] != self._revisions:
             return False
         return bool(self.device_rows) or (control.is_idle and not any(map(needs_device, param_groups)))
+
+    def belongs_to(self, states: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Return whether an optimizer still has the states of all parameters."""
+        return all(map(is_, map(states.get, self._params), self._own_states))
 
     def _settled_kinds(self) -> list[bool]:
         return [is_settled(states, self.host.rows[row].exp_avg_sq_weight) for row, states in self._kinds]

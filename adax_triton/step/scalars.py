@@ -6,7 +6,6 @@ step is the same for both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ from ..rounding import random_key
 from ..schedule import GROUP_KEYS, DeviceSchedule, StepScalars, device_schedule, step_scalars
 
 _GRAD_FACTOR = SCALAR_COLUMNS.index("grad_factor")
-_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
 class HostScalars:
@@ -61,7 +59,7 @@ class HostScalars:
             alike = counts == list(map(taken.__getitem__, self.row_of_param))
             alike = alike and len(set(zip(self.groups, taken, strict=True))) == len(taken)
         self.steps = [count + 1 for count in taken]
-        return alike
+        return alike and min(taken) >= 0
 
     def compute(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
         """Find the scalars of each row's step.
@@ -117,10 +115,7 @@ class HostScalars:
         packed = []
         rows = self.rows if decision is TAKEN else self.scaled(decision)[0]
         for scalars, key in zip(rows, self._keys, strict=True):
-            try:
-                packed.append(scalar_row(scalars, key, decision.skip, float64))
-            except OverflowError:  # past the largest float32
-                packed.append(scalar_row(tuple(map(_as_float32, scalars)), key, decision.skip))
+            packed.append(scalar_row(scalars, key, decision.skip, float64))
         return packed[0] if len(packed) == 1 else b"".join(packed)
 
     def advance(self, states: Sequence[dict[str, Any]]) -> None:
@@ -132,10 +127,6 @@ class HostScalars:
         else:
             for state, row in zip(states, self.row_of_param, strict=True):
                 state["step"] = self.steps[row]
-
-
-def _as_float32(value: float) -> float:
-    return math.copysign(math.inf, value) if abs(value) > _LARGEST_FLOAT32 else value
 
 
 def scalars_of(group: Mapping[str, Any], step: int) -> StepScalars:

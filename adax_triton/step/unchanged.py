@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from itertools import chain, compress
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, ge, is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Unchanged:
             lists = list(map(_list_of_params, param_groups))
             self._group_sizes = list(map(len, lists))
             self._all_params = list(chain.from_iterable(lists))
-            self._all_states = list(states.values())
+            self._all_keys, self._all_states = list(states), list(states.values())
             self._has_grad = [param.grad is not None for param in self._all_params]
             self._grad_types = [type(param.grad) for param in self._all_params]
         self._states = own_states
@@ -67,7 +67,9 @@ class Unchanged:
         of_states = chain.from_iterable(map(name, holders) for name, holders in self._holders)
         fixed = [*self._params, *self._images, *of_states]
         self._addresses = list(map(Tensor.data_ptr, fixed))
-        self._guards = tensor_guards([*fixed, *chain.from_iterable(one.grads for one in params)])
+        gradients = list(chain.from_iterable(one.grads for one in params))
+        self._guards = tensor_guards([*fixed, *gradients])
+        self._grad_bytes = [grad.nbytes for grad in gradients]
         self.counts: list[Any] = []
 
     def gradient_addresses(
@@ -75,10 +77,12 @@ class Unchanged:
         param_groups: Sequence[Mapping[str, Any]],
         states: Mapping[Tensor, dict[str, Any]],
         given: Sequence[ParamWithGrad] | None,
+        known: array[int],
     ) -> array[int] | None:
         """Return where gradients lie, or None if anything but that and step counts has changed.
 
         Args:
+            known: where they lay in the last step.
             param_groups: of the optimizer.
             states: of all its parameters.
             given: the parameters of a step that is not whole.
@@ -98,7 +102,12 @@ class Unchanged:
         # Types, dtypes, devices, sizes, strides, and whether they are sparse, conjugated, negated or fake.
         if not self._guards.check(*fixed, *gradients) or list(map(Tensor.data_ptr, fixed)) != self._addresses:
             return None
-        return array("q", map(Tensor.data_ptr, gradients))
+        addresses = array("q", map(Tensor.data_ptr, gradients))
+        if addresses != known:  # others may have freed their memory
+            held = [grad.untyped_storage().nbytes() for grad in gradients]
+            if not all(map(ge, held, self._grad_bytes)):
+                return None
+        return addresses
 
     def _whole_gradients(
         self, param_groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, dict[str, Any]]
@@ -107,7 +116,9 @@ class Unchanged:
         if not self._is_whole or list(map(len, lists)) != self._group_sizes or len(states) != len(self._all_states):
             return None
         params = lists[0] if len(lists) == 1 else list(chain.from_iterable(lists))
-        if not all(map(is_, params, self._all_params)) or not all(map(is_, states.values(), self._all_states)):
+        if not all(map(is_, params, self._all_params)) or not all(map(is_, states, self._all_keys)):
+            return None
+        if not all(map(is_, states.values(), self._all_states)):
             return None
         gradients = list(map(_gradient, params))
         if len(params) == len(self._params):
