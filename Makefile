@@ -65,7 +65,7 @@ results: $(READY)  ## measure the committed CPU figures anew, in some fifteen mi
 		--table docs/deepspeed-passes.md
 	$(MAKE) report
 
-REPORTED = $(wildcard $(foreach kind,step scale host train counters passes variants,bench/results/*-$(kind).json))
+REPORTED = $(wildcard $(foreach kind,step native scale host functions train counters passes variants,bench/results/*-$(kind).json))
 
 README_RESULT := bench/results/nvidia-h200-step.json
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..step.cpu_kernel import build_problem
 from .cpu_processes import BASELINE, Baseline, check_package, first_steps
 from .cpu_workloads import CPU, OURS, WITHOUT, WORKLOADS, Sizes, Timed, seconds, started
 from .environment import describe
@@ -129,7 +130,7 @@ def run(
                 in_ms = {side: [1e3 * each for each in times] for side, times in found.items()}
                 rows.append(row(FIRST_STEP.format(cache), in_ms))
             advance(1, "first steps")
-    compared = None if package is None else str(package.resolve())
+    compared = None if package is None else package.resolve().name
     return {
         "benchmark": "cpu",
         "environment": describe(CPU),
@@ -158,10 +159,14 @@ def table(result: dict[str, Any]) -> str:
         if not timed:
             lines.append(f"| {one['name']} | {ours} | | | |")
         for side, found in timed.items():
-            lines.append(f"| {one['name']} | {ours} | {side} | {_times(found)} | {found['ours_over_this']:.2f} |")
+            lines.append(f"| {one['name']} | {ours} | {side} | {_times(found)} | {_ratio(found['ours_over_this'])} |")
     if result["package"] is not None:
         lines += ["", f"{BASELINE}: {result['package']}"]
     return "\n".join([*lines, *(["", "Absent: " + "; ".join(absent)] if absent else [])])
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _times(side: dict[str, float]) -> str:
@@ -172,10 +177,14 @@ def _times(side: dict[str, float]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `adax-triton bench cpu`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--numel", type=int, default=Sizes().numel, help="elements of flat tensors")
+    parser.add_argument(
+        "--numel", type=int, default=Sizes().numel, help="elements of the flat tensors; other workloads keep their size"
+    )
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="NAME", help="; ".join(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=30, help="samples of each side, at most")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of a workload, after which no round begins")
+    parser.add_argument(
+        "--seconds", type=float, default=15.0, help="of a workload, after which no round begins, but for the first 5"
+    )
     parser.add_argument("--processes", type=int, default=3, help="whose first step is timed, per side; 0 for none")
     parser.add_argument("--package", type=Path, metavar="FOLDER", help="has another adax_triton, compared with ours")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the result")
@@ -185,6 +194,14 @@ def main(arguments: argparse.Namespace) -> int:
     """Measure, print the table and keep the result; return 0, or 2 for arguments that do not fit."""
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         print("bench cpu: TRITON_INTERPRET is set, so Triton's interpreter would step CPU tensors; unset it")
+        return 2
+    for name, least in (("numel", 1), ("rounds", 1), ("seconds", 0), ("processes", 0)):
+        if getattr(arguments, name) < least:
+            print(f"bench cpu: --{name} is {getattr(arguments, name)}; expected at least {least}")
+            return 2
+    problem = build_problem()
+    if problem is not None:
+        print(f"bench cpu: it measures the native kernel. {problem}")
         return 2
     if arguments.package is not None:
         try:

@@ -20,6 +20,7 @@ from typing import Any
 
 from . import (
     counted_steps,
+    cpu,
     deepspeed_step,
     host,
     launch_variants,
@@ -27,6 +28,7 @@ from . import (
     plots,
     precision_study,
     scale,
+    step_functions,
     step_table,
     train,
 )
@@ -117,6 +119,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "precision": precision_study.table,
     "long run": long_run.table,
     "modes": modes_table,
+    "cpu": cpu.table,
+    "functions": step_functions.table,
     "passes": deepspeed_step.table,
     "variants": launch_variants.table,
 }

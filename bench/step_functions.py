@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import inspect
 import json
 import os
@@ -24,6 +25,7 @@ import torch
 import adax_triton
 from adax_triton import AdaXW, kernels
 
+from ..step.cpu_kernel import build_problem
 from .environment import describe
 from .host import launching
 from .origin import origin
@@ -83,6 +85,9 @@ def run() -> dict[str, Any]:
     """Return the functions of both paths, JSON-friendly; each path in a new process."""
     found = {}
     for path, interpret in PATHS.items():
+        if path == "GPU" and importlib.util.find_spec("numpy") is None:
+            print("bench functions: GPU is left out, because Triton's interpreter needs numpy; pip install numpy")
+            continue
         command = [sys.executable, "-m", "adax_triton.bench.step_functions", path]
         environment = {**os.environ, "TRITON_INTERPRET": interpret}
         for _ in range(2 if path == "CPU" else 1):  # a process before fills the cache
@@ -111,7 +116,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Count, print the table and keep the result; return 0."""
+    """Count, print the table and keep the result; return 0, or 2 without a native kernel."""
+    problem = build_problem()
+    if problem is not None:
+        print(f"bench functions: it counts those of the native kernel's step. {problem}")
+        return 2
     result = run()
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

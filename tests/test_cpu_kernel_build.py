@@ -66,7 +66,9 @@ def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, fresh:
 def test_a_compiler_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     problem = build_problem()
-    assert problem is not None and "'no-such-compiler'" in problem and "Install a C++ compiler" in problem
+    assert (
+        problem is not None and "CXX names the compiler 'no-such-compiler', which was not found. Unset CXX" in problem
+    )
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:

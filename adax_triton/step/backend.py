@@ -50,7 +50,7 @@ def explain_backend(device: torch.device, param_dtype: torch.dtype) -> tuple[str
         return backend, f"uncompiled PyTorch: the kernel does not take {param_dtype} on {device.type}"
     problem = build_problem()
     if problem is not None:
-        return REFERENCE, f"uncompiled PyTorch: {problem}"
+        return REFERENCE, "uncompiled PyTorch, because there is no native kernel; see the self-check"
     return backend, f"the fused kernel, compiled for {instruction_set()}"
 
 
@@ -70,7 +70,7 @@ def native_kernel(variant: CpuVariant) -> CpuKernel | None:
     if not _warned:
         _warned.append(problem)
         warnings.warn(
-            f"adax_triton steps CPU tensors with uncompiled PyTorch, several times slower: {problem}", stacklevel=2
+            f"adax_triton steps CPU tensors with uncompiled PyTorch, several times slower: {problem}", stacklevel=9
         )
     return None
 

@@ -26,6 +26,7 @@ CHUNK_SIZE = 16_384
 _SOURCES = [Path(tables.__file__).with_name(name) for name in ("adax_step.cpp", "compact.hpp", "rounding.hpp")]
 _COMPILERS = ("c++", "g++", "clang++")
 _ADVICE = "Install a C++ compiler, such as g++, or name one in the environment variable CXX"
+_OTHER = "Unset CXX to use the machine's compiler, or set it to another"
 # Contraction and errno would change results or forbid vectors of roots. Only the pragmas of OpenMP are used: its
 # threads are those of the runtime that PyTorch has loaded.
 _FLAGS = (
@@ -150,15 +151,15 @@ def cpu_kernel(variant: CpuVariant) -> CpuKernel:
     try:
         compiler = _compiler()
         key = _key(compiler, variant)
-    except (OSError, ValueError) as error:
-        raise CpuKernelError(f"Cannot build the CPU kernel: {error}. {_ADVICE}.") from error
+    except OSError as error:
+        raise CpuKernelError(f"Cannot build the CPU kernel: {error}") from error
     problem: Exception | None = None
     for find_folder in (_cache_folder, _private_folder):  # the second where the first cannot be written or run from
         try:
             return _loaded(find_folder(), key) or CpuKernel(_build(compiler, variant, find_folder(), key))
         except (OSError, AttributeError) as error:
             problem = error
-    raise CpuKernelError(f"Cannot build the CPU kernel with {compiler[0]}: {problem}. {_ADVICE}.") from problem
+    raise CpuKernelError(f"Cannot build the CPU kernel with {compiler[0]}: {problem}") from problem
 
 
 def _loaded(folder: Path, key: str) -> CpuKernel | None:
@@ -189,14 +190,29 @@ def instruction_set() -> str:
     return cpu_kernel(CpuVariant(torch.float32, torch.float32)).instruction_set
 
 
+def cache_finding() -> str:
+    """Return where kernels are cached, and what to do if that cannot be written."""
+    folder = _cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return (
+            f"{folder} cannot be written ({error.strerror}): each process compiles anew; set XDG_CACHE_HOME to another "
+            "folder"
+        )
+    return str(folder)
+
+
 def _compiler() -> tuple[str, ...]:
-    command = shlex.split(os.environ.get("CXX", ""))
+    try:
+        command = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise CpuKernelError(f"CXX is {os.environ['CXX']!r}: {error}. {_OTHER}.") from error
     if command:
         found = shutil.which(command[0])
         if found is None:
-            raise CpuKernelError(
-                f"The C++ compiler {command[0]!r} of the environment variable CXX is missing. {_ADVICE}."
-            )
+            raise CpuKernelError(f"CXX names the compiler {command[0]!r}, which was not found. {_OTHER}.")
         return (found, *command[1:])
     for name in _COMPILERS:
         found = shutil.which(name)
@@ -273,8 +289,11 @@ def _build(compiler: tuple[str, ...], variant: CpuVariant, folder: Path, key: st
         command = [*compiler, *_arguments(variant), str(_SOURCES[0]), "-o", building]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode != 0 or os.stat(building).st_size == 0:
-            message = (done.stderr + done.stdout).strip() or f"exit status {done.returncode}"
-            raise CpuKernelError(f"{shlex.join(compiler)} failed to build the CPU kernel. {_ADVICE}.\n{message}")
+            said = " ".join((done.stderr + done.stdout).split())[:500] or "nothing"
+            raise CpuKernelError(
+                f"{shlex.join(compiler)} failed to build the CPU kernel, with exit status {done.returncode}. {_OTHER}. "
+                f"It said: {said}"
+            )
         library = folder / _file_name(key, building)
         os.replace(building, library)
         return library
