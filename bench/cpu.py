@@ -26,6 +26,7 @@ from .cpu_workloads import CPU, OURS, WITHOUT, WORKLOADS, Sizes, Timed, seconds,
 from .environment import describe
 from .origin import origin
 from .progress import progress
+from .timing import p20_and_p80
 
 LEAST_ROUNDS = 5
 FIRST_STEP = "first step of a process, cache {}"
@@ -86,8 +87,8 @@ def row(name: str, milliseconds: dict[str, list[float]], absent: dict[str, str] 
     """Return medians, p20 and p80 of each side, and our median over the others'."""
     sides: dict[str, dict[str, Any]] = {}
     for side, times in milliseconds.items():
-        deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
-        sides[side] = {"median_ms": statistics.median(times), "p20_ms": deciles[1], "p80_ms": deciles[7]}
+        p20, p80 = p20_and_p80(times)
+        sides[side] = {"median_ms": statistics.median(times), "p20_ms": p20, "p80_ms": p80}
     ours = sides[OURS]["median_ms"]
     for side, found in sides.items():
         if side != OURS:

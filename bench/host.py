@@ -29,6 +29,7 @@ from adax_triton import AdaXW
 from .environment import describe
 from .origin import origin
 from .progress import progress
+from .timing import p20_and_p80
 
 COUNTS = (1, 150, 1000, 5000)
 GOAL_US, GOAL_US_PER_TENSOR = 60.0, 0.05
@@ -122,9 +123,9 @@ def measure(
         times.append((time.perf_counter() - start) * 1e6)
         _wait(device)
         done.append((time.perf_counter() - start) * 1e6)
-    deciles = statistics.quantiles(times[3:], n=10, method="inclusive")
+    p20, p80 = p20_and_p80(times[3:])
     median, until_done = statistics.median(times[3:]), statistics.median(done[3:])
-    return {"median_us": median, "p20_us": deciles[1], "p80_us": deciles[7], "done_us": until_done}
+    return {"median_us": median, "p20_us": p20, "p80_us": p80, "done_us": until_done}
 
 
 def _give(params: list[Tensor], gradients: list[Tensor]) -> None:

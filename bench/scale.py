@@ -28,7 +28,7 @@ from .providers import OURS, PROVIDERS, RULES, Provider
 from .scale_model import Point, Rates, StepTime
 from .scale_table import LAST_POINTS, table
 from .step import make_params
-from .timing import Clock, free_bytes, release
+from .timing import Clock, free_bytes, p20_and_p80, release
 from .workloads import Shapes, flat
 
 SIZES = {
@@ -215,8 +215,8 @@ def _measure(
 
 
 def _point(numel: int, tensors: int, times: list[float]) -> dict[str, Any]:
-    deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
-    quantiles = {"median_ms": statistics.median(times), "p20_ms": deciles[1], "p80_ms": deciles[7]}
+    p20, p80 = p20_and_p80(times)
+    quantiles = {"median_ms": statistics.median(times), "p20_ms": p20, "p80_ms": p80}
     return {"numel": numel, "tensors": tensors, **{name: 1e3 * seconds for name, seconds in quantiles.items()}}
 
 

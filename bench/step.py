@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import gate
 from .providers import OURS, RULES, Provider, Step
-from .timing import Clock, Peak, count_launches, free_bytes, release, time_until_done
+from .timing import Clock, Peak, count_launches, free_bytes, p20_and_p80, release, time_until_done
 from .workloads import Shapes
 
 COPY = "copy"
@@ -212,7 +212,7 @@ def summarize(entry: Entry, entries: list[Entry], numel: int) -> dict[str, Any]:
     elements = min(numel, MOST_COPIED) if entry.provider is None else numel
     per_element = COPY_BYTES_PER_ELEMENT if entry.provider is None else entry.provider.bytes_per_element
     median = statistics.median(entry.times)
-    deciles = statistics.quantiles(entry.times, n=10, method="inclusive") if len(entry.times) > 1 else [median] * 9
+    p20, p80 = p20_and_p80(entry.times)
     bandwidth = per_element * elements / median
     (copy,) = (other for other in entries if other.provider is None)
     copied = COPY_BYTES_PER_ELEMENT * min(numel, MOST_COPIED)
@@ -220,8 +220,8 @@ def summarize(entry: Entry, entries: list[Entry], numel: int) -> dict[str, Any]:
         "bytes_per_element": per_element,
         "rounds": len(entry.times),
         "median_ms": median * 1e3,
-        "p20_ms": deciles[1] * 1e3,
-        "p80_ms": deciles[7] * 1e3,
+        "p20_ms": p20 * 1e3,
+        "p80_ms": p80 * 1e3,
         "gb_per_s": bandwidth / 1e9,
         "copy_share": bandwidth / (copied / statistics.median(copy.times)) if copy.times else None,
         "host_us": statistics.median(entry.host_times) * 1e6 if entry.host_times else None,

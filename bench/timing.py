@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ class Clock:
 
     def _fills(self, host_s: float | None) -> int:
         return 1 if host_s is None else 1 + math.ceil(min(2 * host_s, _MOST_BUSY_S) / self._fill_s)
+
+
+def p20_and_p80(times: Sequence[float]) -> tuple[float, float]:
+    """Return the 20th and the 80th percentile of one time or more."""
+    deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
+    return deciles[1], deciles[7]
 
 
 def time_call(call: Call, device: torch.device) -> float:

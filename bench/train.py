@@ -31,6 +31,7 @@ from .environment import describe
 from .origin import origin
 from .progress import progress
 from .step_run import NOT_REACHED
+from .timing import p20_and_p80
 from .train_cases import CLIPPING, DTYPES, Case, cases, choose
 from .train_rank import Job
 from .train_table import table
@@ -256,13 +257,13 @@ def summarize(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
     steps = [max(times) for times in zip(*(rank["steps_s"] for rank in found), strict=True)]
     optimizer = [max(times) for times in zip(*(rank["optimizer_s"] for rank in found), strict=True)]
     median = statistics.median(steps)
-    deciles = statistics.quantiles(steps, n=10, method="inclusive") if len(steps) > 1 else [median] * 9
+    p20, p80 = p20_and_p80(steps)
     most = ("peak_bytes", "host_peak_bytes", "host_before_bytes", "state_bytes")
     return {
         "tokens_per_s": tokens / median,
         "median_ms": median * 1e3,
-        "p20_ms": deciles[1] * 1e3,
-        "p80_ms": deciles[7] * 1e3,
+        "p20_ms": p20 * 1e3,
+        "p80_ms": p80 * 1e3,
         "optimizer_ms": statistics.median(optimizer) * 1e3,
         "optimizer_share": statistics.median(optimizer) / median,
         **{name: max(rank[name] for rank in found) for name in most},

@@ -6,9 +6,10 @@ A tile has its groups of 32 elements along AXIS: the second of a block of groups
 import triton
 import triton.language as tl
 
+from . import tables
 from .rounding import bits_of, from_bits
 
-GROUP = tl.constexpr(32)
+GROUP = tl.constexpr(tables.GROUP)
 
 
 @triton.jit

@@ -72,7 +72,7 @@ ALLOWED = {
     "adax_triton.kernels.grad_stats": {"kernels.adax_step", "kernels.launch", "kernels.variants"},
     "adax_triton.kernels.schedule": {"kernels.adax_step", "kernels.launch", "kernels.rounding"},
     "adax_triton.kernels.telemetry": {"kernels.launch", "kernels.tables"},
-    "adax_triton.kernels.compact": {"kernels.rounding"},
+    "adax_triton.kernels.compact": {"kernels", "kernels.rounding"},
     "adax_triton.kernels.variants": {"kernels.launch"},
     "adax_triton.doctor": {
         "step.backend",

@@ -70,7 +70,7 @@ def native_kernel(variant: CpuVariant) -> CpuKernel | None:
     if not _warned:
         _warned.append(problem)
         warnings.warn(
-            f"adax_triton steps CPU tensors with uncompiled PyTorch, several times slower: {problem}", stacklevel=9
+            f"adax_triton steps CPU tensors with uncompiled PyTorch, several times slower: {problem}", stacklevel=8
         )
     return None
 

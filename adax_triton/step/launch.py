@@ -17,7 +17,7 @@ from ..device_tables import UNPREPARED, AddressTable, DeviceTable, KeptByStream,
 from ..schedule import StepScalars
 from ..tensor_step import TensorStep
 from .backend import NATIVE, REFERENCE, TRITON, backend_of, is_fake, native_kernel
-from .cpu_kernel import CHUNK_SIZE, CpuVariant, cpu_kernel
+from .cpu_kernel import CHUNK_SIZE, CpuKernel, CpuVariant
 from .reference_steps import ReferenceLaunch
 from .scalars import DeviceScalars
 
@@ -33,7 +33,7 @@ _SETTLED_BELOW = {"float32": 2.0**-27, "bfloat16": 2.0**-15, "low": 2.0**-16, "l
 class Bucket(NamedTuple):
     """What the tensors of one launch have in common: device, kernel, and the fields of `kernels.variants.StepVariant`.
 
-    `kernel` is one of `backends.TRITON`, `NATIVE` and `REFERENCE`.
+    `kernel` is one of `backend.TRITON`, `NATIVE` and `REFERENCE`.
     """
 
     device: torch.device
@@ -73,7 +73,7 @@ class TableLaunch:
 
         Args:
             steps: the tensors.
-            addresses: of each step's tensors, see `addresses_of`.
+            addresses: of each step's tensors, in the order of `kernels.tables.TENSOR_COLUMNS`; 0 for what there is not.
         """
         rows = [
             (*address, step.first_element, step.param.numel(), step.scalar_row)
@@ -139,11 +139,15 @@ class TritonLaunch(TableLaunch):
 
 
 class NativeLaunch(TableLaunch):
-    """One call of the native CPU kernel."""
+    """One call of the native CPU kernel.
 
-    def __init__(self, bucket: Bucket, process_groups: tuple[Any, ...]) -> None:
+    Args:
+        kernel: of the bucket's variant.
+    """
+
+    def __init__(self, bucket: Bucket, process_groups: tuple[Any, ...], kernel: CpuKernel) -> None:
         super().__init__(bucket, process_groups, CHUNK_SIZE)
-        self._kernel = cpu_kernel(_cpu_variant(bucket))
+        self._kernel = kernel
         self.is_float64 = bucket.param_dtype == torch.float64
 
     def sum_of_squares(self) -> Tensor:
@@ -218,17 +222,15 @@ class LaunchMemory:
         for kind, indices in alike.items():
             bucket, process_groups, _ = kind
             some = [steps[index] for index in indices]
-            launch: Launch
-            if bucket.kernel == REFERENCE:
-                launch = ReferenceLaunch(some, process_groups)
-            else:
-                if bucket.kernel == TRITON:
-                    make = functools.partial(TritonLaunch, bucket, process_groups)
-                    launch = self._launches.get(keys[kind], bucket.device, make)
-                else:
-                    launch = NativeLaunch(bucket, process_groups)
-                launch.refresh(some, [all_addresses[index] for index in indices])
-            launches.append((launch, indices))
+            table: TritonLaunch | NativeLaunch | None = None
+            if bucket.kernel == TRITON:
+                make = functools.partial(TritonLaunch, bucket, process_groups)
+                table = self._launches.get(keys[kind], bucket.device, make)
+            elif bucket.kernel == NATIVE and (kernel := native_kernel(_cpu_variant(bucket))) is not None:
+                table = NativeLaunch(bucket, process_groups, kernel)
+            if table is not None:
+                table.refresh(some, [all_addresses[index] for index in indices])
+            launches.append((ReferenceLaunch(some, process_groups) if table is None else table, indices))
         return launches
 
 
@@ -252,15 +254,7 @@ def _turns(steps: Sequence[TensorStep]) -> list[int]:
 
 
 def _cpu_variant(bucket: Bucket) -> CpuVariant:
-    return CpuVariant(
-        bucket.param_dtype,
-        bucket.grad_dtype,
-        bucket.states,
-        bucket.master,
-        bucket.stochastic,
-        bucket.telemetry,
-        bucket.param_is_copy,
-    )
+    return CpuVariant(*(getattr(bucket, name) for name in CpuVariant._fields))
 
 
 def is_settled(states: str, exp_avg_sq_weight: float) -> bool:
@@ -297,6 +291,4 @@ def _bucket(step: TensorStep, exp_avg_sq_weight: float, telemetry: bool) -> tupl
         misaligned == 0,
         step.param_is_copy,
     )
-    if kernel == NATIVE and native_kernel(_cpu_variant(bucket)) is None:
-        return bucket._replace(kernel=REFERENCE), addresses
     return bucket, addresses

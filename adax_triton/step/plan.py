@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..control import IDLE, TAKEN, Decision, StepControl
+from ..control import TAKEN, Decision, StepControl
 from ..device_tables import UNPREPARED, DeviceTable, current_stream, is_capturing
 from ..gradient_norm import sum_of_squares
 from ..step_counts import count_on_device
@@ -208,8 +208,8 @@ class StepPlan:
                     "set error_if_nonfinite=False"
                 )
         # A fake tensor has no value to decide by.
-        host_decides = control is not IDLE and bool(self._others) and not self._is_fake
-        decision = control.read(squares) if host_decides and not control.is_idle else TAKEN
+        host_decides = not control.is_idle and bool(self._others) and not self._is_fake
+        decision = control.read(squares) if host_decides else TAKEN
         # Whatever may fail comes before the first write.
         others = self._prepared(decision, sums) if self._others else []
         launch_triton: Callable[[], Tensor | None] | None = None

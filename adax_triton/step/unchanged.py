@@ -82,10 +82,10 @@ class Unchanged:
         """Return where gradients lie, or None if anything but that and step counts has changed.
 
         Args:
-            known: where they lay in the last step.
             param_groups: of the optimizer.
             states: of all its parameters.
             given: the parameters of a step that is not whole.
+            known: where gradients lay in the last step.
         """
         if list(map(_options, param_groups)) != self._options:
             return None
