@@ -16,7 +16,7 @@ env: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[deepspeed,huggingface,bench,dev]'
-	-DS_ACCELERATOR=cpu $(BIN)/python tests/async_io.py >/dev/null
+	-DS_ACCELERATOR=cpu $(BIN)/python tests/support/async_io.py >/dev/null
 	touch $(READY)
 
 # One worker has all tests of a file, the files that take longest first.
@@ -29,17 +29,17 @@ quick: $(READY)  ## after an edit: lint without mypy, and the tests that take a 
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(PYTEST) --quick
 
-durations: $(READY)  ## all tests, on a quiet machine: tests/durations.json anew, the order of `test` and the choice of `quick`
+durations: $(READY)  ## all tests, on a quiet machine: tests/support/durations.json anew, the order of `test` and the choice of `quick`
 	$(PYTEST) --durations=30 --record-durations --cache-clear
 
 audit: $(READY)  ## read the code of every kernel variant for every GPU target, and keep the facts for `test`
-	AUDIT=all $(BIN)/pytest tests/test_code_audit.py tests/test_small_kernels_audit.py
+	AUDIT=all $(BIN)/pytest tests/gpu_code/test_code_audit.py tests/gpu_code/test_small_kernels_audit.py
 
-mutants: $(READY)  ## make the faults of tests/mutants.toml one by one; every one has to fail a test. MUTANTS="a b" chooses
-	$(BIN)/python tests/mutants.py $(MUTANTS)
+mutants: $(READY)  ## make the faults of tests/support/mutants.toml one by one; every one has to fail a test. MUTANTS="a b" chooses
+	$(BIN)/python tests/support/mutants.py $(MUTANTS)
 
 soak: $(READY)  ## kill ranks of a DeepSpeed run 200 times, and compare with a run that is never killed
-	KILLS=200 KILL_SEED=$$(date +%s) $(BIN)/pytest -s tests/test_deepspeed_kill.py
+	KILLS=200 KILL_SEED=$$(date +%s) $(BIN)/pytest -s tests/deepspeed_runs/test_deepspeed_kill.py
 
 lint: $(READY)  ## mypy reads an installed copy: it cannot see folders that are mapped into the package
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -61,7 +61,7 @@ results: $(READY)  ## measure the committed CPU figures anew, in some fifteen mi
 	$(BIN)/adax-triton bench functions --json bench/results/cpu-functions.json
 	$(BIN)/adax-triton bench train --steps 20 --budget 100 --json bench/results/cpu-train.json \
 		--only 'plain / torch AdamW' 'plain / AdaXW' 'ZeRO-2 /' 'ZeRO-3 /'
-	$(BIN)/python -m adax_triton.bench.deepspeed_step --out bench/results/cpu-passes.json \
+	$(BIN)/python -m adax_triton.bench.zero_passes.passes --out bench/results/cpu-passes.json \
 		--table docs/deepspeed-passes.md
 	$(MAKE) report
 
@@ -75,7 +75,7 @@ report: $(READY)  ## docs/benchmarks and the README's section from the committed
 	$(BIN)/adax-triton bench report $(README_RESULT) --readme README.md
 
 acceptance: $(DEEPSPEED_VENV)/.ready  ## run docs/deepspeed-acceptance.md anew; DEEPSPEED=0.19.1 for that version
-	$(DEEPSPEED_VENV)/bin/python tests/acceptance_table.py
+	$(DEEPSPEED_VENV)/bin/python tests/support/acceptance_table.py
 
 .venv-deepspeed-%/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)

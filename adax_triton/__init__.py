@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .adam import Adam, AdamW
-    from .conversion import (
+    from adax_triton.convert.state_dicts import (
         adam_from_adax,
         adax_from_adam,
         from_released_adax,
@@ -17,15 +16,16 @@ if TYPE_CHECKING:
         to_released_adax,
         to_torch_adam,
     )
-    from .flat_buffer import FlatBuffer
+    from adax_triton.state.flat_buffer import FlatBuffer
+    from adax_triton.step.external_grads import Beside
+    from adax_triton.step.telemetry import StepTelemetry, Telemetry
+    from adax_triton.update.coefficients import StepScalars, step_scalars
+    from adax_triton.update.horizon import beta2_for_horizon, steps_until_frozen
+    from adax_triton.update.reference import adax_update
+
     from .gradient_release import GradientRelease
-    from .horizon import beta2_for_horizon, steps_until_frozen
-    from .optimizer import AdaX, AdaXW
-    from .reference import adax_update
-    from .schedule import StepScalars, step_scalars
-    from .step.external_grads import Beside
-    from .telemetry import StepTelemetry, Telemetry
-    from .telemetry_logging import JsonLinesLogger, TensorBoardLogger
+    from .optimizers import Adam, AdamW, AdaX, AdaXW
+    from .telemetry_loggers import JsonLinesLogger, TensorBoardLogger
 
 __all__ = [
     "AdaX",
@@ -55,8 +55,8 @@ __all__ = [
 
 # Where these names are. They are imported when one is asked for, because they import PyTorch, which takes seconds.
 _MODULES = (
-    *("adam", "conversion", "flat_buffer", "gradient_release", "horizon", "optimizer", "reference"),
-    *("schedule", "step.external_grads", "telemetry", "telemetry_logging"),
+    *("convert.state_dicts", "gradient_release", "optimizers", "state.flat_buffer", "step.external_grads"),
+    *("step.telemetry", "telemetry_loggers", "update.coefficients", "update.horizon", "update.reference"),
 )
 
 if not TYPE_CHECKING:  # else a checker would take any name for one of these

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
-from .control import NORM_EPS, check_max_grad_norm
-from .device_tables import UNPREPARED, current_stream, is_capturing
-from .gradient_norm import sum_over_ranks
+from adax_triton.state.dtensor import local_gradient, shard_groups
+from adax_triton.state.parameters import checked_gradient
+from adax_triton.step.conditions import NORM_EPS, check_max_grad_norm
+from adax_triton.step.device_tables import UNPREPARED, current_stream, is_capturing
+from adax_triton.step.grad_norm import sum_over_ranks
+
 from .moment_optimizer import MomentOptimizer
-from .parameters import checked_gradient
-from .sharding import local_gradient, shard_groups
 
 
 class GradientRelease:

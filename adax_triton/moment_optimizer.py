@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import master_weights
-from .checkpoint import (
+from adax_triton.state import master_weights
+from adax_triton.state.allocation import STATE_TENSORS, is_new, misfit, new_states
+from adax_triton.state.checkpoint import (
     check_state_dict,
     held_params,
     hold_tensors,
@@ -20,20 +21,19 @@ from .checkpoint import (
     with_int_counts,
     with_own_options,
 )
-from .control import ProgramOptions, StepControl, control_of
-from .frozen_warning import FrozenWarning
-from .horizon import FROZEN_WEIGHT
-from .hyperparameters import LATER_GROUP_DEFAULTS, validate_group
-from .parameters import check_param, is_frozen
-from .precision import precision_for
-from .state_tensors import STATE_TENSORS, is_new, misfit, new_states
-from .step.backend import uses_triton
-from .step.collect import Collected, ParamWithGrad, collect, settle_counts
-from .step.external_grads import Beside, BesideStep, as_params, checked_beside, collect_external
-from .step.launch import LaunchMemory
-from .step.plan import StepPlan
-from .step.scalars import HostScalars
-from .telemetry import StepSums, StepTelemetry
+from adax_triton.state.parameters import check_param, is_frozen
+from adax_triton.state.precision import precision_for
+from adax_triton.state.validation import LATER_GROUP_DEFAULTS, validate_group
+from adax_triton.step.backend import uses_triton
+from adax_triton.step.collect import Collected, ParamWithGrad, collect, settle_counts
+from adax_triton.step.conditions import ProgramOptions, StepControl, control_of
+from adax_triton.step.external_grads import Beside, BesideStep, as_params, checked_beside, collect_external
+from adax_triton.step.frozen_warning import FrozenWarning
+from adax_triton.step.launch import LaunchMemory
+from adax_triton.step.plan import StepPlan
+from adax_triton.step.scalars import HostScalars
+from adax_triton.step.telemetry import StepSums, StepTelemetry
+from adax_triton.update.horizon import FROZEN_WEIGHT
 
 _FEW_PLANS = 64
 

@@ -8,8 +8,9 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from adax_triton.step.telemetry import StepTelemetry
+
 from .moment_optimizer import MomentOptimizer
-from .telemetry import StepTelemetry
 
 
 class ScalarWriter(Protocol):

@@ -64,12 +64,22 @@ MARGINS_S = {"variants": 8.0, "step": 25.0, "train": 15.0}
 PARTS = tuple(dict.fromkeys([*LIMITS_S[1], *LIMITS_S[2]]))
 NEEDED = ("device", "doctor")  # without a GPU, or with a wrong kernel, the others show nothing
 
-FIRST = ("test_kernel.py", "test_rounding.py", "test_compact.py", "test_low_memory.py")  # the kernel's own
+FIRST = (
+    "step/test_kernel.py",
+    "update/test_rounding.py",
+    "update/test_quantization.py",
+    "state/test_low_memory.py",
+)  # the kernel's own
 # The doctor is a part by itself, and the benchmark checks every mode before it times it.
-ELSEWHERE = ("test_doctor.py", "test_bench_gate.py", "test_bench_step.py", "test_gpu_check.py")
+ELSEWHERE = (
+    "project/test_doctor.py",
+    "bench/test_bench_correctness.py",
+    "bench/test_bench_step.py",
+    "bench/test_gpu_check.py",
+)
 USES_GPU = re.compile(r"\b(device|backend): torch\.device|mark\.gpu")
 MOST_WORKERS = 12  # each has a CUDA context of its own
-SANITIZED = ("test_kernel.py", "step_of_any_size or memory_between_tensors")  # sizes around a block's; canaries
+SANITIZED = ("step/test_kernel.py", "step_of_any_size or memory_between_tensors")  # sizes around a block's; canaries
 STEP_SIZES = ("1e6", "1e8", "1e9")
 STEP_LISTS = ("gpt2", "llama3-8b-shard", "many-small")
 STEP_MODES = (
@@ -82,7 +92,7 @@ STEP_MODES = (
     "bf16 + lowest + 24-bit masters",
 )
 TRAIN_CASES = ("plain / torch AdamW", "plain / AdaXW low, bfloat16 weights, 24-bit masters")
-COMMAND_LINE = ("-c", "import sys; from adax_triton.cli import main; sys.exit(main())")
+COMMAND_LINE = ("-c", "import sys; from adax_triton.cli.main import main; sys.exit(main())")
 METRICS = {
     "dram__bytes_read.sum": "bytes_read",
     "dram__bytes_write.sum": "bytes_written",
@@ -111,7 +121,8 @@ class Part(NamedTuple):
 
 def gpu_tests() -> list[str]:
     """Return the files of tests that run on a GPU where there is one, by the fixtures of conftest.py that they name."""
-    texts = {path.name: path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py"))}
+    tests = ROOT / "tests"
+    texts = {path.relative_to(tests).as_posix(): path.read_text() for path in sorted(tests.rglob("test_*.py"))}
     found = [name for name, text in texts.items() if USES_GPU.search(text) and "mark.deepspeed" not in text]
     return [*FIRST, *(name for name in found if name not in (*FIRST, *ELSEWHERE))]
 
@@ -142,15 +153,15 @@ def part_of(name: str, tests: list[str], result: Path, interpret: bool, seconds:
         return tests_part(name, tests, interpret)
     small = ("--device", "cpu", "--numel", "500") if interpret else ()
     if name == "device":
-        return Part(name, ("-m", "adax_triton.bench.environment", "cpu" if interpret else "cuda"))
+        return Part(name, ("-m", "adax_triton.bench.harness.environment", "cpu" if interpret else "cuda"))
     if name == "doctor":
         return Part(name, (*COMMAND_LINE, "doctor"))
     if name == "compile":
-        return Part(name, ("-m", "adax_triton.bench.compile_kernels", *(("--modes", "fp32") if interpret else ())))
+        return Part(name, ("-m", "adax_triton.bench.step.compile_kernels", *(("--modes", "fp32") if interpret else ())))
     if name == "counters":
         counters: tuple[str, ...] = ("ncu", "--clock-control", "none", "--csv", "--print-units", "base")
         counters += ("--kernel-name", "regex:adax_step", "--metrics", ",".join(METRICS))
-        return Part(name, ("-m", "adax_triton.bench.counted_steps", *small), counters)
+        return Part(name, ("-m", "adax_triton.bench.step.counted_steps", *small), counters)
     return benchmark(name, result, interpret, seconds)
 
 
@@ -189,7 +200,7 @@ def benchmark(name: str, result: Path, interpret: bool, seconds: float) -> Part:
         options["variants"] += ("--variants", "2048x8 r48")
     if name in MARGINS_S:
         options[name] += ("--budget", str(round(max(seconds - MARGINS_S[name], 1.0))))
-    words = ("-m", "adax_triton.bench.launch_variants") if name == "variants" else (*COMMAND_LINE, "bench", name)
+    words = ("-m", "adax_triton.bench.step.launch_variants") if name == "variants" else (*COMMAND_LINE, "bench", name)
     return Part(name, (*words, *options[name], "--json", str(result)))
 
 

@@ -22,18 +22,22 @@ from typing import Any
 from unittest import mock
 
 import torch
+from adax_triton.bench.harness.environment import describe
+from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.progress import progress
+from adax_triton.bench.harness.timing import p20_and_p80
 from torch import Tensor
 
 from adax_triton import AdaXW
 
-from .environment import describe
-from .origin import origin
-from .progress import progress
-from .timing import p20_and_p80
-
 COUNTS = (1, 150, 1000, 5000)
 GOAL_US, GOAL_US_PER_TENSOR = 60.0, 0.05
-_LAUNCHES = {"adax_step": "adax_step", "schedule": "prepare_step", "grad_stats": "grad_stats", "telemetry": "add_rows"}
+_LAUNCHES = {
+    "adax_step": "adax_step",
+    "coefficients": "prepare_step",
+    "grad_norm": "grad_stats",
+    "telemetry": "add_rows",
+}
 _NUMEL = 64
 _MODES: dict[str, dict[str, Any]] = {
     "plain": {},

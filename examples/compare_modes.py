@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from adax_triton.bench.environment import describe
+from adax_triton.bench.harness.environment import describe
 from gpt import GPT
 from text_data import TextData, read_text
 from torch.func import functional_call

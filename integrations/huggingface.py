@@ -17,10 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers.trainer
+from adax_triton.integrations import deepspeed as deepspeed_adapter
 
 from adax_triton.moment_optimizer import MomentOptimizer
-
-from . import deepspeed as deepspeed_adapter
 
 __all__ = ["register", "unregister"]
 

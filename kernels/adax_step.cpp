@@ -7,7 +7,7 @@
 //     STOCHASTIC, PARAM_IS_COPY, TELEMETRY    0 or 1
 // The loops over a group are written for the compiler to vectorise. It must not contract products and sums.
 
-#include "compact.hpp"
+#include "quantization.hpp"
 #include "rounding.hpp"
 
 namespace adax {
@@ -110,7 +110,7 @@ struct Sums {
     }
 };
 
-// ---- weights and master weights; see adax_triton/stored.py --------------------------------------------------------
+// ---- weights and master weights; see adax_triton/update/quantized_update.py --------------------------------------------------------
 
 inline number load_weight(const Arrays& a, int j, int32_t rest) {
     if constexpr (PARAM_IS_COPY) {

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from . import tables
-from .compact import GROUP, decode_moments, encode_moments
 from .launch import current_backend, launch, launch_shape
+from .quantization import GROUP, decode_moments, encode_moments
 from .rounding import differ, join_master, random_bits, round_to_bfloat16, split_master, to_float32
 from .telemetry import TELEMETRY_COLUMNS, tile_sums
 from .variants import StepVariant
@@ -312,7 +312,7 @@ def adax_step(
 ) -> None:
     """Apply one update to every tensor of a table, in place and in one launch.
 
-    The update is that of `adax_triton.reference.adax_update`, in float32 arithmetic.
+    The update is that of `adax_triton.update.reference.adax_update`, in float32 arithmetic.
 
     Args:
         tensors: (n, 9) int64, see `tables.TENSOR_COLUMNS`. The arrays are contiguous.

@@ -1,7 +1,7 @@
 """The scalars of a step found on the device, so that a step can be skipped, or replayed from a graph, without the host.
 
 One small launch before the update: each lane takes one tensor's step count to the row of scalars that `adax_step`
-reads. All is float64; `adax_triton/schedule.py` has the closed forms, and their reasons.
+reads. All is float64; `adax_triton/update/coefficients.py` has the closed forms, and their reasons.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def _one_minus_exp(x):
 
 @triton.jit
 def random_key(seed, step):
-    """Return the two words of `adax_triton.rounding.random_key`, for a uint32 seed and the lower 32 bits of the step.
+    """Return the two words of `adax_triton.update.rounding.random_key`.
+
+    Takes a uint32 seed and the lower 32 bits of the step.
 
     With a key of zeros, `random_bits` is the plain mixer.
     """
@@ -148,7 +150,7 @@ def prepare_step(
     Args:
         rows: (n, 3) int64: the address of the tensor's step count, 0-d int64; the row of `groups`; the address of its
             learning rate, float32, or 0 for that of the group. No two rows have the same count.
-        groups: (k, 14) float64: the fields of `adax_triton.schedule.DeviceSchedule` in order.
+        groups: (k, 14) float64: the fields of `adax_triton.update.coefficients.DeviceSchedule` in order.
         inputs: (4,) float64: the scale that the gradients bear, 1 where there is none; `found_inf`, 0 where there is
             none; the sum of squares of the gradients as they are; the norm to clip them to, inf to have it measured
             only, 0 for neither, where the sum is not looked at.

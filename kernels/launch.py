@@ -23,7 +23,7 @@ class LaunchShape(NamedTuple):
 
 # 8 elements per thread at 32 threads per warp (NVIDIA) and 64 (AMD). On an H200 no other shape and no register cap is
 # more than 3 % faster in any mode (bench/results/nvidia-h200-variants.json). AMD's was never timed. Generated code has
-# no spills, no shared memory, and every data load before the first store (tests/test_code_audit.py).
+# no spills, no shared memory, and every data load before the first store (tests/gpu_code/test_code_audit.py).
 _SHAPES = {"cuda": LaunchShape(2048, 8, 8), "hip": LaunchShape(2048, 4, 8)}
 
 

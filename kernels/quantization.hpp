@@ -1,4 +1,4 @@
-// The codes of compact states; formats and reasons are in adax_triton/compact.py. The twin of compact.py.
+// The codes of compact states; formats and reasons are in adax_triton/update/quantization.py. The twin of quantization.py.
 //
 // Groups are taken many at a time, and each stage for all of them before the next: what one group waits for, such as
 // its largest element, is then found while others are worked on.

@@ -1,4 +1,4 @@
-"""Device functions: the codes of compact states; formats and reasons are in `adax_triton/compact.py`.
+"""Device functions: the codes of compact states; formats and reasons are in `adax_triton/update/quantization.py`.
 
 A tile has its groups of 32 elements along AXIS: the second of a block of groups, or the only one of a single group.
 """

@@ -1,6 +1,6 @@
 """Device functions: random bits that depend on (seed, step, element) only, stochastic rounding, split master weights.
 
-`adax_triton/rounding.py` has the same in PyTorch, with the reasons; the two give the same bits.
+`adax_triton/update/rounding.py` has the same in PyTorch, with the reasons; the two give the same bits.
 """
 
 import triton

@@ -13,19 +13,25 @@ from typing import Any
 
 import pytest
 import torch
+from paths import SUPPORT, TESTS
 from ranks import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # The functions of the package that launch a kernel.
-LAUNCHERS = {"adax_step": "adax_step", "schedule": "prepare_step", "grad_stats": "grad_stats", "telemetry": "add_rows"}
+LAUNCHERS = {
+    "adax_step": "adax_step",
+    "coefficients": "prepare_step",
+    "grad_norm": "grad_stats",
+    "telemetry": "add_rows",
+}
 
 # Seconds of each file of tests on two quiet cores, by `make durations`.
-DURATIONS = Path(__file__).with_name("durations.json")
+DURATIONS = SUPPORT / "durations.json"
 # `make quick`: files that take no longer, and those of the update, of its formats, of the contract and of refusals.
 QUICK_S = 3.0
-ESSENTIAL = {f"test_{name}.py" for name in ("kernel", "compact", "rounding", "optimizer_contract", "bad_input")}
+ESSENTIAL = {f"test_{name}.py" for name in ("kernel", "quantization", "rounding", "optimizer_contract", "bad_input")}
 
 # Triton decides at its import, so this comes before any import of it; torch.cuda is also the HIP device.
 if not torch.cuda.is_available():
@@ -37,7 +43,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what the Makefile passes."""
     parser.addoption("--quick", action="store_true", help="run the tests that take a minute together")
-    parser.addoption("--record-durations", action="store_true", help="write tests/durations.json")
+    parser.addoption("--record-durations", action="store_true", help="write tests/support/durations.json")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -48,15 +54,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     seconds: dict[str, float] = json.loads(DURATIONS.read_text())
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: -seconds.get(item.path.name, QUICK_S))
+        items.sort(key=lambda item: -seconds.get(in_tests(item.path), QUICK_S))
     chosen, others = [], []
     for item in items:
-        short = item.path.name in ESSENTIAL or seconds.get(item.path.name, QUICK_S) <= QUICK_S
+        short = item.path.name in ESSENTIAL or seconds.get(in_tests(item.path), QUICK_S) <= QUICK_S
         left_out = config.getoption("quick", False) and not short
         left_out |= bool(os.environ.get("ONLY_GPU_TESTS")) and not needs_gpu(item)
         (others if left_out else chosen).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
+
+
+def in_tests(path: str | Path) -> str:
+    return Path(os.path.abspath(path)).relative_to(TESTS).as_posix()
 
 
 def pytest_collection_finish() -> None:
@@ -78,7 +88,7 @@ class DurationFile:
         self._seconds: dict[str, float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._seconds[Path(report.fspath).name] += report.duration
+        self._seconds[in_tests(report.fspath)] += report.duration
 
     def pytest_sessionfinish(self) -> None:
         found = {name: round(self._seconds[name], 1) for name in sorted(self._seconds)}
@@ -226,5 +236,5 @@ def launch(
     (folder / "cases.json").write_text(json.dumps(cases))
     arguments = [str(folder / name) for name in ("cases.json", "results.json")]
     interpret = {"TRITON_INTERPRET": str(int(interpreted))}
-    run_ranks(Path(__file__).with_name(worker), arguments, world_size, folder, interpret, folder / "ranks.log")
+    run_ranks(SUPPORT / worker, arguments, world_size, folder, interpret, folder / "ranks.log")
     return json.loads((folder / "results.json").read_text())

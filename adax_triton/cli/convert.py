@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .convert import FORMS, Progress, converted_to, in_precision, refusing_unsafe
-from .precision import MASTER_WEIGHTS, STATES
+from adax_triton.convert.files import FORMS, Progress, converted_to, in_precision, refusing_unsafe
+from adax_triton.state.precision import MASTER_WEIGHTS, STATES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Convert; return 1 after one sentence on standard error where something does not fit."""
-    from adax_triton.bench.progress import progress
+    from adax_triton.bench.harness.progress import progress
 
     try:
         written = _convert(arguments, progress)
@@ -59,7 +59,7 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> str:
         if getattr(arguments, option) is not None:
             name = f"--{option.replace('_', '-')}"
             raise ValueError(f"{name} is for files; a DeepSpeed checkpoint is loaded as the configuration says")
-    from adax_triton.integrations.deepspeed_convert import convert_folder
+    from adax_triton.integrations.deepspeed.checkpoints.offline import convert_folder
 
     return convert_folder(source, target, arguments.to, arguments.beta2, arguments.lr, progress)
 

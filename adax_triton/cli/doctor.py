@@ -10,12 +10,12 @@ import time
 
 import torch
 
-from .optimizer import AdaX, AdaXW
-from .precision import PARAM_DTYPES
-from .reference import adax_update
-from .schedule import GROUP_KEYS, step_scalars
-from .step.backend import REFERENCE, backend_of, explain_backend
-from .step.cpu_kernel import build_problem, cache_finding, instruction_set
+from adax_triton.optimizers import AdaX, AdaXW
+from adax_triton.state.precision import PARAM_DTYPES
+from adax_triton.step.backend import REFERENCE, backend_of, explain_backend
+from adax_triton.step.cpu_kernel import build_problem, cache_finding, instruction_set
+from adax_triton.update.coefficients import GROUP_KEYS, step_scalars
+from adax_triton.update.reference import adax_update
 
 _CHECK_SIZES = (1, 1000, 4099)
 _CHECK_STEPS = 3

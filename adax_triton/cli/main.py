@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from .version import __version__
+from adax_triton.version import __version__
 
 COMMANDS = {
     "doctor": "what this machine can run, and whether the kernel is right on it",
@@ -46,9 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(names: list[str], words: list[str]) -> int:
     # Not earlier: PyTorch takes seconds, which --version, --help and a misspelt command do not need.
-    from adax_triton.bench import cpu, host, memory, report, scale, step_functions, step_report, train
-
-    from . import convert_command, doctor
+    from adax_triton.bench import host
+    from adax_triton.bench.memory import per_parameter as memory
+    from adax_triton.bench.report import command as report
+    from adax_triton.bench.step import command as step_report
+    from adax_triton.bench.step import cpu, scale
+    from adax_triton.bench.step import functions as step_functions
+    from adax_triton.bench.training import command as train
+    from adax_triton.cli import convert as convert_command
+    from adax_triton.cli import doctor
 
     modules = {"doctor": doctor, "convert": convert_command, "memory": memory, "step": step_report, "host": host}
     modules |= {"cpu": cpu, "functions": step_functions}

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .conversion import (
+from adax_triton.optimizers import AdaX
+from adax_triton.state.precision import precision_of
+
+from .moments import HYPERPARAMETERS
+from .state_dicts import (
     adam_from_adax,
     adax_from_adam,
     from_released_adax,
@@ -23,9 +27,6 @@ from .conversion import (
     to_released_adax,
     to_torch_adam,
 )
-from .converted_states import HYPERPARAMETERS
-from .optimizer import AdaX
-from .precision import precision_of
 
 FORMS = ("adax", "adaxw", "adam", "adamw", "torch-adam", "torch-adamw", "released-adax", "released-adaxw")
 

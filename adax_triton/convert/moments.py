@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .hyperparameters import LATER_GROUP_DEFAULTS, as_float, validate_group
-from .step_counts import checked_count
+from adax_triton.state.step_counts import checked_count
+from adax_triton.state.validation import LATER_GROUP_DEFAULTS, as_float, validate_group
 
 FOREIGN_KEYS = ("lr", "betas", "eps", "weight_decay")
 NEEDED_KEYS = (*FOREIGN_KEYS, "second_moment", "eps_placement")

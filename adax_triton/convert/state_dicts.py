@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from .converted_states import FOREIGN_KEYS, NEEDED_KEYS, TORCH_OPTIONS, Rule, checked_group, converted, other_keys
-from .hyperparameters import as_float
-from .schedule import one_minus_power
+from adax_triton.state.validation import as_float
+from adax_triton.update.coefficients import one_minus_power
+
+from .moments import FOREIGN_KEYS, NEEDED_KEYS, TORCH_OPTIONS, Rule, checked_group, converted, other_keys
 
 _ADAM = {"second_moment": "adam", "eps_placement": "normalized"}
 _RELEASED_ADAX = {"second_moment": "adax", "eps_placement": "unnormalized"}

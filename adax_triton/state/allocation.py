@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtensor import is_sharded, local, sharded_like
 from .flat_buffer import FlatBuffer, unwritable
 from .precision import HALF_DTYPES, Layout, Precision, is_compact, precision_of, state_layouts
-from .sharding import first_element, is_sharded, local, local_gradient, shard_groups, sharded_like
-from .tensor_step import TensorStep
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_TENSORS = (*MOMENTS, "group_exponents", "master")
@@ -118,25 +117,3 @@ def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
 def _holds_whole_numbers(tensor: Tensor) -> bool:
     *strides, last = tensor.stride()
     return last == 1 and all(number % tensor.shape[-1] == 0 for number in (*strides, tensor.storage_offset()))
-
-
-def tensor_step(
-    param: Tensor, grad: Tensor, state: Mapping[str, Any], scalar_row: int, group: Mapping[str, Any]
-) -> TensorStep:
-    """Return one parameter's share of a step, on the tensors of this rank."""
-    numbers = numbers_of(state)
-    master = numbers.get("master")
-    step = TensorStep(
-        local(param.detach()),
-        local_gradient(grad, param),
-        numbers["exp_avg"],
-        numbers["exp_avg_sq"],
-        scalar_row,
-        precision_of(state).states,
-        master,
-        numbers.get("group_exponents"),
-        group["weight_rounding"] == "stochastic" and master is None and param.dtype == torch.bfloat16,
-        first_element(param),
-        shard_groups(param),
-    )
-    return step.mapped(torch.view_as_real) if param.is_complex() else step

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compact import GROUP
-from .hyperparameters import LATER_GROUP_DEFAULTS, validate_group
+from adax_triton.update.coefficients import GROUP_KEYS
+from adax_triton.update.quantization import GROUP
+from adax_triton.update.quantized_update import load_moments, store_moments
+
+from .allocation import MOMENTS, STATE_TENSORS, is_new, numbers_of
+from .dtensor import local, placed_like, splits_groups
 from .precision import HALF_DTYPES, Layout, is_compact, precision_of, state_layouts
-from .schedule import GROUP_KEYS
-from .sharding import local, placed_like, splits_groups
-from .state_tensors import MOMENTS, STATE_TENSORS, is_new, numbers_of
 from .step_counts import checked_count, counts_as_ints
-from .stored import load_moments, store_moments
+from .validation import LATER_GROUP_DEFAULTS, validate_group
 
 # What an optimizer keeps of its own when it loads a checkpoint: how states and counts are kept is no part of what was
 # learned.

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sharding import local, placed_like, sharded_like
-from .state_tensors import numbers_of
-from .stored import load_master, store_master
+from adax_triton.update.quantized_update import load_master, store_master
+
+from .allocation import numbers_of
+from .dtensor import local, placed_like, sharded_like
 
 
 def export(model: nn.Module, states: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, Tensor]:

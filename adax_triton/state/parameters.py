@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .dtensor import is_sharded, is_supported, splits_groups
 from .precision import COMPACT_FROM_NUMEL, PARAM_DTYPES, is_compact
-from .sharding import is_sharded, is_supported, splits_groups
 
 
 def is_frozen(param: Tensor) -> bool:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from .device_tables import on_device
 
 
 def checked_count(step: Any, name: str) -> int:
@@ -59,18 +57,6 @@ def settled_count(step: Any, param: Tensor, on_kernel: bool) -> int | Tensor:
     if on_kernel and is_on_device(step, param):
         return step.reshape(()).to(device=param.device, dtype=torch.int64)
     return checked_count(step, "state['step']")
-
-
-def count_on_device(states: Iterable[dict[str, Any]]) -> None:
-    """Move counts that are ints to the devices of their states, without the host waiting."""
-    alike: dict[torch.device, list[dict[str, Any]]] = defaultdict(list)
-    for state in states:
-        if not isinstance(state["step"], Tensor):
-            alike[state["exp_avg"].device].append(state)
-    for device, some in alike.items():
-        counts = torch.tensor([state["step"] for state in some], dtype=torch.int64, device="cpu")
-        for state, count in zip(some, on_device(counts, device), strict=True):
-            state["step"] = count
 
 
 def counts_as_ints(states: Mapping[Any, Any], keys: Sequence[Any]) -> dict[Any, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from adax_triton.update.coefficients import EPS_PLACEMENTS, SECOND_MOMENTS
+
 from .precision import MASTER_WEIGHTS, STATES, WEIGHT_ROUNDINGS
-from .schedule import EPS_PLACEMENTS, SECOND_MOMENTS
 
 # The rules read betas[1] differently, and each one's default lies far outside the others' sense.
 LARGEST_ADAX_BETA2 = 0.1

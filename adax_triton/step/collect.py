@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..control import StepControl
-from ..device_tables import UNPREPARED, is_capturing
-from ..flat_buffer import beyond_storage, unwritable
-from ..parameters import check_param, checked_gradient
-from ..state_tensors import is_new, misfit
-from ..step_counts import check_count, is_on_device, settled_count
+from adax_triton.state.allocation import is_new, misfit
+from adax_triton.state.flat_buffer import beyond_storage, unwritable
+from adax_triton.state.parameters import check_param, checked_gradient
+from adax_triton.state.step_counts import check_count, is_on_device, settled_count
+
 from .backend import is_fake, uses_triton
+from .conditions import StepControl
+from .device_tables import UNPREPARED, is_capturing
 from .scalars import lr_address
 
 

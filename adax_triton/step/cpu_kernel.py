@@ -23,7 +23,7 @@ from adax_triton.kernels import tables
 
 # Elements per entry of the chunk table; a multiple of `tables.GROUP`.
 CHUNK_SIZE = 16_384
-_SOURCES = [Path(tables.__file__).with_name(name) for name in ("adax_step.cpp", "compact.hpp", "rounding.hpp")]
+_SOURCES = [Path(tables.__file__).with_name(name) for name in ("adax_step.cpp", "quantization.hpp", "rounding.hpp")]
 _COMPILERS = ("c++", "g++", "clang++")
 _ADVICE = "Install a C++ compiler, such as g++, or name one in the environment variable CXX"
 _OTHER = "Unset CXX to use the machine's compiler, or set it to another"

@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..compact import GROUP
-from ..control import StepControl, check_one_element
-from ..device_tables import is_capturing
-from ..flat_buffer import beyond_storage, unwritable
-from ..precision import PARAM_DTYPES, is_compact
-from ..state_tensors import MOMENTS, is_new, tensor_step
-from ..step_counts import is_on_device
-from ..tensor_step import TensorStep
+from adax_triton.state.allocation import MOMENTS, is_new
+from adax_triton.state.flat_buffer import beyond_storage, unwritable
+from adax_triton.state.precision import PARAM_DTYPES, is_compact
+from adax_triton.state.step_counts import is_on_device
+from adax_triton.update.quantization import GROUP
+
 from .collect import Collected, ParamWithGrad, check_state, needs_device
+from .conditions import StepControl, check_one_element
+from .device_tables import is_capturing
+from .tensor_step import TensorStep, tensor_step
 
 _IMAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

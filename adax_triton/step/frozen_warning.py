@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adax_triton.state.validation import as_float
+from adax_triton.update.coefficients import exp_avg_sq_weight
+from adax_triton.update.horizon import FROZEN_WEIGHT
+
 from .device_tables import is_capturing
-from .horizon import FROZEN_WEIGHT
-from .hyperparameters import as_float
-from .schedule import exp_avg_sq_weight
-from .step.scalars import DeviceRow
+from .scalars import DeviceRow
 
 # Steps at which counts on a device are read: the first, for a run that goes on from a checkpoint, then one in so many.
 _FIRST_READS, _READ_EVERY = 4, 1024

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .control import NormRanks
+from .conditions import NormRanks
 
 if TYPE_CHECKING:
-    from .step.launch import Launch
+    from .launch import Launch
 
 
 def sum_of_squares(launches: Sequence[Launch], ranks: NormRanks | None = None) -> Tensor | None:

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from adax_triton.kernels.tables import SUM_COLUMNS, TENSOR_COLUMNS
+from adax_triton.update.coefficients import StepScalars
 
-from ..device_tables import UNPREPARED, AddressTable, DeviceTable, KeptByStream, is_capturing
-from ..schedule import StepScalars
-from ..tensor_step import TensorStep
 from .backend import NATIVE, REFERENCE, TRITON, backend_of, is_fake, native_kernel
 from .cpu_kernel import CHUNK_SIZE, CpuKernel, CpuVariant
+from .device_tables import UNPREPARED, AddressTable, DeviceTable, KeptByStream, is_capturing
 from .reference_steps import ReferenceLaunch
 from .scalars import DeviceScalars
+from .tensor_step import TensorStep
 
 if TYPE_CHECKING:
-    from ..telemetry import DeviceSums
+    from .telemetry import DeviceSums
 
 ALIGNED_BYTES = 16
 _GRAD_COLUMN = TENSOR_COLUMNS.index("grad")
@@ -105,7 +105,7 @@ class TritonLaunch(TableLaunch):
 
     def sum_of_squares(self) -> Tensor:
         """Return the sum of the squared gradients, 0-d float64 on their device; always the same tensor."""
-        from adax_triton.kernels.grad_stats import grad_stats, partial_count
+        from adax_triton.kernels.grad_norm import grad_stats, partial_count
 
         count = partial_count(self._table.chunks.numel())
         if self._partials.numel() != count:
@@ -130,7 +130,7 @@ class TritonLaunch(TableLaunch):
             adax_step(self._table.tensors, self._table.chunks, scalars, variant)
         else:
             if self._sums is None:
-                from ..telemetry import DeviceSums
+                from .telemetry import DeviceSums
 
                 self._sums = DeviceSums(self.bucket.device)
             chunk_sums = self._sums.of_chunks(self._table.chunk_counts())

@@ -13,18 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..control import TAKEN, Decision, StepControl
-from ..device_tables import UNPREPARED, DeviceTable, current_stream, is_capturing
-from ..gradient_norm import sum_of_squares
-from ..step_counts import count_on_device
-from ..telemetry import Owner, StepSums
-from ..tensor_step import TensorStep, laid_out_alike
-from ..uninterrupted import Uninterrupted
 from .backend import is_fake, uses_triton
 from .collect import Collected, ParamWithGrad, needs_device
+from .conditions import TAKEN, Decision, StepControl
+from .delayed_interrupt import Uninterrupted
+from .device_tables import UNPREPARED, DeviceTable, current_stream, is_capturing
 from .external_grads import tensor_steps
+from .grad_norm import sum_of_squares
 from .launch import ALIGNED_BYTES, LaunchMemory, NativeLaunch, ReferenceLaunch, TableLaunch, TritonLaunch, is_settled
-from .scalars import DeviceRow, DeviceScalars, HostScalars
+from .scalars import DeviceRow, DeviceScalars, HostScalars, count_on_device
+from .telemetry import Owner, StepSums
+from .tensor_step import TensorStep, laid_out_alike
 from .unchanged import Unchanged, is_plain
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..compact import GROUP
-from ..control import Decision
-from ..reference import adax_update
-from ..schedule import StepScalars
-from ..stored import load_master, stored_update
-from ..tensor_step import TensorStep
+from adax_triton.update.coefficients import StepScalars
+from adax_triton.update.quantization import GROUP
+from adax_triton.update.quantized_update import load_master, stored_update
+from adax_triton.update.reference import adax_update
+
+from .conditions import Decision
+from .tensor_step import TensorStep
 
 # Elements updated at a time: temporaries stay in cache and never reach the tensor's size. A multiple of GROUP.
 CHUNK_SIZE = 65_536

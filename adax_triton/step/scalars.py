@@ -6,19 +6,20 @@ step is the same for both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adax_triton.kernels.tables import SCALAR_COLUMNS, scalar_row
+from adax_triton.state.validation import as_float
+from adax_triton.update.coefficients import GROUP_KEYS, DeviceSchedule, StepScalars, device_schedule, step_scalars
+from adax_triton.update.rounding import random_key
 
-from ..control import TAKEN, Decision, StepControl
-from ..device_tables import DeviceTable
-from ..hyperparameters import as_float
-from ..rounding import random_key
-from ..schedule import GROUP_KEYS, DeviceSchedule, StepScalars, device_schedule, step_scalars
+from .conditions import TAKEN, Decision, StepControl
+from .device_tables import DeviceTable, on_device
 
 _GRAD_FACTOR = SCALAR_COLUMNS.index("grad_factor")
 
@@ -192,7 +193,7 @@ class DeviceScalars:
         Raises:
             TypeError: a learning rate on this device that is not float32.
         """
-        from adax_triton.kernels.schedule import SCALAR_COLUMNS, prepare_step
+        from adax_triton.kernels.coefficients import SCALAR_COLUMNS, prepare_step
 
         used = _used_groups(rows, groups)
         constants = [_constants(groups[index], self._device) for index in used]
@@ -274,3 +275,15 @@ def lr_address(group: Mapping[str, Any], device: torch.device) -> int:
             f"Invalid type of lr: on {device} a tensor is read by the kernel, expected float32, got {lr.dtype}"
         )
     return lr.data_ptr()
+
+
+def count_on_device(states: Iterable[dict[str, Any]]) -> None:
+    """Move counts that are ints to the devices of their states, without the host waiting."""
+    alike: dict[torch.device, list[dict[str, Any]]] = defaultdict(list)
+    for state in states:
+        if not isinstance(state["step"], Tensor):
+            alike[state["exp_avg"].device].append(state)
+    for device, some in alike.items():
+        counts = torch.tensor([state["step"] for state in some], dtype=torch.int64, device="cpu")
+        for state, count in zip(some, on_device(counts, device), strict=True):
+            state["step"] = count

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .compact import GROUP
-from .flat_buffer import is_dense, memory_run
+from adax_triton.state.allocation import numbers_of
+from adax_triton.state.dtensor import first_element, local, local_gradient, shard_groups
+from adax_triton.state.flat_buffer import is_dense, memory_run
+from adax_triton.state.precision import precision_of
+from adax_triton.update.quantization import GROUP
 
 
 class TensorStep(NamedTuple):
@@ -76,6 +80,28 @@ class TensorStep(NamedTuple):
     def as_runs(self) -> TensorStep:
         """Return this step on 1-D views in the order of memory; the tensors must be laid out alike."""
         return self.mapped(memory_run)
+
+
+def tensor_step(
+    param: Tensor, grad: Tensor, state: Mapping[str, Any], scalar_row: int, group: Mapping[str, Any]
+) -> TensorStep:
+    """Return one parameter's share of a step, on the tensors of this rank."""
+    numbers = numbers_of(state)
+    master = numbers.get("master")
+    step = TensorStep(
+        local(param.detach()),
+        local_gradient(grad, param),
+        numbers["exp_avg"],
+        numbers["exp_avg_sq"],
+        scalar_row,
+        precision_of(state).states,
+        master,
+        numbers.get("group_exponents"),
+        group["weight_rounding"] == "stochastic" and master is None and param.dtype == torch.bfloat16,
+        first_element(param),
+        shard_groups(param),
+    )
+    return step.mapped(torch.view_as_real) if param.is_complex() else step
 
 
 def laid_out_alike(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> TensorStep:

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch._C._dynamo import guards
 
-from ..state_tensors import STATE_TENSORS
+from adax_triton.state.allocation import STATE_TENSORS
+
 from .collect import ParamWithGrad
 
 _gradient = attrgetter("grad")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from numbers import Real
 
-from .schedule import exp_avg_sq_weight
+from .coefficients import exp_avg_sq_weight
 
 # Below it, even a squared gradient 32 times its second moment leaves every bit of a float32 v as it is:
 # |w_t (g^2 / v - 1)| < 31 * 2^-30 < 2^-25, which is half a unit in the last place at the worst.

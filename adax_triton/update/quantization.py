@@ -9,7 +9,7 @@ v is rounded stochastically: `w_t` falls for as long as AdaX runs, and rounded t
 The noise that is left has a variance in proportion to the spacing of the codes, so a group whose elements are alike, as
 most are, gets finer codes. u is of order one whatever the scale of the gradient, so elements of very different
 gradients share a group's scale well. A group is 32 elements that follow each other in memory. The kernels have their
-own writing in `kernels/compact.py`.
+own writing in `kernels/quantization.py`.
 
 Where v is no normal finite float32, u means nothing: its code is 0, and it does not count for the group's scale. In
 "lowest" an infinite or NaN v becomes the largest finite v of its group.

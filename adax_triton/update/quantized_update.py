@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .compact import GROUP, decode, encode
+from .coefficients import StepScalars
+from .quantization import GROUP, decode, encode
 from .reference import adax_update
 from .rounding import (
     current_copy,
@@ -17,7 +18,6 @@ from .rounding import (
     signed_word,
     split_master,
 )
-from .schedule import StepScalars
 
 # Adding half of what is cut off rounds to the nearest, ties away from zero.
 _NEAREST = 0x8000

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import adax_update
-from ..schedule import StepScalars, step_scalars
+from adax_triton.update.coefficients import StepScalars, step_scalars
+from adax_triton.update.reference import adax_update
+
 from .modes import Mode
 from .providers import RULES, Provider, Rule
 from .workloads import Shapes

@@ -1,6 +1,6 @@
 """What a result must say of where it was measured.
 
-    python -m adax_triton.bench.environment cuda
+    python -m adax_triton.bench.harness.environment cuda
 
 prints what the driver's own program says of the GPU, then one line of JSON: what `describe` returns.
 """

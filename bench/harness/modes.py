@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..precision import Precision, bytes_loaded, bytes_stored, state_bytes
+from adax_triton.state.precision import Precision, bytes_loaded, bytes_stored, state_bytes
 
 
 class Mode(NamedTuple):

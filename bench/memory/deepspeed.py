@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..precision import Precision, bytes_of_states
+from adax_triton.state.precision import Precision, bytes_of_states
 
 PLACES = ("GPU", "host", "NVMe")
 

@@ -1,7 +1,7 @@
 """Memory of training per parameter: every mode of this package beside what its users would take instead.
 
 Weights, gradients and optimizer states, from the formats alone; activations and buffers come on top for all alike. Ours
-come from `adax_triton.precision`, which tests hold against the tensors there are. The others' are those of their
+come from `adax_triton.state.precision`, which tests hold against the tensors there are. The others' are those of their
 formats: a scale per 32 elements in FlashOptim, per 256 in bitsandbytes and torchao.
 
     adax-triton bench memory --figure docs/memory.png
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from adax_triton.bench.memory import deepspeed as deepspeed_memory
 
-from ..precision import Precision, bytes_of_states
-from . import deepspeed_memory
+from adax_triton.state.precision import Precision, bytes_of_states
 
 PARAMETERS = (7e9, 70e9)
 PARTS = ("weights", "gradients", "master weights", "first moment", "second moment")

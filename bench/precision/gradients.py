@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from adax_triton.compact import GROUP
+from adax_triton.update.quantization import GROUP
 
 Gradient = Callable[[int], Tensor]
 ROW_CHANCE = 1 / 20

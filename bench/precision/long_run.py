@@ -12,7 +12,7 @@ A v that no longer falls makes steps too small, as a smaller learning rate would
 for some of that: `learning_rates` has the risks of several, for v in float32 and for the control, by the reference
 update. The ratio of v does not depend on such a choice.
 
-    python -m adax_triton.bench.long_run --steps 100000 --out bench/results/long-run-100k.json
+    python -m adax_triton.bench.precision.long_run --steps 100000 --out bench/results/long-run-100k.json
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.environment import describe
 from torch import Tensor
 
 from adax_triton import AdaX
-from adax_triton.reference import adax_update
-from adax_triton.schedule import StepScalars, step_scalars
-from adax_triton.state_tensors import numbers_of
-from adax_triton.stored import load_moments
-
-from .environment import describe
+from adax_triton.state.allocation import numbers_of
+from adax_triton.update.coefficients import StepScalars, step_scalars
+from adax_triton.update.quantized_update import load_moments
+from adax_triton.update.reference import adax_update
 
 SIZE = 64  # of W: 4096 elements, from which on states are compact
 BATCH = 8

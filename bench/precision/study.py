@@ -10,7 +10,7 @@ Every mode steps the same simulated gradients with the package's own codes (`sto
 round `v` to the nearest: bfloat16, and FlashOptim's for v (arXiv:2602.23349, algorithm 3) with a float32 group scale
 where theirs is float16, and m left in float32.
 
-    python -m adax_triton.bench.precision_study --steps 30000 --out bench/results/precision-30k.json
+    python -m adax_triton.bench.precision.study --steps 30000 --out bench/results/precision-30k.json
 
 prints a table, and ends with 1 where one of our modes misses a goal of `goals`.
 """
@@ -25,18 +25,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from adax_triton.bench.harness.environment import describe
 from torch import Tensor
 
-from adax_triton.compact import GROUP
-from adax_triton.precision import Precision, state_layouts
-from adax_triton.reference import adax_update
-from adax_triton.rounding import random_bits, random_key
-from adax_triton.schedule import step_scalars
-from adax_triton.stored import load_moments, store_moments
+from adax_triton.state.precision import Precision, state_layouts
+from adax_triton.update.coefficients import step_scalars
+from adax_triton.update.quantization import GROUP
+from adax_triton.update.quantized_update import load_moments, store_moments
+from adax_triton.update.reference import adax_update
+from adax_triton.update.rounding import random_bits, random_key
 
-from .environment import describe
+from .error_stats import Tally
 from .gradients import KINDS
-from .precision_tally import Tally
 
 BETAS = (0.9, 1e-4)
 EPS = 1e-12

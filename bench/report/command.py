@@ -18,22 +18,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import (
-    counted_steps,
-    cpu,
-    deepspeed_step,
-    host,
-    launch_variants,
-    long_run,
-    plots,
-    precision_study,
-    scale,
-    step_functions,
-    step_table,
-    train,
-)
-from .origin import origin
-from .step_table import markdown_row
+from adax_triton.bench import host
+from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.precision import long_run
+from adax_triton.bench.precision import study as precision_study
+from adax_triton.bench.report import plots
+from adax_triton.bench.step import counted_steps, cpu, launch_variants, scale
+from adax_triton.bench.step import functions as step_functions
+from adax_triton.bench.step import table as step_table
+from adax_triton.bench.step.table import markdown_row
+from adax_triton.bench.training import command as train
+from adax_triton.bench.zero_passes import passes as deepspeed_step
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _SOURCE = re.compile(r"^From `([^`]+\.json)`", re.MULTILINE)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .origin import origin
+from adax_triton.bench.harness.origin import origin
 
 OURS_COLOUR, OTHER_COLOUR = "#2563eb", "#94a3b8"
 LINE_COLOURS = ("#2563eb", "#f59e0b", "#0d9488", "#475569", "#dc2626")

@@ -14,15 +14,15 @@ import sys
 from pathlib import Path
 
 import torch
+from adax_triton.bench.harness.modes import MODES
+from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.providers import Provider
+from adax_triton.bench.harness.timing import free_bytes
+from adax_triton.bench.harness.workloads import LISTS, Shapes, flat
 
-from .modes import MODES
-from .origin import origin
-from .providers import Provider
-from .step import USABLE
-from .step_run import choose, failures, run
-from .step_table import table
-from .timing import free_bytes
-from .workloads import LISTS, Shapes, flat
+from .measure import USABLE
+from .run import choose, failures, run
+from .table import table
 
 SIZES = {
     "cuda": (1_000_000, 10_000_000, 100_000_000, 1_000_000_000, 4_000_000_000),

@@ -1,6 +1,6 @@
 """Compile the kernels that tests and benchmarks share, in parallel, into Triton's cache on disk.
 
-    python -m adax_triton.bench.compile_kernels [--modes MODE ...]
+    python -m adax_triton.bench.step.compile_kernels [--modes MODE ...]
 
 One process per mode of `modes.MODES`: its step plain, with telemetry, and scheduled by the device behind a norm; for
 addresses that are multiples of 16 bytes and others.
@@ -17,10 +17,9 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.modes import MODES
 
 from adax_triton import AdaXW
-
-from .modes import MODES
 
 _OPTIONS: tuple[dict[str, Any], ...] = ({}, {"telemetry": True, "max_grad_norm": 1.0})
 _NUMEL = 1001

@@ -1,6 +1,6 @@
 """A step of one flat tensor in every mode, for a profiler that reads hardware counters: see `gpu_check.py`.
 
-    ncu --kernel-name regex:adax_step --metrics dram__bytes_read.sum python -m adax_triton.bench.counted_steps
+    ncu --kernel-name regex:adax_step --metrics dram__bytes_read.sum python -m adax_triton.bench.step.counted_steps
 
 Prints one JSON line per mode, in the order of the launches: the bytes per element that the counters should show, and on
 a GPU the bytes that the optimizer keeps allocated, next to the formula.
@@ -14,14 +14,15 @@ import sys
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.modes import MODES
+from adax_triton.bench.harness.providers import OURS, PROVIDERS, RULES
+from adax_triton.bench.harness.timing import release
+from adax_triton.bench.harness.workloads import flat
 
-from ..precision import bytes_loaded, bytes_stored
-from .modes import MODES
-from .providers import OURS, PROVIDERS, RULES
-from .step import make_params
-from .step_table import markdown_row
-from .timing import release
-from .workloads import flat
+from adax_triton.state.precision import bytes_loaded, bytes_stored
+
+from .measure import make_params
+from .table import markdown_row
 
 # Of a row of the result that `gpu_check.py` makes of it.
 COLUMNS = {

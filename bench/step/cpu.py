@@ -20,13 +20,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..step.cpu_kernel import build_problem
+from adax_triton.bench.harness.environment import describe
+from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.progress import progress
+from adax_triton.bench.harness.timing import p20_and_p80
+
+from adax_triton.step.cpu_kernel import build_problem
+
 from .cpu_processes import BASELINE, Baseline, check_package, first_steps
 from .cpu_workloads import CPU, OURS, WITHOUT, WORKLOADS, Sizes, Timed, seconds, started
-from .environment import describe
-from .origin import origin
-from .progress import progress
-from .timing import p20_and_p80
 
 LEAST_ROUNDS = 5
 FIRST_STEP = "first step of a process, cache {}"

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cpu_workloads
+from adax_triton.bench.step import cpu_workloads
+
 from .cpu_workloads import FUSED, OURS, Sizes
 
 BASELINE = "baseline"

@@ -1,6 +1,6 @@
 """Workloads of `adax-triton bench cpu`, and a process that times them with another copy of the package.
 
-    PYTHONPATH=PACKAGE python -P bench/cpu_workloads.py serve
+    PYTHONPATH=PACKAGE python -P bench/step/cpu_workloads.py serve
 
 answers requests, one JSON object per line. It imports only what older versions of the package have, too.
 """
@@ -16,9 +16,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from adax_triton.bench.providers import RULES
-from adax_triton.bench.step import make_params, reason
-from adax_triton.bench.workloads import Shapes, flat, gpt2, many_small
+from adax_triton.bench.harness.providers import RULES
+from adax_triton.bench.harness.workloads import Shapes, flat, gpt2, many_small
+from adax_triton.bench.step.measure import make_params, reason
 from torch import Tensor, nn
 
 import adax_triton
@@ -120,8 +120,8 @@ def adax(params: list[Tensor], options: Options = MappingProxyType({})) -> Timed
 
 def peer(name: str, params: list[Tensor]) -> Timed:
     """Return the step of another optimizer, by its name in `bench step`."""
-    from adax_triton.bench.peers import PEERS
-    from adax_triton.bench.providers import PROVIDERS
+    from adax_triton.bench.harness.peers import PEERS
+    from adax_triton.bench.harness.providers import PROVIDERS
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -21,17 +21,16 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.environment import describe
+from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.host import launching
 
 import adax_triton
 from adax_triton import AdaXW, kernels
-
-from ..step.cpu_kernel import build_problem
-from .environment import describe
-from .host import launching
-from .origin import origin
+from adax_triton.step.cpu_kernel import build_problem
 
 _ROOTS = [Path(adax_triton.__path__[0]), Path(kernels.__path__[0])]
-_BENCH = Path(__file__).parent
+_BENCH = Path(__file__).parents[1]
 _TENSORS, _NUMEL = 3, 64
 PATHS = {"CPU": "0", "GPU": "1"}  # TRITON_INTERPRET
 FIRST, STEADY = "first", "steady"
@@ -88,7 +87,7 @@ def run() -> dict[str, Any]:
         if path == "GPU" and importlib.util.find_spec("numpy") is None:
             print("bench functions: GPU is left out, because Triton's interpreter needs numpy; pip install numpy")
             continue
-        command = [sys.executable, "-m", "adax_triton.bench.step_functions", path]
+        command = [sys.executable, "-m", "adax_triton.bench.step.functions", path]
         environment = {**os.environ, "TRITON_INTERPRET": interpret}
         for _ in range(2 if path == "CPU" else 1):  # a process before fills the cache
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # The first imports the second.
-_STEP, _COMPACT = "adax_step", "compact"
+_STEP, _COMPACT = "adax_step", "quantization"
 _KERNELS = "adax_triton.kernels"
 
 
@@ -17,7 +17,7 @@ class Edit(NamedTuple):
     """Replace all occurrences of a piece of source.
 
     Attributes:
-        module: of `adax_triton.kernels`, `"adax_step"` or `"compact"`.
+        module: of `adax_triton.kernels`, `"adax_step"` or `"quantization"`.
         old: the piece; short, so that changes around it do not matter.
         new: what replaces it.
     """

@@ -1,6 +1,6 @@
 """Time launch shapes, register caps and small rewrites of the kernels on one GPU.
 
-    python -m adax_triton.bench.launch_variants [--modes NAME ...] [--variants LABEL ...] [--json FILE]
+    python -m adax_triton.bench.step.launch_variants [--modes NAME ...] [--variants LABEL ...] [--json FILE]
 
 A label such as `2048x8 r48 quotient` is elements per program x warps, the most registers per thread, and rewrites of
 the kernel's source (`kernel_rewrites.py`). Each variant is compared with the present kernel first. All variants of a
@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.environment import describe
+from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.timing import Call, Clock, release
 
-from .environment import describe
-from .origin import origin
-from .step import reason
-from .step_table import markdown_row
-from .timing import Call, Clock, release
+from .measure import reason
+from .table import markdown_row
 from .variant_cases import DIFFERS, NormCase, StepCase, case_of, compile_variant
 from .variant_sections import SECTIONS, Section, Variant, variants_of
 

@@ -16,12 +16,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from adax_triton.bench.harness import correctness as gate
+from adax_triton.bench.harness.providers import OURS, RULES, Provider, Step
+from adax_triton.bench.harness.timing import (
+    Clock,
+    Peak,
+    count_launches,
+    free_bytes,
+    p20_and_p80,
+    release,
+    time_until_done,
+)
+from adax_triton.bench.harness.workloads import Shapes
 from torch import Tensor
-
-from . import gate
-from .providers import OURS, RULES, Provider, Step
-from .timing import Clock, Peak, count_launches, free_bytes, p20_and_p80, release, time_until_done
-from .workloads import Shapes
 
 COPY = "copy"
 COPY_BYTES_PER_ELEMENT = 8

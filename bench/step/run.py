@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.correctness import Passed, check
+from adax_triton.bench.harness.environment import describe, versions
+from adax_triton.bench.harness.modes import FP32, MODES
+from adax_triton.bench.harness.peers import PEERS
+from adax_triton.bench.harness.progress import progress
+from adax_triton.bench.harness.providers import PROVIDERS, Provider
+from adax_triton.bench.harness.timing import Clock, release
+from adax_triton.bench.harness.workloads import Shapes
 
-from .environment import describe, versions
-from .gate import Passed, check
-from .modes import FP32, MODES
-from .peers import PEERS
-from .progress import progress
-from .providers import PROVIDERS, Provider
-from .step import COPY, launches_of, measure, reason
-from .timing import Clock, release
-from .workloads import Shapes
+from .measure import COPY, launches_of, measure, reason
 
 Rows = dict[str, dict[str, Any]]
 

@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.correctness import WrongResultError, check
+from adax_triton.bench.harness.environment import describe
+from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.progress import progress
+from adax_triton.bench.harness.providers import OURS, PROVIDERS, RULES, Provider
+from adax_triton.bench.harness.timing import Clock, free_bytes, p20_and_p80, release
+from adax_triton.bench.harness.workloads import Shapes, flat
+from adax_triton.bench.step import scale_model
 
-from ..precision import STATES
-from . import scale_model
-from .environment import describe
-from .gate import WrongResultError, check
-from .origin import origin
-from .progress import progress
-from .providers import OURS, PROVIDERS, RULES, Provider
+from adax_triton.state.precision import STATES
+
+from .measure import make_params
 from .scale_model import Point, Rates, StepTime
 from .scale_table import LAST_POINTS, table
-from .step import make_params
-from .timing import Clock, free_bytes, p20_and_p80, release
-from .workloads import Shapes, flat
 
 SIZES = {
     "cuda": (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 500_000_000),

@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..precision import Precision, bytes_loaded, bytes_stored, state_bytes
+from adax_triton.state.precision import Precision, bytes_loaded, bytes_stored, state_bytes
 
 PARAMETERS = (1e9, 7e9, 70e9, 400e9, 1e12)
 WORLD_SIZES = (8, 64, 512, 4096)

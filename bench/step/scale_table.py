@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from .providers import OURS
+from adax_triton.bench.harness.providers import OURS
+
 from .scale_model import WORLD_SIZES
 
 LAST_POINTS = 3  # of a line: those of its second slope

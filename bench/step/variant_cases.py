@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from adax_triton.bench.harness.timing import Call
 from torch import Tensor
 
-from adax_triton.device_tables import chunk_table
-from adax_triton.precision import bytes_loaded, bytes_stored
-from adax_triton.rounding import random_key
-from adax_triton.schedule import step_scalars
-from adax_triton.state_tensors import new_states, numbers_of
+from adax_triton.state.allocation import new_states, numbers_of
+from adax_triton.state.precision import bytes_loaded, bytes_stored
+from adax_triton.step.device_tables import chunk_table
+from adax_triton.update.coefficients import step_scalars
+from adax_triton.update.rounding import random_key
 
 from .kernel_rewrites import EXACT, rewritten_kernel
-from .step import COPY, COPY_BYTES_PER_ELEMENT, MOST_COPIED, copying, make_params, reason
-from .timing import Call
+from .measure import COPY, COPY_BYTES_PER_ELEMENT, MOST_COPIED, copying, make_params, reason
 from .variant_sections import Section, Variant
 
 SAME, DIFFERS = "same", "DIFFERS"
@@ -138,7 +138,7 @@ class NormCase:
 
     def call(self, variant: Variant) -> KernelCall:
         """Return the launch that sums up squares."""
-        from adax_triton.kernels.grad_stats import grad_stats_kernel
+        from adax_triton.kernels.grad_norm import grad_stats_kernel
         from adax_triton.kernels.variants import TRITON_DTYPES
 
         assert variant.programs is not None

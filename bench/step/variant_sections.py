@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .modes import FP32, MODES, Mode
+from adax_triton.bench.harness.modes import FP32, MODES, Mode
 
 _WARP = 32  # threads, on NVIDIA
 FROZEN = 1_000_000  # a step whose w_t is 0 in float32: no second moment changes
@@ -70,7 +70,7 @@ class Section(NamedTuple):
 
 def variants_of(section: Section) -> list[Variant]:
     """Return a section's variants, the one that the package launches first."""
-    from adax_triton.kernels.grad_stats import MOST_PARTIALS
+    from adax_triton.kernels.grad_norm import MOST_PARTIALS
     from adax_triton.kernels.launch import current_backend, launch_shape
 
     shape = launch_shape(current_backend())

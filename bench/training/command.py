@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.environment import describe
+from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.progress import progress
+from adax_triton.bench.harness.timing import p20_and_p80
+from adax_triton.bench.step.run import NOT_REACHED
 
-from .environment import describe
-from .origin import origin
-from .progress import progress
-from .step_run import NOT_REACHED
-from .timing import p20_and_p80
-from .train_cases import CLIPPING, DTYPES, Case, cases, choose
-from .train_rank import Job
-from .train_table import table
+from .cases import CLIPPING, DTYPES, Case, cases, choose
+from .rank import Job
+from .table import table
 
 SHAPES = {
     "cuda": {"layers": 12, "width": 768, "heads": 12, "context": 1024, "batch": 8},
@@ -182,7 +182,7 @@ def run_case(
             try:
                 for environment in _environments(job, ranks):
                     # -P keeps the working folder off sys.path.
-                    command = [sys.executable, "-P", "-m", "adax_triton.bench.train_rank", str(folder)]
+                    command = [sys.executable, "-P", "-m", "adax_triton.bench.training.rank", str(folder)]
                     processes.append(subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log))
                 codes = _wait(processes, folder / "progress", job.warmup + job.steps, timeout_s, advance)
             finally:

@@ -1,6 +1,6 @@
 """One rank of one case of `adax-triton bench train`, a process of its own: trains, and leaves its figures in a folder.
 
-    python -m adax_triton.bench.train_rank FOLDER
+    python -m adax_triton.bench.training.rank FOLDER
 
 with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set. Reads FOLDER/job.json; writes FOLDER/rank<n>.json,
 figures or the reason why there are none; rank 0 appends a byte per step to FOLDER/progress.
@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from adax_triton.bench.harness.gpt import GPT, Batches
 from torch import Tensor, nn
 
 from adax_triton import AdaXW
 
-from .gpt import GPT, Batches
-from .train_cases import CLIPPING, RULES, Case, deepspeed_config
+from .cases import CLIPPING, RULES, Case, deepspeed_config
 
 HELD_OUT_BATCHES = 8  # per rank
 

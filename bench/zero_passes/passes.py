@@ -1,6 +1,6 @@
 """Bytes and time of a step under DeepSpeed's ZeRO, with the passes around it fused and as DeepSpeed takes them.
 
-    python -m adax_triton.bench.deepspeed_step --out bench/results/NAME.json --table docs/deepspeed-passes.md
+    python -m adax_triton.bench.zero_passes.passes --out bench/results/NAME.json --table docs/deepspeed-passes.md
 
 One process owns all parameters of a few linear layers. Bytes are those of the ZeRO optimizer's `step()`, counted by
 `deepspeed_traffic`; times are those of `engine.step()`, the two engines of a case taking turns, each gradient from a
@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from adax_triton.bench.harness.environment import describe
+from adax_triton.bench.harness.origin import origin
 from torch import nn
 
-from .deepspeed_traffic import Traffic
-from .environment import describe
-from .origin import origin
+from .traffic import Traffic
 
 LAYERS = 3
 CLIPPING = 1e-3  # well below the norms there are: every step clips
@@ -92,7 +92,7 @@ class Run:
     """
 
     def __init__(self, case: Case, mode: str, width: int) -> None:
-        from adax_triton.integrations import deepspeed_fuse_steps
+        from adax_triton.integrations.deepspeed.fused_step import zero_steps as deepspeed_fuse_steps
 
         known = {} if mode == HOOKS else deepspeed_fuse_steps.VERIFIED_STEPS
         with mock.patch.object(deepspeed_fuse_steps, "VERIFIED_STEPS", known):

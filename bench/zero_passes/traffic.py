@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..step.launch import LaunchMemory
-from ..step.plan import StepPlan, StepResult
-from ..tensor_step import TensorStep
+from adax_triton.step.launch import LaunchMemory
+from adax_triton.step.plan import StepPlan, StepResult
+from adax_triton.step.tensor_step import TensorStep
 
 # Smaller tensors are scalars and tables.
 SMALLEST_NUMEL = 1024

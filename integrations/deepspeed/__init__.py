@@ -31,16 +31,16 @@ from typing import Any
 
 import deepspeed
 import torch
+from adax_triton.integrations.deepspeed.checkpoints.from_adam import switching_optimizer
+from adax_triton.integrations.deepspeed.checkpoints.load import checkpoint_methods_to_wrap
+from adax_triton.integrations.deepspeed.fused_step.choose import describe, fuse_after_building
 from packaging.version import Version
 
 from adax_triton.moment_optimizer import MomentOptimizer
 
-from .deepspeed_checkpoints import checkpoint_methods_to_wrap
-from .deepspeed_fuse import describe, fuse_after_building
-from .deepspeed_in_use import log_optimizer_in_use, replacement_to_wrap
-from .deepspeed_refusals import CONFIG_TYPES, check_config, check_optimizer
-from .deepspeed_repairs import methods_to_repair
-from .deepspeed_switch import switching_optimizer
+from .config_checks import CONFIG_TYPES, check_config, check_optimizer
+from .optimizer_in_use import log_optimizer_in_use, replacement_to_wrap
+from .patches import methods_to_repair
 
 __all__ = ["check_config", "describe", "register", "switching_optimizer", "unregister"]
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import deepspeed
 import torch
+from adax_triton.integrations.deepspeed.checkpoints.load import refuse_lossy_checkpoints
+from adax_triton.integrations.deepspeed.fused_step.choose import fuse_mode
 
 from adax_triton import AdaX, AdaXW
 from adax_triton.moment_optimizer import MomentOptimizer
 
-from .deepspeed_checkpoints import refuse_lossy_checkpoints
-from .deepspeed_fuse import fuse_mode
-from .deepspeed_in_use import refuse_betas_of_adam
+from .optimizer_in_use import refuse_betas_of_adam
 
 CONFIG_TYPES: dict[str, type[MomentOptimizer]] = {"adax": AdaX, "adaxw": AdaXW}
 

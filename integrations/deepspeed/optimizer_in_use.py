@@ -17,12 +17,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from adax_triton.integrations.deepspeed.checkpoints.universal import Method
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-from adax_triton.hyperparameters import LARGEST_ADAX_BETA2
 from adax_triton.moment_optimizer import MomentOptimizer
-
-from .deepspeed_universal import Method
+from adax_triton.state.validation import LARGEST_ADAX_BETA2
 
 _ADAM_EPS = 1e-8
 _LOGGED = ("lr", "betas", "eps", "weight_decay", "states", "master_weights", "second_moment")

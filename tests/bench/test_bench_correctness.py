@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from adax_triton.bench import gate, providers, step
-from adax_triton.bench.modes import FP32, MODES, Mode
-from adax_triton.bench.peers import PEERS
-from adax_triton.bench.providers import PROVIDERS, Provider, Rule, Step
+from adax_triton.bench.harness import correctness as gate
+from adax_triton.bench.harness import providers
+from adax_triton.bench.harness.modes import FP32, MODES, Mode
+from adax_triton.bench.harness.peers import PEERS
+from adax_triton.bench.harness.providers import PROVIDERS, Provider, Rule, Step
+from adax_triton.bench.step import measure as step
 from torch import Tensor
 
 from adax_triton import AdaXW

@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from adax_triton.bench import cpu, cpu_processes, cpu_workloads, host, step_functions
-from adax_triton.bench.cpu_workloads import OURS, WITHOUT, WORKLOADS, Sizes, Timed, Workload
+from adax_triton.bench import host
+from adax_triton.bench.step import cpu, cpu_processes, cpu_workloads
+from adax_triton.bench.step import functions as step_functions
+from adax_triton.bench.step.cpu_workloads import OURS, WITHOUT, WORKLOADS, Sizes, Timed, Workload
+from paths import ROOT
 
 TINY = Sizes(numel=97, gpt2=(1, 8, 11, 4), tensors=3, linears=2, first_numel=10)
 
@@ -89,7 +92,7 @@ def test_folder_without_the_package_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_copy_steps_in_its_own_process(tmp_path: Path) -> None:
-    root = Path(__file__).parent.parent
+    root = ROOT
     package = shutil.copytree(root / "adax_triton", tmp_path / "adax_triton", ignore=shutil.ignore_patterns("__py*"))
     for folder in ("kernels", "bench", "integrations"):  # as installed
         (package / folder).symlink_to(root / folder)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adax_triton.bench import environment
+from adax_triton.bench.harness import environment
 
 
 def git(folder: Path, *words: str) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from adax_triton.bench import kernel_rewrites, launch_variants, timing
-from adax_triton.bench.kernel_rewrites import EXACT, REWRITES, Edit
-from adax_triton.bench.timing import Clock
-from adax_triton.bench.variant_cases import SAME, NormCase, StepCase, case_of
-from adax_triton.bench.variant_sections import FROZEN, SECTIONS, Variant, variants_of
+from adax_triton.bench.harness import timing
+from adax_triton.bench.harness.timing import Clock
+from adax_triton.bench.step import kernel_rewrites, launch_variants
+from adax_triton.bench.step.kernel_rewrites import EXACT, REWRITES, Edit
+from adax_triton.bench.step.variant_cases import SAME, NormCase, StepCase, case_of
+from adax_triton.bench.step.variant_sections import FROZEN, SECTIONS, Variant, variants_of
 
 pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors need the interpreter")
@@ -49,7 +50,7 @@ def test_every_rewrite_applies_and_runs(name: str, tmp_path: Path) -> None:
 
 
 def test_rewrite_whose_text_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(REWRITES, "quotient", (*REWRITES["quotient"], Edit("compact", "no such text", "")))
+    monkeypatch.setitem(REWRITES, "quotient", (*REWRITES["quotient"], Edit("quantization", "no such text", "")))
     with pytest.raises(ValueError, match=r"'quotient' replaces 'no such text', which kernels/compact\.py"):
         kernel_rewrites.rewritten_kernel(["quotient"], tmp_path)
     with pytest.raises(ValueError, match="Invalid rewrite: 'faster'"):
@@ -58,7 +59,7 @@ def test_rewrite_whose_text_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch, 
 
 @interpreted
 def test_changed_result_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    by_one = Edit("compact", "12582912.0", "12582913.0")  # each code of m
+    by_one = Edit("quantization", "12582912.0", "12582913.0")  # each code of m
     monkeypatch.setitem(REWRITES, "abs-product", (by_one,))
     assert launch_variants.main([*DRY, "--modes", LOWEST, "--variants", "2048x8 abs-product"]) == 1
     printed = capsys.readouterr()
@@ -145,9 +146,9 @@ def test_wrong_norm_is_seen(tmp_path: Path) -> None:
 
 COMPILING = """
 import json, sys
-from adax_triton.bench.kernel_rewrites import REWRITES
-from adax_triton.bench.launch_variants import compile_all
-from adax_triton.bench.variant_sections import SECTIONS, Variant
+from adax_triton.bench.step.kernel_rewrites import REWRITES
+from adax_triton.bench.step.launch_variants import compile_all
+from adax_triton.bench.step.variant_sections import SECTIONS, Variant
 from triton.backends.compiler import GPUTarget
 
 if __name__ == "__main__":

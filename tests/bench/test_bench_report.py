@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adax_triton.bench import report, step_table
+from adax_triton.bench.report import command as report
+from adax_triton.bench.step import table as step_table
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = sorted((ROOT / "bench" / "results").glob("*.json"))
 PUBLISHED = report.files_of(ROOT / "README.md")
 ENVIRONMENT = {"device": "A Machine", "threads": 3, "torch": "2.13", "commit": "abc123", "date": "2026-01-02T03:04:05"}

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adax_triton.bench import scale, scale_model
-from adax_triton.bench.providers import Provider
-from adax_triton.bench.scale_model import Point, Rates, StepTime
-from adax_triton.bench.scale_table import table
-from adax_triton.bench.timing import Clock
-from adax_triton.bench.workloads import Shapes
+from adax_triton.bench.harness.providers import Provider
+from adax_triton.bench.harness.timing import Clock
+from adax_triton.bench.harness.workloads import Shapes
+from adax_triton.bench.step import scale, scale_model
+from adax_triton.bench.step.scale_model import Point, Rates, StepTime
+from adax_triton.bench.step.scale_table import table
 
 # 28 bytes at 14 GB/s are 2 ns; the 46 of DeepSpeed's passes at 23 GB/s another 2, its 42 at stage 3 are 42/23.
 RATES = Rates(StepTime(call_s=0.5, tensor_s=0.25, bytes_per_s=14e9), copy=23e9)

@@ -11,15 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from adax_triton.bench import gate, providers, step, step_report, step_run, step_table, timing, workloads
-from adax_triton.bench.modes import FP32, MODES, Mode
-from adax_triton.bench.origin import origin
-from adax_triton.bench.peers import PEERS
-from adax_triton.bench.providers import PROVIDERS, Provider
+from adax_triton.bench.harness import correctness as gate
+from adax_triton.bench.harness import providers, timing, workloads
+from adax_triton.bench.harness.modes import FP32, MODES, Mode
+from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.peers import PEERS
+from adax_triton.bench.harness.providers import PROVIDERS, Provider
+from adax_triton.bench.step import command as step_report
+from adax_triton.bench.step import measure as step
+from adax_triton.bench.step import run as step_run
+from adax_triton.bench.step import table as step_table
+from paths import SUPPORT
 from torch import nn
 
 from adax_triton import AdaXW
-from adax_triton.cli import main
+from adax_triton.cli.main import main
 
 CPU = torch.device("cpu")
 ONE = {"flat 1,000": workloads.flat(1000)}
@@ -49,7 +55,7 @@ def test_bytes_per_element_are_those_of_tensors(mode: Mode, native_cpu: torch.de
 
 def test_bytes_per_element_are_those_that_the_audit_holds_against_code() -> None:
     pytest.importorskip("triton")
-    spec = importlib.util.spec_from_file_location("code_audit", Path(__file__).with_name("code_audit.py"))
+    spec = importlib.util.spec_from_file_location("code_audit", SUPPORT / "code_audit.py")
     code_audit = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(code_audit)
     masters = {None: None, "float32": "int16", "24bit": "int8"}

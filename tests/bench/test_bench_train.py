@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from adax_triton.bench import gpt, train, train_cases, train_rank
-from adax_triton.bench.train_table import COLUMNS, table
+from adax_triton.bench.harness import gpt
+from adax_triton.bench.training import cases as train_cases
+from adax_triton.bench.training import command as train
+from adax_triton.bench.training import rank as train_rank
+from adax_triton.bench.training.table import COLUMNS, table
 
 # Too small for anything to be compiled.
 TINY = {"layers": 1, "width": 32, "heads": 2, "context": 16, "batch": 4, "steps": 25, "warmup": 2}
@@ -36,7 +39,7 @@ def rank_figures(**changes: Any) -> dict[str, Any]:
 
 
 def run_command(folder: Path, *flags: str) -> dict[str, Any]:
-    program = "import sys; from adax_triton.cli import main; sys.exit(main())"
+    program = "import sys; from adax_triton.cli.main import main; sys.exit(main())"
     file = folder / "train.json"
     command = [sys.executable, "-P", "-c", program, "bench", "train", "--device=cpu"]
     command += [*FLAGS, *flags, "--budget=280", f"--json={file}"]
@@ -166,7 +169,7 @@ def test_budget_is_kept_and_every_case_listed() -> None:
 
 def test_peak_of_a_process_is_its_own() -> None:
     held = bytearray(300_000_000)  # of this process, not of its child
-    program = "from adax_triton.bench.train_rank import host_peak_bytes; print(host_peak_bytes())"
+    program = "from adax_triton.bench.training.rank import host_peak_bytes; print(host_peak_bytes())"
     command = [sys.executable, "-P", "-c", program]
     small = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True)
     assert train_rank.host_peak_bytes() > len(held)
@@ -204,7 +207,7 @@ def test_zero_2_on_two_ranks_ends_where_plain_training_does(native_cpu: torch.de
     (sharded,) = run_command(tmp_path, "--ranks=2", "--lr=1e-2", "--only", "ZeRO-2 / AdaXW")["cases"].values()
     # One process on the batches of both ranks.
     plain = train_rank.train(case("plain / AdaXW"), job(batch=8), 0, 1, tmp_path / "progress")
-    assert sharded["optimizer_class"] == "adax_triton.optimizer.AdaXW"
+    assert sharded["optimizer_class"] == "adax_triton.optimizers.AdaXW"
     assert sharded["loss"] == pytest.approx(plain["loss"], abs=1e-4)
     assert sharded["loss"] < math.log(gpt.VOCABULARY) - 0.3
     assert sharded["state_bytes"] == pytest.approx(plain["state_bytes"] / 2, rel=0.01)

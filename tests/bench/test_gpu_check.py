@@ -17,11 +17,15 @@ from typing import Any
 from unittest.mock import ANY
 
 import pytest
-from adax_triton.bench import counted_steps, gpu_check, host, launch_variants, report, step_report, train
+from adax_triton.bench import gpu_check, host
 from adax_triton.bench.gpu_check import Part, Runner
-from adax_triton.bench.modes import MODES
+from adax_triton.bench.harness.modes import MODES
+from adax_triton.bench.report import command as report
+from adax_triton.bench.step import command as step_report
+from adax_triton.bench.step import counted_steps, launch_variants
+from adax_triton.bench.training import command as train
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PROFILED = {
     "dram__bytes_read.sum": "1,600",
     "dram__bytes_write.sum": "1,200",
@@ -57,7 +61,9 @@ def dry_run(checkout: Path, out: Path, *words: str) -> tuple[dict[str, Any], dic
 
 # Tests of the kernel run in this suite already; the dry runs show that staging and every command work.
 def test_dry_run_of_the_first_call(checkout: Path, tmp_path: Path) -> None:
-    summary, output = dry_run(checkout, tmp_path, "--call", "1", "--tests", "test_host_work.py", "test_schedule.py")
+    summary, output = dry_run(
+        checkout, tmp_path, "--call", "1", "--tests", "step/test_host_work.py", "update/test_coefficients.py"
+    )
     assert {name: entry["rc"] for name, entry in summary["parts"].items()} == dict.fromkeys(gpu_check.LIMITS_S[1], 0)
     assert "agrees with the float64 reference" in output["doctor"]
     assert output["compile"].startswith("fp32: ")
@@ -286,9 +292,18 @@ def test_options_of_the_benchmarks_are_theirs(tmp_path: Path) -> None:
 
 def test_tests_of_the_kernel_come_first_and_those_of_deepspeed_not_at_all() -> None:
     found = gpu_check.gpu_tests()
-    assert found[0] == "test_kernel.py"
-    assert {"test_optimizer_contract.py", "test_low_memory_limits.py", "test_checkpoint.py"} <= set(found)
-    assert not {"test_deepspeed.py", "test_schedule.py", "test_gpu_check.py", "test_doctor.py"} & set(found)
+    assert found[0] == "step/test_kernel.py"
+    assert {
+        "optimizer/test_optimizer_contract.py",
+        "state/test_low_memory_limits.py",
+        "state/test_checkpoint.py",
+    } <= set(found)
+    assert not {
+        "deepspeed_runs/test_deepspeed.py",
+        "update/test_coefficients.py",
+        "bench/test_gpu_check.py",
+        "project/test_doctor.py",
+    } & set(found)
     assert len(found) == len(set(found))
     assert all((ROOT / "tests" / name).exists() for name in found)
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from adax_triton.bench import memory
+from adax_triton.bench.memory import per_parameter as memory
 from torch import nn
 
 from adax_triton import AdaXW
-from adax_triton.cli import main
+from adax_triton.cli.main import main
 
 NUMEL = 128 * 64
 OURS = {

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from adax_triton.bench import gradients, long_run, precision_study
-from adax_triton.bench.precision_tally import Tally
+from adax_triton.bench.precision import gradients, long_run
+from adax_triton.bench.precision import study as precision_study
+from adax_triton.bench.precision.error_stats import Tally
 
-from adax_triton.rounding import random_bits, random_key
+from adax_triton.update.rounding import random_bits, random_key
 
 NEAREST = "bfloat16, v to nearest"
 ROOTS = "8-bit root of v, to nearest"

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adax_triton import AdamW, AdaX, AdaXW
-from adax_triton.cli import main
-from adax_triton.conversion import adam_from_adax, adax_from_adam, from_released_adax, from_torch_adam
+from adax_triton.cli.main import main
+from adax_triton.convert.state_dicts import adam_from_adax, adax_from_adam, from_released_adax, from_torch_adam
 
 pytestmark = pytest.mark.usefixtures("native_cpu")
 SHAPES = ((64, 80), (7,), (5, 3))  # the first is large enough for codes

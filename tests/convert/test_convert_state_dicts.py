@@ -14,8 +14,14 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from adax_triton import Adam, AdamW, AdaX, AdaXW
-from adax_triton.conversion import adax_from_adam, from_released_adax, from_torch_adam, to_released_adax, to_torch_adam
-from adax_triton.schedule import exp_avg_sq_weight
+from adax_triton.convert.state_dicts import (
+    adax_from_adam,
+    from_released_adax,
+    from_torch_adam,
+    to_released_adax,
+    to_torch_adam,
+)
+from adax_triton.update.coefficients import exp_avg_sq_weight
 
 # Steps as a CPU tensor takes them, not the interpreter, which cuts float32 to bfloat16.
 pytestmark = pytest.mark.usefixtures("native_cpu")

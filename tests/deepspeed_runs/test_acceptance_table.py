@@ -3,17 +3,15 @@
 import ast
 import importlib.util
 import re
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-TESTS = Path(__file__).resolve().parent
+from paths import SUPPORT, TESTS
 
 
 @pytest.fixture(scope="module")
 def acceptance() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("acceptance_table", TESTS / "acceptance_table.py")
+    spec = importlib.util.spec_from_file_location("acceptance_table", SUPPORT / "acceptance_table.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -24,7 +22,7 @@ def test_every_row_names_tests_that_exist(acceptance: ModuleType) -> None:
     assert len(acceptance.rows()) == 42
     for row in acceptance.rows():
         for test in row["tests"]:
-            file, name = re.fullmatch(r"(test_\w+\.py)::(test_\w+)(?:\[[^\[\]]+\])?", test).groups()
+            file, name = re.fullmatch(r"(\w+/test_\w+\.py)::(test_\w+)(?:\[[^\[\]]+\])?", test).groups()
             if (TESTS / file).exists():
                 functions = ast.parse((TESTS / file).read_text()).body
                 assert name in {node.name for node in functions if isinstance(node, ast.FunctionDef)}, test

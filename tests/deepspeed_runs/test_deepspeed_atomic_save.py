@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from adax_triton.integrations.deepspeed_complete import begin, begin_in_place, folder_to_load, publish
+from adax_triton.integrations.deepspeed.checkpoints.atomic_save import begin, begin_in_place, folder_to_load, publish
 
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
 

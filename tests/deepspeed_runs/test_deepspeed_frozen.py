@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from paths import SUPPORT
 from ranks import run_ranks
 
 pytest.importorskip("deepspeed")
@@ -11,7 +12,7 @@ pytestmark = pytest.mark.deepspeed
 
 
 def test_frozen_integers_train_and_fused_steps_equal_plain_ones(tmp_path: Path) -> None:
-    worker, result = Path(__file__).with_name("deepspeed_frozen_worker.py"), tmp_path / "result.json"
+    worker, result = SUPPORT / "deepspeed_frozen_worker.py", tmp_path / "result.json"
     run_ranks(worker, [str(result)], 2, tmp_path, {"TRITON_INTERPRET": "0"}, tmp_path / "log")
     found = json.loads(result.read_text())
     assert len(found) == 12

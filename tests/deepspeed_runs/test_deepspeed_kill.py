@@ -7,10 +7,10 @@ is one of each way, the same in every run. `make soak` draws hundreds.
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import SUPPORT
 from ranks import run_ranks
 
 pytest.importorskip("deepspeed")
@@ -24,7 +24,7 @@ SEED = int(os.environ.get("KILL_SEED", "0"))
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("kills")
     print(f"KILLS={KILLS} KILL_SEED={SEED}")
-    script, arguments = Path(__file__).with_name("deepspeed_kill_server.py"), [str(folder), str(KILLS), str(SEED)]
+    script, arguments = SUPPORT / "deepspeed_kill_server.py", [str(folder), str(KILLS), str(SEED)]
     run_ranks(script, arguments, 1, folder, {"TRITON_INTERPRET": "0"}, folder / "log", timeout=60 + 20 * KILLS)
     found: dict[str, Any] = json.loads((folder / "results.json").read_text())
     print(f"{len(found['kills'])} kills in {found['runs']} runs, {found['seconds']:.0f} s")

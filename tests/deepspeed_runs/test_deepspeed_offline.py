@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adax_triton import AdaX
-from adax_triton.cli import main
+from adax_triton.cli.main import main
 
 pytest.importorskip("deepspeed")
 

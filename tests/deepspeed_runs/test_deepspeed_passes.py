@@ -1,6 +1,6 @@
 """Bytes that a step under ZeRO moves, counted by a dispatch trace in a process of its own.
 
-Oracle: of DeepSpeed's own passes, the sums of their formulas; of fused steps, ceilings, in bench/deepspeed_step.py.
+Oracle: of DeepSpeed's own passes, the sums of their formulas; of fused steps, ceilings, in bench/zero_passes/passes.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from adax_triton.bench.deepspeed_step import AUTO, CASES, HOOKS, OFF
-from adax_triton.bench.deepspeed_traffic import STEP, Traffic
+from adax_triton.bench.zero_passes.passes import AUTO, CASES, HOOKS, OFF
+from adax_triton.bench.zero_passes.traffic import STEP, Traffic
 
 from adax_triton import AdaX, Beside
 
@@ -43,7 +43,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
     arguments = ["--width", WIDTH, "--repetitions", "0", "--out", str(out)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "adax_triton.bench.deepspeed_step", *arguments],
+        [sys.executable, "-m", "adax_triton.bench.zero_passes.passes", *arguments],
         env=environment,
         cwd=out.parent,
         capture_output=True,

@@ -6,10 +6,10 @@ One pair of processes, deepspeed_save_failures_worker.py, runs every case with r
 import errno
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import SUPPORT
 from ranks import run_ranks
 
 pytest.importorskip("deepspeed")
@@ -69,7 +69,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("failures")
     cases = [parameter.values[0] for parameter in (*SAVES, *LOADS, *UNIVERSALS, *FILE_SYSTEMS)]
     (folder / "cases.json").write_text(json.dumps(cases))
-    worker = Path(__file__).with_name("deepspeed_save_failures_worker.py")
+    worker = SUPPORT / "deepspeed_save_failures_worker.py"
     arguments = [str(folder / "cases.json"), str(folder)]
     run_ranks(worker, arguments, 2, folder, {"TRITON_INTERPRET": "0"}, folder / "ranks.log")
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]

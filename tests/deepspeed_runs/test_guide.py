@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adax_triton.bench import deepspeed_memory
+from adax_triton.bench.memory import deepspeed as deepspeed_memory
+from paths import ROOT
 
-from adax_triton.cli import main
+from adax_triton.cli.main import main
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.deepspeed
 
-GUIDE = Path(__file__).parents[1] / "docs" / "deepspeed.md"
+GUIDE = ROOT / "docs" / "deepspeed.md"
 STEPS = 4
 # The sections with a configuration, the folder each runs in, and its number of ranks.
 SECTIONS = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from test_sharding import launch
+from sharding_launch import Results, launch
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
@@ -20,8 +20,6 @@ CASES: dict[str, dict[str, Any]] = {
     "idle rank": {"check": "own part", "idle": True},
 }
 INTERPRETED = ("fsdp2", "by hand", "own part", "idle rank")
-
-Results = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module", params=["compiled", "interpreted"])

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 STEPS = 60
 TINY: list[object] = ["--steps", STEPS, "--warmup", 5, "--layers", 1, "--width", 16, "--heads", 2, "--context", 16]
 TINY += ["--save-every", 10, "--validate-every", 20, "--processes", 2]
@@ -78,7 +79,7 @@ class TestDemo:
         for name, log in (("AdaX", adax), ("AdamW", adamw)):
             assert log[-1]["validation_loss"] < adax[0]["loss"] - 0.5
             assert f"\n{name:8}{log[-1]['validation_loss']:16.4f}" in printed
-        assert "adax_triton.optimizer.AdaX inside DeepSpeedZeroOptimizer, 2 processes" in printed
+        assert "adax_triton.optimizers.AdaX inside DeepSpeedZeroOptimizer, 2 processes" in printed
 
     def test_picture_shows_two_curves(self, unbroken: tuple[Path, str]) -> None:
         import matplotlib.image

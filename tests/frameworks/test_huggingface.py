@@ -93,7 +93,7 @@ def result_of(results: dict[str, Any], name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", TRAINED)
 def test_follows_a_single_process(results: dict[str, Any], name: str) -> None:
     result, case = result_of(results, name), TRAINED[name]
-    assert result["optimizer"] == f"adax_triton.optimizer.{case.get('type', 'AdaX')}"
+    assert result["optimizer"] == f"adax_triton.optimizers.{case.get('type', 'AdaX')}"
     assert result["wrapper"] == ("DistributedDataParallel" if case.get("config", {}) is None else "DeepSpeedEngine")
     assert result["deviation"] < 1e-7
     assert result["moved"] > 5e-3
@@ -137,7 +137,7 @@ def test_dropped_optimizer_is_warned_of_where_only_the_deepspeed_adapter_is_impo
 @pytest.mark.parametrize("name", [case["name"] for case in EXAMPLES])
 def test_example_learns_and_says_what_steps(results: dict[str, Any], name: str) -> None:
     result = result_of(results, name)
-    (line,) = [line for line in result["printed"][0].splitlines() if line.startswith("adax_triton.optimizer.AdaXW: ")]
+    (line,) = [line for line in result["printed"][0].splitlines() if line.startswith("adax_triton.optimizers.AdaXW: ")]
     first = float(line.split("loss ")[1].split(",")[0])
     last = float(line.split()[-1])
     assert last < first - 0.3
@@ -156,7 +156,7 @@ def test_example_learns_and_says_what_steps(results: dict[str, Any], name: str) 
     ids=str,
 )
 def test_only_betas_of_adam_are_refused(params: dict[str, Any], refused: bool) -> None:
-    from adax_triton.integrations.deepspeed_in_use import refuse_betas_of_adam
+    from adax_triton.integrations.deepspeed.optimizer_in_use import refuse_betas_of_adam
 
     if refused:
         with pytest.raises(ValueError, match=r"beta2=0\.999.*AdaXW.*remove betas from optimizer\.params"):

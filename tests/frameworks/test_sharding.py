@@ -4,7 +4,6 @@ Oracle: the same model without shards, stepped with the whole gradients, bit for
 runs many cases; each test reads the results of its own, from every rank.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from sharding_launch import Results, launch
 
 from adax_triton import AdaX
 
@@ -61,32 +60,6 @@ ON_TWO = {name: {**mode, "checkpoints": True, "copies": name in COPIED} for name
 ON_FOUR = {name: ON_TWO[name] for name in RESHARDED}
 INTERPRETED = {"lowest-bf16-24bit": {**MODES["lowest-bf16-24bit"], "steps": 2, "checkpoints": False}}
 MESHES = {f"meshes of {name}": {**MODES[name], "check": "meshes"} for name in ("low-bf16-24bit", "lowest-fp32")}
-
-Results = dict[str, list[dict[str, Any]]]
-
-
-def launch(
-    folder: Path,
-    world_size: int,
-    cases: dict[str, dict[str, Any]],
-    interpret: str = "0",
-    worker: str = "sharding_worker.py",
-) -> Results:
-    """Run a worker on every rank and return each case's results of all; no process outlives the call."""
-    own = folder / f"{world_size}-{interpret}"
-    own.mkdir()
-    (own / "cases.json").write_text(json.dumps([{**case, "name": name} for name, case in cases.items()]))
-    arguments = [str(own / "cases.json"), str(own / "store"), str(folder)]
-    script, log = Path(__file__).with_name(worker), own / "ranks.log"
-    try:
-        run_ranks(script, arguments, world_size, folder, {"TRITON_INTERPRET": interpret}, log)
-    finally:
-        # A rank's own words before what became of it.
-        written = [own / f"{rank}.json" for rank in range(world_size)]
-        results = [json.loads(path.read_text()) if path.exists() else {} for path in written]
-        failures = [case["failure"] for result in results for case in result.values() if "failure" in case]
-        assert not failures, "\n".join(failures)
-    return {name: [result[name] for result in results] for name in cases}
 
 
 @pytest.fixture(scope="module")

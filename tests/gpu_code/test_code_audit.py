@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from audit_cache import TESTS, audit_facts
+from audit_cache import audit_facts
+from paths import SUPPORT
 
-from adax_triton.compact import GROUP
-from adax_triton.precision import Precision, bytes_loaded, bytes_stored, state_layouts
+from adax_triton.state.precision import Precision, bytes_loaded, bytes_stored, state_layouts
+from adax_triton.update.quantization import GROUP
 
 pytest.importorskip("triton")
 
@@ -54,7 +55,7 @@ Facts = dict[str, Any]
 @pytest.fixture(scope="module")
 def audit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Facts]]:
     """The facts of each variant of each target: all of sm_90, a few of the others unless AUDIT=all."""
-    found = audit_facts(request.config, TESTS / "code_audit.py", tmp_path_factory.mktemp("audit"))
+    found = audit_facts(request.config, SUPPORT / "code_audit.py", tmp_path_factory.mktemp("audit"))
     return {target: {variant_name(facts): facts for facts in found[target]} for target in TARGETS}
 
 

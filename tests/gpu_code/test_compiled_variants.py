@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from paths import SUPPORT
 
 pytest.importorskip("triton")
 
@@ -92,6 +93,7 @@ def change(optimizer: Any, params: list[torch.Tensor], step: int, scaled: bool) 
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
     """What `compiled` returns of each case, in a process where Triton is not interpreting."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(SUPPORT)
     run = subprocess.run(
         [sys.executable, str(Path(__file__).resolve())],
         capture_output=True,

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from audit_cache import TESTS, audit_facts
+from audit_cache import audit_facts
+from paths import SUPPORT
 
 pytest.importorskip("triton")
 
@@ -21,7 +22,7 @@ Facts = dict[str, Any]
 @pytest.fixture(scope="module")
 def audit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The facts of each variant of each kernel, by target."""
-    return audit_facts(request.config, TESTS / "small_kernels_audit.py", tmp_path_factory.mktemp("audit"))
+    return audit_facts(request.config, SUPPORT / "small_kernels_audit.py", tmp_path_factory.mktemp("audit"))
 
 
 @pytest.fixture(params=TARGETS)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from paths import SUPPORT
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -133,7 +133,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What two processes with gloo found: by the name of a check, what is wrong, or nothing."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
-    worker = Path(__file__).with_name("gradient_release_worker.py")
+    worker = SUPPORT / "gradient_release_worker.py"
     folder = tmp_path_factory.mktemp("ranks")
     run_ranks(worker, [str(folder)], 2, folder, {"TRITON_INTERPRET": "0"}, folder / "log")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]

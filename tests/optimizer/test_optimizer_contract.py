@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from adax_triton import Adam, AdamW, AdaX, AdaXW, adax_update, step_scalars
-from adax_triton.schedule import GROUP_KEYS
+from adax_triton.update.coefficients import GROUP_KEYS
 
 CLASSES = (AdaX, AdaXW, Adam, AdamW)
 every_class = pytest.mark.parametrize("optimizer_class", CLASSES, ids=lambda each: each.__name__)

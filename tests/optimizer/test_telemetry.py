@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from adax_triton import Adam, AdamW, AdaX, AdaXW
-from adax_triton.flat_buffer import is_dense
-from adax_triton.state_tensors import numbers_of
-from adax_triton.stored import load_master
-from adax_triton.telemetry import StepTelemetry, Telemetry
+from adax_triton.state.allocation import numbers_of
+from adax_triton.state.flat_buffer import is_dense
+from adax_triton.step.telemetry import StepTelemetry, Telemetry
+from adax_triton.update.quantized_update import load_master
 
 CLASSES = (AdaX, AdaXW, Adam, AdamW)
 STATES = ("float32", "bfloat16", "low", "lowest")

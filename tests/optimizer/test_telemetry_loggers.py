@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from adax_triton import Adam, AdamW, AdaX, AdaXW
-from adax_triton.telemetry import StepTelemetry, Telemetry
-from adax_triton.telemetry_logging import JsonLinesLogger, TensorBoardLogger
+from adax_triton.step.telemetry import StepTelemetry, Telemetry
+from adax_triton.telemetry_loggers import JsonLinesLogger, TensorBoardLogger
 
 CLASSES = (AdaX, AdaXW, Adam, AdamW)
 LOGGERS = (JsonLinesLogger, TensorBoardLogger)

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from adax_triton import doctor
+from adax_triton.cli import doctor
 
-PROGRAM = "import sys; from adax_triton.cli import main; sys.exit(main())"
+PROGRAM = "import sys; from adax_triton.cli.main import main; sys.exit(main())"
 
 
 def adax_triton(*words: str) -> subprocess.CompletedProcess[str]:

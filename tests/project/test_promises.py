@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT, SUPPORT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "docs/deepspeed.md"]
-PROMISES: list[dict[str, Any]] = tomllib.loads((ROOT / "tests" / "promises.toml").read_text())["promise"]
+PROMISES: list[dict[str, Any]] = tomllib.loads((SUPPORT / "promises.toml").read_text())["promise"]
 OF_ALL = re.compile(r"\b(always|every|any|in all)\b", re.IGNORECASE)
 
 

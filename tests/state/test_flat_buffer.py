@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adax_triton.flat_buffer import ALIGNMENT, FlatBuffer, is_dense, memory_run
+from adax_triton.state.flat_buffer import ALIGNMENT, FlatBuffer, is_dense, memory_run
 
 SHAPES = [(1,), (), (127,), (128,), (129,), (0,), (3, 5, 7), (2, 0, 4), (1000,)]
 

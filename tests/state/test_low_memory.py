@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adax_triton import AdaX, AdaXW
-from adax_triton.flat_buffer import is_dense
-from adax_triton.precision import STATES, Precision, state_bytes
-from adax_triton.reference import adax_update
-from adax_triton.state_tensors import numbers_of
+from adax_triton.state.allocation import numbers_of
+from adax_triton.state.flat_buffer import is_dense
+from adax_triton.state.precision import STATES, Precision, state_bytes
 from adax_triton.step.reference_steps import CHUNK_SIZE
 from adax_triton.step.scalars import scalars_of
-from adax_triton.stored import load_master, load_moments
+from adax_triton.update.quantized_update import load_master, load_moments
+from adax_triton.update.reference import adax_update
 
 
 class Mode(NamedTuple):

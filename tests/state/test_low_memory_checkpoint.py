@@ -16,13 +16,13 @@ from adax_triton.kernels.tables import scalar_row
 from torch import Tensor, nn
 
 from adax_triton import AdaX
-from adax_triton.precision import STATES
-from adax_triton.rounding import random_key
-from adax_triton.schedule import StepScalars
-from adax_triton.state_tensors import numbers_of
+from adax_triton.state.allocation import numbers_of
+from adax_triton.state.precision import STATES
 from adax_triton.step.launch import LaunchMemory
-from adax_triton.stored import load_master, load_moments
-from adax_triton.tensor_step import TensorStep
+from adax_triton.step.tensor_step import TensorStep
+from adax_triton.update.coefficients import StepScalars
+from adax_triton.update.quantized_update import load_master, load_moments
+from adax_triton.update.rounding import random_key
 
 Params = dict[str, Tensor]
 LOW: dict[str, dict[str, Any]] = {

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adax_triton import Adam, AdamW, AdaX, AdaXW
-from adax_triton.horizon import steps_until_frozen
-from adax_triton.precision import STATES, Precision
-from adax_triton.rounding import random_key
-from adax_triton.schedule import StepScalars
-from adax_triton.state_tensors import new_states, numbers_of
+from adax_triton.state.allocation import new_states, numbers_of
+from adax_triton.state.precision import STATES, Precision
+from adax_triton.update.coefficients import StepScalars
+from adax_triton.update.horizon import steps_until_frozen
+from adax_triton.update.rounding import random_key
 
 pytest.importorskip("triton")
 
@@ -24,7 +24,7 @@ from adax_triton.kernels import adax_step as step_module
 from adax_triton.kernels.launch import current_backend, is_interpreted, launch_shape
 from adax_triton.kernels.variants import StepVariant
 
-from adax_triton.device_tables import chunk_table
+from adax_triton.step.device_tables import chunk_table
 
 every_class = pytest.mark.parametrize("optimizer_class", (AdaX, AdaXW, Adam, AdamW), ids=lambda each: each.__name__)
 HALF, WIDE = torch.float16, torch.float64

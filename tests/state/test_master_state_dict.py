@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton import AdaX
-from adax_triton.state_tensors import numbers_of
-from adax_triton.stored import load_master
+from adax_triton.state.allocation import numbers_of
+from adax_triton.update.quantized_update import load_master
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

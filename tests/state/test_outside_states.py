@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from adax_triton import AdamW, AdaXW
 from adax_triton.moment_optimizer import MomentOptimizer
-from adax_triton.precision import STATES
+from adax_triton.state.precision import STATES
 
 # Too few elements altogether to be worth compiling for.
 SHAPES = ((4096,), (41, 100), (3, 5), ())

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton import AdaXW
-from adax_triton.rounding import join_master
 from adax_triton.step.backend import TRITON, backend_of
-from adax_triton.stored import load_master
+from adax_triton.update.quantized_update import load_master
+from adax_triton.update.rounding import join_master
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, interpreting
 BF16, FP16 = torch.bfloat16, torch.float16

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from adax_triton import AdaXW, GradientRelease
 from adax_triton.moment_optimizer import MomentOptimizer
-from adax_triton.reference import adax_update
-from adax_triton.schedule import GROUP_KEYS, step_scalars
 from adax_triton.step.external_grads import Beside
+from adax_triton.update.coefficients import GROUP_KEYS, step_scalars
+from adax_triton.update.reference import adax_update
 
 KINDS = ["plain", "cpu", "clipped", "capturable", "scaler", "external", "release"]
 LIMIT, SCALE = 0.5, 4.0

@@ -14,14 +14,14 @@ import torch
 from adax_triton.kernels import tables
 from torch import Tensor
 
-from adax_triton import reference
-from adax_triton.control import TAKEN
-from adax_triton.schedule import StepScalars
 from adax_triton.step import cpu_kernel as module
+from adax_triton.step.conditions import TAKEN
 from adax_triton.step.cpu_kernel import CHUNK_SIZE, CpuVariant, build_problem, cpu_kernel
 from adax_triton.step.reference_steps import ReferenceLaunch
-from adax_triton.stored import load_master
-from adax_triton.tensor_step import TensorStep
+from adax_triton.step.tensor_step import TensorStep
+from adax_triton.update import reference
+from adax_triton.update.coefficients import StepScalars
+from adax_triton.update.quantized_update import load_master
 
 pytestmark = pytest.mark.skipif(build_problem() is not None, reason="no C++ compiler")
 

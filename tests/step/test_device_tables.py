@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adax_triton.device_tables import AddressTable, DeviceTable, chunk_table, run_table
+from adax_triton.step.device_tables import AddressTable, DeviceTable, chunk_table, run_table
 
 
 @pytest.mark.parametrize("numels", [[], [0], [1], [8], [9], [7, 0, 8, 17, 1], [0, 0, 24]], ids=str)
@@ -35,7 +35,7 @@ def test_refresh_builds_only_what_changed(
     original = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda *given, **options: built.append(given) or original(*given, **options))
     monkeypatch.setattr(
-        "adax_triton.device_tables.chunk_table", lambda *given: built.append(given) or chunk_table(*given)
+        "adax_triton.step.device_tables.chunk_table", lambda *given: built.append(given) or chunk_table(*given)
     )
     table.refresh(rows, numels)
     assert len(built) == builds

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from adax_triton.device_tables import chunk_table
+from adax_triton.step.device_tables import chunk_table
 
 pytest.importorskip("triton")
 
-from adax_triton.kernels.grad_stats import MOST_PARTIALS, grad_stats, partial_count
+from adax_triton.kernels.grad_norm import MOST_PARTIALS, grad_stats, partial_count
 from adax_triton.kernels.launch import current_backend, launch_shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}

@@ -95,7 +95,7 @@ class Unwatched:
 def only_the_step_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unchanged, "tensor_guards", Unwatched)
     # On a CPU a count is read where it lies. On a GPU it is a copy that has arrived.
-    monkeypatch.setattr("adax_triton.frozen_warning._FIRST_READS", 0)
+    monkeypatch.setattr("adax_triton.step.frozen_warning._FIRST_READS", 0)
 
 
 @pytest.fixture(autouse=True)

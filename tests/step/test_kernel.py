@@ -10,11 +10,11 @@ from adax_triton.kernels.tables import scalar_row
 from torch import Tensor, nn
 
 from adax_triton import AdaX
-from adax_triton.device_tables import chunk_table
-from adax_triton.reference import adax_update
-from adax_triton.schedule import StepScalars, effective_eps, step_scalars
+from adax_triton.step.device_tables import chunk_table
 from adax_triton.step.launch import LaunchMemory
-from adax_triton.tensor_step import TensorStep
+from adax_triton.step.tensor_step import TensorStep
+from adax_triton.update.coefficients import StepScalars, effective_eps, step_scalars
+from adax_triton.update.reference import adax_update
 
 pytest.importorskip("triton")
 

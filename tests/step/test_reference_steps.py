@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from adax_triton import AdaXW
-from adax_triton.reference import adax_update
 from adax_triton.step.reference_steps import CHUNK_SIZE
 from adax_triton.step.scalars import scalars_of
+from adax_triton.update.reference import adax_update
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -17,9 +17,10 @@ from tensor_bits import bits
 from torch import Tensor
 from torch.nn import Parameter
 
-from adax_triton import AdaXW, Beside, device_tables
-from adax_triton.device_tables import KeptByStream
+from adax_triton import AdaXW, Beside
 from adax_triton.gradient_release import GradientRelease
+from adax_triton.step import device_tables
+from adax_triton.step.device_tables import KeptByStream
 
 played_on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has streams and graphs of its own")
 

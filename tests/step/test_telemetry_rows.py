@@ -14,7 +14,7 @@ def run_rows(counts: Sequence[int], device: torch.device) -> tuple[torch.Tensor,
     """Return rows, the sums found, and those of torch, for runs of so many rows each."""
     from adax_triton.kernels.telemetry import add_rows
 
-    from adax_triton.device_tables import run_table
+    from adax_triton.step.device_tables import run_table
 
     rows = torch.rand(sum(counts), 5, generator=torch.Generator().manual_seed(len(counts))).to(device)
     around = torch.full((len(counts) + 2, 5), -7.0, device=device)

@@ -1,6 +1,6 @@
 """Run the tests of deepspeed_acceptance.toml under the DeepSpeed that is installed, and write what they show.
 
-Usage: python tests/acceptance_table.py [--table-only]
+Usage: python tests/support/acceptance_table.py [--table-only]
 
 The outcome of each row goes to docs/deepspeed-acceptance-VERSION.json, and docs/deepspeed-acceptance.md is made of all
 those files. `make acceptance DEEPSPEED=VERSION` does it in an environment of its own.
@@ -16,8 +16,9 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parent
-DOCS = TESTS.parent / "docs"
+from paths import ROOT, SUPPORT, TESTS
+
+DOCS = ROOT / "docs"
 TABLE = DOCS / "deepspeed-acceptance.md"
 PASSED = "passed"
 
@@ -26,7 +27,9 @@ INTRODUCTION = """\
 # AdaX under DeepSpeed: what was run
 
 Made by `make acceptance`, or `make acceptance DEEPSPEED=VERSION` for another version, from
-`tests/deepspeed_acceptance.toml`; do not edit. z0 to z3 are ZeRO stages. "Refused" is an error at the start, or before
+`tests/support/deepspeed_acceptance.toml`; do not edit.
+
+z0 to z3 are ZeRO stages. "Refused" is an error at the start, or before
 anything is loaded, that names the setting and the remedy. "Reference" is the same training in one process without
 DeepSpeed, on float32 masters. All of it ran on gloo ranks on a CPU, two if nothing else is said, where fp16 is
 DeepSpeed's own path with its check for a device that has it taken out. What a GPU alone can show (pinned memory,
@@ -36,7 +39,7 @@ streams, states that leave the device) did not run.
 
 
 def rows() -> list[Row]:
-    with (TESTS / "deepspeed_acceptance.toml").open("rb") as file:
+    with (SUPPORT / "deepspeed_acceptance.toml").open("rb") as file:
         return tomllib.load(file)["row"]
 
 
@@ -50,7 +53,8 @@ def run_tests(files: list[str]) -> dict[str, str]:
 
 
 def _name(case: ElementTree.Element) -> str:
-    return f"{case.get('classname', '').rpartition('.')[2]}.py::{case.get('name')}"
+    room, _, file = case.get("classname", "").rpartition(".")
+    return f"{room.rpartition('.')[2]}/{file}.py::{case.get('name')}"
 
 
 def _outcome(case: ElementTree.Element) -> str:
@@ -70,7 +74,7 @@ def outcome_of_row(row: Row, outcomes: dict[str, str]) -> str:
 
 def table(rows: list[Row], runs: list[dict[str, Any]]) -> str:
     """Return the table as Markdown: a column for each run, oldest DeepSpeed first."""
-    from adax_triton.bench.origin import origin
+    from adax_triton.bench.harness.origin import origin
 
     versions = [run["environment"]["deepspeed"] for run in runs]
     lines = [f"- {origin(run)}" for run in runs]
@@ -95,7 +99,7 @@ def recorded_runs() -> list[dict[str, Any]]:
 
 def record_run() -> dict[str, Any]:
     import torch
-    from adax_triton.bench.environment import describe
+    from adax_triton.bench.harness.environment import describe
 
     files = {test.partition("::")[0] for row in rows() for test in row["tests"]}
     outcomes = run_tests(sorted(file for file in files if (TESTS / file).exists()))

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT, SUPPORT
 
-TESTS = Path(__file__).parent
 # What the facts depend on, next to Triton and PyTorch: kernels import nothing else of the package.
 SOURCES = [
-    *sorted((TESTS.parent / "kernels").glob("*.py")),
-    TESTS.parent / "bench" / "variant_cases.py",
-    TESTS / "code_audit.py",
-    TESTS / "small_kernels_audit.py",
+    *sorted((ROOT / "kernels").glob("*.py")),
+    ROOT / "bench" / "step" / "variant_cases.py",
+    SUPPORT / "code_audit.py",
+    SUPPORT / "small_kernels_audit.py",
 ]
 
 

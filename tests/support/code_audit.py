@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from adax_triton.bench.variant_cases import AbsentDevice
+from adax_triton.bench.step.variant_cases import AbsentDevice
 from adax_triton.kernels import adax_step as step_module
 from adax_triton.kernels.adax_step import adax_step, adax_step_kernel
 from adax_triton.kernels.launch import launch_shape

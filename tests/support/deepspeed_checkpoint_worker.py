@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from adax_triton.integrations.deepspeed import switching_optimizer
-from adax_triton.integrations.deepspeed_universal import allowing_saved_classes
+from adax_triton.integrations.deepspeed.checkpoints.universal import allowing_saved_classes
 from async_io import merge_sources
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
@@ -30,7 +30,8 @@ from deepspeed_oracle import CASE_DEFAULTS, DTYPES, OPTIMIZERS, averaged_gradien
 from deepspeed_worker import deviation, master_weights, start_engine
 from torch import Tensor, nn
 
-from adax_triton import AdaX, AdaXW, cli
+from adax_triton import AdaX, AdaXW
+from adax_triton.cli import main as cli
 
 PARTS = 2  # of a batch, one for each of two ranks; one rank takes both in turn
 LEG_DEFAULTS = {

@@ -16,7 +16,7 @@ import deepspeed
 import deepspeed_oracle
 import torch
 import torch.distributed as dist
-from adax_triton.integrations import deepspeed_fuse_steps
+from adax_triton.integrations.deepspeed.fused_step import zero_steps as deepspeed_fuse_steps
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from deepspeed_cases import run_cases, start

@@ -25,7 +25,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from adax_triton.integrations.deepspeed_complete import folder_to_load
+from adax_triton.integrations.deepspeed.checkpoints.atomic_save import folder_to_load
 from deepspeed_checkpoint_worker import to_universal
 from deepspeed_worker import CASE_DEFAULTS, batch, build_model, deviation, master_weights, start_engine
 from torch import Tensor

@@ -24,9 +24,10 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed_cases import run_cases, start
 from deepspeed_oracle import MICRO_BATCH, VOCABULARY, TiedModel
 from deepspeed_worker import deviation, master_weights
+from paths import ROOT
 from torch import Tensor
 
-GUIDE = Path(__file__).parents[1] / "docs" / "deepspeed.md"
+GUIDE = ROOT / "docs" / "deepspeed.md"
 WIDTH = 128  # wide enough for codes in the flat partitions of both ranks
 STEPS = 2
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
@@ -128,7 +129,7 @@ def run_section(name: str) -> dict[str, Any]:
 
 
 def kept_bytes(engine: Any) -> dict[str, float]:
-    """Bytes per parameter of this rank's tensors, by the names of bench/deepspeed_memory.py; no swapped ones."""
+    """Bytes per parameter of this rank's tensors, by the names of bench/memory/deepspeed.py; no swapped ones."""
     zero, parameters = engine.optimizer, [param for param in engine.module.parameters() if param.requires_grad]
     *whole, last = batches(range(1), engine.gradient_accumulation_steps())
     for inputs, targets in whole:

@@ -13,7 +13,6 @@ import os
 import runpy
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import adax_triton.integrations.deepspeed
@@ -35,6 +34,7 @@ from huggingface_oracle import (
     random_tokens,
     single_process_weights,
 )
+from paths import ROOT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -209,7 +209,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def run_example(case: dict[str, Any]) -> dict[str, Any]:
-    path = Path(__file__).parents[1] / "examples" / case["through"]
+    path = ROOT / "examples" / case["through"]
     sys.argv = [str(path), *case["arguments"]]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         runpy.run_path(str(path), run_name="__main__")
@@ -245,7 +245,7 @@ def registration() -> dict[str, bool]:
 
 def main(cases_path: str, results_path: str) -> None:
     start()
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    sys.path.insert(0, str(ROOT / "examples"))
     # Accelerate runs DeepSpeed on several ranks only where it finds GPUs; past that, its logic is the same.
     PartialState._prepare_backend = lambda self, cpu, sagemaker_dp, backend: ("gloo", DistributedType.MULTI_CPU)
     run_cases(cases_path, results_path, CASE_DEFAULTS, run_case, {"registration": registration()})

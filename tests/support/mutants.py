@@ -1,6 +1,6 @@
 """Break the package on purpose, one line at a time, and check that the tests notice.
 
-Usage: python tests/mutants.py [NAME ...]
+Usage: python tests/support/mutants.py [NAME ...]
 
 Every fault of mutants.toml, or those named, is made in a copy of the tracked files. Prints the first test that fails
 for each; exits with 1 if no test fails, or if the fault keeps the tests from being collected.
@@ -18,7 +18,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from paths import ROOT
+
 TESTS_FAILED = 1  # pytest's exit code
 
 

@@ -76,7 +76,7 @@ def start(request: dict[str, Any], environment: dict[str, str]) -> int:
         os.environ.update(environment)
         os.chdir(request["folder"])
         sys.argv = [request["script"], *request["arguments"]]
-        sys.path[0] = str(Path(request["script"]).parent)
+        sys.path.insert(0, str(Path(request["script"]).parent))
         runpy.run_path(request["script"], run_name="__main__")
         code = 0
     except SystemExit as end:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adax_triton.kernels import grad_stats as stats_module
-from adax_triton.kernels.grad_stats import grad_stats, grad_stats_kernel
-from adax_triton.kernels.schedule import prepare_step, prepare_step_kernel
+from adax_triton.kernels import grad_norm as stats_module
+from adax_triton.kernels.coefficients import prepare_step, prepare_step_kernel
+from adax_triton.kernels.grad_norm import grad_stats, grad_stats_kernel
 from adax_triton.kernels.telemetry import add_rows, add_rows_kernel
 from code_audit import (
     GRAD_DTYPES,
@@ -33,7 +33,7 @@ from code_audit import (
 )
 from triton.runtime import driver
 
-LOCATION = re.compile(r"\.loc\s.*?grad_stats\.py:(\d+):")
+LOCATION = re.compile(r"\.loc\s.*?grad_norm\.py:(\d+):")
 STREAMS = {"grad_ptr + offsets": "tile", "grad_ptr + tail": "tail", "partials_ptr": "partial"}
 UNRESOLVED = re.compile(r"\.extern \.func.*|s_swappc_b64.*|__ocml_\w+")
 

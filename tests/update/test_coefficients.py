@@ -5,7 +5,7 @@ from decimal import MAX_EMAX, MIN_EMIN, Decimal, getcontext
 
 import pytest
 
-from adax_triton.schedule import effective_eps, exp_avg_sq_weight, step_scalars
+from adax_triton.update.coefficients import effective_eps, exp_avg_sq_weight, step_scalars
 
 getcontext().prec, getcontext().Emax, getcontext().Emin = 60, MAX_EMAX, MIN_EMIN
 STEPS = [1, 2, 3, 10, 1_000, 110_000, 887_272, 1_000_000, 7_000_000, 123_456_789, 1_000_000_000]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from adax_triton.horizon import FROZEN_WEIGHT, beta2_for_horizon, steps_until_frozen
-from adax_triton.schedule import exp_avg_sq_weight
+from adax_triton.update.coefficients import exp_avg_sq_weight
+from adax_triton.update.horizon import FROZEN_WEIGHT, beta2_for_horizon, steps_until_frozen
 
 getcontext().prec = 60
 RANDOM = random.Random(0)

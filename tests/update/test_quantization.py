@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from adax_triton.compact import GROUP, decode, encode
-from adax_triton.rounding import random_bits, random_key
+from adax_triton.update.quantization import GROUP, decode, encode
+from adax_triton.update.rounding import random_bits, random_key
 
 pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from adax_triton.kernels import compact as on_device
+from adax_triton.kernels import quantization as on_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # numpy's, interpreting
 each_format = pytest.mark.parametrize("lowest", [False, True], ids=["low", "lowest"])

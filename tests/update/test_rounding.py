@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adax_triton.rounding import (
+from adax_triton.update.rounding import (
     join_master,
     low_bits,
     mix_words,

@@ -26,8 +26,8 @@ import torch
 
 from adax_triton.moment_optimizer import MomentOptimizer
 
-from .deepspeed_failures import Meet, failing_together
-from .deepspeed_universal import Method
+from .failures import Meet, failing_together
+from .universal import Method
 
 LIST = "complete.json"
 _SAVING, _REPLACED = ".saving", ".replaced"

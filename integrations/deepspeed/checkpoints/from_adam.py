@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from adax_triton.conversion import adam_from_adax, adax_from_adam, from_torch_adam, to_torch_adam
+from adax_triton.convert.state_dicts import adam_from_adax, adax_from_adam, from_torch_adam, to_torch_adam
 from adax_triton.moment_optimizer import MomentOptimizer
 
 
@@ -34,7 +34,7 @@ def switching_optimizer(engine: Any) -> Iterator[None]:
         ValueError: the engine runs another optimizer, or has groups of several rules; from `load_checkpoint`, before
             anything of the optimizer changes, a checkpoint that does not fit: see `conversion`.
 
-    Source: `adax_triton.conversion.adax_from_adam` and its inverse.
+    Source: `adax_triton.convert.state_dicts.adax_from_adam` and its inverse.
     """
     optimizer = engine.basic_optimizer
     if isinstance(optimizer, MomentOptimizer):

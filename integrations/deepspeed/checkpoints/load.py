@@ -15,11 +15,11 @@ import deepspeed
 import torch
 
 from adax_triton.moment_optimizer import MomentOptimizer
-from adax_triton.state_tensors import MOMENTS
+from adax_triton.state.allocation import MOMENTS
 
-from .deepspeed_complete import complete_tag, save_whole
-from .deepspeed_failures import failing_together
-from .deepspeed_universal import (
+from .atomic_save import complete_tag, save_whole
+from .failures import failing_together
+from .universal import (
     Method,
     allowing_saved_classes,
     load_every_group,

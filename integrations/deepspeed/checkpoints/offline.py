@@ -1,4 +1,4 @@
-"""DeepSpeed checkpoints of Adam as checkpoints of AdaX and back, off line; see `adax_triton.convert_command`."""
+"""DeepSpeed checkpoints of Adam as checkpoints of AdaX and back, off line; see `adax_triton.cli.convert`."""
 
 import os
 import shutil
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from adax_triton.convert import Progress, refusing_unsafe
+from adax_triton.convert.files import Progress, refusing_unsafe
 
-from .deepspeed_complete import LIST, folder_to_load, list_files, write_flushed
-from .deepspeed_switch import adax_from_deepspeed_adam, deepspeed_adam_from_adax
-from .deepspeed_universal import read_optimizer_file
+from .atomic_save import LIST, folder_to_load, list_files, write_flushed
+from .from_adam import adax_from_deepspeed_adam, deepspeed_adam_from_adax
+from .universal import read_optimizer_file
 
 FORMS = ("adax", "adaxw", "adam", "adamw")
 # Where the file of a rank has the state dict of the optimizer itself: ZeRO 1 and 2, BF16_Optimizer; ZeRO 3.

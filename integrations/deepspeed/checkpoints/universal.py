@@ -22,8 +22,8 @@ from deepspeed.utils import fragment_address, lazy_init_hp_params_optimizer_stat
 from torch import Tensor, nn
 
 from adax_triton.moment_optimizer import MomentOptimizer
-from adax_triton.precision import is_compact
-from adax_triton.state_tensors import MOMENTS
+from adax_triton.state.allocation import MOMENTS
+from adax_triton.state.precision import is_compact
 
 Method = Callable[..., Any]
 

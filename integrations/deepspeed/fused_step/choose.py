@@ -19,11 +19,11 @@ import torch
 from deepspeed.utils.logging import log_dist
 
 from adax_triton.moment_optimizer import MomentOptimizer
-from adax_triton.state_tensors import numbers_of
+from adax_triton.state.allocation import numbers_of
 from adax_triton.step.collect import needs_device
 
-from .deepspeed_fuse_hooks import LateLinks, Zero3Hooks, Zero12Hooks
-from .deepspeed_fuse_steps import BF16Step, Zero12Step, is_verified, methods_of
+from .zero_methods import LateLinks, Zero3Hooks, Zero12Hooks
+from .zero_steps import BF16Step, Zero12Step, is_verified, methods_of
 
 SECTION = "adax_triton"
 MODES = ("auto", "off")

@@ -13,7 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from adax_triton.precision import PARAM_DTYPES
+from adax_triton.state.precision import PARAM_DTYPES
 from adax_triton.step.external_grads import Beside
 
 _Wrapper: Any = object  # what the mixins come before

@@ -18,10 +18,10 @@ from deepspeed.runtime import utils as runtime_utils  # of which older versions 
 from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor
 
-from adax_triton.precision import PARAM_DTYPES
+from adax_triton.state.precision import PARAM_DTYPES
 from adax_triton.step.external_grads import Beside
 
-from .deepspeed_fuse_hooks import Zero12Hooks
+from .zero_methods import Zero12Hooks
 
 # `step_hash` of the class of that name, and the last DeepSpeed in which it was found.
 VERIFIED_STEPS = {

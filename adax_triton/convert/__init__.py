@@ -1,0 +1,1 @@
+"""Convert state dicts between optimizers and precisions."""

@@ -1,0 +1,1 @@
+"""The state of each parameter: precision, allocation, checks, checkpoints."""

@@ -1,0 +1,1 @@
+"""Rounding errors of the low-memory states."""

@@ -1,0 +1,1 @@
+"""Training throughput of a small GPT."""

@@ -1,0 +1,1 @@
+"""Memory traffic of a step under ZeRO."""

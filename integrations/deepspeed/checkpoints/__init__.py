@@ -1,0 +1,1 @@
+"""DeepSpeed checkpoints: save, load, convert."""

@@ -1,0 +1,1 @@
+"""ZeRO optimizer steps with fewer passes over gradients and weights."""
