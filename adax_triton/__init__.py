@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         to_torch_adam,
     )
     from adax_triton.state.flat_buffer import FlatBuffer
-    from adax_triton.step.external_grads import Beside
+    from adax_triton.step.external_grads import ExternalGrads
     from adax_triton.step.telemetry import StepTelemetry, Telemetry
     from adax_triton.update.coefficients import StepScalars, step_scalars
     from adax_triton.update.horizon import beta2_for_horizon, steps_until_frozen
@@ -32,7 +32,7 @@ __all__ = [
     "AdaXW",
     "Adam",
     "AdamW",
-    "Beside",
+    "ExternalGrads",
     "FlatBuffer",
     "GradientRelease",
     "JsonLinesLogger",

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
-from adax_triton.state.dtensor import local_gradient, shard_groups
+from adax_triton.state.dtensor import local_gradient, shard_process_groups
 from adax_triton.state.parameters import checked_gradient
 from adax_triton.step.conditions import NORM_EPS, check_max_grad_norm
-from adax_triton.step.device_tables import UNPREPARED, current_stream, is_capturing
+from adax_triton.step.device_tables import CAPTURE_NEEDS_WARM_UP, current_stream, is_capturing
 from adax_triton.step.grad_norm import sum_over_ranks
 
 from .moment_optimizer import MomentOptimizer
@@ -214,7 +214,7 @@ class _LastNorm:
         """
         if device not in self._grad_scales:
             if is_capturing(device):
-                raise RuntimeError(UNPREPARED)
+                raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
             self._grad_scales[device] = torch.ones((), dtype=torch.float64, device=device)
         return self._grad_scales[device]
 
@@ -224,7 +224,7 @@ class _LastNorm:
         # The norm of 16-bit gradients would be rounded to 16 bits; any dtype but their own costs the others a copy.
         dtype = torch.float32 if grad.element_size() == 2 else None
         square = torch.linalg.vector_norm(grad, dtype=dtype).double().square()
-        key = shard_groups(param), grad.device, current_stream(grad.device)
+        key = shard_process_groups(param), grad.device, current_stream(grad.device)
         if key in self._squares:
             self._squares[key].add_(square)
         else:

@@ -11,25 +11,31 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from adax_triton.state import master_weights
-from adax_triton.state.allocation import STATE_TENSORS, is_new, misfit, new_states
+from adax_triton.state.allocation import STATE_TENSORS, allocate_states, is_new, state_mismatch
 from adax_triton.state.checkpoint import (
     check_state_dict,
-    held_params,
-    hold_tensors,
     keep_lr_tensors,
+    params_with_wrapped_tensors,
     restore,
     with_int_counts,
     with_own_options,
+    wrap_tensors,
 )
 from adax_triton.state.parameters import check_param, is_frozen
 from adax_triton.state.precision import precision_for
-from adax_triton.state.validation import LATER_GROUP_DEFAULTS, validate_group
+from adax_triton.state.validation import OLD_CHECKPOINT_DEFAULTS, validate_group
 from adax_triton.step.backend import uses_triton
-from adax_triton.step.collect import Collected, ParamWithGrad, collect, settle_counts
-from adax_triton.step.conditions import ProgramOptions, StepControl, control_of
-from adax_triton.step.external_grads import Beside, BesideStep, as_params, checked_beside, collect_external
+from adax_triton.step.collect import Collected, ParamWithGrad, collect, normalize_counts
+from adax_triton.step.conditions import OptimizerOptions, StepConditions, conditions_of
+from adax_triton.step.external_grads import (
+    ExternalGrads,
+    ExternalStep,
+    checked_external_grads,
+    collect_external,
+    params_with_external_grads,
+)
 from adax_triton.step.frozen_warning import FrozenWarning
-from adax_triton.step.launch import LaunchMemory
+from adax_triton.step.launch import LaunchCache
 from adax_triton.step.plan import StepPlan
 from adax_triton.step.scalars import HostScalars
 from adax_triton.step.telemetry import StepSums, StepTelemetry
@@ -49,14 +55,14 @@ class MomentOptimizer(Optimizer):
       follow the parameter).
     - `exp_avg_sq`: v, likewise; the normalised second moment. A complex parameter's real and imaginary parts have their
       own.
-    - `group_exponents`: beside the codes of `"low"` and `"lowest"`, one per 32 elements.
+    - `group_exponents`: beside the codes of `"8bit_v16"` and `"8bit"`, one per 32 elements.
     - `master`: with `master_weights`, what a 16-bit parameter lacks to be the float32 weight.
 
     `max_grad_norm` may be changed between steps.
     How a state is kept is settled when it is created; its tensors' dtypes say it from then on.
     """
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: ProgramOptions) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: OptimizerOptions) -> None:
         validate_group(defaults)
         options.check()
         self.options = options
@@ -70,12 +76,12 @@ class MomentOptimizer(Optimizer):
     _step_supports_amp_scaling = True
 
     def _prepare(self) -> None:
-        self._memory = LaunchMemory()
+        self._launch_cache = LaunchCache()
         self._sums = StepSums() if self.options.telemetry else None
         # By kind and first parameter: ZeRO gives a step one group at a time, and gradient release one parameter.
         self._plans: dict[tuple[str, int], StepPlan] = {}
         self._most_plans = _FEW_PLANS
-        self._beside: BesideStep | None = None
+        self._external_step: ExternalStep | None = None
         self._grad_norm: Tensor | None = None
         self._frozen_warning = FrozenWarning()
 
@@ -156,19 +162,19 @@ class MomentOptimizer(Optimizer):
         self._step()
 
     def _step(self) -> None:
-        control = control_of(self)
-        if self._beside is not None:
-            beside, self._beside = self._beside, None
-            return self._step_beside(beside, control)
+        conditions = conditions_of(self)
+        if self._external_step is not None:
+            beside, self._external_step = self._external_step, None
+            return self._step_external(beside, conditions)
         key = "step", next((id(group["params"][0]) for group in self.param_groups if group["params"]), 0)
         plan = self._plans.get(key)
-        if plan is None or not plan.matches(self.param_groups, self.state, control):
-            plan = self._planned(key, collect(self.param_groups, self.state, control, self.options.keep_float32))
-        self._run(plan, control)
+        if plan is None or not plan.matches(self.param_groups, self.state, conditions):
+            plan = self._planned(key, collect(self.param_groups, self.state, conditions, self.options.keep_float32))
+        self._run(plan, conditions)
 
     def _planned(self, key: tuple[str, int], collected: Collected, is_whole: bool = True) -> StepPlan:
         """Return a new plan for parameters that are checked, and keep it for later steps if it can serve them."""
-        settle_counts(collected.params, self.state)
+        normalize_counts(collected.params, self.state)
         host = HostScalars(
             [
                 (one.group_index, 1 if is_new(state) else state["step"] + 1)
@@ -185,7 +191,7 @@ class MomentOptimizer(Optimizer):
             host,
             self.param_groups,
             self.state,
-            self._memory,
+            self._launch_cache,
             self.options.telemetry,
             self.options.norm_process_group,
             is_whole,
@@ -199,19 +205,19 @@ class MomentOptimizer(Optimizer):
             self._plans[key] = plan
         return plan
 
-    def _run(self, plan: StepPlan, control: StepControl) -> None:
-        result = plan.run(self.param_groups, control, self.options.error_if_nonfinite, self._sums)
+    def _run(self, plan: StepPlan, conditions: StepConditions) -> None:
+        result = plan.run(self.param_groups, conditions, self.options.error_if_nonfinite, self._sums)
         self._grad_norm = result.grad_norm
         warning = None
         if result.taken and any(row.exp_avg_sq_weight < FROZEN_WEIGHT for row in plan.host.rows):
-            places = zip(plan.host.groups, plan.host.steps, strict=True)
-            warning = self._frozen_warning.after_host_step(places, self.param_groups)
+            group_steps = zip(plan.host.groups, plan.host.steps, strict=True)
+            warning = self._frozen_warning.after_host_step(group_steps, self.param_groups)
         if plan.device_rows:
             warning = warning or self._frozen_warning.after_device_step(plan.device_rows, self.param_groups)
         if warning is not None:
             warnings.warn(warning, stacklevel=5)
 
-    def lay_beside(self, parts: Sequence[Beside], grad_factor: Tensor | None = None) -> None:
+    def set_external_grads(self, parts: Sequence[ExternalGrads], grad_factor: Tensor | None = None) -> None:
         """Have the next `step()` update these parameters from gradients beside them, and no other parameters.
 
         Gradients are read once, in their own dtype, and multiplied in float32; the host does not wait for the factor.
@@ -225,38 +231,38 @@ class MomentOptimizer(Optimizer):
             TypeError, ValueError: a tensor that does not fit, or an optimizer made with `telemetry`. `step()` raises
                 ValueError for a parameter that is in no group or whose steps the device counts, and for clipping.
         """
-        self._beside = checked_beside(parts, grad_factor, self.options.telemetry)
+        self._external_step = checked_external_grads(parts, grad_factor, self.options.telemetry)
 
-    def _step_beside(self, beside: BesideStep, control: StepControl) -> None:
+    def _step_external(self, beside: ExternalStep, conditions: StepConditions) -> None:
         parts, group_of = beside.parts, self._group_indices()
         key = "external", id(parts[0].param) if parts else 0
         plan = self._plans.get(key)
-        known = control.is_idle and all(part.param in group_of for part in parts)
+        known = conditions.is_default and all(part.param in group_of for part in parts)
         if (
             plan is None
             or not known
-            or not plan.matches(self.param_groups, self.state, control, as_params(parts, group_of))
+            or not plan.matches(self.param_groups, self.state, conditions, params_with_external_grads(parts, group_of))
         ):
-            checked_beside(parts, beside.grad_factor, telemetry=False)  # a tensor may have changed since
-            collected = collect_external(parts, control, group_of, self.param_groups, self.state)
+            checked_external_grads(parts, beside.grad_factor, telemetry=False)  # a tensor may have changed since
+            collected = collect_external(parts, conditions, group_of, self.param_groups, self.state)
             plan = self._planned(key, collected, is_whole=False)
-        self._run(plan, control._replace(grad_factor=beside.grad_factor))
+        self._run(plan, conditions._replace(grad_factor=beside.grad_factor))
 
     def _step_one(self, param: Tensor, group_index: int, grad_scale: Tensor | None) -> None:
-        control, key = StepControl(grad_scale), ("release", id(param))
+        conditions, key = StepConditions(grad_scale), ("release", id(param))
         plan = self._plans.get(key)
         given = [ParamWithGrad(param, group_index, (param.grad,))] if param.grad is not None else []
-        if plan is None or not plan.matches(self.param_groups, self.state, control, given):
+        if plan is None or not plan.matches(self.param_groups, self.state, conditions, given):
             only = {param: group_index}
-            collected = collect(self.param_groups, self.state, control, self.options.keep_float32, only)
+            collected = collect(self.param_groups, self.state, conditions, self.options.keep_float32, only)
             plan = self._planned(key, collected, is_whole=False)
-        self._run(plan, control)
+        self._run(plan, conditions)
 
     def _create_states(self, params: list[tuple[Tensor, int]]) -> None:
         keep_float32 = self.options.keep_float32
         precisions = [precision_for(param, self.param_groups[index], keep_float32) for param, index in params]
         tensors = [param for param, _ in params]
-        for param, state in zip(tensors, new_states(tensors, precisions), strict=True):
+        for param, state in zip(tensors, allocate_states(tensors, precisions), strict=True):
             self.state[param].update(state)
 
     @property
@@ -334,7 +340,7 @@ class MomentOptimizer(Optimizer):
 
         def check_and_hold(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             check_state_dict(given, optimizer.param_groups)
-            held = hold_tensors(given, optimizer.state)
+            held = wrap_tensors(given, optimizer.state)
             return {**held, "param_groups": with_own_options(optimizer.param_groups, given)}
 
         # As the last of the pre-hooks it sees what the user's own have made of the state dict.
@@ -352,16 +358,16 @@ class MomentOptimizer(Optimizer):
             self._prepare()
         self._plans.clear()
         for group in self.param_groups:
-            for key, value in LATER_GROUP_DEFAULTS.items():
+            for key, value in OLD_CHECKPOINT_DEFAULTS.items():
                 group.setdefault(key, value)
             group["decoupled_weight_decay"] |= self._is_decoupled
-        held = {param: self.state[param] for param in held_params(self.state)}
+        held = {param: self.state[param] for param in params_with_wrapped_tensors(self.state)}
         group_of = self._group_indices()
         for param in held:
             # Into the tensors there are; but a framework may have emptied them, or the user moved the parameter.
             existing = before.get(param, {})
             own = {name: value for name, value in existing.items() if name in ("step", *STATE_TENSORS)}
-            self.state[param] = own if misfit(existing, param) is None else {}
+            self.state[param] = own if state_mismatch(existing, param) is None else {}
         self._create_states([(param, group_of[param]) for param in held if is_new(self.state[param])])
         for param, values in held.items():
             restore(values, into=self.state[param], param=param)

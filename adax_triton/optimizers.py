@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from adax_triton.step.conditions import ProgramOptions
+from adax_triton.step.conditions import OptimizerOptions
 
 from .moment_optimizer import MomentOptimizer
 
@@ -45,9 +45,9 @@ class AdaX(MomentOptimizer):
             has it, eps beside the root of the raw moment, that is `eps / sqrt((1 + b2)^t - 1)` here. Default:
             `"normalized"`.
         maximize: follow the gradient up. Default: False.
-        states: how the moments are kept: `"float32"`; `"bfloat16"`; `"low"`, 8-bit m and 16-bit v; `"lowest"`, 8-bit m
-            and 8-bit v. Below float32, v is rounded stochastically: rounded to nearest it would stop changing early.
-            Tensors of less than 4096 elements keep float32. Default: `"float32"`.
+        states: how the moments are kept: `"float32"`; `"bfloat16"`; `"8bit_v16"`, 8-bit m and 16-bit v; `"8bit"`,
+            8-bit m and 8-bit v. Below float32, v is rounded stochastically; rounded to nearest it would stop
+            changing early. Tensors of fewer than 4096 elements keep float32. Default: `"float32"`.
         master_weights: beside 16-bit parameters, keep what they lack of the weight: `"float32"`, all of it, so that
             training is bit for bit that of float32 weights; `"24bit"`, for bfloat16, one byte of it, rounded
             stochastically; None, nothing. Float32 parameters need none. Default: None.
@@ -110,7 +110,7 @@ class AdaX(MomentOptimizer):
             "seed": seed,
             "capturable": capturable,
         }
-        options = ProgramOptions(keep_float32, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry)
+        options = OptimizerOptions(keep_float32, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry)
         super().__init__(params, defaults, options)
 
 
@@ -247,7 +247,7 @@ class Adam(MomentOptimizer):
             "seed": seed,
             "capturable": capturable,
         }
-        options = ProgramOptions(keep_float32, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry)
+        options = OptimizerOptions(keep_float32, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry)
         super().__init__(params, defaults, options)
 
 

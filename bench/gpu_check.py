@@ -87,11 +87,11 @@ STEP_MODES = (
     "bf16 + float32 + 24-bit masters",
     "bf16 + bfloat16",
     "bf16 + bfloat16 + 24-bit masters",
-    "bf16 + low + 24-bit masters",
-    "bf16 + lowest",
-    "bf16 + lowest + 24-bit masters",
+    "bf16 + 8bit_v16 + 24-bit masters",
+    "bf16 + 8bit",
+    "bf16 + 8bit + 24-bit masters",
 )
-TRAIN_CASES = ("plain / torch AdamW", "plain / AdaXW low, bfloat16 weights, 24-bit masters")
+TRAIN_CASES = ("plain / torch AdamW", "plain / AdaXW 8bit_v16, bfloat16 weights, 24-bit masters")
 COMMAND_LINE = ("-c", "import sys; from adax_triton.cli.main import main; sys.exit(main())")
 METRICS = {
     "dram__bytes_read.sum": "bytes_read",

@@ -35,7 +35,7 @@ GOAL_US, GOAL_US_PER_TENSOR = 60.0, 0.05
 _LAUNCHES = {
     "adax_step": "adax_step",
     "coefficients": "prepare_step",
-    "grad_norm": "grad_stats",
+    "grad_norm": "grad_norm_partials",
     "telemetry": "add_rows",
 }
 _NUMEL = 64

@@ -47,8 +47,8 @@ class Mode(NamedTuple):
 MODES = {
     REFERENCE: Mode(torch.float32, "float32"),
     "bfloat16 + master float32, states float32": Mode(torch.bfloat16, "float32", "float32"),
-    "bfloat16 + master 24bit, states low": Mode(torch.bfloat16, "low", "24bit"),
-    "bfloat16 + master 24bit, states lowest": Mode(torch.bfloat16, "lowest", "24bit"),
+    "bfloat16 + master 24bit, states 8bit_v16": Mode(torch.bfloat16, "8bit_v16", "24bit"),
+    "bfloat16 + master 24bit, states 8bit": Mode(torch.bfloat16, "8bit", "24bit"),
     "bfloat16 stochastic, states bfloat16": Mode(torch.bfloat16, "bfloat16", None, "stochastic"),
     "bfloat16 nearest, states float32": Mode(torch.bfloat16, "float32"),
 }

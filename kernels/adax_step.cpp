@@ -2,7 +2,7 @@
 //
 // A variant is compiled from these definitions, in addition to those of tables.py and CHUNK_SIZE:
 //     PARAM, GRAD     float32, bfloat16, float16 or float64
-//     STATES          full, bfloat16_moments, low or lowest
+//     STATES          full, bfloat16_moments, moments_8bit_v16 or moments_8bit
 //     MASTER          no_master, int16_rest, int8_rest or float32_copy
 //     STOCHASTIC, PARAM_IS_COPY, TELEMETRY    0 or 1
 // The loops over a group are written for the compiler to vectorise. It must not contract products and sums.
@@ -12,7 +12,7 @@
 
 namespace adax {
 
-enum States { full, bfloat16_moments, low, lowest };
+enum States { full, bfloat16_moments, moments_8bit_v16, moments_8bit };
 enum Master { no_master, int16_rest, int8_rest, float32_copy };
 
 template <class A, class B> constexpr bool same = false;
@@ -23,7 +23,7 @@ template <bool CHOICE, class A, class B> using either = typename choose<CHOICE, 
 
 constexpr States KEPT = STATES;
 constexpr Master MASTER_KEPT = MASTER;
-constexpr bool FLOAT64 = same<PARAM, float64>, CODES = KEPT == low || KEPT == lowest;
+constexpr bool FLOAT64 = same<PARAM, float64>, CODES = KEPT == moments_8bit_v16 || KEPT == moments_8bit;
 constexpr bool HAS_REST = MASTER_KEPT == int16_rest || MASTER_KEPT == int8_rest;
 constexpr bool RANDOM = KEPT != full || STOCHASTIC || MASTER_KEPT == int8_rest;
 
@@ -37,8 +37,8 @@ typedef either<FLOAT64, double, float> number;  // what the update is computed i
 using full_dtype = either<FLOAT64, float64, float32>;
 using moment_dtype = either<KEPT == bfloat16_moments, bfloat16, full_dtype>;
 using exp_avg_dtype = either<CODES, int8, moment_dtype>;
-using exp_avg_sq_dtype = either<CODES, either<KEPT == low, uint16, uint8>, moment_dtype>;
-using exponents_dtype = either<KEPT == low, uint8, uint16>;
+using exp_avg_sq_dtype = either<CODES, either<KEPT == moments_8bit_v16, uint16, uint8>, moment_dtype>;
+using exponents_dtype = either<KEPT == moments_8bit_v16, uint8, uint16>;
 using master_dtype = either<MASTER_KEPT == int16_rest, int16, either<MASTER_KEPT == int8_rest, int8, float32>>;
 
 // ---- tables -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import tables
 from .launch import current_backend, launch, launch_shape
-from .quantization import GROUP, decode_moments, encode_moments
+from .quantization import GROUP, dequantize_moments, quantize_moments
 from .rounding import differ, join_master, random_bits, round_to_bfloat16, split_master, to_float32
 from .telemetry import TELEMETRY_COLUMNS, tile_sums
 from .variants import StepVariant
@@ -107,7 +107,7 @@ def _update_tile(
     STATES: tl.constexpr,
     MASTER_DTYPE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    SETTLED: tl.constexpr,
+    SKIP_UNCHANGED_V: tl.constexpr,
     TELEMETRY: tl.constexpr,
     PARAM_IS_COPY: tl.constexpr,
     LANES: tl.constexpr,
@@ -125,9 +125,9 @@ def _update_tile(
     param = to_float32(param)
     exp_avg_stored = tl.load(exp_avg_ptr + offsets, mask=mask, other=0)
     exp_avg_sq_stored = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0)
-    if STATES == "low" or STATES == "lowest":
+    if STATES == "8bit_v16" or STATES == "8bit":
         exponents = tl.load(group_exponents_ptr + groups, mask=groups * GROUP < end, other=0).to(tl.uint32)
-        exp_avg, exp_avg_sq = decode_moments(exp_avg_stored, exp_avg_sq_stored, exponents, STATES)
+        exp_avg, exp_avg_sq = dequantize_moments(exp_avg_stored, exp_avg_sq_stored, exponents, STATES)
     else:
         exp_avg, exp_avg_sq = to_float32(exp_avg_stored), to_float32(exp_avg_sq_stored)
     scalars, key0, key1 = _scalars(scalars_ptr)
@@ -152,14 +152,14 @@ def _update_tile(
     tl.store(param_ptr + offsets, param, mask=written)
     if MASTER_DTYPE is not None:
         tl.store(master_ptr + offsets, master, mask=written)
-    if STATES == "low" or STATES == "lowest":
-        exp_avg, exp_avg_sq, exponents = encode_moments(exp_avg, exp_avg_sq, random, STATES, AXIS)
+    if STATES == "8bit_v16" or STATES == "8bit":
+        exp_avg, exp_avg_sq, exponents = quantize_moments(exp_avg, exp_avg_sq, random, STATES, AXIS)
         _store_exponents(group_exponents_ptr, exponents, groups, written_end, LANES)
     elif STATES == "bfloat16":
         exp_avg, exp_avg_sq = round_to_bfloat16(exp_avg, 0x8000), round_to_bfloat16(exp_avg_sq, random >> 16)
     tl.store(exp_avg_ptr + offsets, exp_avg, mask=written)
     exp_avg_sq_written = written
-    if SETTLED:
+    if SKIP_UNCHANGED_V:
         changed = differ(exp_avg_sq, exp_avg_sq_stored).to(tl.int32)
         exp_avg_sq_written = written & (tl.max(changed, axis=AXIS, keep_dims=True) > 0)
     tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=exp_avg_sq_written)
@@ -198,9 +198,9 @@ def _arrays(
     if MASTER_DTYPE is not None:
         master_ptr = _array(row_ptr + _MASTER, MASTER_DTYPE, start, ALIGNED)
     group_exponents_ptr = param_ptr
-    if STATES == "low":
+    if STATES == "8bit_v16":
         group_exponents_ptr = _array(row_ptr + _GROUP_EXPONENTS, tl.uint8, start // GROUP, False)
-    elif STATES == "lowest":
+    elif STATES == "8bit":
         group_exponents_ptr = _array(row_ptr + _GROUP_EXPONENTS, tl.uint16, start // GROUP, False)
     return param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr
 
@@ -229,7 +229,7 @@ def adax_step_kernel(
     EXP_AVG_SQ_DTYPE: tl.constexpr,
     MASTER_DTYPE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    SETTLED: tl.constexpr,
+    SKIP_UNCHANGED_V: tl.constexpr,
     TELEMETRY: tl.constexpr,
     PARAM_IS_COPY: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
@@ -253,7 +253,7 @@ def adax_step_kernel(
 
     # A mask at an arbitrary element would split every access; this one falls on a vector or group, and the rest is one
     # small tile.
-    GROUPED: tl.constexpr = STATES == "low" or STATES == "lowest" or SETTLED
+    GROUPED: tl.constexpr = STATES == "8bit_v16" or STATES == "8bit" or SKIP_UNCHANGED_V
     UNIT: tl.constexpr = GROUP if GROUPED else VECTOR
     groups, offsets = _block(CHUNK_SIZE, VECTOR, GROUPED)
     tiles_end = tl.multiple_of(remaining & -UNIT, UNIT)
@@ -269,7 +269,7 @@ def adax_step_kernel(
         STATES,
         MASTER_DTYPE,
         STOCHASTIC,
-        SETTLED,
+        SKIP_UNCHANGED_V,
         TELEMETRY,
         PARAM_IS_COPY,
         GROUP // VECTOR if GROUPED else 0,
@@ -286,7 +286,7 @@ def adax_step_kernel(
             STATES,
             MASTER_DTYPE,
             STOCHASTIC,
-            SETTLED,
+            SKIP_UNCHANGED_V,
             TELEMETRY,
             PARAM_IS_COPY,
             0,

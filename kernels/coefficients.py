@@ -28,8 +28,8 @@ from .rounding import from_bits, random_bits
 
 # Addresses of the step count and of the learning rate, with the row of the group between them.
 ROW_COLUMNS = tl.constexpr(3)
-# The fields of DeviceSchedule.
-SCHEDULE_COLUMNS = tl.constexpr(14)
+# The fields of DeviceCoefficients.
+COEFFICIENT_COLUMNS = tl.constexpr(14)
 # What torch.nn.utils.clip_grad_norm_ adds to the norm.
 NORM_EPS = tl.constexpr(1e-6)
 # Tensors per program, one per thread.
@@ -92,7 +92,7 @@ def prepare_step_kernel(
     mask = tensors < n
     rows_ptr += tensors * ROW_COLUMNS
     count_ptr = tl.load(rows_ptr, mask=mask, other=0).to(tl.pointer_type(tl.int64))
-    groups_ptr += tl.load(rows_ptr + 1, mask=mask, other=0) * SCHEDULE_COLUMNS
+    groups_ptr += tl.load(rows_ptr + 1, mask=mask, other=0) * COEFFICIENT_COLUMNS
     lr_address = tl.load(rows_ptr + 2, mask=mask, other=0)
 
     # Ones keep the lanes without a tensor from dividing by 0.
@@ -150,7 +150,7 @@ def prepare_step(
     Args:
         rows: (n, 3) int64: the address of the tensor's step count, 0-d int64; the row of `groups`; the address of its
             learning rate, float32, or 0 for that of the group. No two rows have the same count.
-        groups: (k, 14) float64: the fields of `adax_triton.update.coefficients.DeviceSchedule` in order.
+        groups: (k, 14) float64: the fields of `adax_triton.update.coefficients.DeviceCoefficients` in order.
         inputs: (4,) float64: the scale that the gradients bear, 1 where there is none; `found_inf`, 0 where there is
             none; the sum of squares of the gradients as they are; the norm to clip them to, inf to have it measured
             only, 0 for neither, where the sum is not looked at.

@@ -11,7 +11,7 @@ from .launch import current_backend, launch, launch_shape
 from .variants import TRITON_DTYPES
 
 # Programs, each of which writes one partial sum; all of them fit on a large GPU at once.
-MOST_PARTIALS = 1024
+MAX_PARTIALS = 1024
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _locate(tensors_ptr, chunks_ptr, index, chunk_count, GRAD_DTYPE: tl.constexp
 
 
 @triton.jit(do_not_specialize=["chunk_count"])
-def grad_stats_kernel(
+def grad_norm_kernel(
     tensors_ptr,
     chunks_ptr,
     partials_ptr,
@@ -63,11 +63,11 @@ def grad_stats_kernel(
 
 
 def partial_count(chunks: int) -> int:
-    """Return how many partial sums `grad_stats` is given for a table of `chunks` chunks."""
-    return max(1, min(chunks, MOST_PARTIALS))
+    """Return how many partial sums `grad_norm_partials` is given for a table of `chunks` chunks."""
+    return max(1, min(chunks, MAX_PARTIALS))
 
 
-def grad_stats(
+def grad_norm_partials(
     tensors: torch.Tensor,
     chunks: torch.Tensor,
     partials: torch.Tensor,
@@ -84,7 +84,7 @@ def grad_stats(
         tensors: (n, 9) int64, the table of `adax_step`; read are the gradient's address and the number of elements.
         chunks: (programs,) int64: `tensor << 32 | chunk` for each run of `launch.chunk_size()` elements of each
             tensor. There may be none.
-        partials: (k,) float32, 1 <= k <= MOST_PARTIALS, all written; see `partial_count`.
+        partials: (k,) float32, 1 <= k <= MAX_PARTIALS, all written; see `partial_count`.
         grad_dtype: of all gradients: float32, bfloat16, float16 or float64.
         aligned: every gradient's address is a multiple of 16 bytes.
 
@@ -95,7 +95,7 @@ def grad_stats(
     # 16 bytes is the widest access.
     vector = min(128 // dtype.primitive_bitwidth, shape.elements_per_thread) if aligned else 1
     launch(
-        grad_stats_kernel,
+        grad_norm_kernel,
         partials.numel(),
         (tensors, chunks, partials, chunks.numel()),
         (grad_dtype, vector),

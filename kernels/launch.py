@@ -65,7 +65,7 @@ _held = _Held()
 
 
 @contextlib.contextmanager
-def held_launches() -> Iterator[list[Callable[[], object]]]:
+def deferred_launches() -> Iterator[list[Callable[[], object]]]:
     """Have this thread's launches compile their kernels and wait in a list; the caller calls each, in order.
 
     Compiling may fail, and so may allocations between launches. Nothing has been launched by then.
@@ -85,7 +85,7 @@ def launch(
     constants: Callable[[], dict[str, Any]],
     options: dict[str, int],
 ) -> None:
-    """Launch a kernel on the current stream of its arguments' device, or hold the launch, see `held_launches`.
+    """Launch a kernel on the current stream of its arguments' device, or hold the launch, see `deferred_launches`.
 
     Triton looks at every argument at every launch to find the compiled kernel, which takes longer than the launch
     itself. Here the first launch of a variant leaves the compiled kernel for the next ones.

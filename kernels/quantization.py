@@ -25,10 +25,10 @@ def _power_of_two(exponent):
 
 
 @triton.jit
-def decode_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
-    """Return float32 moments of the codes "low" or "lowest" and their groups' uint32 exponents."""
+def dequantize_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
+    """Return float32 moments of the codes "8bit_v16" or "8bit" and their groups' uint32 exponents."""
     code = exp_avg_sq.to(tl.uint32)
-    if STATES == "low":
+    if STATES == "8bit_v16":
         bits = code << 15
         half = (code << 14) + (exponents << 23)
     else:
@@ -50,12 +50,12 @@ def _fraction_bits(bits, largest, AXIS: tl.constexpr):
 
 
 @triton.jit
-def encode_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.constexpr):
+def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.constexpr):
     """Return the codes of float32 moments, the second rounded by the upper random bits, and their groups' exponents."""
     # 0x00800000 for a 0, from 0x01000000 on for normal numbers; infinities and NaNs wrap around, to less than a 0.
     raised = (bits_of(exp_avg_sq) + 0x00800000).to(tl.int32, bitcast=True)
     exp_avg = tl.where(raised >= 0x01000000, exp_avg, 0.0)
-    if STATES == "low":
+    if STATES == "8bit_v16":
         # Makes NaNs of any payload and sign the quiet one: adding to all ones, a GPU's own, would carry over.
         bits = tl.minimum(bits_of(exp_avg_sq), 0x7FC00000)
         rounded = (bits + (random >> 17)) >> 15

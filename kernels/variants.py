@@ -19,8 +19,8 @@ TRITON_DTYPES = {
 STATE_DTYPES = {
     "float32": (tl.float32, tl.float32),
     "bfloat16": (tl.bfloat16, tl.bfloat16),
-    "low": (tl.int8, tl.uint16),
-    "lowest": (tl.int8, tl.uint8),
+    "8bit_v16": (tl.int8, tl.uint16),
+    "8bit": (tl.int8, tl.uint8),
 }
 MASTER_DTYPES = {None: None, "int16": tl.int16, "int8": tl.int8, "float32": tl.float32}
 
@@ -31,7 +31,7 @@ class StepVariant(NamedTuple):
     Args:
         param_dtype: float32, bfloat16 or float16.
         grad_dtype: likewise, or float64.
-        states: `"float32"`, `"bfloat16"`, `"low"` or `"lowest"`.
+        states: `"float32"`, `"bfloat16"`, `"8bit_v16"` or `"8bit"`.
         master: None, `"int16"` or `"int8"` for the remainder of bfloat16 parameters, `"float32"` for a master copy.
         stochastic: round the parameters themselves stochastically; bfloat16 without a master.
         settled: write second moments only where one in a group of 32 has changed.
@@ -45,7 +45,7 @@ class StepVariant(NamedTuple):
     states: str = "float32"
     master: str | None = None
     stochastic: bool = False
-    settled: bool = False
+    skip_unchanged_v: bool = False
     telemetry: bool = False
     aligned: bool = True
     param_is_copy: bool = False
@@ -64,7 +64,7 @@ class StepVariant(NamedTuple):
             "EXP_AVG_SQ_DTYPE": exp_avg_sq_dtype,
             "MASTER_DTYPE": master_dtype,
             "STOCHASTIC": self.stochastic,
-            "SETTLED": self.settled,
+            "SKIP_UNCHANGED_V": self.skip_unchanged_v,
             "TELEMETRY": self.telemetry,
             "PARAM_IS_COPY": self.param_is_copy,
             "CHUNK_SIZE": shape.chunk_size,

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 LAUNCHERS = {
     "adax_step": "adax_step",
     "coefficients": "prepare_step",
-    "grad_norm": "grad_stats",
+    "grad_norm": "grad_norm_partials",
     "telemetry": "add_rows",
 }
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from adax_triton.convert.files import FORMS, Progress, converted_to, in_precision, refusing_unsafe
+from adax_triton.convert.files import FORMS, Progress, convert_optimizer, convert_precision, reject_unsafe_pickles
 from adax_triton.state.precision import MASTER_WEIGHTS, STATES
 
 
@@ -70,14 +70,14 @@ def convert_file(arguments: argparse.Namespace, progress: Progress) -> str:
     if not (arguments.to or arguments.states or arguments.master_weights):
         raise ValueError("nothing to convert to: give --to, --states or --master-weights")
     with progress(3, "convert") as advance:
-        with refusing_unsafe(source):
+        with reject_unsafe_pickles(source):
             saved = torch.load(source, map_location="cpu", weights_only=True)
         advance(1, "read")
         state_dict = _state_dict_of(saved, source, key)
         if arguments.to is not None:
-            state_dict = converted_to(state_dict, arguments.to, beta2=arguments.beta2, lr=arguments.lr)
+            state_dict = convert_optimizer(state_dict, arguments.to, beta2=arguments.beta2, lr=arguments.lr)
         if arguments.states is not None or arguments.master_weights is not None:
-            state_dict = in_precision(state_dict, states=arguments.states, master_weights=arguments.master_weights)
+            state_dict = convert_precision(state_dict, states=arguments.states, master_weights=arguments.master_weights)
         advance(1, "converted")
         part = target.with_name(f"{target.name}.part")
         try:

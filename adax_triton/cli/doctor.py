@@ -13,8 +13,8 @@ import torch
 from adax_triton.optimizers import AdaX, AdaXW
 from adax_triton.state.precision import PARAM_DTYPES
 from adax_triton.step.backend import REFERENCE, backend_of, explain_backend
-from adax_triton.step.cpu_kernel import build_problem, cache_finding, instruction_set
-from adax_triton.update.coefficients import GROUP_KEYS, step_scalars
+from adax_triton.step.cpu_kernel import build_problem, describe_cache, instruction_set
+from adax_triton.update.coefficients import COEFFICIENT_KEYS, step_scalars
 from adax_triton.update.reference import adax_update
 
 _CHECK_SIZES = (1, 1000, 4099)
@@ -34,7 +34,7 @@ def main() -> int:
         for dtype in PARAM_DTYPES:
             backend, why = explain_backend(device, dtype)
             print(f"    {str(dtype).removeprefix('torch.'):<12}{backend:<10}{why}")
-    print(f"cache of CPU kernels\n  {cache_finding()}")
+    print(f"cache of CPU kernels\n  {describe_cache()}")
     # The native kernel before the interpreter is chosen, and that before DeepSpeed imports Triton.
     native_ok, native = native_check()
     triton_ok, triton = triton_check()
@@ -124,7 +124,7 @@ def _largest_error(device: torch.device) -> float:
     if backend_of(device, torch.float32) == REFERENCE:
         raise RuntimeError(explain_backend(device, torch.float32)[1])
     (group,) = optimizer.param_groups
-    hyperparameters = {key: group[key] for key in GROUP_KEYS}
+    hyperparameters = {key: group[key] for key in COEFFICIENT_KEYS}
     for step in range(1, _CHECK_STEPS + 1):
         scalars = step_scalars(step=step, **hyperparameters)
         for param, target, moment in zip(params, exact, moments, strict=True):

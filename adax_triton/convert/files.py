@@ -35,7 +35,7 @@ Progress = Callable[[int, str], AbstractContextManager[Callable[[int, str], None
 
 
 @contextmanager
-def refusing_unsafe(path: Path) -> Iterator[None]:
+def reject_unsafe_pickles(path: Path) -> Iterator[None]:
     """Within the block, what `torch.load(weights_only=True)` cannot read is a ValueError that names the file."""
     try:
         yield
@@ -46,7 +46,7 @@ def refusing_unsafe(path: Path) -> Iterator[None]:
         ) from None
 
 
-def converted_to(
+def convert_optimizer(
     state_dict: Mapping[str, Any], form: str, *, beta2: float | None = None, lr: float | None = None
 ) -> dict[str, Any]:
     """Return a state dict as one of another optimizer; see `conversion` for what becomes of moments.
@@ -95,7 +95,7 @@ def _as_own(state_dict: Mapping[str, Any], decoupled: bool) -> dict[str, Any]:
     return from_released_adax(state_dict, decoupled_weight_decay=decoupled)
 
 
-def in_precision(
+def convert_precision(
     state_dict: Mapping[str, Any], *, states: str | None = None, master_weights: str | None = None
 ) -> dict[str, Any]:
     """Return a state dict of this package with its states or masters kept otherwise.

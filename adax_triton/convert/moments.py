@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from adax_triton.state.step_counts import checked_count
-from adax_triton.state.validation import LATER_GROUP_DEFAULTS, as_float, validate_group
+from adax_triton.state.validation import OLD_CHECKPOINT_DEFAULTS, as_float, validate_group
 
 FOREIGN_KEYS = ("lr", "betas", "eps", "weight_decay")
 NEEDED_KEYS = (*FOREIGN_KEYS, "second_moment", "eps_placement")
 TORCH_OPTIONS = {"amsgrad": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
-HYPERPARAMETERS = (*NEEDED_KEYS, *LATER_GROUP_DEFAULTS)
+HYPERPARAMETERS = (*NEEDED_KEYS, *OLD_CHECKPOINT_DEFAULTS)
 _STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 ConvertGroup = Callable[[Mapping[str, Any], str], dict[str, Any]]  # a group, and how messages name it
 
 
-class Rule(NamedTuple):
+class MomentConversion(NamedTuple):
     """How the moments of one state become those of another."""
 
     factors: Callable[[float, float, int], tuple[float, float]]  # of (b1, b2, t), for exp_avg and exp_avg_sq
@@ -32,7 +32,7 @@ class Rule(NamedTuple):
 
 def checked_group(group: Mapping[str, Any], where: str, only: dict[str, Any]) -> dict[str, Any]:
     """Return the hyper-parameters of a group of this package; `only` is what the other side can express."""
-    own = {**LATER_GROUP_DEFAULTS, **{key: group[key] for key in HYPERPARAMETERS if key in group}}
+    own = {**OLD_CHECKPOINT_DEFAULTS, **{key: group[key] for key in HYPERPARAMETERS if key in group}}
     try:
         validate_group(own)
     except (TypeError, ValueError) as error:
@@ -56,8 +56,8 @@ def _require_keys(given: Any, keys: tuple[str, ...], where: str) -> None:
         raise ValueError(f"{where} has no {', '.join(map(repr, missing))}; its keys are {sorted(map(str, given))}")
 
 
-def converted(
-    state_dict: Mapping[str, Any], needed: tuple[str, ...], convert_group: ConvertGroup, rule: Rule
+def convert_state_dict(
+    state_dict: Mapping[str, Any], needed: tuple[str, ...], convert_group: ConvertGroup, rule: MomentConversion
 ) -> dict[str, Any]:
     """Return a state dict with other groups and moments; everything is checked before anything is computed.
 
@@ -87,7 +87,7 @@ def converted(
     return {**others, "state": new_states, "param_groups": groups}
 
 
-def _check_state(state: Any, where: str, rule: Rule) -> None:
+def _check_state(state: Any, where: str, rule: MomentConversion) -> None:
     if state == {}:  # a parameter that has had no gradient
         return
     _require_keys(state, _STATE_KEYS, where)
@@ -104,7 +104,7 @@ def _check_state(state: Any, where: str, rule: Rule) -> None:
             raise ValueError(f"{where}[{name!r}] is complex, where the released program's moments mean something else")
 
 
-def _converted_state(state: Mapping[str, Any], where: str, betas: Any, rule: Rule) -> dict[str, Any]:
+def _converted_state(state: Mapping[str, Any], where: str, betas: Any, rule: MomentConversion) -> dict[str, Any]:
     step = int(state["step"])
     beta1, beta2 = (as_float(beta, "betas") for beta in betas)
     # Moments of no step are zeros on both sides, and so is the bias factor.

@@ -25,7 +25,15 @@ import torch
 from adax_triton.state.validation import as_float
 from adax_triton.update.coefficients import one_minus_power
 
-from .moments import FOREIGN_KEYS, NEEDED_KEYS, TORCH_OPTIONS, Rule, checked_group, converted, other_keys
+from .moments import (
+    FOREIGN_KEYS,
+    NEEDED_KEYS,
+    TORCH_OPTIONS,
+    MomentConversion,
+    checked_group,
+    convert_state_dict,
+    other_keys,
+)
 
 _ADAM = {"second_moment": "adam", "eps_placement": "normalized"}
 _RELEASED_ADAX = {"second_moment": "adax", "eps_placement": "unnormalized"}
@@ -71,7 +79,9 @@ def from_torch_adam(state_dict: Mapping[str, Any], *, decoupled_weight_decay: bo
         group = {key: value for key, value in group.items() if key != "bias_correction"}
         return _own_group(group, where, {**_ADAM, "decoupled_weight_decay": own, "maximize": maximize})
 
-    return converted(state_dict, FOREIGN_KEYS, convert_group, Rule(_adam_factors, operator.truediv))
+    return convert_state_dict(
+        state_dict, FOREIGN_KEYS, convert_group, MomentConversion(_adam_factors, operator.truediv)
+    )
 
 
 def to_torch_adam(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,8 +108,10 @@ def to_torch_adam(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         kept = (*FOREIGN_KEYS, "decoupled_weight_decay", "maximize")
         return copy.deepcopy({**other_keys(group), **{key: own[key] for key in kept}, **TORCH_OPTIONS})
 
-    rule = Rule(_adam_factors, operator.mul, count=lambda step: torch.tensor(float(step), dtype=torch.float32))
-    return converted(state_dict, NEEDED_KEYS, convert_group, rule)
+    rule = MomentConversion(
+        _adam_factors, operator.mul, count=lambda step: torch.tensor(float(step), dtype=torch.float32)
+    )
+    return convert_state_dict(state_dict, NEEDED_KEYS, convert_group, rule)
 
 
 def from_released_adax(state_dict: Mapping[str, Any], *, decoupled_weight_decay: bool) -> dict[str, Any]:
@@ -126,7 +138,9 @@ def from_released_adax(state_dict: Mapping[str, Any], *, decoupled_weight_decay:
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
         return _own_group(group, where, {**_RELEASED_ADAX, "decoupled_weight_decay": decoupled_weight_decay})
 
-    return converted(state_dict, FOREIGN_KEYS, convert_group, Rule(_adax_factors, operator.truediv, raw_adax=True))
+    return convert_state_dict(
+        state_dict, FOREIGN_KEYS, convert_group, MomentConversion(_adax_factors, operator.truediv, raw_adax=True)
+    )
 
 
 def to_released_adax(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +167,9 @@ def to_released_adax(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         own = checked_group(group, where, {**_RELEASED_ADAX, "maximize": False})
         return copy.deepcopy({**other_keys(group), **{key: own[key] for key in FOREIGN_KEYS}})
 
-    return converted(state_dict, NEEDED_KEYS, convert_group, Rule(_adax_factors, operator.mul, raw_adax=True))
+    return convert_state_dict(
+        state_dict, NEEDED_KEYS, convert_group, MomentConversion(_adax_factors, operator.mul, raw_adax=True)
+    )
 
 
 def adax_from_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e-4) -> dict[str, Any]:
@@ -183,8 +199,8 @@ def adax_from_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e-4) -> dic
         own = checked_group({**own, "betas": betas, "second_moment": "adax"}, f"beta2={beta2!r}", {})
         return copy.deepcopy({**other_keys(group), **own})
 
-    rule = Rule(lambda beta1, _, step: (one_minus_power(beta1, step), 1.0), operator.truediv)
-    return converted(state_dict, NEEDED_KEYS, convert_group, rule)
+    rule = MomentConversion(lambda beta1, _, step: (one_minus_power(beta1, step), 1.0), operator.truediv)
+    return convert_state_dict(state_dict, NEEDED_KEYS, convert_group, rule)
 
 
 def adam_from_adax(state_dict: Mapping[str, Any], *, beta2: float = 0.999) -> dict[str, Any]:
@@ -213,8 +229,8 @@ def adam_from_adax(state_dict: Mapping[str, Any], *, beta2: float = 0.999) -> di
         own = checked_group({**own, "betas": betas, **_ADAM}, f"beta2={beta2!r}", {})
         return copy.deepcopy({**other_keys(group), **own})
 
-    rule = Rule(lambda beta1, _, step: (one_minus_power(beta1, step), 1.0), operator.mul)
-    return converted(state_dict, NEEDED_KEYS, convert_group, rule)
+    rule = MomentConversion(lambda beta1, _, step: (one_minus_power(beta1, step), 1.0), operator.mul)
+    return convert_state_dict(state_dict, NEEDED_KEYS, convert_group, rule)
 
 
 def _adam_factors(_: float, beta2: float, step: int) -> tuple[float, float]:

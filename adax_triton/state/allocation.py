@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dtensor import is_sharded, local, sharded_like
-from .flat_buffer import FlatBuffer, unwritable
-from .precision import HALF_DTYPES, Layout, Precision, is_compact, precision_of, state_layouts
+from .dtensor import is_sharded, local_tensor, sharded_like
+from .flat_buffer import FlatBuffer, why_not_writable
+from .precision import HALF_DTYPES, Layout, Precision, is_quantized, precision_of, state_layouts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_TENSORS = (*MOMENTS, "group_exponents", "master")
@@ -27,14 +27,14 @@ _INTEGERS = {
 }
 
 
-def new_states(params: Sequence[Tensor], precisions: Sequence[Precision]) -> list[dict[str, Any]]:
+def allocate_states(params: Sequence[Tensor], precisions: Sequence[Precision]) -> list[dict[str, Any]]:
     """Return a state for each parameter, `step` 0 and moments 0.
 
     Tensors of one kind lie side by side in a buffer. A DTensor has its own: torch cannot deepcopy one whose shard
     starts within a storage.
     """
     states: list[dict[str, Any]] = [{"step": 0} for _ in params]
-    shards = [local(param.detach()) for param in params]
+    shards = [local_tensor(param.detach()) for param in params]
     alike: dict[tuple[torch.device, str, torch.dtype, int | None], list[int]] = defaultdict(list)
     for index, (param, precision) in enumerate(zip(params, precisions, strict=True)):
         for name, layout in state_layouts(shards[index], precision).items():
@@ -56,17 +56,17 @@ def _model(shard: Tensor, name: str, precision: Precision) -> Tensor:
     layout: Layout = state_layouts(shard, precision)[name]
     if layout.dtype.is_complex:
         return torch.view_as_real(shard)
-    if name != "master" and is_compact(precision.states):
+    if name != "master" and is_quantized(precision.states):
         return shard.new_empty(()).expand(layout.shape)  # a shape alone: codes are contiguous
     return shard
 
 
-def numbers_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def local_state_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of a state on this rank, bytes as the integers that they hold, on the same memory."""
     numbers = {}
     for name in STATE_TENSORS:
         if name in state:
-            tensor = local(state[name])
+            tensor = local_tensor(state[name])
             if tensor.dtype == torch.uint8:
                 tensor = tensor.view(_INTEGERS[name, tensor.shape[-1]]).squeeze(-1)
             numbers[name] = tensor
@@ -78,7 +78,7 @@ def is_new(state: Mapping[str, Any]) -> bool:
     return not any(name in state for name in ("step", *STATE_TENSORS))
 
 
-def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
+def state_mismatch(state: Mapping[str, Any], param: Tensor) -> str | None:
     """Return why a parameter's state does not fit it, or None.
 
     States are reached by address: after `param.data = other`, a cast or `model.to(...)` they would be misread. Keys
@@ -105,7 +105,7 @@ def misfit(state: Mapping[str, Any], param: Tensor) -> str | None:
                 f"state[{name!r}]: shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}; its parameter of "
                 f"{param.dtype} needs shape {wanted[0]}, {wanted[1]}, {wanted[2]}"
             )
-        problem = unwritable(tensor)
+        problem = why_not_writable(tensor)
         if problem is not None:
             return f"state[{name!r}]: {problem}"
         in_order = tensor.is_contiguous() or (name == "master" and _holds_whole_numbers(tensor))

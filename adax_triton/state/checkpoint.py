@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adax_triton.update.coefficients import GROUP_KEYS
+from adax_triton.update.coefficients import COEFFICIENT_KEYS
 from adax_triton.update.quantization import GROUP
 from adax_triton.update.quantized_update import load_moments, store_moments
 
-from .allocation import MOMENTS, STATE_TENSORS, is_new, numbers_of
-from .dtensor import local, placed_like, splits_groups
-from .precision import HALF_DTYPES, Layout, is_compact, precision_of, state_layouts
+from .allocation import MOMENTS, STATE_TENSORS, is_new, local_state_tensors
+from .dtensor import local_tensor, placed_like, splits_groups
+from .precision import HALF_DTYPES, Layout, is_quantized, precision_of, state_layouts
 from .step_counts import checked_count, counts_as_ints
-from .validation import LATER_GROUP_DEFAULTS, validate_group
+from .validation import OLD_CHECKPOINT_DEFAULTS, validate_group
 
 # What an optimizer keeps of its own when it loads a checkpoint: how states and counts are kept is no part of what was
 # learned.
-OWN_KEYS = ("states", "master_weights", "weight_rounding", "capturable")
+KEPT_OPTIONS = ("states", "master_weights", "weight_rounding", "capturable")
 
 
-class Held:
+class OpaqueTensor:
     """Carries a state tensor through `Optimizer.load_state_dict`, which would cast it to the parameter's dtype."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -41,7 +41,7 @@ def _param_keys(groups: Iterable[Mapping[str, Any]]) -> Iterable[Any]:
     return chain.from_iterable(group["params"] for group in groups)
 
 
-def hold_tensors(state_dict: Mapping[str, Any], own_states: Mapping[Any, Any]) -> dict[str, Any]:
+def wrap_tensors(state_dict: Mapping[str, Any], own_states: Mapping[Any, Any]) -> dict[str, Any]:
     """Return a shallow copy of a state dict with this package's tensors of its per-parameter states held.
 
     Args:
@@ -53,21 +53,23 @@ def hold_tensors(state_dict: Mapping[str, Any], own_states: Mapping[Any, Any]) -
     for key in _param_keys(state_dict["param_groups"]):
         if isinstance(states.get(key), Mapping):
             states[key] = {
-                name: Held(value.clone() if _address(value) in own else value) if name in STATE_TENSORS else value
+                name: OpaqueTensor(value.clone() if _address(value) in own else value)
+                if name in STATE_TENSORS
+                else value
                 for name, value in states[key].items()
             }
     return {**state_dict, "state": states}
 
 
 def _address(value: Any) -> int | None:
-    return local(value).untyped_storage().data_ptr() or None if isinstance(value, Tensor) else None
+    return local_tensor(value).untyped_storage().data_ptr() or None if isinstance(value, Tensor) else None
 
 
 def with_own_options(own_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a state dict's groups with the options that an optimizer's own groups keep."""
     groups = [dict(group) for group in state_dict["param_groups"]]
     for saved, own in zip(groups, own_groups, strict=False):  # unequal numbers are refused later, in torch's words
-        saved.update({key: own[key] for key in OWN_KEYS})
+        saved.update({key: own[key] for key in KEPT_OPTIONS})
     return groups
 
 
@@ -121,7 +123,7 @@ def _check_rule(saved: str | None, own: str, index: int) -> None:
 
 def _check_group(saved: Mapping[str, Any], own: Mapping[str, Any], index: int) -> None:
     name = f"state_dict['param_groups'][{index}]"
-    missing = [key for key in GROUP_KEYS if key not in saved and key not in LATER_GROUP_DEFAULTS]
+    missing = [key for key in COEFFICIENT_KEYS if key not in saved and key not in OLD_CHECKPOINT_DEFAULTS]
     if missing:
         raise ValueError(f"{name} has no {', '.join(map(repr, missing))}")
     try:
@@ -150,7 +152,7 @@ def _check_state(state: Mapping[str, Any], param: Tensor, key: int) -> None:
             "carry weights over by master_state_dict and load_master_state_dict"
         )
     precision = precision_of(state)
-    if is_compact(precision.states) and splits_groups(param):  # a rank's part could not be decoded alone
+    if is_quantized(precision.states) and splits_groups(param):  # a rank's part could not be decoded alone
         raise ValueError(
             f"{name} holds states={precision.states!r}, in groups that are split by the sharding of its parameter, "
             f"{getattr(param, 'placements', None)}; save it with states='float32' instead"
@@ -177,10 +179,10 @@ def _check_tensor(tensor: Tensor, layout: Layout, name: str, param: Tensor) -> N
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected {layout.stored_dtype}")
 
 
-def held_params(state: Mapping[Any, Any]) -> Iterable[Tensor]:
+def params_with_wrapped_tensors(state: Mapping[Any, Any]) -> Iterable[Tensor]:
     """Yield the parameters whose loaded state is still held."""
     for param, value in state.items():
-        if isinstance(value, Mapping) and any(isinstance(item, Held) for item in value.values()):
+        if isinstance(value, Mapping) and any(isinstance(item, OpaqueTensor) for item in value.values()):
             yield param
 
 
@@ -192,7 +194,7 @@ def restore(held: Mapping[str, Any], into: dict[str, Any], param: Tensor) -> Non
         into: the state of the parameter.
         param: the parameter, whose weights are not changed.
     """
-    saved = {name: value.tensor for name, value in held.items() if isinstance(value, Held)}
+    saved = {name: value.tensor for name, value in held.items() if isinstance(value, OpaqueTensor)}
     into.update({name: value for name, value in held.items() if name not in ("step", *saved)})  # of others
     step = checked_count(held["step"], "state['step']")
     if isinstance(into["step"], Tensor):
@@ -201,7 +203,7 @@ def restore(held: Mapping[str, Any], into: dict[str, Any], param: Tensor) -> Non
         into["step"] = step
     with torch.no_grad():
         saved = {name: placed_like(tensor, param) for name, tensor in saved.items()}
-        if is_compact(precision_of(saved).states) or is_compact(precision_of(into).states):
+        if is_quantized(precision_of(saved).states) or is_quantized(precision_of(into).states):
             _restore_codes(saved, into, param)
         else:
             for name in MOMENTS:
@@ -215,14 +217,14 @@ def _restore_codes(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], para
         for name in (*MOMENTS, "group_exponents"):
             into[name].copy_(saved[name])
         return
-    numel = local(param).numel()
+    numel = local_tensor(param).numel()
     moments = load_moments(*_runs(saved, param.device))
     targets = _runs(into, param.device)
     filler = 0 if targets[2] is None else -numel % GROUP
     first, second = (torch.nn.functional.pad(moment[:numel], (0, filler)) for moment in moments)
     # To nearest: once is not step by step, and freezes nothing.
     store_moments((first, second), *targets, random=None)
-    stored = numbers_of(into)
+    stored = local_state_tensors(into)
     for name, run in zip(MOMENTS, targets[:2], strict=True):
         stored[name].copy_(run[:numel].view(stored[name].shape))
     if targets[2] is not None:
@@ -231,7 +233,7 @@ def _restore_codes(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], para
 
 def _runs(state: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return 1-D copies of the moments in the order of indices; codes in whole groups."""
-    numbers = {name: tensor.to(device).flatten().clone() for name, tensor in numbers_of(state).items()}
+    numbers = {name: tensor.to(device).flatten().clone() for name, tensor in local_state_tensors(state).items()}
     exponents = numbers.get("group_exponents")
     first, second = (numbers[name] for name in MOMENTS)
     if exponents is not None:
@@ -240,9 +242,9 @@ def _runs(state: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Te
 
 
 def _restore_master(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], param: Tensor) -> None:
-    given, own = numbers_of(saved).get("master"), numbers_of(into)["master"]
+    given, own = local_state_tensors(saved).get("master"), local_state_tensors(into)["master"]
     if given is None:
-        own.copy_(local(param.detach()) if own.is_floating_point() else torch.zeros_like(own))
+        own.copy_(local_tensor(param.detach()) if own.is_floating_point() else torch.zeros_like(own))
     elif given.dtype == own.dtype:
         own.copy_(given)
     elif own.dtype == torch.int16:

@@ -30,7 +30,7 @@ def is_supported(tensor: Tensor) -> bool:
     return not is_traceable_wrapper_subclass(tensor) or _as_dtensor(tensor) is not None
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that lies on this rank: the tensor itself unless it is a DTensor."""
     sharded = _as_dtensor(tensor)
     return tensor if sharded is None else sharded.to_local()
@@ -105,7 +105,7 @@ def _offsets(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, .
     return compute_local_shape_and_global_offset(shape, mesh, placements)[1]
 
 
-def shard_groups(param: Tensor) -> tuple[Any, ...]:
+def shard_process_groups(param: Tensor) -> tuple[Any, ...]:
     """Return the process groups over which a parameter is sharded, not replicated; none for a plain tensor."""
     whole = _as_dtensor(param)
     if whole is None:

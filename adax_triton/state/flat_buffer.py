@@ -25,7 +25,7 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def unwritable(tensor: Tensor) -> str | None:
+def why_not_writable(tensor: Tensor) -> str | None:
     """Return why a tensor cannot be updated in place, with what to do, or None."""
     if tensor.layout != torch.strided:
         return f"is {tensor.layout}; make it dense"
@@ -35,10 +35,10 @@ def unwritable(tensor: Tensor) -> str | None:
         return "was made in inference mode; set it to its clone()"
     if not tensor.is_contiguous() and _shares_memory(tensor):
         return "has elements that share memory, as an expanded tensor; set it to its contiguous()"
-    return beyond_storage(tensor)
+    return storage_problem(tensor)
 
 
-def beyond_storage(tensor: Tensor) -> str | None:
+def storage_problem(tensor: Tensor) -> str | None:
     """Return what a tensor lacks of its storage, which others may have freed, with what to do, or None."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.numel() == 0:
         return None
@@ -59,7 +59,7 @@ def _shares_memory(tensor: Tensor) -> bool:
     return False
 
 
-def memory_run(tensor: Tensor) -> Tensor:
+def flat_view(tensor: Tensor) -> Tensor:
     """Return the 1-D view of a dense tensor's elements in the order in which they lie in memory."""
     return tensor.as_strided((tensor.numel(),), (1,))
 

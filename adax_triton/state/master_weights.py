@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from adax_triton.update.quantized_update import load_master, store_master
 
-from .allocation import numbers_of
-from .dtensor import local, placed_like, sharded_like
+from .allocation import local_state_tensors
+from .dtensor import local_tensor, placed_like, sharded_like
 
 
 def export(model: nn.Module, states: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -28,8 +28,8 @@ def export(model: nn.Module, states: Mapping[Tensor, Mapping[str, Any]]) -> dict
         if param is None or not param.is_floating_point() or param.dtype == torch.float64:
             exported[name] = tensor.clone() if isinstance(tensor, Tensor) else tensor
             continue
-        master = numbers_of(states[param]).get("master") if param in states else None
-        weights = load_master(local(param.detach()), master)
+        master = local_state_tensors(states[param]).get("master") if param in states else None
+        weights = load_master(local_tensor(param.detach()), master)
         exported[name] = sharded_like(param, weights, param.shape)
     return exported
 
@@ -67,7 +67,7 @@ def load(model: nn.Module, states: Mapping[Tensor, Mapping[str, Any]], state_dic
     model.load_state_dict(placed)
     with torch.no_grad():
         for name, param in model.named_parameters(remove_duplicate=False):
-            master = numbers_of(states[param]).get("master") if param in states else None
+            master = local_state_tensors(states[param]).get("master") if param in states else None
             if master is not None:
-                weights = local(placed[name]).to(device=param.device, dtype=torch.float32)
-                store_master(weights, local(param.detach()), master, random=None, stochastic=False)
+                weights = local_tensor(placed[name]).to(device=param.device, dtype=torch.float32)
+                store_master(weights, local_tensor(param.detach()), master, random=None, stochastic=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .dtensor import is_sharded, is_supported, splits_groups
-from .precision import COMPACT_FROM_NUMEL, PARAM_DTYPES, is_compact
+from .precision import PARAM_DTYPES, QUANTIZED_FROM_NUMEL, is_quantized
 
 
 def is_frozen(param: Tensor) -> bool:
@@ -46,14 +46,14 @@ def check_param(
         raise ValueError(
             f"{name}: weight_rounding='stochastic' is for bfloat16; for float16 use master_weights='float32'"
         )
-    if param.numel() < COMPACT_FROM_NUMEL or group["states"] == "float32" or (keep_float32 and keep_float32(param)):
+    if param.numel() < QUANTIZED_FROM_NUMEL or group["states"] == "float32" or (keep_float32 and keep_float32(param)):
         return
     if param.is_complex() or param.dtype == torch.float64:
         raise ValueError(
             f"{name}: states={group['states']!r} for {param.dtype}, whose states are at least float32; let "
             "keep_float32 return True for it"
         )
-    if is_compact(group["states"]) and splits_groups(param):
+    if is_quantized(group["states"]) and splits_groups(param):
         raise ValueError(
             f"{name}: states={group['states']!r} needs shards of whole rows of a multiple of 32 elements; "
             f"this one has shape {tuple(param.shape)} and placements {getattr(param, 'placements', None)}; let "

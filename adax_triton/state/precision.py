@@ -14,25 +14,25 @@ from adax_triton.update.quantization import GROUP
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-STATES = ("float32", "bfloat16", "low", "lowest")
+STATES = ("float32", "bfloat16", "8bit_v16", "8bit")
 MASTER_WEIGHTS = ("float32", "24bit")
 WEIGHT_ROUNDINGS = ("nearest", "stochastic")
 # Elements. A tensor with fewer keeps float32 states: biases and norms are a thousandth of a model, and sensitive.
-COMPACT_FROM_NUMEL = 4096
+QUANTIZED_FROM_NUMEL = 4096
 
 _EXP_AVG_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
-    "low": torch.int8,
-    "lowest": torch.int8,
+    "8bit_v16": torch.int8,
+    "8bit": torch.int8,
 }
 _EXP_AVG_SQ_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
-    "low": torch.int16,
-    "lowest": torch.uint8,
+    "8bit_v16": torch.int16,
+    "8bit": torch.uint8,
 }
-_GROUP_DTYPES = {"low": torch.uint8, "lowest": torch.int16}
+_GROUP_DTYPES = {"8bit_v16": torch.uint8, "8bit": torch.int16}
 
 
 class Precision(NamedTuple):
@@ -47,7 +47,7 @@ class Precision(NamedTuple):
     master_weights: str | None = None
 
 
-IN_FULL = Precision()
+FLOAT32_STATES = Precision()
 
 
 class Layout(NamedTuple):
@@ -76,7 +76,7 @@ class Layout(NamedTuple):
         return torch.uint8 if self.is_bytes else self.dtype
 
 
-def is_compact(states: str) -> bool:
+def is_quantized(states: str) -> bool:
     """Whether these states are codes in groups of `compact.GROUP` elements."""
     return states in _GROUP_DTYPES
 
@@ -84,10 +84,10 @@ def is_compact(states: str) -> bool:
 def precision_for(param: Tensor, group: Mapping[str, Any], keep_float32: Callable[[Tensor], bool] | None) -> Precision:
     """Return the precision of a parameter's states under its group's choices.
 
-    Tensors of less than `COMPACT_FROM_NUMEL` elements keep float32 states, and so do those that `keep_float32` names.
+    Tensors of less than `QUANTIZED_FROM_NUMEL` elements keep float32 states, and so do those that `keep_float32` names.
     float64 and complex parameters follow their own dtype. A float32 parameter is its own master.
     """
-    plain = param.numel() < COMPACT_FROM_NUMEL or param.is_complex() or param.dtype == torch.float64
+    plain = param.numel() < QUANTIZED_FROM_NUMEL or param.is_complex() or param.dtype == torch.float64
     states = "float32" if plain or (keep_float32 is not None and keep_float32(param)) else group["states"]
     return Precision(states, group["master_weights"] if param.dtype in HALF_DTYPES else None)
 
@@ -97,7 +97,7 @@ def precision_of(state: Mapping[str, Tensor]) -> Precision:
     first, second, master = state["exp_avg"], state["exp_avg_sq"], state.get("master")
     states = "float32"
     if first.dtype == torch.uint8 and second.dtype == torch.uint8:
-        states = "low" if second.shape[-1] == 2 else "lowest"
+        states = "8bit_v16" if second.shape[-1] == 2 else "8bit"
     elif torch.bfloat16 in (first.dtype, second.dtype):
         states = "bfloat16"
     if master is None:
@@ -126,7 +126,7 @@ def state_layouts(param: Tensor, precision: Precision) -> dict[str, Layout]:
 def _state_layouts(shape: tuple[int, ...], param_dtype: torch.dtype, precision: Precision) -> dict[str, Layout]:
     states, master_weights = precision
     layouts = {}
-    if is_compact(states):
+    if is_quantized(states):
         row = math.prod(shape[1:])
         whole_rows = len(shape) > 1 and row % GROUP == 0
         groups = (shape[0], row // GROUP) if whole_rows else (-(-math.prod(shape) // GROUP),)
@@ -147,23 +147,25 @@ def _master_dtype(param_dtype: torch.dtype, master_weights: str) -> torch.dtype:
     return torch.int16 if master_weights == "float32" else torch.int8
 
 
-def bytes_of_states(param_dtype: torch.dtype, precision: Precision = IN_FULL) -> dict[str, float]:
+def bytes_by_state(param_dtype: torch.dtype, precision: Precision = FLOAT32_STATES) -> dict[str, float]:
     """Return the bytes per element of each tensor in the state of a tensor large enough to be compact."""
     layouts = _state_layouts((GROUP, GROUP), param_dtype, precision)
     return {name: layout.dtype.itemsize * math.prod(layout.shape) / GROUP**2 for name, layout in layouts.items()}
 
 
-def state_bytes(param_dtype: torch.dtype, precision: Precision = IN_FULL) -> float:
+def state_bytes(param_dtype: torch.dtype, precision: Precision = FLOAT32_STATES) -> float:
     """Return the bytes of state per element, group exponents included, of a tensor large enough to be compact."""
-    return sum(bytes_of_states(param_dtype, precision).values())
+    return sum(bytes_by_state(param_dtype, precision).values())
 
 
-def bytes_loaded(param_dtype: torch.dtype, grad_dtype: torch.dtype, precision: Precision = IN_FULL) -> float:
+def bytes_loaded(param_dtype: torch.dtype, grad_dtype: torch.dtype, precision: Precision = FLOAT32_STATES) -> float:
     """Return the bytes a step reads per element: parameter, gradient and states."""
     return param_dtype.itemsize + grad_dtype.itemsize + state_bytes(param_dtype, precision)
 
 
-def bytes_stored(param_dtype: torch.dtype, precision: Precision = IN_FULL, settled: bool = False) -> float:
-    """Return the bytes a step writes per element: parameter and states, without a second moment that has `settled`."""
-    kept = bytes_of_states(param_dtype, precision)["exp_avg_sq"] if settled else 0
+def bytes_stored(
+    param_dtype: torch.dtype, precision: Precision = FLOAT32_STATES, skip_unchanged_v: bool = False
+) -> float:
+    """Return the bytes that a step writes per element: parameter and states, without v if it skips unchanged v."""
+    kept = bytes_by_state(param_dtype, precision)["exp_avg_sq"] if skip_unchanged_v else 0
     return param_dtype.itemsize + state_bytes(param_dtype, precision) - kept

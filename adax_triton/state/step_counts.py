@@ -44,7 +44,7 @@ def check_count(step: Any, param: Tensor) -> None:
         checked_count(step, "state['step']")
 
 
-def settled_count(step: Any, param: Tensor, on_kernel: bool) -> int | Tensor:
+def normalized_count(step: Any, param: Tensor, on_kernel: bool) -> int | Tensor:
     """Return a checked count as an int, or as 0-d int64 on the parameter's device if it is on one already.
 
     Others may have put it there in another form, such as the float32 tensor of torch's optimizers.

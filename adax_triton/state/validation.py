@@ -17,7 +17,7 @@ from .precision import MASTER_WEIGHTS, STATES, WEIGHT_ROUNDINGS
 LARGEST_ADAX_BETA2 = 0.1
 _SMALLEST_DECAY = 0.01
 # Groups of checkpoints and pickles written before a key existed get its default.
-LATER_GROUP_DEFAULTS: dict[str, Any] = {
+OLD_CHECKPOINT_DEFAULTS: dict[str, Any] = {
     "decoupled_weight_decay": False,
     "maximize": False,
     "states": "float32",

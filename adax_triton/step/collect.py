@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adax_triton.state.allocation import is_new, misfit
-from adax_triton.state.flat_buffer import beyond_storage, unwritable
+from adax_triton.state.allocation import is_new, state_mismatch
+from adax_triton.state.flat_buffer import storage_problem, why_not_writable
 from adax_triton.state.parameters import check_param, checked_gradient
-from adax_triton.state.step_counts import check_count, is_on_device, settled_count
+from adax_triton.state.step_counts import check_count, is_on_device, normalized_count
 
 from .backend import is_fake, uses_triton
-from .conditions import StepControl
-from .device_tables import UNPREPARED, is_capturing
+from .conditions import StepConditions
+from .device_tables import CAPTURE_NEEDS_WARM_UP, is_capturing
 from .scalars import lr_address
 
 
@@ -32,7 +32,7 @@ class ParamWithGrad(NamedTuple):
     param: Tensor
     group_index: int
     grads: tuple[Tensor, ...]
-    image: Tensor | None = None
+    low_precision_copy: Tensor | None = None
     is_external: bool = False
 
 
@@ -46,7 +46,7 @@ class Collected(NamedTuple):
 def collect(
     param_groups: Sequence[Mapping[str, Any]],
     states: Mapping[Tensor, Mapping[str, Any]],
-    control: StepControl,
+    conditions: StepConditions,
     keep_float32: Callable[[Tensor], bool] | None,
     only: Mapping[Tensor, int] | None = None,
 ) -> Collected:
@@ -89,8 +89,8 @@ def collect(
         if uses_triton(param):
             counted_there = is_on_device(state.get("step"), param)
             if capturing and not counted_there:
-                raise RuntimeError(UNPREPARED)
-            on_device = on_device or not control.is_idle or needs_device(group) or counted_there
+                raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
+            on_device = on_device or not conditions.is_default or needs_device(group) or counted_there
         elif group["capturable"] and not is_fake(param):
             raise ValueError(
                 f"param_groups[{group_index}]['capturable'] is True, but the Triton kernel does not take its parameter "
@@ -116,10 +116,10 @@ def _checked_gradient(
     grad = checked_gradient(param)
     if not new:
         check_state(state, param)
-    problem = unwritable(param)
+    problem = why_not_writable(param)
     if problem is not None:
         raise ValueError(f"{name}: {problem}")
-    problem = beyond_storage(grad)
+    problem = storage_problem(grad)
     if problem is not None:
         raise ValueError(f"{name}: its gradient {problem}")
     return grad
@@ -131,19 +131,19 @@ def check_state(state: Mapping[str, Any], param: Tensor) -> None:
     Raises:
         TypeError, ValueError: a tensor that does not fit the parameter, or a step that is no count.
     """
-    problem = misfit(state, param)
+    problem = state_mismatch(state, param)
     if problem is not None:
         raise ValueError(problem)
     check_count(state["step"], param)
 
 
-def settle_counts(params: Sequence[ParamWithGrad], states: Mapping[Tensor, dict[str, Any]]) -> None:
+def normalize_counts(params: Sequence[ParamWithGrad], states: Mapping[Tensor, dict[str, Any]]) -> None:
     """Bring the step counts of checked parameters into the form in which the step keeps them."""
     seen = set()
     for one in params:
         state = states.get(one.param, {})
         if type(state.get("step", 0)) is not int:
-            count = settled_count(state["step"], one.param, uses_triton(one.param))
+            count = normalized_count(state["step"], one.param, uses_triton(one.param))
             if isinstance(count, Tensor):
                 if count.data_ptr() in seen:  # a tensor for several parameters would count the steps of all
                     count = count.clone()

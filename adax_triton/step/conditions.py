@@ -20,7 +20,7 @@ class NormRanks(NamedTuple):
     device: torch.device
 
 
-class StepControl(NamedTuple):
+class StepConditions(NamedTuple):
     """The conditions of one step.
 
     grad_scale: 1 element; the gradients are this times too large. `torch.amp.GradScaler` sets it.
@@ -38,9 +38,9 @@ class StepControl(NamedTuple):
     grad_factor: Tensor | None = None
 
     @property
-    def is_idle(self) -> bool:
+    def is_default(self) -> bool:
         """Whether the step is taken as it is."""
-        return self is IDLE or all(value is None for value in self)
+        return self is DEFAULT_CONDITIONS or all(value is None for value in self)
 
     def read(self, sum_of_squares: Tensor | None) -> Decision:
         """Return what follows for tensors that the host schedules; it waits for devices other than the CPU.
@@ -67,10 +67,10 @@ class StepControl(NamedTuple):
         return (norm if self.grad_scale is None else norm / self.grad_scale.reshape(()).to(norm.device)).float()
 
 
-IDLE = StepControl()
+DEFAULT_CONDITIONS = StepConditions()
 
 
-class ProgramOptions(NamedTuple):
+class OptimizerOptions(NamedTuple):
     """What the program chooses for an optimizer as a whole; no part of its state dict. See `AdaX` for each."""
 
     keep_float32: Callable[[Tensor], bool] | None
@@ -108,7 +108,7 @@ class Decision(NamedTuple):
     skip: bool
 
 
-TAKEN = Decision(1.0, False)
+UNCHANGED_GRADIENTS = Decision(1.0, False)
 
 
 def check_max_grad_norm(max_grad_norm: Any, name: str = "max_grad_norm") -> float | None:
@@ -141,7 +141,7 @@ def check_one_element(value: Any, name: str) -> Tensor | None:
     raise TypeError(f"Invalid type of {name}: expected a tensor of one element, got {given}")
 
 
-def control_of(optimizer: Any) -> StepControl:
+def conditions_of(optimizer: Any) -> StepConditions:
     """Return the conditions of a `MomentOptimizer`'s next step: `max_grad_norm`, and what `GradScaler` has set of it.
 
     Raises:
@@ -149,13 +149,13 @@ def control_of(optimizer: Any) -> StepControl:
     """
     given = optimizer.__dict__
     if given["max_grad_norm"] is None and given.get("grad_scale") is None and given.get("found_inf") is None:
-        return IDLE
+        return DEFAULT_CONDITIONS
     limit, process_group = check_max_grad_norm(optimizer.max_grad_norm), optimizer.options.norm_process_group
     ranks = None
     if limit is not None and process_group is not None:
         devices = (param.device for group in optimizer.param_groups for param in group["params"])
         ranks = NormRanks(process_group, next(devices, torch.device("cpu")))
-    return StepControl(
+    return StepConditions(
         check_one_element(getattr(optimizer, "grad_scale", None), "grad_scale"),
         check_one_element(getattr(optimizer, "found_inf", None), "found_inf"),
         limit,

@@ -42,7 +42,7 @@ _DTYPES = {
     torch.float16: "float16",
     torch.float64: "float64",
 }
-_STATES = {"float32": "full", "bfloat16": "bfloat16_moments", "low": "low", "lowest": "lowest"}
+_STATES = {"float32": "full", "bfloat16": "bfloat16_moments", "8bit_v16": "moments_8bit_v16", "8bit": "moments_8bit"}
 _MASTERS = {None: "no_master", "int16": "int16_rest", "int8": "int8_rest", "float32": "float32_copy"}
 
 
@@ -56,7 +56,7 @@ class CpuVariant(NamedTuple):
     Args:
         param_dtype: float32, bfloat16, float16 or float64.
         grad_dtype: likewise.
-        states: `"float32"`, `"bfloat16"`, `"low"` or `"lowest"`; `"float32"` means float64 for float64 parameters,
+        states: `"float32"`, `"bfloat16"`, `"8bit_v16"` or `"8bit"`; `"float32"` means float64 for float64 parameters,
             which have no other.
         master: None, `"int16"` or `"int8"` for the remainder of bfloat16 parameters, `"float32"` for a master copy.
         stochastic: round the parameters themselves stochastically; bfloat16 without a master.
@@ -190,7 +190,7 @@ def instruction_set() -> str:
     return cpu_kernel(CpuVariant(torch.float32, torch.float32)).instruction_set
 
 
-def cache_finding() -> str:
+def describe_cache() -> str:
     """Return where kernels are cached, and what to do if that cannot be written."""
     folder = _cache_folder()
     try:
@@ -226,7 +226,7 @@ def _arguments(variant: CpuVariant) -> list[str]:
     arguments = [*_FLAGS, *_NATIVE.get(machine, ())]
     if machine in _X86:
         # Codes are bytes, and a group has half as many as the widest vector.
-        arguments.append(f"-mprefer-vector-width={256 if variant.states in ('low', 'lowest') else 512}")
+        arguments.append(f"-mprefer-vector-width={256 if variant.states in ('8bit_v16', '8bit') else 512}")
     return arguments + [f"-D{name}={value}" for name, value in variant.definitions().items()]
 
 

@@ -8,7 +8,7 @@ import threading
 from typing import Any
 
 
-class Uninterrupted:
+class DelayedInterrupt:
     """Context in which SIGINT is remembered, and handled at its end.
 
     Python handles signals on the main thread only, so on other threads this does nothing. Nor does it where the program

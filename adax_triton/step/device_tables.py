@@ -15,8 +15,8 @@ from adax_triton.kernels.tables import CHUNK_BITS
 T = TypeVar("T")
 
 # Releasing gradients steps each parameter by itself, and so has tables for each.
-_MOST_KEPT = 8192
-UNPREPARED = (
+_MAX_CACHED = 8192
+CAPTURE_NEEDS_WARM_UP = (
     "step(): a CUDA graph is being captured without a step of the same parameters before it; take one step outside of "
     "the capture, and one between two captures"
 )
@@ -74,7 +74,7 @@ class DeviceTable:
             return
         block, copied = self._free_block(host)
         self.tensor.copy_(block.copy_(host), non_blocking=True)
-        if self._stream is None:  # the only one, see `KeptByStream`
+        if self._stream is None:  # the only one, see `PerStreamCache`
             self._stream = torch.cuda.current_stream(self._device)
         copied.record(self._stream)
         if self._spare is None or not _alike(self._spare, host):
@@ -95,7 +95,7 @@ def _alike(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and left.dtype == right.dtype
 
 
-class KeptByStream(Generic[T]):
+class PerStreamCache(Generic[T]):
     """One owner of device memory per key and stream.
 
     The allocator orders the reuse of memory by the stream that it was allocated on, so no other stream may read it. A
@@ -119,7 +119,7 @@ class KeptByStream(Generic[T]):
             prepared = self._kept.get(key)
             self._captured.append(prepared.popitem()[1] if prepared else make())
             return self._captured[-1]
-        if key not in self._kept and len(self._kept) >= _MOST_KEPT:
+        if key not in self._kept and len(self._kept) >= _MAX_CACHED:
             # What has moved is never found again.
             self._kept.clear()
         stream = current_stream(device)

@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton.state.allocation import MOMENTS, is_new
-from adax_triton.state.flat_buffer import beyond_storage, unwritable
-from adax_triton.state.precision import PARAM_DTYPES, is_compact
+from adax_triton.state.flat_buffer import storage_problem, why_not_writable
+from adax_triton.state.precision import PARAM_DTYPES, is_quantized
 from adax_triton.state.step_counts import is_on_device
 from adax_triton.update.quantization import GROUP
 
 from .collect import Collected, ParamWithGrad, check_state, needs_device
-from .conditions import StepControl, check_one_element
+from .conditions import StepConditions, check_one_element
 from .device_tables import is_capturing
 from .tensor_step import TensorStep, tensor_step
 
-_IMAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_COPY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Beside(NamedTuple):
+class ExternalGrads(NamedTuple):
     """A parameter, and what its step reads and writes beside it.
 
     param: float32 and contiguous; in a group of the optimizer when it steps.
@@ -38,17 +38,17 @@ class Beside(NamedTuple):
 
     param: Tensor
     grads: Sequence[Tensor]
-    image: Tensor | None = None
+    low_precision_copy: Tensor | None = None
 
 
-class BesideStep(NamedTuple):
+class ExternalStep(NamedTuple):
     """A step of these parameters and no others; the factor of all their gradients, one element, or None for 1."""
 
-    parts: Sequence[Beside]
+    parts: Sequence[ExternalGrads]
     grad_factor: Tensor | None
 
 
-def checked_beside(parts: Sequence[Beside], grad_factor: Tensor | None, telemetry: bool) -> BesideStep:
+def checked_external_grads(parts: Sequence[ExternalGrads], grad_factor: Tensor | None, telemetry: bool) -> ExternalStep:
     """Return what was given as a step.
 
     Raises:
@@ -56,26 +56,27 @@ def checked_beside(parts: Sequence[Beside], grad_factor: Tensor | None, telemetr
         ValueError: one of the wrong size or device, a parameter that is given twice, or telemetry.
     """
     if telemetry:
-        raise ValueError("lay_beside(): not offered with telemetry=True, whose sums are of whole gradients")
-    for index, (param, grads, image) in enumerate(parts):
+        raise ValueError("set_external_grads(): not offered with telemetry=True, whose sums are of whole gradients")
+    for index, (param, grads, low_precision_copy) in enumerate(parts):
         plain = type(param) in (Tensor, nn.Parameter) and param.is_contiguous() and not param.is_neg()
         if not plain or param.dtype != torch.float32:
             raise TypeError(f"parts[{index}].param: expected a contiguous float32 tensor, got {_kind(param)}")
         given: list[tuple[str, Tensor, tuple[torch.dtype, ...]]] = [
             (f"grads[{position}]", grad, PARAM_DTYPES) for position, grad in enumerate(grads)
         ]
-        if image is not None:
-            given.append(("image", image, _IMAGE_DTYPES))
-            if image.numel() != param.numel() or not image.is_contiguous():
+        if low_precision_copy is not None:
+            given.append(("low_precision_copy", low_precision_copy, _COPY_DTYPES))
+            if low_precision_copy.numel() != param.numel() or not low_precision_copy.is_contiguous():
                 raise ValueError(
-                    f"parts[{index}].image: {_kind(image)}; expected a contiguous one of {param.numel()} elements"
+                    f"parts[{index}].low_precision_copy: {_kind(low_precision_copy)}; expected a contiguous tensor "
+                    f"of {param.numel()} elements"
                 )
         for name, tensor, dtypes in given:
             if tensor.dtype not in dtypes or tensor.layout != torch.strided:
                 raise TypeError(
                     f"parts[{index}].{name}: {_kind(tensor)}; expected one of {', '.join(map(str, dtypes))}"
                 )
-            problem = beyond_storage(tensor)
+            problem = storage_problem(tensor)
             if problem is not None:
                 raise ValueError(f"parts[{index}].{name}: {problem}")
             if tensor.device != param.device:
@@ -85,7 +86,7 @@ def checked_beside(parts: Sequence[Beside], grad_factor: Tensor | None, telemetr
             raise ValueError(f"parts[{index}].grads: {count} elements for a parameter of {param.numel()}")
     if len({id(part.param) for part in parts}) != len(parts):
         raise ValueError("parts: a parameter is given twice")
-    return BesideStep(parts, check_one_element(grad_factor, "grad_factor"))
+    return ExternalStep(parts, check_one_element(grad_factor, "grad_factor"))
 
 
 def _kind(tensor: object) -> str:
@@ -93,8 +94,8 @@ def _kind(tensor: object) -> str:
 
 
 def collect_external(
-    parts: Sequence[Beside],
-    control: StepControl,
+    parts: Sequence[ExternalGrads],
+    conditions: StepConditions,
     group_of: Mapping[Tensor, int],
     param_groups: Sequence[Mapping[str, Any]],
     states: Mapping[Tensor, Mapping[str, Any]],
@@ -107,13 +108,11 @@ def collect_external(
         RuntimeError: a CUDA graph is being captured.
     """
     if any(map(is_capturing, {part.param.device for part in parts})):
-        raise RuntimeError(
-            "step(): a CUDA graph is being captured after lay_beside(), whose steps the host counts; step outside of "
-            "the capture"
-        )
-    if not control.is_idle:
+        raise RuntimeError("step(): set_external_grads() does not support CUDA graph capture; step outside the capture")
+    if not conditions.is_default:
         raise ValueError(
-            "step(): neither max_grad_norm nor grad_scale and found_inf go with lay_beside(); give it a grad_factor"
+            "step(): set_external_grads() does not support max_grad_norm, grad_scale or found_inf; "
+            "pass grad_factor instead"
         )
     for index, part in enumerate(parts):
         if part.param not in group_of:
@@ -121,20 +120,23 @@ def collect_external(
         group, state = param_groups[group_of[part.param]], states.get(part.param, {})
         if needs_device(group) or is_on_device(state.get("step"), part.param):
             raise ValueError(
-                f"parts[{index}].param: its steps are counted on the device; lay_beside() needs capturable=False, a "
-                "learning rate that is a number, and no steps taken with grad_scale or max_grad_norm"
+                f"parts[{index}].param: its steps are counted on the device; set_external_grads() needs "
+                "capturable=False, a number as the learning rate, and no earlier steps with grad_scale or max_grad_norm"
             )
         if not is_new(state):
             check_state(state, part.param)
-        problem = unwritable(part.param)
+        problem = why_not_writable(part.param)
         if problem is not None:
             raise ValueError(f"parts[{index}].param: {problem}")
-    return Collected(as_params(parts, group_of), False)
+    return Collected(params_with_external_grads(parts, group_of), False)
 
 
-def as_params(parts: Sequence[Beside], group_of: Mapping[Tensor, int]) -> list[ParamWithGrad]:
+def params_with_external_grads(parts: Sequence[ExternalGrads], group_of: Mapping[Tensor, int]) -> list[ParamWithGrad]:
     """Return the parameters of parts, all of them in groups, as a step takes them."""
-    return [ParamWithGrad(part.param, group_of[part.param], tuple(part.grads), part.image, True) for part in parts]
+    return [
+        ParamWithGrad(part.param, group_of[part.param], tuple(part.grads), part.low_precision_copy, True)
+        for part in parts
+    ]
 
 
 def tensor_steps(
@@ -156,12 +158,12 @@ def tensor_steps(
         return [step]
     for name in MOMENTS:
         state[name] = state[name].resolve_neg().contiguous()
-    whole = tensor_step(one.param, one.param, state, scalar_row, group).as_runs()
-    if one.image is not None:
-        whole = whole._replace(param=one.image.detach().view(-1), master=whole.param, param_is_copy=True)
+    whole = tensor_step(one.param, one.param, state, scalar_row, group).flattened()
+    if one.low_precision_copy is not None:
+        whole = whole._replace(param=one.low_precision_copy.detach().view(-1), master=whole.param, param_is_copy=True)
     steps = []
     start = 0
-    for grad in _pieces(one.grads, is_compact(whole.states)):
+    for grad in _pieces(one.grads, is_quantized(whole.states)):
         steps.append(whole.part(start, start + grad.numel())._replace(grad=grad))
         start += grad.numel()
     return steps

@@ -16,7 +16,7 @@ from adax_triton.update.coefficients import StepScalars
 
 from .backend import NATIVE, REFERENCE, TRITON, backend_of, is_fake, native_kernel
 from .cpu_kernel import CHUNK_SIZE, CpuKernel, CpuVariant
-from .device_tables import UNPREPARED, AddressTable, DeviceTable, KeptByStream, is_capturing
+from .device_tables import CAPTURE_NEEDS_WARM_UP, AddressTable, DeviceTable, PerStreamCache, is_capturing
 from .reference_steps import ReferenceLaunch
 from .scalars import DeviceScalars
 from .tensor_step import TensorStep
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 ALIGNED_BYTES = 16
 _GRAD_COLUMN = TENSOR_COLUMNS.index("grad")
 # Below these w_t about 10 % of the 32-element groups still change v, so the GPU kernel stores only those.
-_SETTLED_BELOW = {"float32": 2.0**-27, "bfloat16": 2.0**-15, "low": 2.0**-16, "lowest": 2.0**-14}
+_SKIP_UNCHANGED_V_BELOW = {"float32": 2.0**-27, "bfloat16": 2.0**-15, "8bit_v16": 2.0**-16, "8bit": 2.0**-14}
 
 
-class Bucket(NamedTuple):
+class LaunchKey(NamedTuple):
     """What the tensors of one launch have in common: device, kernel, and the fields of `kernels.variants.StepVariant`.
 
     `kernel` is one of `backend.TRITON`, `NATIVE` and `REFERENCE`.
@@ -43,7 +43,7 @@ class Bucket(NamedTuple):
     states: str
     master: str | None
     stochastic: bool
-    settled: bool
+    skip_unchanged_v: bool
     telemetry: bool
     aligned: bool
     param_is_copy: bool
@@ -61,12 +61,12 @@ class TableLaunch:
         revision: calls of `refresh`. A plan may reuse the tables as long as this stays the same.
     """
 
-    def __init__(self, bucket: Bucket, process_groups: tuple[Any, ...], chunk_size: int) -> None:
-        self.bucket = bucket
-        self.device = bucket.device
+    def __init__(self, key: LaunchKey, process_groups: tuple[Any, ...], chunk_size: int) -> None:
+        self.key = key
+        self.device = key.device
         self.process_groups = process_groups
         self.revision = 0
-        self._table = AddressTable(bucket.device, chunk_size)
+        self._table = AddressTable(key.device, chunk_size)
 
     def refresh(self, steps: Sequence[TensorStep], addresses: Sequence[tuple[int, ...]]) -> None:
         """Take up the tensors of a step, of which only the addresses are kept.
@@ -94,24 +94,26 @@ class TableLaunch:
 class TritonLaunch(TableLaunch):
     """One launch of the Triton kernel."""
 
-    def __init__(self, bucket: Bucket, process_groups: tuple[Any, ...]) -> None:
+    def __init__(self, key: LaunchKey, process_groups: tuple[Any, ...]) -> None:
         from adax_triton.kernels.launch import chunk_size
 
-        super().__init__(bucket, process_groups, chunk_size())
-        self._partials = torch.empty(0, dtype=torch.float32, device=bucket.device)
-        self._wide_partials = torch.empty(0, dtype=torch.float64, device=bucket.device)
-        self._squares = torch.empty((), dtype=torch.float64, device=bucket.device)
+        super().__init__(key, process_groups, chunk_size())
+        self._partials = torch.empty(0, dtype=torch.float32, device=key.device)
+        self._wide_partials = torch.empty(0, dtype=torch.float64, device=key.device)
+        self._squares = torch.empty((), dtype=torch.float64, device=key.device)
         self._sums: DeviceSums | None = None
 
     def sum_of_squares(self) -> Tensor:
         """Return the sum of the squared gradients, 0-d float64 on their device; always the same tensor."""
-        from adax_triton.kernels.grad_norm import grad_stats, partial_count
+        from adax_triton.kernels.grad_norm import grad_norm_partials, partial_count
 
         count = partial_count(self._table.chunks.numel())
         if self._partials.numel() != count:
-            self._partials = torch.empty(count, dtype=torch.float32, device=self.bucket.device)
-            self._wide_partials = torch.empty(count, dtype=torch.float64, device=self.bucket.device)
-        grad_stats(self._table.tensors, self._table.chunks, self._partials, self.bucket.grad_dtype, self.bucket.aligned)
+            self._partials = torch.empty(count, dtype=torch.float32, device=self.key.device)
+            self._wide_partials = torch.empty(count, dtype=torch.float64, device=self.key.device)
+        grad_norm_partials(
+            self._table.tensors, self._table.chunks, self._partials, self.key.grad_dtype, self.key.aligned
+        )
         # Summed up in float64 as they are, float32 numbers would be converted into memory got for it at each step.
         return torch.sum(self._wide_partials.copy_(self._partials), dim=0, out=self._squares)
 
@@ -125,14 +127,14 @@ class TritonLaunch(TableLaunch):
         from adax_triton.kernels.adax_step import adax_step
         from adax_triton.kernels.variants import StepVariant
 
-        variant = StepVariant(*self.bucket[2:])
+        variant = StepVariant(*self.key[2:])
         if sums is None:
             adax_step(self._table.tensors, self._table.chunks, scalars, variant)
         else:
             if self._sums is None:
                 from .telemetry import DeviceSums
 
-                self._sums = DeviceSums(self.bucket.device)
+                self._sums = DeviceSums(self.key.device)
             chunk_sums = self._sums.of_chunks(self._table.chunk_counts())
             adax_step(self._table.tensors, self._table.chunks, scalars, variant, chunk_sums)
             self._sums.add_up(sums)
@@ -145,10 +147,10 @@ class NativeLaunch(TableLaunch):
         kernel: of the bucket's variant.
     """
 
-    def __init__(self, bucket: Bucket, process_groups: tuple[Any, ...], kernel: CpuKernel) -> None:
-        super().__init__(bucket, process_groups, CHUNK_SIZE)
+    def __init__(self, key: LaunchKey, process_groups: tuple[Any, ...], kernel: CpuKernel) -> None:
+        super().__init__(key, process_groups, CHUNK_SIZE)
         self._kernel = kernel
-        self.is_float64 = bucket.param_dtype == torch.float64
+        self.is_float64 = key.param_dtype == torch.float64
 
     def sum_of_squares(self) -> Tensor:
         """Return the sum of the squared gradients, 0-d float64 on the CPU; the same bits with any number of threads."""
@@ -177,7 +179,7 @@ Launch = TritonLaunch | NativeLaunch | ReferenceLaunch
 IndexedLaunch = tuple[Launch, list[int]]
 
 
-class LaunchMemory:
+class LaunchCache:
     """The tables on devices of all steps so far, by kind, first tensor and stream.
 
     Attributes:
@@ -186,9 +188,9 @@ class LaunchMemory:
     """
 
     def __init__(self) -> None:
-        self._launches: KeptByStream[TritonLaunch] = KeptByStream()
-        self.device_scalars: KeptByStream[DeviceScalars] = KeptByStream()
-        self.host_scalars: KeptByStream[DeviceTable] = KeptByStream()
+        self._launches: PerStreamCache[TritonLaunch] = PerStreamCache()
+        self.device_scalars: PerStreamCache[DeviceScalars] = PerStreamCache()
+        self.host_scalars: PerStreamCache[DeviceTable] = PerStreamCache()
 
     def launches(
         self, steps: Sequence[TensorStep], scalars: Sequence[StepScalars] | None, telemetry: bool
@@ -205,29 +207,29 @@ class LaunchMemory:
                 changed then.
         """
         all_addresses: list[tuple[int, ...]] = []
-        alike: dict[tuple[Bucket, tuple[Any, ...], int], list[int]] = defaultdict(list)
+        alike: dict[tuple[LaunchKey, tuple[Any, ...], int], list[int]] = defaultdict(list)
         for index, (step, turn) in enumerate(zip(steps, _turns(steps), strict=True)):
             weight = 1.0 if scalars is None else scalars[step.scalar_row].exp_avg_sq_weight
-            bucket, addresses = _bucket(step, weight, telemetry)
+            key, addresses = _launch_key(step, weight, telemetry)
             all_addresses.append(addresses)
-            alike[bucket, step.process_groups, turn].append(index)
+            alike[key, step.process_groups, turn].append(index)
         # ZeRO calls step() once per group, so several are live at once.
         keys = {kind: (*kind, all_addresses[indices[0]][0]) for kind, indices in alike.items()}
         for kind, indices in alike.items():
             if is_capturing(kind[0].device):
                 prepared = self._launches.prepared(keys[kind])
                 if prepared is None or not prepared.is_prepared_for([steps[index] for index in indices]):
-                    raise RuntimeError(UNPREPARED)
+                    raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
         launches: list[IndexedLaunch] = []
         for kind, indices in alike.items():
-            bucket, process_groups, _ = kind
+            key, process_groups, _ = kind
             some = [steps[index] for index in indices]
             table: TritonLaunch | NativeLaunch | None = None
-            if bucket.kernel == TRITON:
-                make = functools.partial(TritonLaunch, bucket, process_groups)
-                table = self._launches.get(keys[kind], bucket.device, make)
-            elif bucket.kernel == NATIVE and (kernel := native_kernel(_cpu_variant(bucket))) is not None:
-                table = NativeLaunch(bucket, process_groups, kernel)
+            if key.kernel == TRITON:
+                make = functools.partial(TritonLaunch, key, process_groups)
+                table = self._launches.get(keys[kind], key.device, make)
+            elif key.kernel == NATIVE and (kernel := native_kernel(_cpu_variant(key))) is not None:
+                table = NativeLaunch(key, process_groups, kernel)
             if table is not None:
                 table.refresh(some, [all_addresses[index] for index in indices])
             launches.append((ReferenceLaunch(some, process_groups) if table is None else table, indices))
@@ -253,20 +255,20 @@ def _turns(steps: Sequence[TensorStep]) -> list[int]:
     return turns
 
 
-def _cpu_variant(bucket: Bucket) -> CpuVariant:
-    return CpuVariant(*(getattr(bucket, name) for name in CpuVariant._fields))
+def _cpu_variant(key: LaunchKey) -> CpuVariant:
+    return CpuVariant(*(getattr(key, name) for name in CpuVariant._fields))
 
 
-def is_settled(states: str, exp_avg_sq_weight: float) -> bool:
+def skips_unchanged_v(states: str, exp_avg_sq_weight: float) -> bool:
     """Whether so little of second moments still changes in a step that the kernel looks before it writes."""
-    return exp_avg_sq_weight < _SETTLED_BELOW[states]
+    return exp_avg_sq_weight < _SKIP_UNCHANGED_V_BELOW[states]
 
 
 def _numels(steps: Sequence[TensorStep]) -> list[int]:
     return [step.param.numel() for step in steps]
 
 
-def _bucket(step: TensorStep, exp_avg_sq_weight: float, telemetry: bool) -> tuple[Bucket, tuple[int, ...]]:
+def _launch_key(step: TensorStep, exp_avg_sq_weight: float, telemetry: bool) -> tuple[LaunchKey, tuple[int, ...]]:
     """Return what a launch of a step's tensors is for, and their addresses; 0 for what there is not."""
     kernel = backend_of(step.param.device, step.param.dtype, step.param)
     if kernel == REFERENCE:
@@ -278,7 +280,7 @@ def _bucket(step: TensorStep, exp_avg_sq_weight: float, telemetry: bool) -> tupl
     if kernel == TRITON:
         for address in addresses[:-1]:
             misaligned |= address % ALIGNED_BYTES
-    bucket = Bucket(
+    key = LaunchKey(
         step.param.device,
         kernel,
         step.param.dtype,
@@ -286,9 +288,9 @@ def _bucket(step: TensorStep, exp_avg_sq_weight: float, telemetry: bool) -> tupl
         step.states,
         None if step.master is None else str(step.master.dtype).removeprefix("torch."),
         step.stochastic,
-        kernel == TRITON and is_settled(step.states, exp_avg_sq_weight),
+        kernel == TRITON and skips_unchanged_v(step.states, exp_avg_sq_weight),
         telemetry,
         misaligned == 0,
         step.param_is_copy,
     )
-    return bucket, addresses
+    return key, addresses

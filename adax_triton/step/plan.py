@@ -15,16 +15,24 @@ from torch import Tensor
 
 from .backend import is_fake, uses_triton
 from .collect import Collected, ParamWithGrad, needs_device
-from .conditions import TAKEN, Decision, StepControl
-from .delayed_interrupt import Uninterrupted
-from .device_tables import UNPREPARED, DeviceTable, current_stream, is_capturing
+from .conditions import UNCHANGED_GRADIENTS, Decision, StepConditions
+from .delayed_interrupt import DelayedInterrupt
+from .device_tables import CAPTURE_NEEDS_WARM_UP, DeviceTable, current_stream, is_capturing
 from .external_grads import tensor_steps
 from .grad_norm import sum_of_squares
-from .launch import ALIGNED_BYTES, LaunchMemory, NativeLaunch, ReferenceLaunch, TableLaunch, TritonLaunch, is_settled
+from .launch import (
+    ALIGNED_BYTES,
+    LaunchCache,
+    NativeLaunch,
+    ReferenceLaunch,
+    TableLaunch,
+    TritonLaunch,
+    skips_unchanged_v,
+)
+from .reuse_check import ReuseCheck, is_plain
 from .scalars import DeviceRow, DeviceScalars, HostScalars, count_on_device
-from .telemetry import Owner, StepSums
-from .tensor_step import TensorStep, laid_out_alike
-from .unchanged import Unchanged, is_plain
+from .telemetry import StepSums, TelemetryRow
+from .tensor_step import TensorStep, with_matching_strides
 
 
 class StepResult(NamedTuple):
@@ -68,7 +76,7 @@ class StepPlan:
         host: HostScalars,
         param_groups: Sequence[Mapping[str, Any]],
         states: MutableMapping[Tensor, dict[str, Any]],
-        memory: LaunchMemory,
+        memory: LaunchCache,
         telemetry: bool = False,
         norm_process_group: Any = None,
         is_whole: bool = True,
@@ -91,7 +99,7 @@ class StepPlan:
         ]
         host.needs_keys = any(step.draws_bits for step in steps)
         self._copies: list[tuple[Tensor, Tensor]] = []
-        laid_out = [laid_out_alike(step, self._copies) for step in steps]
+        laid_out = [with_matching_strides(step, self._copies) for step in steps]
         self._launches = memory.launches(laid_out, None if collected.on_device else host.rows, telemetry)
         self._triton = [launch for launch, _ in self._launches if isinstance(launch, TritonLaunch)]
         self._others = [(launch, indices) for launch, indices in self._launches if not isinstance(launch, TritonLaunch)]
@@ -108,10 +116,10 @@ class StepPlan:
         self._kept_alive = [] if self.is_reusable else laid_out
         if not self.is_reusable:
             return
-        self._unchanged = Unchanged(params, own_states, counted_there, param_groups, states, is_whole)
+        self._reuse_check = ReuseCheck(params, own_states, counted_there, param_groups, states, is_whole)
         self._grad_addresses = array("q", [grad.data_ptr() for one in params for grad in one.grads])
         self._may_move = is_whole or all(len(one.grads) == 1 for one in params)
-        self._aligned = any(launch.bucket.aligned for launch in self._triton)
+        self._aligned = any(launch.key.aligned for launch in self._triton)
         self._revisions = [launch.revision for launch in self._triton]
         self._devices = list({launch.device for launch in self._triton})
         self._streams = list(map(current_stream, self._devices))
@@ -124,7 +132,7 @@ class StepPlan:
         self,
         param_groups: Sequence[Mapping[str, Any]],
         states: Mapping[Tensor, dict[str, Any]],
-        control: StepControl,
+        conditions: StepConditions,
         given: Sequence[ParamWithGrad] | None = None,
     ) -> bool:
         """Prepare the next step, if only gradient addresses and step counts have changed; else return False.
@@ -139,18 +147,18 @@ class StepPlan:
             TypeError, ValueError: a hyper-parameter that is not a number.
         """
         # The tables belong to one stream, and another step, even one that raised, may have filled them since.
-        if self._devices and not self._fits_devices(param_groups, control):
+        if self._devices and not self._fits_devices(param_groups, conditions):
             return False
         if self._owners and _param_names(param_groups) != self._param_names:
             return False
-        addresses = self._unchanged.gradient_addresses(param_groups, states, given, self._grad_addresses)
+        addresses = self._reuse_check.gradient_addresses(param_groups, states, given, self._grad_addresses)
         if addresses is None:
             return False
         moved = addresses != self._grad_addresses
         if moved and (not self._may_move or (self._aligned and reduce(or_, addresses) % ALIGNED_BYTES)):
             return False
         if self._host_states:
-            if not self.host.follows(self._unchanged.counts):
+            if not self.host.follows(self._reuse_check.counts):
                 return False
             self.host.compute(param_groups)
             if self._kinds and self._settled_kinds() != self._settled:
@@ -164,24 +172,24 @@ class StepPlan:
             self._grad_addresses = addresses
         return True
 
-    def _fits_devices(self, param_groups: Sequence[Mapping[str, Any]], control: StepControl) -> bool:
+    def _fits_devices(self, param_groups: Sequence[Mapping[str, Any]], conditions: StepConditions) -> bool:
         if any(map(is_capturing, self._devices)) or list(map(current_stream, self._devices)) != self._streams:
             return False
         if [launch.revision for launch in self._triton] != self._revisions:
             return False
-        return bool(self.device_rows) or (control.is_idle and not any(map(needs_device, param_groups)))
+        return bool(self.device_rows) or (conditions.is_default and not any(map(needs_device, param_groups)))
 
     def belongs_to(self, states: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         """Return whether an optimizer still has the states of all parameters."""
         return all(map(is_, map(states.get, self._params), self._own_states))
 
     def _settled_kinds(self) -> list[bool]:
-        return [is_settled(states, self.host.rows[row].exp_avg_sq_weight) for row, states in self._kinds]
+        return [skips_unchanged_v(states, self.host.rows[row].exp_avg_sq_weight) for row, states in self._kinds]
 
     def run(
         self,
         param_groups: Sequence[Mapping[str, Any]],
-        control: StepControl,
+        conditions: StepConditions,
         error_if_nonfinite: bool = False,
         sums: StepSums | None = None,
     ) -> StepResult:
@@ -199,25 +207,25 @@ class StepPlan:
         if sums is not None:
             sums.begin(self._owners)
         squares = None
-        if control.max_grad_norm is not None:
-            squares = sum_of_squares([launch for launch, _ in self._launches], control.norm_ranks)
+        if conditions.max_grad_norm is not None:
+            squares = sum_of_squares([launch for launch, _ in self._launches], conditions.norm_ranks)
             if error_if_nonfinite and not self._is_fake and squares is not None and not bool(squares.isfinite()):
                 raise RuntimeError(
                     "The norm of the gradients is not finite, so they cannot be clipped; to skip such steps instead, "
                     "set error_if_nonfinite=False"
                 )
         # A fake tensor has no value to decide by.
-        host_decides = not control.is_idle and bool(self._others) and not self._is_fake
-        decision = control.read(squares) if host_decides else TAKEN
+        host_decides = not conditions.is_default and bool(self._others) and not self._is_fake
+        decision = conditions.read(squares) if host_decides else UNCHANGED_GRADIENTS
         # Whatever may fail comes before the first write.
         others = self._prepared(decision, sums) if self._others else []
         launch_triton: Callable[[], Tensor | None] | None = None
         if self._triton:
-            launch_triton = partial(self._launch_triton, param_groups, control, squares, sums)
+            launch_triton = partial(self._launch_triton, param_groups, conditions, squares, sums)
             if self._is_new and are_compiled(self._triton):
                 launch_triton = _held(launch_triton)
             self._is_new = False
-        with Uninterrupted():
+        with DelayedInterrupt():
             # Kernels write behind autograd's back; a backward that still needs the old values must fail.
             torch.autograd.graph.increment_version(self._params)
             for launch, arguments in others:
@@ -229,10 +237,10 @@ class StepPlan:
             if not decision.skip:
                 self.host.advance(self._host_states)
         if sums is not None:
-            sums.end(decision.skip if report is None else report[2], control.grad_scale)
+            sums.end(decision.skip if report is None else report[2], conditions.grad_scale)
         grad_norm = None
         if squares is not None:
-            grad_norm = control.norm(squares) if report is None else report[0]
+            grad_norm = conditions.norm(squares) if report is None else report[0]
         return StepResult(not decision.skip, None if report is None else report[2], grad_norm)
 
     def _prepared(
@@ -253,7 +261,7 @@ class StepPlan:
     def _launch_triton(
         self,
         param_groups: Sequence[Mapping[str, Any]],
-        control: StepControl,
+        conditions: StepConditions,
         squares: Tensor | None,
         sums: StepSums | None,
     ) -> Tensor | None:
@@ -263,12 +271,12 @@ class StepPlan:
             if self.device_rows:
                 rows = self.device_rows[device]
                 prepared = self._memory.device_scalars.get(_key(device, rows), device, partial(DeviceScalars, device))
-                local = None if squares is None else squares.to(device, non_blocking=True)
-                scalars[device] = prepared.prepare(rows, param_groups, control, local)
+                squares_here = None if squares is None else squares.to(device, non_blocking=True)
+                scalars[device] = prepared.prepare(rows, param_groups, conditions, squares_here)
                 report = prepared.report if report is None else report
             else:
                 table = self._memory.host_scalars.get(device, device, partial(DeviceTable, device))
-                scalars[device] = self.host.on_device(table, control.grad_factor)
+                scalars[device] = self.host.on_device(table, conditions.grad_factor)
         for launch, indices in self._launches:
             if isinstance(launch, TritonLaunch):
                 launch.run(scalars[launch.device], None if sums is None else sums.rows(launch.device, indices))
@@ -279,7 +287,7 @@ class StepPlan:
             if is_capturing(device):
                 prepared = self._memory.device_scalars.prepared(_key(device, rows))
                 if prepared is None or not prepared.is_prepared_for(rows, param_groups):
-                    raise RuntimeError(UNPREPARED)
+                    raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
 
 
 def _rows(
@@ -321,14 +329,16 @@ def _owners(
     params: Sequence[ParamWithGrad],
     process_groups: Sequence[tuple[Any, ...]],
     param_groups: Sequence[Mapping[str, Any]],
-) -> list[Owner]:
+) -> list[TelemetryRow]:
     names = {}
     for group_index, group in enumerate(param_groups):
         for position, param in enumerate(group["params"]):
             given = group.get("param_names")
             names[param] = given[position] if given else f"{group_index}.{position}"
     return [
-        Owner(one.group_index, names[one.param], one.param.numel() * (2 if one.param.is_complex() else 1), groups)
+        TelemetryRow(
+            one.group_index, names[one.param], one.param.numel() * (2 if one.param.is_complex() else 1), groups
+        )
         for one, groups in zip(params, process_groups, strict=True)
     ]
 
@@ -348,9 +358,9 @@ def are_compiled(launches: Sequence[TritonLaunch]) -> bool:
 
 def _held(launch: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
     """Compile the kernels and fill the tables of launches; return what does the launches."""
-    from adax_triton.kernels.launch import held_launches
+    from adax_triton.kernels.launch import deferred_launches
 
-    with held_launches() as held:
+    with deferred_launches() as held:
         report = launch()
 
     def run() -> Tensor | None:

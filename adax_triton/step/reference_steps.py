@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from adax_triton.update.coefficients import StepScalars
 from adax_triton.update.quantization import GROUP
-from adax_triton.update.quantized_update import load_master, stored_update
+from adax_triton.update.quantized_update import load_master, quantized_update
 from adax_triton.update.reference import adax_update
 
 from .conditions import Decision
@@ -32,7 +32,7 @@ class ReferenceLaunch:
     def __init__(self, steps: Sequence[TensorStep], process_groups: tuple[Any, ...]) -> None:
         self.process_groups = process_groups
         self.device = steps[0].param.device
-        self._steps = [step.as_runs() for step in steps]
+        self._steps = [step.flattened() for step in steps]
 
     def sum_of_squares(self) -> Tensor:
         """Return the sum of the squared gradients, 0-d float64 on their device."""
@@ -67,18 +67,18 @@ def _update(part: TensorStep, scalars: StepScalars, key: tuple[int, int]) -> Non
         return adax_update(*part.tensors, **scalars._asdict())
     missing = 0 if part.group_exponents is None else -part.param.numel() % GROUP
     if not missing:
-        return _update_stored(part, scalars, key)
+        return _update_quantized(part, scalars, key)
     padded = part.mapped(lambda tensor: pad(tensor, (0, missing)))
-    _update_stored(padded, scalars, key)
+    _update_quantized(padded, scalars, key)
     for original, updated in zip(part.written, padded.written, strict=True):
         original.copy_(updated[: original.numel()])
 
 
-def _update_stored(part: TensorStep, scalars: StepScalars, key: tuple[int, int]) -> None:
+def _update_quantized(part: TensorStep, scalars: StepScalars, key: tuple[int, int]) -> None:
     exponents = part.group_exponents
     if exponents is not None:
         part = part.mapped(lambda tensor: tensor.view(-1, GROUP))
-    stored_update(
+    quantized_update(
         *part.tensors,
         part.master,
         exponents,

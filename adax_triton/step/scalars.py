@@ -15,10 +15,16 @@ from torch import Tensor
 
 from adax_triton.kernels.tables import SCALAR_COLUMNS, scalar_row
 from adax_triton.state.validation import as_float
-from adax_triton.update.coefficients import GROUP_KEYS, DeviceSchedule, StepScalars, device_schedule, step_scalars
+from adax_triton.update.coefficients import (
+    COEFFICIENT_KEYS,
+    DeviceCoefficients,
+    StepScalars,
+    device_coefficients,
+    step_scalars,
+)
 from adax_triton.update.rounding import random_key
 
-from .conditions import TAKEN, Decision, StepControl
+from .conditions import UNCHANGED_GRADIENTS, Decision, StepConditions
 from .device_tables import DeviceTable, on_device
 
 _GRAD_FACTOR = SCALAR_COLUMNS.index("grad_factor")
@@ -38,9 +44,9 @@ class HostScalars:
         needs_keys: whether a kernel draws random bits.
     """
 
-    def __init__(self, places: Sequence[tuple[int, int]]) -> None:
-        row_of_place = {place: row for row, place in enumerate(dict.fromkeys(places))}
-        self.row_of_param = [row_of_place[place] for place in places]
+    def __init__(self, group_steps: Sequence[tuple[int, int]]) -> None:
+        row_of_place = {place: row for row, place in enumerate(dict.fromkeys(group_steps))}
+        self.row_of_param = [row_of_place[place] for place in group_steps]
         self.groups = [group_index for group_index, _ in row_of_place]
         self.steps = [step for _, step in row_of_place]
         self.rows: list[StepScalars] = []
@@ -74,7 +80,7 @@ class HostScalars:
             self.rows.append(scalars_of(group, step))
             self._keys.append(random_key(group["seed"], step) if self.needs_keys else (0, 0))
 
-    def on_cpu(self, float64: bool, decision: Decision = TAKEN) -> Tensor:
+    def on_cpu(self, float64: bool, decision: Decision = UNCHANGED_GRADIENTS) -> Tensor:
         """Return the table for tensors that no device counts, (rows, 10) on the CPU; the same memory each time.
 
         Args:
@@ -99,7 +105,9 @@ class HostScalars:
         columns = len(SCALAR_COLUMNS)
         scalars = table.set(
             (self.rows, self._keys),
-            lambda _: torch.frombuffer(bytearray(self._packed(False, TAKEN)), dtype=torch.float32).view(-1, columns),
+            lambda _: torch.frombuffer(bytearray(self._packed(False, UNCHANGED_GRADIENTS)), dtype=torch.float32).view(
+                -1, columns
+            ),
         )
         if grad_factor is not None:
             factor = grad_factor.detach().reshape(()).to(scalars.device, non_blocking=True)
@@ -114,7 +122,7 @@ class HostScalars:
 
     def _packed(self, float64: bool, decision: Decision) -> bytes:
         packed = []
-        rows = self.rows if decision is TAKEN else self.scaled(decision)[0]
+        rows = self.rows if decision is UNCHANGED_GRADIENTS else self.scaled(decision)[0]
         for scalars, key in zip(rows, self._keys, strict=True):
             packed.append(scalar_row(scalars, key, decision.skip, float64))
         return packed[0] if len(packed) == 1 else b"".join(packed)
@@ -176,7 +184,7 @@ class DeviceScalars:
         self,
         rows: Sequence[DeviceRow],
         groups: Sequence[Mapping[str, Any]],
-        control: StepControl,
+        conditions: StepConditions,
         sum_of_squares: Tensor | None,
     ) -> Tensor:
         """Advance the counts of `rows`, unless the step is to be skipped, and return the scalars of each row.
@@ -185,7 +193,7 @@ class DeviceScalars:
             rows: one per tensor. A list that was given before must be what it was, with the counts where they were.
             groups: the parameter groups.
             control: of this step.
-            sum_of_squares: of all gradients as they are, float64; None unless `control` clips.
+            sum_of_squares: of all gradients as they are, float64; None unless `conditions` clips.
 
         Returns:
             (n, 10) float32, see `kernels.adax_step`.
@@ -199,7 +207,7 @@ class DeviceScalars:
         constants = [_constants(groups[index], self._device) for index in used]
         addresses = [lr_address(groups[index], self._device) for index in used]
         place = {index: position for position, index in enumerate(used)}
-        columns = len(DeviceSchedule._fields)
+        columns = len(DeviceCoefficients._fields)
         # A list that is the very one of the last step, whose counts lie where they lay, is not gone through again.
         row_table = self._rows.set(
             (_Same(rows), addresses),
@@ -215,7 +223,7 @@ class DeviceScalars:
         if self._scalars.shape[0] < len(rows):
             self._scalars = torch.empty(len(rows), SCALAR_COLUMNS, dtype=torch.float32, device=self._device)
         scalars = self._scalars[: len(rows)]
-        prepare_step(row_table, group_table, self._filled_inputs(control, sum_of_squares), scalars, self.report)
+        prepare_step(row_table, group_table, self._filled_inputs(conditions, sum_of_squares), scalars, self.report)
         return scalars
 
     def is_prepared_for(self, rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -223,13 +231,13 @@ class DeviceScalars:
         counts = len(self._rows.tensor), len(self._groups.tensor)
         return counts == (len(rows), len(_used_groups(rows, groups)))
 
-    def _filled_inputs(self, control: StepControl, sum_of_squares: Tensor | None) -> Tensor:
-        given = (control.grad_scale, control.found_inf, sum_of_squares)
+    def _filled_inputs(self, conditions: StepConditions, sum_of_squares: Tensor | None) -> Tensor:
+        given = (conditions.grad_scale, conditions.found_inf, sum_of_squares)
         present = tuple(value is not None for value in given)
         if present != self._written:
             self._inputs.forget()
             self._written = present
-        limit = control.max_grad_norm or 0.0
+        limit = conditions.max_grad_norm or 0.0
         inputs = self._inputs.set(
             (1.0, 0.0, 0.0, limit), lambda given: torch.tensor(given, dtype=torch.float64, device="cpu")
         )
@@ -253,12 +261,12 @@ class _Same:
         return isinstance(other, _Same) and other.rows is self.rows
 
 
-def _constants(group: Mapping[str, Any], device: torch.device) -> DeviceSchedule:
-    known = {key: group[key] for key in GROUP_KEYS}
+def _constants(group: Mapping[str, Any], device: torch.device) -> DeviceCoefficients:
+    known = {key: group[key] for key in COEFFICIENT_KEYS}
     known["lr"] = 0.0 if lr_address(group, device) else as_float(group["lr"], "lr")
     known |= {name: as_float(group[name], name) for name in ("eps", "weight_decay")}
     known["betas"] = tuple(as_float(beta, f"betas[{index}]") for index, beta in enumerate(group["betas"]))
-    return device_schedule(**known, seed=group["seed"])
+    return device_coefficients(**known, seed=group["seed"])
 
 
 def lr_address(group: Mapping[str, Any], device: torch.device) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adax_triton.kernels.tables import SUM_COLUMNS
 
-from .device_tables import KeptByStream, is_capturing, on_device, run_table
+from .device_tables import PerStreamCache, is_capturing, on_device, run_table
 
 _COLUMNS = len(SUM_COLUMNS)
 
@@ -50,7 +50,7 @@ class StepTelemetry(NamedTuple):
     params: dict[str, Telemetry]
 
 
-class Owner(NamedTuple):
+class TelemetryRow(NamedTuple):
     """Whose sums a row holds: a parameter's group, name, number of elements and process groups (of a DTensor)."""
 
     group_index: int
@@ -101,15 +101,15 @@ class StepSums:
     """The sums of the last step, one row of five per tensor, in one small buffer per device and stream."""
 
     def __init__(self) -> None:
-        self._owners: Sequence[Owner] = ()
-        self._kept: KeptByStream[Tensor] = KeptByStream()
+        self._owners: Sequence[TelemetryRow] = ()
+        self._kept: PerStreamCache[Tensor] = PerStreamCache()
         self._captured: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         # By device: the buffer of the step, and the owners of its rows.
         self._written: dict[torch.device, tuple[Tensor, list[int]]] = {}
         self._grad_scale: Tensor | None = None
         self._skip: Tensor | bool | None = None
 
-    def begin(self, owners: Sequence[Owner]) -> None:
+    def begin(self, owners: Sequence[TelemetryRow]) -> None:
         """Forget the last step; the next one has tensors of these owners."""
         self._owners, self._written, self._skip = owners, {}, None
 

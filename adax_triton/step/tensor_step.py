@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adax_triton.state.allocation import numbers_of
-from adax_triton.state.dtensor import first_element, local, local_gradient, shard_groups
-from adax_triton.state.flat_buffer import is_dense, memory_run
+from adax_triton.state.allocation import local_state_tensors
+from adax_triton.state.dtensor import first_element, local_gradient, local_tensor, shard_process_groups
+from adax_triton.state.flat_buffer import flat_view, is_dense
 from adax_triton.state.precision import precision_of
 from adax_triton.update.quantization import GROUP
 
@@ -18,7 +18,7 @@ from adax_triton.update.quantization import GROUP
 class TensorStep(NamedTuple):
     """The tensors of one parameter, real and on one device.
 
-    param, grad, exp_avg, exp_avg_sq: as in the update; the moments as codes where `states` is `"low"` or `"lowest"`.
+    param, grad, exp_avg, exp_avg_sq: as in the update; the moments as codes where `states` is `"8bit_v16"` or `"8bit"`.
     scalar_row: the row of the step's scalars.
     states: how the moments are kept, see `precision.STATES`.
     master: what `param` lacks to be a float32 master weight, or the master copy; see `precision.Precision`.
@@ -77,19 +77,19 @@ class TensorStep(NamedTuple):
         part = self.mapped(lambda tensor: tensor[start:end])
         return part._replace(first_element=self.first_element + start, group_exponents=exponents)
 
-    def as_runs(self) -> TensorStep:
+    def flattened(self) -> TensorStep:
         """Return this step on 1-D views in the order of memory; the tensors must be laid out alike."""
-        return self.mapped(memory_run)
+        return self.mapped(flat_view)
 
 
 def tensor_step(
     param: Tensor, grad: Tensor, state: Mapping[str, Any], scalar_row: int, group: Mapping[str, Any]
 ) -> TensorStep:
     """Return one parameter's share of a step, on the tensors of this rank."""
-    numbers = numbers_of(state)
+    numbers = local_state_tensors(state)
     master = numbers.get("master")
     step = TensorStep(
-        local(param.detach()),
+        local_tensor(param.detach()),
         local_gradient(grad, param),
         numbers["exp_avg"],
         numbers["exp_avg_sq"],
@@ -99,12 +99,12 @@ def tensor_step(
         numbers.get("group_exponents"),
         group["weight_rounding"] == "stochastic" and master is None and param.dtype == torch.bfloat16,
         first_element(param),
-        shard_groups(param),
+        shard_process_groups(param),
     )
     return step.mapped(torch.view_as_real) if param.is_complex() else step
 
 
-def laid_out_alike(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> TensorStep:
+def with_matching_strides(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> TensorStep:
     """Return the step on dense tensors in which elements of equal indices lie at equal distances from the start.
 
     Dense tensors of equal strides are so already. A gradient that is not is copied into the parameter's layout. For a

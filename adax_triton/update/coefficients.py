@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 SECOND_MOMENTS = ("adax", "adam", "adafactor")
 # What `step_scalars` takes of a parameter group.
-GROUP_KEYS = (
+COEFFICIENT_KEYS = (
     *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay"),
     *("second_moment", "eps_placement", "maximize"),
 )
@@ -29,7 +29,8 @@ _EXPM1_IS_EXP = 100.0
 # The root of float32's smallest normal number. Below it a GPU takes sqrt(v) for 0, and m / (0 + eps) with a smaller eps
 # would throw a weight far away, or with one that underflowed make a never-touched weight NaN.
 _SMALLEST_EPS = 2.0**-63
-# For `DeviceSchedule`: 1 - exp(-rate t) is 1 to the last bit for the one, and w_t is 1/t for the other as AdaX's b2.
+# For `DeviceCoefficients`: with the first, 1 - exp(-rate t) is 1 to the last bit; with the second, as AdaX's b2, w_t
+# is 1/t.
 _AT_ONCE = 1024.0
 _NO_GROWTH = 2.0**-1000
 
@@ -50,7 +51,7 @@ class StepScalars(NamedTuple):
     grad_factor: float  # -1 to maximize, else 1
 
 
-class DeviceSchedule(NamedTuple):
+class DeviceCoefficients(NamedTuple):
     """What a device needs to know of a parameter group to find the scalars of any step; the order is that of its table.
 
     With `B(rate) = 1 - exp(-rate t)`, each field of `StepScalars` is one closed form of t for all rules:
@@ -175,7 +176,7 @@ def step_scalars(
     )
 
 
-def device_schedule(
+def device_coefficients(
     *,
     lr: float,
     betas: tuple[float, float],
@@ -186,7 +187,7 @@ def device_schedule(
     eps_placement: str,
     maximize: bool,
     seed: int,
-) -> DeviceSchedule:
+) -> DeviceCoefficients:
     """Return what does not depend on the step of a group that `validate_group` has passed.
 
     Args:
@@ -206,7 +207,7 @@ def device_schedule(
     beta1, beta2 = betas
     factor, power, decline, rate = _weight_terms(second_moment, beta2)
     normalized = eps_placement == "normalized"
-    return DeviceSchedule(
+    return DeviceCoefficients(
         lr=lr,
         bias_rate=_decay_rate(beta1) if second_moment == "adam" else _AT_ONCE,
         one_minus_beta1=1.0 - beta1,

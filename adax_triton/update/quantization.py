@@ -1,7 +1,7 @@
 """The compact states in PyTorch: 8-bit first moments, 16- and 8-bit second moments.
 
-    v, "low"     16 bits: the 8 exponent and the first 8 fraction bits of a float32, whose sign is always 0
-    v, "lowest"   8 bits: exponent and 3 to 6 fraction bits, as many as its group of 32 has room for, counted down from
+    v, "8bit_v16"     16 bits: the 8 exponent and the first 8 fraction bits of a float32, whose sign is always 0
+    v, "8bit"   8 bits: exponent and 3 to 6 fraction bits, as many as its group of 32 has room for, counted down from
                   the group's largest exponent
     m             8 bits: u = m / 2^(E(v) // 2), nearly m over the root of v, in a group's power-of-two scale
 
@@ -12,7 +12,7 @@ gradients share a group's scale well. A group is 32 elements that follow each ot
 own writing in `kernels/quantization.py`.
 
 Where v is no normal finite float32, u means nothing: its code is 0, and it does not count for the group's scale. In
-"lowest" an infinite or NaN v becomes the largest finite v of its group.
+"8bit" an infinite or NaN v becomes the largest finite v of its group.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .rounding import QUIET_NAN, bits_of, from_bits, high_bits, signed_byte
 
 GROUP = 32
 _LOW_DROPPED = 15
-# Fraction bits of "lowest", and the most octaves of v, beside the largest's own, that each leaves room for if rounding
+# Fraction bits of "8bit", and the most octaves of v, beside the largest's own, that each leaves room for if rounding
 # raises the largest to the next.
-_FEWEST_BITS = 3
+_MIN_FRACTION_BITS = 3
 _OCTAVES = {4: 13, 5: 5, 6: 1}
 # Adding it leaves a float32 in (-2^22, 2^22) rounded to the nearest integer, in the low bits of its pattern.
 _TO_INTEGER = 12582912.0
-# Exponent of a scale of 2^0; u keeps 7 bits below its group's largest. "lowest" has 6 bits for the scale, and takes
+# Exponent of a scale of 2^0; u keeps 7 bits below its group's largest. "8bit" has 6 bits for the scale, and takes
 # them from where u lies: groups in which no step is 1e-3 of the learning rate are cut off below.
 _SCALE_ORIGIN = 133
 _LOWEST_SCALE = 48
@@ -41,7 +41,9 @@ def _largest_in_group(values: Tensor) -> Tensor:
     return values.amax(dim=-1, keepdim=True)
 
 
-def encode(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None, lowest: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_moments(
+    exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None, v_8bit: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the codes of both moments and their groups' exponents.
 
     Args:
@@ -53,13 +55,13 @@ def encode(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None, lowest: b
 
     Returns:
         Codes of m, in the range of int8; of v, in that of uint8, or of int16 holding the bits of an unsigned word; and
-        (groups,) exponents: the scale of u, in the range of uint8; or, for `lowest` and in that of int16, 6 bits of
+        (groups,) exponents: the scale of u, in the range of uint8; or, for `v_8bit` and in that of int16, 6 bits of
         scale, 2 bits for the fraction bits of v, and 8 for its largest exponent. All int32, for copying into tensors of
         those dtypes.
     """
     bits = _quieted(bits_of(exp_avg_sq))
     exp_avg = torch.where((bits >= _SMALLEST_NORMAL) & (bits < _INFINITY), exp_avg, 0.0)
-    if lowest:
+    if v_8bit:
         largest = _largest_in_group(torch.where(bits < _INFINITY, bits, -1))
         largest = torch.where(largest < 0, _INFINITY, largest)
         bits = bits.minimum(largest)
@@ -80,21 +82,21 @@ def encode(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None, lowest: b
     scale = ((largest + 0x10000) >> 23).clamp_min(origin)
     exp_avg_code = signed_byte(bits_of(direction * from_bits((260 - scale) << 23) + _TO_INTEGER))
     scale = scale - origin
-    if not lowest:
+    if not v_8bit:
         return exp_avg_code, code, scale.view(-1)
-    word = scale.clamp_max(63) << 10 | (fraction - _FEWEST_BITS) << 8 | exponent
+    word = scale.clamp_max(63) << 10 | (fraction - _MIN_FRACTION_BITS) << 8 | exponent
     return exp_avg_code, code, _signed_word(word).view(-1)
 
 
-def decode(exp_avg: Tensor, exp_avg_sq: Tensor, group_exponents: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float32 (groups, 32) moments of codes of the same shape, exactly; see `encode`.
+def dequantize_moments(exp_avg: Tensor, exp_avg_sq: Tensor, group_exponents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float32 (groups, 32) moments of codes of the same shape, exactly; see `quantize_moments`.
 
     Args:
-        exp_avg, exp_avg_sq, group_exponents: the codes; `exp_avg_sq` is uint8 for `"lowest"`, int16 for `"low"`.
+        exp_avg, exp_avg_sq, group_exponents: the codes; `exp_avg_sq` is uint8 for `"8bit"`, int16 for `"8bit_v16"`.
     """
     word = group_exponents.view(-1, 1).to(torch.int32)
     if exp_avg_sq.dtype == torch.uint8:
-        fraction = ((word >> 8) & 3) + _FEWEST_BITS
+        fraction = ((word >> 8) & 3) + _MIN_FRACTION_BITS
         second = (exp_avg_sq.to(torch.int32) + _code_start(word & 0xFF, fraction)) << (23 - fraction)
         scale = ((word >> 10) & 63) + _LOWEST_SCALE
     else:
@@ -111,7 +113,7 @@ def _quieted(bits: Tensor) -> Tensor:
 
 def _fraction_bits(bits: Tensor, largest: Tensor) -> Tensor:
     octaves = (largest >> 23) - (bits.amin(dim=-1, keepdim=True) >> 23)
-    fraction = torch.full_like(octaves, _FEWEST_BITS)
+    fraction = torch.full_like(octaves, _MIN_FRACTION_BITS)
     for most in _OCTAVES.values():
         fraction += (octaves <= most).to(torch.int32)
     return fraction

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import StepScalars
-from .quantization import GROUP, decode, encode
+from .quantization import GROUP, dequantize_moments, quantize_moments
 from .reference import adax_update
 from .rounding import (
     current_copy,
@@ -75,7 +75,7 @@ def load_moments(exp_avg: Tensor, exp_avg_sq: Tensor, group_exponents: Tensor | 
     if group_exponents is None:
         return exp_avg.to(torch.float32, copy=True), exp_avg_sq.to(torch.float32, copy=True)
     codes = (exp_avg.view(-1, GROUP), exp_avg_sq.view(-1, GROUP), group_exponents.view(-1))
-    first, second = decode(*codes)
+    first, second = dequantize_moments(*codes)
     return first.view(exp_avg.shape), second.view(exp_avg.shape)
 
 
@@ -89,11 +89,11 @@ def store_moments(
     """Round float32 moments into their stored form; the second one stochastically, unless `random` is None."""
     first, second = values
     if group_exponents is not None:
-        codes = encode(
+        codes = quantize_moments(
             first.view(-1, GROUP),
             second.view(-1, GROUP),
             None if random is None else random.view(-1, GROUP),
-            lowest=exp_avg_sq.dtype == torch.uint8,
+            v_8bit=exp_avg_sq.dtype == torch.uint8,
         )
         exp_avg.copy_(codes[0].view(exp_avg.shape))
         exp_avg_sq.copy_(codes[1].view(exp_avg_sq.shape))
@@ -106,7 +106,7 @@ def store_moments(
         exp_avg_sq.copy_(second)
 
 
-def stored_update(
+def quantized_update(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,

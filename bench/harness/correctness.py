@@ -47,11 +47,11 @@ class Passed(NamedTuple):
 
 def tolerance(mode: Mode) -> float:
     """Return the largest error of a mode: what the formats of its states and of its weights cost, with some room."""
-    by_states = {"float32": 0.0, "bfloat16": 0.005, "low": 0.015, "lowest": 0.05}[mode.precision.states]
+    by_states = {"float32": 0.0, "bfloat16": 0.005, "8bit_v16": 0.015, "8bit": 0.05}[mode.precision.states]
     if mode.param_dtype == torch.float32:
         # Some take a power of 0.999 in float32 and then its difference from 1.
         return by_states + 1e-4
-    # Beside a master the rounding to bfloat16 is seen once; alone it adds up.
+    # Next to a master the rounding to bfloat16 is seen once; alone it adds up.
     return by_states + (0.02 if mode.precision.master_weights is None else 0.008)
 
 

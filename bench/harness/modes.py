@@ -56,9 +56,9 @@ MODES: dict[str, Mode] = {
         _bfloat16("bfloat16"),
         _bfloat16("bfloat16", "float32"),
         _bfloat16("bfloat16", "24bit"),
-        _bfloat16("low"),
-        _bfloat16("low", "24bit"),
-        _bfloat16("lowest"),
-        _bfloat16("lowest", "24bit"),
+        _bfloat16("8bit_v16"),
+        _bfloat16("8bit_v16", "24bit"),
+        _bfloat16("8bit"),
+        _bfloat16("8bit", "24bit"),
     )
 }

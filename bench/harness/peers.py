@@ -105,8 +105,8 @@ PEERS = (
     ),
     _flash("fp32", False, None),
     _flash("bf16 + bfloat16 + 24-bit masters", False, 24),
-    _flash("bf16 + lowest", True, None, _FLASHOPTIM),
-    _flash("bf16 + lowest + 24-bit masters", True, 24, _FLASHOPTIM + 2),
+    _flash("bf16 + 8bit", True, None, _FLASHOPTIM),
+    _flash("bf16 + 8bit + 24-bit masters", True, 24, _FLASHOPTIM + 2),
     Provider("optimi AdamW", FP32, _optimi(kahan_sum=False), package="optimi"),
     Provider("optimi AdamW", MODES["bf16 + bfloat16"], _optimi(kahan_sum=False), package="optimi"),
     # A bfloat16 compensation, read and written, has the bytes of a 16-bit remainder.
@@ -115,7 +115,7 @@ PEERS = (
     ),
     Provider(
         "torchao AdamW8bit",
-        MODES["bf16 + lowest"],
+        MODES["bf16 + 8bit"],
         _torchao,
         bytes_per_element=_BLOCKWISE_8BIT,
         package="torchao",
@@ -123,7 +123,7 @@ PEERS = (
     ),
     Provider(
         "bitsandbytes AdamW8bit",
-        MODES["bf16 + lowest"],
+        MODES["bf16 + 8bit"],
         _bitsandbytes,
         bytes_per_element=_BLOCKWISE_8BIT,
         package="bitsandbytes",

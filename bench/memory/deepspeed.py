@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from adax_triton.state.precision import Precision, bytes_of_states
+from adax_triton.state.precision import Precision, bytes_by_state
 
 PLACES = ("GPU", "host", "NVMe")
 
@@ -52,7 +52,7 @@ def parts_of(config: Mapping[str, Any], gpus: int) -> list[Part]:
         if stage < 3 and config.get("gradient_accumulation_steps", 1) > 1:
             parts.append(Part("accumulated gradients", "host", width * share))
     parts.append(Part("float32 weights", place, 4 * share))
-    states = bytes_of_states(torch.float32, Precision(params.get("states", "float32")))
+    states = bytes_by_state(torch.float32, Precision(params.get("states", "float32")))
     return [*parts, *(Part(name, place, size * share) for name, size in states.items())]
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from adax_triton.bench.memory import deepspeed as deepspeed_memory
 
-from adax_triton.state.precision import Precision, bytes_of_states
+from adax_triton.state.precision import Precision, bytes_by_state
 
 PARAMETERS = (7e9, 70e9)
 PARTS = ("weights", "gradients", "master weights", "first moment", "second moment")
@@ -38,7 +38,7 @@ class Way(NamedTuple):
 
 
 def _ours(states: str, master_weights: str | None, name: str) -> Way:
-    kept = bytes_of_states(torch.bfloat16, Precision(states, master_weights))
+    kept = bytes_by_state(torch.bfloat16, Precision(states, master_weights))
     second = kept["exp_avg_sq"] + kept.get("group_exponents", 0.0)
     return Way(f"adax_triton, {name}", (2.0, 2.0, kept.get("master", 0.0), kept["exp_avg"], second))
 
@@ -48,13 +48,13 @@ WAYS = (
     _ours("float32", "float32", "float32, 32-bit masters"),
     _ours("bfloat16", "float32", "bfloat16, 32-bit masters"),
     _ours("bfloat16", "24bit", "bfloat16, 24-bit masters"),
-    _ours("low", "24bit", "low, 24-bit masters"),
+    _ours("8bit_v16", "24bit", "8bit_v16, 24-bit masters"),
     Way("FlashOptim, 24-bit masters", (2.0, 2.0, 1.0, 1.0 + 2 / 32, 1.0 + 2 / 32)),
-    _ours("lowest", "24bit", "lowest, 24-bit masters"),
-    _ours("low", None, "low, no masters"),
+    _ours("8bit", "24bit", "8bit, 24-bit masters"),
+    _ours("8bit_v16", None, "8bit_v16, no masters"),
     Way("bitsandbytes 8-bit, no masters", (2.0, 2.0, 0.0, 1.0 + 4 / 256, 1.0 + 4 / 256)),
     Way("torchao 8-bit, no masters", (2.0, 2.0, 0.0, 1.0 + 4 / 256, 1.0 + 4 / 256)),
-    _ours("lowest", None, "lowest, no masters"),
+    _ours("8bit", None, "8bit, no masters"),
 )
 
 

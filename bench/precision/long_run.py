@@ -29,7 +29,7 @@ from adax_triton.bench.harness.environment import describe
 from torch import Tensor
 
 from adax_triton import AdaX
-from adax_triton.state.allocation import numbers_of
+from adax_triton.state.allocation import local_state_tensors
 from adax_triton.update.coefficients import StepScalars, step_scalars
 from adax_triton.update.quantized_update import load_moments
 from adax_triton.update.reference import adax_update
@@ -39,7 +39,7 @@ BATCH = 8
 NOISE = 1e-2
 HORIZON = 10.0  # betas[1] * steps
 CONTROL = "float32, v rounded to nearest bfloat16"
-MODES = {"float32": "float32", "bfloat16": "bfloat16", "low": "low", "lowest": "lowest", CONTROL: "float32"}
+MODES = {"float32": "float32", "bfloat16": "bfloat16", "8bit_v16": "8bit_v16", "8bit": "8bit", CONTROL: "float32"}
 EVALUATIONS = 100
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 AVERAGED = 5  # the last evaluations, whose mean is the final risk
@@ -124,7 +124,7 @@ def is_evaluated(step: int, steps: int) -> bool:
 
 def second_moment(optimizer: AdaX, param: Tensor) -> Tensor:
     """Return v in float32, as it stands in the optimizer's state."""
-    state = numbers_of(optimizer.state[param])
+    state = local_state_tensors(optimizer.state[param])
     return load_moments(state["exp_avg"], state["exp_avg_sq"], state.get("group_exponents"))[1]
 
 

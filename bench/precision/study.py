@@ -6,7 +6,7 @@ Every mode steps the same simulated gradients with the package's own codes (`sto
     v <- v + w_t (g^2 - v)          w_t = b2 / ((1 + b2)^t - 1)
     u  = m / (sqrt(v) + eps)        then m and v are rounded into what the mode stores
 
-`u*`, `m*` and `v*` are those of the float64 recursion, which stores what it computes. Beside ours stand two rules that
+`u*`, `m*` and `v*` are those of the float64 recursion, which stores what it computes. Next to ours stand two rules that
 round `v` to the nearest: bfloat16, and FlashOptim's for v (arXiv:2602.23349, algorithm 3) with a float32 group scale
 where theirs is float16, and m left in float32.
 
@@ -41,7 +41,7 @@ from .gradients import KINDS
 BETAS = (0.9, 1e-4)
 EPS = 1e-12
 # Limits of the relative error of the update; and of every bias.
-MOST_ERROR = {"bfloat16": 0.03, "low": 0.03, "lowest": 0.13}
+MOST_ERROR = {"bfloat16": 0.03, "8bit_v16": 0.03, "8bit": 0.13}
 MOST_BIAS = 0.01
 COLUMNS = {
     "update_error": "update error %",
@@ -65,8 +65,8 @@ class Mode(NamedTuple):
 MODES = {
     "float32": Mode("float32", False),
     "bfloat16": Mode("bfloat16", True),
-    "low": Mode("low", True),
-    "lowest": Mode("lowest", True),
+    "8bit_v16": Mode("8bit_v16", True),
+    "8bit": Mode("8bit", True),
     "bfloat16, v to nearest": Mode("bfloat16", False),
     "8-bit root of v, to nearest": Mode(None, False),
 }

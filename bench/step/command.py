@@ -32,7 +32,12 @@ MODELS = {"cuda": tuple(LISTS), "cpu": ("gpt2", "resnet50", "many-small")}
 BUDGET_S = 420.0
 ROUNDS = 30
 # One flat tensor and one list, in float32 and in one mode of codes, without what compiles for long.
-QUICK_SIZES, QUICK_MODELS, QUICK_MODES, QUICK_BUDGET_S = (1_000_000,), ("many-small",), ("fp32", "bf16 + low"), 50.0
+QUICK_SIZES, QUICK_MODELS, QUICK_MODES, QUICK_BUDGET_S = (
+    (1_000_000,),
+    ("many-small",),
+    ("fp32", "bf16 + 8bit_v16"),
+    50.0,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from adax_triton.bench.step.measure import make_params, reason
 from torch import Tensor, nn
 
 import adax_triton
-from adax_triton import AdaXW, Beside, GradientRelease
+from adax_triton import AdaXW, ExternalGrads, GradientRelease
 
 CPU = torch.device("cpu")
 OURS, WITHOUT = "ours", "without"
@@ -156,13 +156,13 @@ def _zero_offload(sizes: Sizes) -> dict[str, Make]:
     """
     (master,) = make_params(flat(sizes.numel), CPU, seed=2)
     assert master.grad is not None
-    grad, image, master.grad = master.grad.bfloat16(), master.detach().bfloat16(), None
+    grad, low_precision_copy, master.grad = master.grad.bfloat16(), master.detach().bfloat16(), None
 
     def ours() -> Timed:
-        optimizer, part = AdaXW([master], **RULES["adax"]), Beside(master, [grad], image)
+        optimizer, part = AdaXW([master], **RULES["adax"]), ExternalGrads(master, [grad], low_precision_copy)
 
         def step() -> None:
-            optimizer.lay_beside([part])
+            optimizer.set_external_grads([part])
             optimizer.step()
 
         return Timed(step)
@@ -175,7 +175,7 @@ def _zero_offload(sizes: Sizes) -> dict[str, Make]:
         def step() -> None:
             converted.copy_(grad)
             cpu_adam()
-            image.copy_(weights.detach())
+            low_precision_copy.copy_(weights.detach())
 
         return Timed(step)
 
@@ -221,8 +221,10 @@ WORKLOADS = {
         _against(_flat, FUSED, dtype=_BF16, options={"states": "bfloat16", "weight_rounding": "stochastic"}),
     ),
     "ZeRO offload": Workload(_zero_offload),
-    "low, 24bit": Workload(_against(_flat, dtype=_BF16, options={"states": "low", "master_weights": "24bit"})),
-    "lowest, 24bit": Workload(_against(_flat, dtype=_BF16, options={"states": "lowest", "master_weights": "24bit"})),
+    "8bit_v16, 24bit": Workload(
+        _against(_flat, dtype=_BF16, options={"states": "8bit_v16", "master_weights": "24bit"})
+    ),
+    "8bit, 24bit": Workload(_against(_flat, dtype=_BF16, options={"states": "8bit", "master_weights": "24bit"})),
     "telemetry, flat": Workload(_against(_flat, options={"telemetry": True})),
     "telemetry, GPT-2 small": Workload(_against(_gpt2, options={"telemetry": True})),
     "gradient release, per parameter": Workload(_gradient_release, 10, lambda sizes: 2 * sizes.linears),

@@ -12,9 +12,9 @@ SUMMARY_MODES = (
     "fp32",
     "bf16 + float32 + 24-bit masters",
     "bf16 + bfloat16 + 24-bit masters",
-    "bf16 + low + 24-bit masters",
-    "bf16 + lowest + 24-bit masters",
-    "bf16 + lowest",
+    "bf16 + 8bit_v16 + 24-bit masters",
+    "bf16 + 8bit + 24-bit masters",
+    "bf16 + 8bit",
 )
 # Of a row: key, title, form. A table has those that any of its rows has.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -54,7 +54,7 @@ def table(result: dict[str, Any]) -> str:
             name = label.removesuffix(f", {row.get('mode')}")
             cells = ["" if row.get(key) is None else COLUMNS[key][1](row[key]) for key in present]
             if "absent" in row:
-                # Beside the mode, which tells the rows of one name apart.
+                # Next to the mode, which tells the rows of one name apart.
                 cells[present.index("median_ms") if "median_ms" in present else -1] = f"absent: {row['absent']}"
             lines.append(markdown_row([name, *cells]))
     if result.get("versions"):

@@ -10,7 +10,7 @@ import torch
 from adax_triton.bench.harness.timing import Call
 from torch import Tensor
 
-from adax_triton.state.allocation import new_states, numbers_of
+from adax_triton.state.allocation import allocate_states, local_state_tensors
 from adax_triton.state.precision import bytes_loaded, bytes_stored
 from adax_triton.step.device_tables import chunk_table
 from adax_triton.update.coefficients import step_scalars
@@ -63,7 +63,7 @@ class StepCase:
     def __init__(self, section: Section, numel: int, device: torch.device, folder: Path) -> None:
         self._mode, self._numel, self._device, self._folder = section.mode, numel, device, folder
         (param,) = make_params([(numel,)], device, seed=1, dtype=section.mode.param_dtype)
-        state = numbers_of(new_states([param], [section.mode.precision])[0])
+        state = local_state_tensors(allocate_states([param], [section.mode.precision])[0])
         self.tensors: dict[str, Tensor] = {"param": param.detach()}
         self.tensors |= state
         self._grad = param.grad  # kept alive: the kernel knows its address only
@@ -89,7 +89,7 @@ class StepCase:
             self._mode.precision.states,
             None if master is None else str(master.dtype).removeprefix("torch."),
             stochastic=self._mode.weight_rounding == "stochastic",
-            settled=variant.settled,
+            skip_unchanged_v=variant.skip_unchanged_v,
         )
         constants = compiled.constants(LaunchShape(variant.chunk, variant.warps, variant.elements_per_thread))
         chunks = chunk_table([self._numel], variant.chunk).to(self._device)
@@ -117,7 +117,7 @@ class StepCase:
     def bytes_moved(self, variant: Variant) -> float:
         """Return the bytes that a step reads and writes, by formula."""
         dtype, precision = self._mode.param_dtype, self._mode.precision
-        stored = bytes_stored(dtype, precision, settled=variant.settled)
+        stored = bytes_stored(dtype, precision, skip_unchanged_v=variant.skip_unchanged_v)
         return self._numel * (bytes_loaded(dtype, dtype, precision) + stored)
 
     def references(self) -> list[Reference]:
@@ -138,7 +138,7 @@ class NormCase:
 
     def call(self, variant: Variant) -> KernelCall:
         """Return the launch that sums up squares."""
-        from adax_triton.kernels.grad_norm import grad_stats_kernel
+        from adax_triton.kernels.grad_norm import grad_norm_kernel
         from adax_triton.kernels.variants import TRITON_DTYPES
 
         assert variant.programs is not None
@@ -148,7 +148,7 @@ class NormCase:
         vector = min(128 // dtype.primitive_bitwidth, variant.elements_per_thread)
         constants = {"GRAD_DTYPE": dtype, "CHUNK_SIZE": variant.chunk, "VECTOR": vector}
         arguments = (self._table, chunks, partials, chunks.numel())
-        return KernelCall(grad_stats_kernel, partials.numel(), arguments, constants | variant.options)
+        return KernelCall(grad_norm_kernel, partials.numel(), arguments, constants | variant.options)
 
     def check(self, variant: Variant, call: KernelCall) -> str:
         """Compare the norm with PyTorch's in float64."""

@@ -26,7 +26,7 @@ class Variant(NamedTuple):
     warps: int
     registers: int | None = None
     rewrites: tuple[str, ...] = ()
-    settled: bool = False
+    skip_unchanged_v: bool = False
     programs: int | None = None
 
     @property
@@ -35,7 +35,7 @@ class Variant(NamedTuple):
         words = [f"{self.chunk}x{self.warps}"]
         words += [f"r{self.registers}"] if self.registers is not None else []
         words += ["+".join(self.rewrites)] if self.rewrites else []
-        words += ["settled"] if self.settled else []
+        words += ["settled"] if self.skip_unchanged_v else []
         words += [f"p{self.programs}"] if self.programs is not None else []
         return " ".join(words)
 
@@ -70,11 +70,11 @@ class Section(NamedTuple):
 
 def variants_of(section: Section) -> list[Variant]:
     """Return a section's variants, the one that the package launches first."""
-    from adax_triton.kernels.grad_norm import MOST_PARTIALS
+    from adax_triton.kernels.grad_norm import MAX_PARTIALS
     from adax_triton.kernels.launch import current_backend, launch_shape
 
     shape = launch_shape(current_backend())
-    present = Variant(shape.chunk_size, shape.num_warps, programs=MOST_PARTIALS if section.norm else None)
+    present = Variant(shape.chunk_size, shape.num_warps, programs=MAX_PARTIALS if section.norm else None)
     return list(dict.fromkeys([present, *section.variants]))
 
 
@@ -129,11 +129,11 @@ _CODES = (
     Variant(4096, 8),
 )
 _SETTLED = (
-    Variant(2048, 8, settled=True),
+    Variant(2048, 8, skip_unchanged_v=True),
     Variant(2048, 8, 48),
-    Variant(2048, 8, 48, settled=True),
+    Variant(2048, 8, 48, skip_unchanged_v=True),
     Variant(1024, 4, 48),
-    Variant(1024, 4, 48, settled=True),
+    Variant(1024, 4, 48, skip_unchanged_v=True),
 )
 _NORM = (
     Variant(2048, 8, programs=4096),
@@ -152,8 +152,8 @@ _STEPS = {
     FP32.name: _FP32,
     "bf16 + float32 + 24-bit masters": _MASTERS,
     "bf16 + bfloat16": _BFLOAT16,
-    "bf16 + low + 24-bit masters": _CODES,
-    "bf16 + lowest + 24-bit masters": _CODES,
+    "bf16 + 8bit_v16 + 24-bit masters": _CODES,
+    "bf16 + 8bit + 24-bit masters": _CODES,
 }
 _BF16 = MODES["bf16 + bfloat16"]
 SECTIONS = {

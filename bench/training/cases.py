@@ -67,8 +67,8 @@ def cases(dtype: str) -> list[Case]:
 def _plain(autocast: bool) -> list[Case]:
     both = [Case("plain / torch AdamW", "AdamW"), Case("plain / AdaXW", "AdaXW")]
     if not autocast:
-        return both + [Case(f"plain / AdaXW {name}", "AdaXW", states=name) for name in ("bfloat16", "low", "lowest")]
-    weights = (("float32", "float32"), ("low", "24bit"), ("lowest", "24bit"))
+        return both + [Case(f"plain / AdaXW {name}", "AdaXW", states=name) for name in ("bfloat16", "8bit_v16", "8bit")]
+    weights = (("float32", "float32"), ("8bit_v16", "24bit"), ("8bit", "24bit"))
     return both + [
         Case(
             f"plain / AdaXW {states}, bfloat16 weights, {'32' if masters == 'float32' else '24'}-bit masters",

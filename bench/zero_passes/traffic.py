@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adax_triton.step.launch import LaunchMemory
+from adax_triton.step.launch import LaunchCache
 from adax_triton.step.plan import StepPlan, StepResult
 from adax_triton.step.tensor_step import TensorStep
 
@@ -39,14 +39,14 @@ class Traffic(TorchDispatchMode):
         self._patches = ExitStack()
 
     def __enter__(self) -> Traffic:
-        def counted(memory: LaunchMemory, steps: Sequence[TensorStep], *arguments: Any) -> list[Any]:
+        def counted(memory: LaunchCache, steps: Sequence[TensorStep], *arguments: Any) -> list[Any]:
             self.bytes[STEP] += sum(map(step_bytes, steps))
             return []  # a plan without launches is not used again
 
         def nothing(plan: StepPlan, *arguments: Any) -> StepResult:
             return StepResult(True, None, None)
 
-        self._patches.enter_context(mock.patch.object(LaunchMemory, "launches", counted))
+        self._patches.enter_context(mock.patch.object(LaunchCache, "launches", counted))
         self._patches.enter_context(mock.patch.object(StepPlan, "run", nothing))
         super().__enter__()
         return self

@@ -73,8 +73,8 @@ def check_optimizer(config: Mapping[str, Any], optimizer: MomentOptimizer) -> No
     """
     name, groups = type(optimizer).__name__, optimizer.param_groups
     capturable = any(group["capturable"] for group in groups)
-    control = {**optimizer.options._asdict(), "max_grad_norm": optimizer.max_grad_norm, "capturable": capturable}
-    _refuse_own_control(name, control)
+    conditions = {**optimizer.options._asdict(), "max_grad_norm": optimizer.max_grad_norm, "capturable": capturable}
+    _refuse_own_control(name, conditions)
     fuse_mode(config)
     _refuse_wrong_steps(name, config)
     _refuse_other_offload(name, config)
@@ -194,7 +194,7 @@ def _refuse_other_precision(name: str, config: Mapping[str, Any], groups: list[d
     if "float32" in [group["states"] for group in groups]:
         raise ValueError(
             f'bf16.bf16_optimizer_states=true with states="float32" of {name}: set "states" in optimizer.params to '
-            '"bfloat16", "low" or "lowest"'
+            '"bfloat16", "8bit_v16" or "8bit"'
         )
 
 

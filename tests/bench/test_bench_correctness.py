@@ -61,7 +61,7 @@ def test_ours_passes(mode: Mode, device: torch.device) -> None:
     ("wrong", "mode"),
     [
         *((another_second_moment, mode) for mode in MODES),
-        *itertools.product((without_decay, last_tensor_left_out, not_a_number), ("fp32", "bf16 + lowest")),
+        *itertools.product((without_decay, last_tensor_left_out, not_a_number), ("fp32", "bf16 + 8bit")),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )

@@ -97,11 +97,11 @@ def test_columns_are_those_that_some_row_has() -> None:
 def test_other_modes_are_compared_with_fp32() -> None:
     result = step(mode="fp32")
     rows = result["workloads"][0]["providers"]
-    rows["adax_triton.AdaXW, bf16 + low"] = {"mode": "bf16 + low", "median_ms": 0.5}
+    rows["adax_triton.AdaXW, bf16 + 8bit_v16"] = {"mode": "bf16 + 8bit_v16", "median_ms": 0.5}
     lines = step_table.table(result).splitlines()
     assert lines[2].endswith("| fp32 / this |")
     assert lines[4].endswith("| 50% |  |")
-    assert lines[6] == "| adax_triton.AdaXW | bf16 + low | 0.500 |  |  |  |  | 4.00 |"
+    assert lines[6] == "| adax_triton.AdaXW | bf16 + 8bit_v16 | 0.500 |  |  |  |  | 4.00 |"
 
 
 def test_every_kind_of_result_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +119,7 @@ def test_every_kind_of_result_is_reported(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_summary_has_a_row_per_mode_next_to_the_fastest_other() -> None:
-    low = "bf16 + low + 24-bit masters"
+    low = "bf16 + 8bit_v16 + 24-bit masters"
     ours = {"mode": "fp32", "median_ms": 2.0, "bytes_per_element": 28.0, "copy_share": 0.99}
     rows: dict[str, dict[str, Any]] = {
         "adax_triton.AdaXW": ours,
@@ -144,7 +144,7 @@ def test_committed_figures_stand_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     for path in PUBLISHED:
         flat = [one for one in json.loads(path.read_text())["workloads"] if one["tensors"] == 1]
-        for mode in ("fp32", "bf16 + low + 24-bit masters"):
+        for mode in ("fp32", "bf16 + 8bit_v16 + 24-bit masters"):
             label = "adax_triton.AdaXW" if mode == "fp32" else f"adax_triton.AdaXW, {mode}"
             row = flat[-1]["providers"][label]
             assert f"| {mode} | {row['bytes_per_element']:.4g} | {row['median_ms']:.2f} | " in text

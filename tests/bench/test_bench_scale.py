@@ -49,8 +49,8 @@ def test_bytes_of_a_step(stage: int, unfused: int) -> None:
     assert scale_model.step_bytes(stage, fused=False) == unfused
     assert scale_model.step_bytes(stage, fused=True) == 30
     # m and v read and written: 2 * 8 bytes become 2 * (1 + 2 + 1/32).
-    assert scale_model.step_bytes(stage, fused=False, states="low") == unfused - 16 + 6.0625
-    assert scale_model.step_bytes(stage, fused=True, states="low") == 30 - 16 + 6.0625
+    assert scale_model.step_bytes(stage, fused=False, states="8bit_v16") == unfused - 16 + 6.0625
+    assert scale_model.step_bytes(stage, fused=True, states="8bit_v16") == 30 - 16 + 6.0625
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_memory_of_a_gpu(stage: int, gigabytes: float) -> None:
     assert scale_model.memory_bytes(8e9, 8, stage, False, "float32") == pytest.approx(gigabytes * 1e9)
     assert scale_model.memory_bytes(8e9, 8, stage, True, "float32") == pytest.approx((gigabytes - 6) * 1e9)
     # 4 + 8 bytes of master and states become 4 + 3.03125.
-    assert scale_model.memory_bytes(8e9, 8, stage, True, "low") == pytest.approx((gigabytes - 6 - 4.96875) * 1e9)
+    assert scale_model.memory_bytes(8e9, 8, stage, True, "8bit_v16") == pytest.approx((gigabytes - 6 - 4.96875) * 1e9)
 
 
 def test_flat_gradients_of_stage_3_are_of_one_sub_group() -> None:

@@ -139,7 +139,7 @@ def test_sizes_are_those_that_fit_in_one_mode_at_least(monkeypatch: pytest.Monke
     assert step_report.default_sizes(gpu, ("fp32",))[-1] == 4_000_000_000  # 64 GB
     monkeypatch.setattr(step_report, "free_bytes", lambda device: 40e9)
     assert step_report.default_sizes(gpu, ("fp32",))[-1] == 1_000_000_000
-    assert step_report.default_sizes(gpu, ("fp32", "bf16 + low"))[-1] == 4_000_000_000  # 28 GB
+    assert step_report.default_sizes(gpu, ("fp32", "bf16 + 8bit_v16"))[-1] == 4_000_000_000  # 28 GB
 
 
 def test_one_of_ours_that_breaks_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -251,7 +251,7 @@ def test_list_names_what_would_be_run(capsys: pytest.CaptureFixture[str]) -> Non
     printed = capsys.readouterr().out.splitlines()
     assert {f"  {mode.name}: {mode.bytes_per_element:g}" for mode in MODES.values()} <= set(printed)
     assert "  GPT-2 small, 148 tensors: 124,439,808 elements" in printed
-    assert "  adax_triton.AdaXW, bf16 + low" in printed
+    assert "  adax_triton.AdaXW, bf16 + 8bit_v16" in printed
     assert main(["bench", "step", "--device", "cpu", "--quick", "--list"]) == 0
     printed = capsys.readouterr().out
     assert "flat 1,000,000" in printed

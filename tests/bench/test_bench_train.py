@@ -61,7 +61,7 @@ def test_every_framework_has_ours_and_its_own(dtype: str) -> None:
     zero = [f"ZeRO-{stage}" for stage in range(4)] + [f"ZeRO-{stage} offload" for stage in (1, 2, 3)]
     for framework in ["plain", *zero]:
         assert {case.optimizer for case in found if case.framework == framework} == {"AdaXW", "AdamW"}
-    assert {case.states for case in found if case.stage is None} >= {"low", "lowest"}
+    assert {case.states for case in found if case.stage is None} >= {"8bit_v16", "8bit"}
     assert all(case.master_weights is None or case.bfloat16_weights for case in found)
     assert set(train_cases.QUICK) <= {case.name for case in found}
 
@@ -191,7 +191,7 @@ def test_plain_training_learns_and_is_counted(tmp_path: Path) -> None:
 
 
 def test_states_are_those_of_the_mode(native_cpu: torch.device, tmp_path: Path) -> None:
-    figures = train_rank.train(case("plain / AdaXW low"), job(steps=1), 0, 1, tmp_path / "progress")
+    figures = train_rank.train(case("plain / AdaXW 8bit_v16"), job(steps=1), 0, 1, tmp_path / "progress")
     # Weights of 4096 elements and more have 1 + 2 bytes and a byte per 32; the others 8.
     with torch.device("meta"):
         model = gpt.GPT(layers=1, width=32, heads=2, context=16)

@@ -15,10 +15,10 @@ OURS = {
     "adax_triton, float32, 32-bit masters": ("float32", "float32"),
     "adax_triton, bfloat16, 32-bit masters": ("bfloat16", "float32"),
     "adax_triton, bfloat16, 24-bit masters": ("bfloat16", "24bit"),
-    "adax_triton, low, 24-bit masters": ("low", "24bit"),
-    "adax_triton, lowest, 24-bit masters": ("lowest", "24bit"),
-    "adax_triton, low, no masters": ("low", None),
-    "adax_triton, lowest, no masters": ("lowest", None),
+    "adax_triton, 8bit_v16, 24-bit masters": ("8bit_v16", "24bit"),
+    "adax_triton, 8bit, 24-bit masters": ("8bit", "24bit"),
+    "adax_triton, 8bit_v16, no masters": ("8bit_v16", None),
+    "adax_triton, 8bit, no masters": ("8bit", None),
 }
 OTHERS = {
     "AdamW, float32 master copy": 2 + 2 + 4 + 4 + 4,

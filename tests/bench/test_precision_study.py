@@ -34,8 +34,8 @@ def test_short_study_leaves_all_its_figures(tmp_path: Path, capsys: pytest.Captu
             assert figures.keys() == FIGURES | ({"goals"} if judged else set())
             met += figures["goals"].values() if judged else []
         assert rows["float32"]["update_error"] < 1e-5
-        assert rows["low"]["zero_codes"] == rows["lowest"]["zero_codes"] == 0
-        assert rows["lowest"]["unseen_largest_update"] == 0
+        assert rows["8bit_v16"]["zero_codes"] == rows["8bit"]["zero_codes"] == 0
+        assert rows["8bit"]["unseen_largest_update"] == 0
     assert code == (0 if all(met) else 1)
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 2 + 2 * len(precision_study.MODES)
@@ -64,7 +64,7 @@ def test_nearest_freezes_late_in_a_run_and_ours_is_unbiased(large: float, steps:
         scalars = precision_study.scalars_of(step)
         random = random_bits(index, random_key(0, step))
         precision_study.advance_exact(grad.double(), *exact, scalars)
-        for name in ("bfloat16", "low", "lowest", NEAREST, ROOTS):
+        for name in ("bfloat16", "8bit_v16", "8bit", NEAREST, ROOTS):
             bits = random if precision_study.MODES[name].stochastic else None
             precision_study.advance(grad, stored[name], scalars.float(), bits)
     moved = exact[1].mean().item() - 1
@@ -72,7 +72,7 @@ def test_nearest_freezes_late_in_a_run_and_ours_is_unbiased(large: float, steps:
     change = {name: precision_study.load(moments)[1].double().mean().item() - 1 for name, moments in stored.items()}
     assert change[NEAREST] == 0.0
     # Standard errors of the mean over the elements: root of (a bfloat16's, low's and lowest's spacing) * moved / numel.
-    for name, spacing in (("bfloat16", 2.0**-7), ("low", 2.0**-8), ("lowest", 2.0**-3)):
+    for name, spacing in (("bfloat16", 2.0**-7), ("8bit_v16", 2.0**-8), ("8bit", 2.0**-3)):
         assert abs(change[name] - moved) < 4 * (spacing * abs(moved) / numel) ** 0.5
 
 
@@ -104,8 +104,8 @@ def test_tally_of_known_updates() -> None:
 
 def test_goals_name_what_failed() -> None:
     good = dict.fromkeys(FIGURES, 0)
-    assert all(precision_study.goals("lowest", good).values())
-    bad = precision_study.goals("low", {**good, "update_error": 0.031, "v_bias": -0.011, "zero_codes": 1})
+    assert all(precision_study.goals("8bit", good).values())
+    bad = precision_study.goals("8bit_v16", {**good, "update_error": 0.031, "v_bias": -0.011, "zero_codes": 1})
     assert [name for name, met in bad.items() if not met] == ["update_error", "v_bias", "zero_codes"]
 
 
@@ -126,7 +126,7 @@ def test_long_run_compares_modes_on_the_same_batches(native_cpu: torch.device, t
     assert list(final) == [*long_run.MODES, "float64"]
     assert final["float32"]["v_ratio"] == 1.0
     assert final["float64"]["risk"] == pytest.approx(final["float32"]["risk"], rel=1e-3)
-    assert final["low"]["risk"] == pytest.approx(final["float32"]["risk"], rel=2e-2)
+    assert final["8bit_v16"]["risk"] == pytest.approx(final["float32"]["risk"], rel=2e-2)
     rates = {row["lr"]: row for row in result["learning_rates"]}
     assert rates[0.01]["float32"] == pytest.approx(final["float32"]["risk"], rel=1e-3)
     assert rates[0.01][long_run.CONTROL] == pytest.approx(final[long_run.CONTROL]["risk"], rel=1e-3)

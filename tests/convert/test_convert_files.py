@@ -107,8 +107,8 @@ def test_groups_of_deepspeeds_adam_are_taken_for_adams(tmp_path: Path) -> None:
     assert same(run(tmp_path, given, "--to", "adaxw"), expected)
 
 
-@pytest.mark.parametrize("states", ["float32", "bfloat16", "low", "lowest"])
-@pytest.mark.parametrize("before", ["float32", "low"])
+@pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit_v16", "8bit"])
+@pytest.mark.parametrize("before", ["float32", "8bit_v16"])
 def test_states_are_those_that_an_optimizer_would_load(tmp_path: Path, before: str, states: str) -> None:
     optimizer = trained(AdaXW, states=before)
     found = run(tmp_path, optimizer.state_dict(), "--states", states)
@@ -118,7 +118,7 @@ def test_states_are_those_that_an_optimizer_would_load(tmp_path: Path, before: s
 
 
 def test_masters_are_kept_otherwise(tmp_path: Path) -> None:
-    optimizer = trained(AdaXW, torch.bfloat16, master_weights="float32", states="low")
+    optimizer = trained(AdaXW, torch.bfloat16, master_weights="float32", states="8bit_v16")
     found = run(tmp_path, optimizer.state_dict(), "--master-weights", "24bit", "--states", "bfloat16")
     loading = trained(AdaXW, torch.bfloat16, master_weights="24bit", states="bfloat16")
     loading.load_state_dict(optimizer.state_dict())
@@ -126,8 +126,8 @@ def test_masters_are_kept_otherwise(tmp_path: Path) -> None:
 
 
 def test_what_was_kept_in_float32_stays_so(tmp_path: Path) -> None:
-    optimizer = trained(AdaXW, states="low", keep_float32=lambda param: True)
-    found = run(tmp_path, optimizer.state_dict(), "--states", "lowest")
+    optimizer = trained(AdaXW, states="8bit_v16", keep_float32=lambda param: True)
+    found = run(tmp_path, optimizer.state_dict(), "--states", "8bit")
     assert same(found["state"], optimizer.state_dict()["state"])
 
 
@@ -157,9 +157,9 @@ REFUSALS: list[tuple[Any, list[str], list[str]]] = [
     (adax, ["--to", "adam", "--beta2", "1e-4"], ["beta2=0.0001"]),
     (adax, ["--to", "released-adax"], ["eps_placement", "'unnormalized'"]),
     (adax, ["--master-weights", "24bit"], ["no masters", "weights"]),
-    (lambda: trained(torch.optim.Adam).state_dict(), ["--states", "low"], ["only a state dict of adax_triton"]),
+    (lambda: trained(torch.optim.Adam).state_dict(), ["--states", "8bit_v16"], ["only a state dict of adax_triton"]),
     (without_bias_correction, ["--to", "adax"], ["param_groups'][1]['bias_correction'] is False"]),
-    (lambda: trained(AdaX, states="low").state_dict(), ["--to", "adam"], ["states='float32'"]),
+    (lambda: trained(AdaX, states="8bit_v16").state_dict(), ["--to", "adam"], ["states='float32'"]),
     (lambda: {"model": 1, "optimizer": adax()}, ["--to", "adam"], ["give --key optimizer"]),
     (lambda: {"model": 1}, ["--to", "adam"], ["nor has any of its keys"]),
     (lambda: [1], ["--to", "adam"], ["holds a list"]),

@@ -99,11 +99,11 @@ CPU_ADAM: Case = {
         {**OFFLOADED, "convert": ["--to", "adaxw", "--beta2", "1e-3"], **TO_CONVERTED_ADAXW},
     ],
 }
-LOW = {"width": 128, "params": {"lr": 1e-2, "weight_decay": 1e-2, "states": "low"}}
+LOW = {"width": 128, "params": {"lr": 1e-2, "weight_decay": 1e-2, "states": "8bit_v16"}}
 TO_LOW = named(
-    {f"z{stage}-float32-to-low": [bf16(stage, width=128), bf16(stage, universal=True, **LOW)] for stage in (2, 3)}
+    {f"z{stage}-float32-to-8bit_v16": [bf16(stage, width=128), bf16(stage, universal=True, **LOW)] for stage in (2, 3)}
 )
-LOWEST = {"width": 128, "params": {"lr": 1e-2, "states": "lowest"}}
+LOWEST = {"width": 128, "params": {"lr": 1e-2, "states": "8bit"}}
 OWN_MASTERS = {
     "params": {"lr": 1e-2, "states": "bfloat16", "master_weights": "24bit"},
     "config": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
@@ -114,8 +114,8 @@ REFUSED = {"expect_error": True, "steps": 1}
 REFUSALS = [
     pytest.param({"name": name, "legs": [*before, {**leg, **REFUSED}]}, words, id=name)
     for name, before, leg, words in (
-        ("lowest-universal", [bf16(2, steps=1, **LOWEST)], bf16(2, universal=True, **LOWEST), ["'lowest'", "float32"]),
-        ("low-universal-z3", [bf16(3, steps=1, **LOW)], bf16(3, universal=True, **LOW), ["'low'", "float32"]),
+        ("8bit-universal", [bf16(2, steps=1, **LOWEST)], bf16(2, universal=True, **LOWEST), ["'8bit'", "float32"]),
+        ("8bit_v16-universal-z3", [bf16(3, steps=1, **LOW)], bf16(3, universal=True, **LOW), ["'8bit_v16'", "float32"]),
         ("z2-to-z3", [bf16(2, steps=1)], bf16(3, universal=True), ["below ZeRO 3", "zero_to_fp32"]),
         ("z3-to-z2", [bf16(3, steps=1)], bf16(2), ["at ZeRO 3", "zero_to_fp32"]),
         ("z3-to-z2-universal", [bf16(3, steps=1)], bf16(2, universal=True), ["at ZeRO 3", "zero_to_fp32"]),

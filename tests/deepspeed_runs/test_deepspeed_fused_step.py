@@ -48,7 +48,12 @@ EXACT = named(
         "z2-bf16-cpu-offload": {"stage": 2, "dtype": "bf16", "zero": CPU_OFFLOAD, "crossing": True},
         "z3-bf16-cpu-offload": {"stage": 3, "dtype": "bf16", "zero": CPU_OFFLOAD, "crossing": True},
         "z3-fp32-cpu-offload": {"stage": 3, "zero": CPU_OFFLOAD},
-        "z2-bf16-low-states": {"stage": 2, "dtype": "bf16", "width": 96, "params": {"lr": 1e-2, "states": "low"}},
+        "z2-bf16-8bit_v16-states": {
+            "stage": 2,
+            "dtype": "bf16",
+            "width": 96,
+            "params": {"lr": 1e-2, "states": "8bit_v16"},
+        },
     }
 )
 CLIPPED = named(
@@ -205,4 +210,4 @@ def test_describe_says_what_an_engine_does(results: dict[str, Any]) -> None:
     assert described["off"]["reason"] == '"adax_triton": {"fuse": "off"} in the configuration'
     assert described["auto"]["states"] == {"exp_avg": ["float32"], "exp_avg_sq": ["float32"]}
     assert described["auto"]["state_bytes"] == described["off"]["state_bytes"] > 0
-    assert results["z2-bf16-low-states"]["described"]["auto"]["states"]["exp_avg"] == ["float32", "int8"]
+    assert results["z2-bf16-8bit_v16-states"]["described"]["auto"]["states"]["exp_avg"] == ["float32", "int8"]

@@ -24,8 +24,8 @@ CASES: list[Case] = [
         "zero": zero,
     }
     for stage, states, zero in (
-        *((0, "low", {}), (1, "bfloat16", {}), (1, "low", {}), (2, "lowest", {}), (2, "low", CPU_OFFLOAD)),
-        *((3, "low", {}), (3, "lowest", CPU_OFFLOAD)),
+        *((0, "8bit_v16", {}), (1, "bfloat16", {}), (1, "8bit_v16", {}), (2, "8bit", {}), (2, "8bit_v16", CPU_OFFLOAD)),
+        *((3, "8bit_v16", {}), (3, "8bit", CPU_OFFLOAD)),
     )
 ]
 # DeepSpeed keeps no masters beside these; the optimizer keeps what the weights of 16 bits lack.
@@ -40,7 +40,7 @@ OWN_MASTERS: list[Case] = [
         "width": 128,
         "resume_at": 2,
     }
-    for stage, states, masters in ((1, "bfloat16", "float32"), (2, "low", "24bit"), (3, "lowest", "24bit"))
+    for stage, states, masters in ((1, "bfloat16", "float32"), (2, "8bit_v16", "24bit"), (3, "8bit", "24bit"))
 ]
 
 
@@ -69,7 +69,7 @@ def test_low_memory_states_follow_single_process_and_resume(results: dict[str, A
 def test_own_masters_and_states_take_the_place_of_deepspeeds(results: dict[str, Any], case: Case) -> None:
     result = results[case["name"]]
     assert "failure" not in result, result["failure"]
-    dtypes = {"bfloat16": "torch.bfloat16", "low": "torch.uint8", "lowest": "torch.uint8"}
+    dtypes = {"bfloat16": "torch.bfloat16", "8bit_v16": "torch.uint8", "8bit": "torch.uint8"}
     assert dtypes[case["params"]["states"]] in result["states"]
     assert result["deviation"] <= 2.0**-6  # one unit in the last place of a bfloat16 weight below 4
     assert result["moved"] >= 2.0**-7

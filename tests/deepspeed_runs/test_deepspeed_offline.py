@@ -69,7 +69,7 @@ LOW["state"][0]["group_exponents"] = torch.zeros(1, 1, dtype=torch.uint8)
         ([], ["--to", "adax"], ["no optimizer files of ZeRO", "--key optimizer"]),
         ([ADAM], [], ["adax, adaxw, adam, adamw"]),
         ([ADAM], ["--to", "torch-adam"], ["adax, adaxw, adam, adamw"]),
-        ([ADAM], ["--to", "adax", "--states", "low"], ["--states is for files"]),
+        ([ADAM], ["--to", "adax", "--states", "8bit_v16"], ["--states is for files"]),
     ],
 )
 def test_checkpoint_that_does_not_fit_is_refused_and_leaves_no_target(

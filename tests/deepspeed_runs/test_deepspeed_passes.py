@@ -16,7 +16,7 @@ import torch
 from adax_triton.bench.zero_passes.passes import AUTO, CASES, HOOKS, OFF
 from adax_triton.bench.zero_passes.traffic import STEP, Traffic
 
-from adax_triton import AdaX, Beside
+from adax_triton import AdaX, ExternalGrads
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.deepspeed
@@ -83,9 +83,9 @@ def test_trace_counts_reads_and_writes() -> None:
 
 
 def test_trace_counts_a_step_by_its_formula() -> None:
-    param, image = torch.nn.Parameter(torch.zeros(4096)), torch.zeros(4096, dtype=torch.float16)
+    param, low_precision_copy = torch.nn.Parameter(torch.zeros(4096)), torch.zeros(4096, dtype=torch.float16)
     optimizer = AdaX([param])
-    optimizer.lay_beside([Beside(param, [image.clone()], image)])
+    optimizer.set_external_grads([ExternalGrads(param, [low_precision_copy.clone()], low_precision_copy)])
     with Traffic() as traffic:
         optimizer.step()
     assert traffic.bytes[STEP] == 4096 * (2 + 4 + 4 + 4 + 2 + 4 + 4 + 4)

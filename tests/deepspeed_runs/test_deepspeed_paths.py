@@ -181,7 +181,7 @@ REFUSALS = [
         (
             "bf16-masters-float32-states",
             {"stage": 2, "dtype": "bf16", "config": BF16_MASTERS},
-            ['"bfloat16", "low" or "lowest"'],
+            ['"bfloat16", "8bit_v16" or "8bit"'],
         ),
         (
             "own-masters-beside-deepspeeds",

@@ -255,12 +255,12 @@ NVME_OFFLOAD = {"offload_optimizer": {"device": "nvme", "nvme_path": "/swapped"}
         (
             {
                 "zero_optimization": {"stage": 3, **NVME_OFFLOAD},
-                "optimizer": {"type": "AdaX", "params": {"states": "low"}},
+                "optimizer": {"type": "AdaX", "params": {"states": "8bit_v16"}},
             },
-            ["nvme", "states='low'", "float32"],
+            ["nvme", "states='8bit_v16'", "float32"],
         ),
     ],
-    ids=["elastic", "universal-z0", "nvme-universal", "nvme-low"],
+    ids=["elastic", "universal-z0", "nvme-universal", "nvme-8bit_v16"],
 )
 def test_settings_that_lose_a_checkpoint_are_refused(
     adapter: ModuleType, sections: dict[str, Any], words: list[str]
@@ -280,6 +280,6 @@ def test_settings_that_keep_a_checkpoint_are_accepted(adapter: ModuleType) -> No
     for sections in (
         {"zero_optimization": {"stage": 3, **NVME_OFFLOAD}},
         {"zero_optimization": {"stage": 1}, "checkpoint": {"load_universal": True}},
-        {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdaX", "params": {"states": "low"}}},
+        {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdaX", "params": {"states": "8bit_v16"}}},
     ):
         assert adapter.check_config(config(**sections)) is None

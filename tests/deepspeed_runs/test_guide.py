@@ -26,7 +26,7 @@ SECTIONS = {
     "ZeRO 2, several GPUs": ("zero2", 2),
     "ZeRO 3, several GPUs": ("zero3", 2),
     "7B on one GPU": ("offload", 1),
-    "Smaller states": ("low", 2),
+    "Smaller states": ("8bit_v16", 2),
     "States on NVMe": ("nvme", 1),
     "From AdamW to AdaX in the middle of a run": ("switch", 2),
     "Resume on fewer GPUs": ("zero2", 1),

@@ -13,7 +13,7 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 CASES: dict[str, dict[str, Any]] = {
     "fsdp2": {"check": "dtensors", "dtype": "float32"},
-    "fsdp2, low": {"check": "dtensors", "dtype": "bfloat16", "states": "low", "master_weights": "24bit"},
+    "fsdp2, 8bit_v16": {"check": "dtensors", "dtype": "bfloat16", "states": "8bit_v16", "master_weights": "24bit"},
     "by hand": {"check": "dtensors", "by hand": True},
     "ZeRO-1": {"check": "zero"},
     "own part": {"check": "own part"},
@@ -52,7 +52,7 @@ def test_nan_on_one_rank_skips_on_all(results: Results, case: str) -> None:
         assert result["norm"] == "nan"
 
 
-@pytest.mark.parametrize("case", ["fsdp2", "fsdp2, low", "by hand"])
+@pytest.mark.parametrize("case", ["fsdp2", "fsdp2, 8bit_v16", "by hand"])
 def test_steps_after_a_skipped_one_are_those_of_one_process(results: Results, case: str) -> None:
     for result in of_case(results, case):
         ours, expected = result["more"]

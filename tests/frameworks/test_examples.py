@@ -82,9 +82,9 @@ class TestDemo:
         assert "adax_triton.optimizers.AdaX inside DeepSpeedZeroOptimizer, 2 processes" in printed
 
     def test_picture_shows_two_curves(self, unbroken: tuple[Path, str]) -> None:
-        import matplotlib.image
+        import matplotlib.low_precision_copy
 
-        picture = matplotlib.image.imread(unbroken[0] / "loss.png")[..., :3]
+        picture = matplotlib.low_precision_copy.imread(unbroken[0] / "loss.png")[..., :3]
         assert picture.shape[0] >= 500 and picture.shape[1] >= 800
         for colour in ("#c2410c", "#1d4ed8"):
             curve = abs(picture - matplotlib.colors.to_rgb(colour)).max(axis=-1) < 0.02

@@ -27,13 +27,18 @@ MASTERS = {
 }
 MODES: dict[str, dict[str, Any]] = {
     f"{states}-{name}": {"name": f"{states}-{name}", "states": states, **master}
-    for states in ("float32", "bfloat16", "low", "lowest")
+    for states in ("float32", "bfloat16", "8bit_v16", "8bit")
     for name, master in MASTERS.items()
 }
-MODES["low-fp16"] = {"name": "low-fp16", "states": "low", "dtype": "float16", "master_weights": "float32"}
+MODES["8bit_v16-fp16"] = {
+    "name": "8bit_v16-fp16",
+    "states": "8bit_v16",
+    "dtype": "float16",
+    "master_weights": "float32",
+}
 # Of each kind of state and of master one; the rest are stepped and saved alone.
-COPIED = ["float32-fp32", "bfloat16-bf16", "bfloat16-bf16-master", "low-fp32", "low-fp16", "lowest-bf16-24bit"]
-RESHARDED = ["float32-bf16", "bfloat16-bf16-24bit", "low-bf16", "low-fp16", "lowest-bf16-master"]
+COPIED = ["float32-fp32", "bfloat16-bf16", "bfloat16-bf16-master", "8bit_v16-fp32", "8bit_v16-fp16", "8bit-bf16-24bit"]
+RESHARDED = ["float32-bf16", "bfloat16-bf16-24bit", "8bit_v16-bf16", "8bit_v16-fp16", "8bit-bf16-master"]
 CONVERSIONS = {
     f"{source} to {target}": {
         "name": f"{source} to {target}",
@@ -42,24 +47,24 @@ CONVERSIONS = {
         "target": MODES[target],
     }
     for source, target in (
-        ("low-fp32", "float32-fp32"),
+        ("8bit_v16-fp32", "float32-fp32"),
         ("float32-fp32", "bfloat16-fp32"),
-        ("float32-fp32", "lowest-fp32"),
-        ("lowest-fp32", "low-fp32"),
-        ("bfloat16-bf16", "low-bf16"),
-        ("float32-bf16-master", "lowest-bf16-24bit"),
-        ("low-bf16-24bit", "low-bf16-master"),
-        ("lowest-bf16", "bfloat16-bf16-master"),
+        ("float32-fp32", "8bit-fp32"),
+        ("8bit-fp32", "8bit_v16-fp32"),
+        ("bfloat16-bf16", "8bit_v16-bf16"),
+        ("float32-bf16-master", "8bit-bf16-24bit"),
+        ("8bit_v16-bf16-24bit", "8bit_v16-bf16-master"),
+        ("8bit-bf16", "bfloat16-bf16-master"),
     )
 }
-MASTERS_OF = ("float32-bf16-master", "lowest-bf16-24bit", "low-fp16", "low-bf16")
+MASTERS_OF = ("float32-bf16-master", "8bit-bf16-24bit", "8bit_v16-fp16", "8bit_v16-bf16")
 EXPORTS = {f"masters of {name}": {**MODES[name], "check": "masters"} for name in MASTERS_OF}
 ONCE = {name: {"check": name} for name in ("columns", "transposed", "refusals", "gradients")}
-ONCE["backward"] = {"check": "backward", "dtype": "float32", "states": "low"}
+ONCE["backward"] = {"check": "backward", "dtype": "float32", "states": "8bit_v16"}
 ON_TWO = {name: {**mode, "checkpoints": True, "copies": name in COPIED} for name, mode in MODES.items()}
 ON_FOUR = {name: ON_TWO[name] for name in RESHARDED}
-INTERPRETED = {"lowest-bf16-24bit": {**MODES["lowest-bf16-24bit"], "steps": 2, "checkpoints": False}}
-MESHES = {f"meshes of {name}": {**MODES[name], "check": "meshes"} for name in ("low-bf16-24bit", "lowest-fp32")}
+INTERPRETED = {"8bit-bf16-24bit": {**MODES["8bit-bf16-24bit"], "steps": 2, "checkpoints": False}}
+MESHES = {f"meshes of {name}": {**MODES[name], "check": "meshes"} for name in ("8bit_v16-bf16-24bit", "8bit-fp32")}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,7 @@ def test_two_shards_step_as_the_whole(two: Results, mode: str) -> None:
         assert result["trajectory"] == []
         # What was compared: every parameter moved, and the states were those of the mode.
         assert result["still"] == []
-        assert ("embed.weight/group_exponents" in result["parts"]) == mode.startswith("low")
+        assert ("embed.weight/group_exponents" in result["parts"]) == mode.startswith("8bit_v16")
         assert ("gain/master" in result["parts"]) == ("master_weights" in MODES[mode])
 
 
@@ -140,7 +145,7 @@ def test_master_weights_of_shards_are_those_of_the_whole(two: Results, mode: str
 
 def test_columns_differ_by_their_random_bits_alone(two: Results) -> None:
     for result in two["columns"]:
-        assert result["float32"] == result["low"] == []
+        assert result["float32"] == result["8bit_v16"] == []
         # One step of bfloat16 either way for each of three roundings.
         assert 1 - 3 / 128 < result["smallest ratio"] < 1 < result["largest ratio"] < 1 + 3 / 128
 
@@ -152,7 +157,7 @@ def test_float32_states_of_a_transposed_parameter(two: Results) -> None:
 @pytest.mark.parametrize("kind", ["columns", "rows of 50", "one dimension", "transposed"])
 def test_shards_that_split_groups_are_refused(two: Results, kind: str) -> None:
     for result in two["refusals"]:
-        assert result[kind].startswith("ValueError: params[0]: states='low' needs shards of whole rows")
+        assert result[kind].startswith("ValueError: params[0]: states='8bit_v16' needs shards of whole rows")
         assert result[f"{kind}, kept"] == "accepted"
 
 
@@ -163,7 +168,7 @@ def test_no_group_is_split_in_small_and_replicated_parameters(two: Results, kind
 
 def test_codes_that_would_be_split_are_not_loaded(two: Results) -> None:
     for result in two["refusals"]:
-        assert result["codes into columns"].startswith("ValueError: state_dict['state'][0] holds states='low'")
+        assert result["codes into columns"].startswith("ValueError: state_dict['state'][0] holds states='8bit_v16'")
 
 
 @pytest.mark.parametrize("kind", ["plain gradient", "sharded gradient"])
@@ -211,7 +216,7 @@ def test_states_of_offloaded_shards_stay_on_the_cpu() -> None:
         meta = TensorMeta(torch.Size((64, 64)), (64, 1), torch.float32)
         spec = DTensorSpec(init_device_mesh("cuda", (2,)), (Shard(0),), tensor_meta=meta)
         param, grad = (DTensor(torch.ones(32, 64), spec, requires_grad=False) for _ in range(2))
-        optimizer = AdaX([param], states="low")
+        optimizer = AdaX([param], states="8bit_v16")
         param.grad = grad
         optimizer.step()
         states = [value for name, value in optimizer.state[param].items() if name != "step"]

@@ -23,8 +23,8 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "float32"},
-    "low": {"dtype": "float32", "states": "low"},
-    "lowest, 24bit": {"dtype": "bfloat16", "states": "lowest", "master_weights": "24bit"},
+    "8bit_v16": {"dtype": "float32", "states": "8bit_v16"},
+    "8bit, 24bit": {"dtype": "bfloat16", "states": "8bit", "master_weights": "24bit"},
 }
 
 

@@ -41,10 +41,10 @@ REGISTERS_OF_COPIES = {
 # Of the 8-bit modes on sm_90, tail included, each a little above what it is: an H200 is bound by them. Beyond 48
 # registers it has 32 warps instead of 40 at a time, and takes 4 to 6 % longer.
 INSTRUCTIONS = {
-    "bf16-bf16-low-alone-stochastic-aligned": 650,
-    "bf16-bf16-low-int8-aligned": 745,
-    "bf16-bf16-lowest-alone-stochastic-aligned": 795,
-    "bf16-bf16-lowest-int8-aligned": 890,
+    "bf16-bf16-8bit_v16-alone-stochastic-aligned": 650,
+    "bf16-bf16-8bit_v16-int8-aligned": 745,
+    "bf16-bf16-8bit-alone-stochastic-aligned": 795,
+    "bf16-bf16-8bit-int8-aligned": 890,
 }
 
 MERGED = ("tile", "load", "group_exponents")
@@ -72,7 +72,7 @@ def is_plain(facts: Facts) -> bool:
 
 
 def has_codes(facts: Facts) -> bool:
-    return facts["states"] in ("low", "lowest")
+    return facts["states"] in ("8bit_v16", "8bit")
 
 
 def precision(facts: Facts) -> Precision:
@@ -139,7 +139,7 @@ def test_every_variant_is_compiled(audit: dict[str, dict[str, Facts]]) -> None:
     expected = {f"{pair}-float32-alone-{aligned}" for pair in pairs for aligned in ("aligned", "unaligned")}
     kept = ("fp32-fp32", "alone"), ("bf16-bf16", "alone"), ("bf16-bf16", "alone-stochastic")
     masters = ("bf16-bf16", "int16"), ("bf16-bf16", "int8"), ("fp16-fp16", "float32")
-    for states in ("float32", "bfloat16", "low", "lowest"):
+    for states in ("float32", "bfloat16", "8bit_v16", "8bit"):
         for pair, master in (*kept, *masters):
             endings = ("aligned", "unaligned", "settled-aligned")
             expected |= {f"{pair}-{states}-{master}-{ending}" for ending in endings}

@@ -24,15 +24,15 @@ STEPS, FEWER_STEPS = 1000, 224
 NUMBERS = (0, 1, 16, 1e-3, 48, 2, 1600, 0.5)
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "low": {"states": "low", "master_weights": "24bit"},
+    "8bit_v16": {"states": "8bit_v16", "master_weights": "24bit"},
     "scaled and clipped": {"max_grad_norm": 1.0},
     "capturable": {"capturable": True, "telemetry": True, "max_grad_norm": 1.0},
 }
 KERNELS = {
     "plain": {"adax_step_kernel"},
-    "low": {"adax_step_kernel"},
-    "scaled and clipped": {"adax_step_kernel", "prepare_step_kernel", "grad_stats_kernel"},
-    "capturable": {"adax_step_kernel", "prepare_step_kernel", "grad_stats_kernel", "add_rows_kernel"},
+    "8bit_v16": {"adax_step_kernel"},
+    "scaled and clipped": {"adax_step_kernel", "prepare_step_kernel", "grad_norm_kernel"},
+    "capturable": {"adax_step_kernel", "prepare_step_kernel", "grad_norm_kernel", "add_rows_kernel"},
 }
 
 
@@ -52,18 +52,18 @@ def compiled(case: str) -> dict[str, list[int]]:
         return True  # neither compile nor launch
 
     triton.knobs.runtime.jit_cache_hook = record
-    dtype = torch.bfloat16 if case == "low" else torch.float32
+    dtype = torch.bfloat16 if case == "8bit_v16" else torch.float32
     params = [torch.zeros(4096 + index, dtype=dtype, requires_grad=True) for index in range(17)]
     optimizer = AdaXW(params, **CASES[case])
     counts = []
     with mock.patch.object(backend, "_interpreting", lambda: True):  # CPU tensors go to the kernel
         for step in range(STEPS if case == "capturable" else FEWER_STEPS):
-            change(optimizer, params, step, case not in ("plain", "low"))
+            change(optimizer, params, step, case not in ("plain", "8bit_v16"))
             optimizer.step()
         counts.append({name: len(found) for name, found in keys.items()})
         optimizer.param_groups[0]["betas"] = (0.9, 1e-4)
         for state in optimizer.state.values():
-            state["step"] = torch.full_like(state["step"], 10**6) if case not in ("plain", "low") else 10**6
+            state["step"] = torch.full_like(state["step"], 10**6) if case not in ("plain", "8bit_v16") else 10**6
         for _ in range(3):
             optimizer.step()
         counts.append({name: len(found) for name, found in keys.items()})
@@ -112,7 +112,7 @@ def test_changing_numbers_compile_each_kernel_once(case: str, found: dict[str, d
 
 @pytest.mark.parametrize("case", CASES)
 def test_settled_second_moments_compile_the_step_once_more(case: str, found: dict[str, dict[str, list[int]]]) -> None:
-    known_to_the_host = case in ("plain", "low")
+    known_to_the_host = case in ("plain", "8bit_v16")
     again = {name: counts[1] - counts[0] for name, counts in found[case].items()}
     assert again == {name: int(known_to_the_host and name == "adax_step_kernel") for name in KERNELS[case]}
 

@@ -29,10 +29,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clipping": {"max_grad_norm": 1.0},
     "telemetry": {"telemetry": True, "max_grad_norm": 1.0},
     "bfloat16, stochastic": {"states": "bfloat16", "weight_rounding": "stochastic", "dtype": torch.bfloat16},
-    "low, float16 master": {"states": "low", "master_weights": "float32", "dtype": torch.float16},
-    "lowest": {"states": "lowest", "master_weights": "24bit", "dtype": torch.bfloat16},
-    "lowest, clipping": {
-        **{"states": "lowest", "master_weights": "24bit", "dtype": torch.bfloat16},
+    "8bit_v16, float16 master": {"states": "8bit_v16", "master_weights": "float32", "dtype": torch.float16},
+    "8bit": {"states": "8bit", "master_weights": "24bit", "dtype": torch.bfloat16},
+    "8bit, clipping": {
+        **{"states": "8bit", "master_weights": "24bit", "dtype": torch.bfloat16},
         "max_grad_norm": 1.0,
     },
 }
@@ -245,7 +245,7 @@ def test_steady_steps_allocate_nothing(options: dict[str, Any], capturable: bool
         {"capturable": True},
         {"telemetry": True},
         {"capturable": True, "max_grad_norm": 1.0, "telemetry": True},
-        {"states": "low"},
+        {"states": "8bit_v16"},
     ],
     ids=str,
 )

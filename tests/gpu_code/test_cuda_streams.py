@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "telemetry": {"telemetry": True},
     "capturable": {"capturable": True},
     "all": {"capturable": True, "telemetry": True, "max_grad_norm": 1.0},
-    "lowest": {"states": "lowest", "master_weights": "24bit", "dtype": torch.bfloat16},
+    "8bit": {"states": "8bit", "master_weights": "24bit", "dtype": torch.bfloat16},
 }
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 # Cycles of the GPU: about 30 ms, many times what the host needs to launch a step, and about 300 ms.

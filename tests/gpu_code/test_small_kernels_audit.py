@@ -34,7 +34,7 @@ def target(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def sums(audit: dict[str, dict[str, Any]], target: str) -> list[Facts]:
     """The facts of each variant of the gradient sums."""
-    return audit[target]["grad_stats_kernel"]
+    return audit[target]["grad_norm_kernel"]
 
 
 @pytest.fixture

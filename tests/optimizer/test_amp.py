@@ -40,8 +40,8 @@ MODES = {
     "bf16": Mode(torch.bfloat16),
     "fp16": Mode(torch.float16),
     "bf16 states, stochastic": Mode(torch.bfloat16, "bfloat16", None, "stochastic"),
-    "low, fp16 master": Mode(torch.float16, "low", "float32"),
-    "lowest, 24bit": Mode(torch.bfloat16, "lowest", "24bit"),
+    "8bit_v16, fp16 master": Mode(torch.float16, "8bit_v16", "float32"),
+    "8bit, 24bit": Mode(torch.bfloat16, "8bit", "24bit"),
 }
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
@@ -154,7 +154,7 @@ def test_first_step_may_be_skipped(backend: torch.device) -> None:
     assert contents(optimizer) == contents(twin)
 
 
-@pytest.mark.parametrize("mode", [MODES["fp32"], MODES["lowest, 24bit"]], ids=["fp32", "lowest, 24bit"])
+@pytest.mark.parametrize("mode", [MODES["fp32"], MODES["8bit, 24bit"]], ids=["fp32", "8bit, 24bit"])
 def test_gradients_that_the_user_unscales_and_clips(mode: Mode, backend: torch.device) -> None:
     params, twins = parameters(backend, mode.dtype), parameters(backend, mode.dtype)
     optimizer, twin = mode.optimizer(params), mode.optimizer(twins)
@@ -233,7 +233,7 @@ def test_counts_follow_a_scaler_that_comes_and_goes(backend: torch.device) -> No
     assert contents(optimizer) == contents(twin)
 
 
-@pytest.mark.parametrize("mode", [MODES["fp32"], MODES["lowest, 24bit"]], ids=["fp32", "lowest, 24bit"])
+@pytest.mark.parametrize("mode", [MODES["fp32"], MODES["8bit, 24bit"]], ids=["fp32", "8bit, 24bit"])
 def test_copies_continue_bit_for_bit(mode: Mode, backend: torch.device) -> None:
     params = parameters(backend, mode.dtype)
     optimizer = mode.optimizer(params)

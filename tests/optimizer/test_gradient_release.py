@@ -23,9 +23,9 @@ MODES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
     "float32-master": (torch.bfloat16, {"master_weights": "float32"}),
     "bfloat16-stochastic": (torch.bfloat16, {"states": "bfloat16", "weight_rounding": "stochastic"}),
-    "low-24bit": (torch.bfloat16, {"states": "low", "master_weights": "24bit"}),
-    "low-float16": (torch.float16, {"states": "low", "master_weights": "float32"}),
-    "lowest-stochastic": (torch.bfloat16, {"states": "lowest", "weight_rounding": "stochastic"}),
+    "8bit_v16-24bit": (torch.bfloat16, {"states": "8bit_v16", "master_weights": "24bit"}),
+    "8bit_v16-float16": (torch.float16, {"states": "8bit_v16", "master_weights": "float32"}),
+    "8bit-stochastic": (torch.bfloat16, {"states": "8bit", "weight_rounding": "stochastic"}),
 }
 Build = Callable[[list[Parameter]], torch.optim.Optimizer]
 

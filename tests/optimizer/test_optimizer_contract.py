@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from adax_triton import Adam, AdamW, AdaX, AdaXW, adax_update, step_scalars
-from adax_triton.update.coefficients import GROUP_KEYS
+from adax_triton.update.coefficients import COEFFICIENT_KEYS
 
 CLASSES = (AdaX, AdaXW, Adam, AdamW)
 every_class = pytest.mark.parametrize("optimizer_class", CLASSES, ids=lambda each: each.__name__)
@@ -139,7 +139,7 @@ def test_scheduled_steps_equal_steps_by_hand(optimizer_class: type, name: str, n
     by_torch = parameters(native_cpu)
     due = scheduled(torch.optim.Adam(by_torch, lr=0.1), by_torch, name)
     assert len(set(due)) > 1  # else the scheduler did nothing
-    constant = {key: optimizer.defaults[key] for key in GROUP_KEYS if key not in ("lr", "betas")}
+    constant = {key: optimizer.defaults[key] for key in COEFFICIENT_KEYS if key not in ("lr", "betas")}
     for step, (lr, beta1) in enumerate(due):
         scalars = step_scalars(step=step + 1, lr=lr, betas=(beta1, optimizer.defaults["betas"][1]), **constant)
         for param, like in zip(truth, params, strict=True):

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from adax_triton import Adam, AdamW, AdaX, AdaXW
-from adax_triton.state.allocation import numbers_of
+from adax_triton.state.allocation import local_state_tensors
 from adax_triton.state.flat_buffer import is_dense
 from adax_triton.step.telemetry import StepTelemetry, Telemetry
 from adax_triton.update.quantized_update import load_master
 
 CLASSES = (AdaX, AdaXW, Adam, AdamW)
-STATES = ("float32", "bfloat16", "low", "lowest")
+STATES = ("float32", "bfloat16", "8bit_v16", "8bit")
 WEIGHTS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (torch.float32, {}),
     "bf16": (torch.bfloat16, {}),
@@ -54,7 +54,7 @@ def weights(optimizer: AdaX, param: Tensor) -> Tensor:
     """Return the weights as they are stored, masters included, in float64."""
     state = optimizer.state.get(param) or {}
     data = torch.view_as_real(param.detach()) if param.is_complex() else param.detach()
-    stored = data if data.dtype == torch.float64 else load_master(data, numbers_of(state).get("master"))
+    stored = data if data.dtype == torch.float64 else load_master(data, local_state_tensors(state).get("master"))
     return stored.double().cpu().clone()
 
 
@@ -111,7 +111,7 @@ def positions(params: Sequence[Tensor], group: int = 0) -> list[str]:
 
 
 # Each format of weights and of moments; not each pair.
-PRECISIONS = [*zip(STATES * 2, WEIGHTS, strict=False), ("lowest", "fp32"), ("lowest", "24bit"), ("low", "bf16 master")]
+PRECISIONS = [*zip(STATES * 2, WEIGHTS, strict=False), ("8bit", "fp32"), ("8bit", "24bit"), ("8bit_v16", "bf16 master")]
 
 
 @pytest.mark.parametrize(("states", "name"), PRECISIONS)
@@ -152,7 +152,7 @@ def test_long_tensors_are_added_up_in_parts_on_the_cpu(path: str, request: pytes
     device = request.getfixturevalue(path)
     for numel in (32_769, 2**17, 2**17 + 33):
         params = parameters(device, torch.bfloat16, ((numel,),))
-        optimizer = AdaX(params, states="low", weight_rounding="stochastic", telemetry=True)
+        optimizer = AdaX(params, states="8bit_v16", weight_rounding="stochastic", telemetry=True)
         set_gradients(params, 1)
         check(optimizer, params, ["0.0"])
 
@@ -258,7 +258,7 @@ def test_parameters_with_gaps_and_permuted_ones_count_once(backend: torch.device
     gaps = values(70, 120).to(backend, torch.float32)[:, ::2].requires_grad_()
     turned = values(100, 67).to(backend, torch.float32).t().requires_grad_()
     assert not is_dense(gaps)
-    optimizer = AdaX([gaps, turned], states="low", telemetry=True)
+    optimizer = AdaX([gaps, turned], states="8bit_v16", telemetry=True)
     for step in range(2):
         set_gradients([gaps, turned], step)
         check(optimizer, [gaps, turned], ["0.0", "0.1"])

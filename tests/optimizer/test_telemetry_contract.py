@@ -17,10 +17,10 @@ from adax_triton import AdaX, AdaXW
 
 MODES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (torch.float32, {}),
-    "bf16, low": (torch.bfloat16, {"states": "low"}),
+    "bf16, 8bit_v16": (torch.bfloat16, {"states": "8bit_v16"}),
     "stochastic, bf16 states": (torch.bfloat16, {"weight_rounding": "stochastic", "states": "bfloat16"}),
-    "24bit, low": (torch.bfloat16, {"master_weights": "24bit", "states": "low"}),
-    "fp16 master, lowest": (torch.float16, {"master_weights": "float32", "states": "lowest"}),
+    "24bit, 8bit_v16": (torch.bfloat16, {"master_weights": "24bit", "states": "8bit_v16"}),
+    "fp16 master, 8bit": (torch.float16, {"master_weights": "float32", "states": "8bit"}),
 }
 SHAPES = ((), (0,), (1,), (5, 7), (2049,), (4, 1027))
 

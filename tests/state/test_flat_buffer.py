@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adax_triton.state.flat_buffer import ALIGNMENT, FlatBuffer, is_dense, memory_run
+from adax_triton.state.flat_buffer import ALIGNMENT, FlatBuffer, flat_view, is_dense
 
 SHAPES = [(1,), (), (127,), (128,), (129,), (0,), (3, 5, 7), (2, 0, 4), (1000,)]
 
@@ -53,7 +53,7 @@ def test_is_dense_agrees_with_listing_every_address(layout: str) -> None:
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=lambda order: "".join(map(str, order)))
 def test_memory_run_lists_elements_as_they_lie(order: tuple[int, ...]) -> None:
     flat = torch.arange(2 + 24)[2:]
-    assert torch.equal(memory_run(flat.view(2, 3, 4).permute(order)), flat)
+    assert torch.equal(flat_view(flat.view(2, 3, 4).permute(order)), flat)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])

@@ -14,11 +14,11 @@ from adax_triton import AdaXW
 FROZEN: dict[str, tuple[Tensor, dict[str, Any]]] = {
     "uint8": (torch.zeros(16, 16, dtype=torch.uint8), {}),
     "int8": (torch.zeros(16, 16, dtype=torch.int8), {"master_weights": "24bit"}),
-    "bool": (torch.zeros(16, 16, dtype=torch.bool), {"states": "low"}),
+    "bool": (torch.zeros(16, 16, dtype=torch.bool), {"states": "8bit_v16"}),
     "float8": (torch.zeros(16, 16).to(torch.float8_e4m3fn), {}),
     "float16, 24bit": (torch.zeros(16, 16, dtype=torch.float16), {"master_weights": "24bit"}),
     "float16, stochastic": (torch.zeros(16, 16, dtype=torch.float16), {"weight_rounding": "stochastic"}),
-    "float64, low": (torch.zeros(64, 64, dtype=torch.float64), {"states": "low"}),
+    "float64, 8bit_v16": (torch.zeros(64, 64, dtype=torch.float64), {"states": "8bit_v16"}),
     "wrapper": (TwoTensor(torch.zeros(4, 4), torch.zeros(4, 4)), {}),
 }
 
@@ -41,7 +41,7 @@ def test_frozen_parameters_of_any_kind_are_left_alone(name: str, backend: torch.
     assert frozen not in optimizer.state
 
 
-@pytest.mark.parametrize("name", ["float16, 24bit", "float16, stochastic", "float64, low", "wrapper"])
+@pytest.mark.parametrize("name", ["float16, 24bit", "float16, stochastic", "float64, 8bit_v16", "wrapper"])
 def test_a_parameter_that_cannot_be_stepped_is_refused_when_it_has_a_gradient(name: str, backend: torch.device) -> None:
     tensor, options = FROZEN[name]
     frozen = nn.Parameter(tensor.clone().to(backend), requires_grad=False)
@@ -57,7 +57,7 @@ def test_a_parameter_that_cannot_be_stepped_is_refused_when_it_has_a_gradient(na
 def test_lazy_modules_may_be_given_before_they_have_seen_an_input(backend: torch.device) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.LazyLinear(96), nn.Linear(96, 4)).to(backend)
-    optimizer = AdaXW(model.parameters(), states="lowest", lr=0.01)
+    optimizer = AdaXW(model.parameters(), states="8bit", lr=0.01)
     losses = []
     for _ in range(6):
         loss = model(torch.ones(3, 64, device=backend)).square().mean()

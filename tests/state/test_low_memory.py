@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adax_triton import AdaX, AdaXW
-from adax_triton.state.allocation import numbers_of
+from adax_triton.state.allocation import local_state_tensors
 from adax_triton.state.flat_buffer import is_dense
 from adax_triton.state.precision import STATES, Precision, state_bytes
 from adax_triton.step.reference_steps import CHUNK_SIZE
@@ -32,14 +32,14 @@ class Mode(NamedTuple):
 
 MODES = {
     "bf16 states": Mode(torch.float32, "bfloat16"),
-    "low": Mode(torch.float32, "low"),
-    "lowest": Mode(torch.float32, "lowest"),
+    "8bit_v16": Mode(torch.float32, "8bit_v16"),
+    "8bit": Mode(torch.float32, "8bit"),
     "stochastic": Mode(torch.bfloat16, "float32", None, "stochastic"),
-    "low, stochastic": Mode(torch.bfloat16, "low", None, "stochastic"),
+    "8bit_v16, stochastic": Mode(torch.bfloat16, "8bit_v16", None, "stochastic"),
     "24bit": Mode(torch.bfloat16, "float32", "24bit"),
-    "lowest, 24bit": Mode(torch.bfloat16, "lowest", "24bit"),
+    "8bit, 24bit": Mode(torch.bfloat16, "8bit", "24bit"),
     "bf16 states, master": Mode(torch.bfloat16, "bfloat16", "float32"),
-    "low, master of float16": Mode(torch.float16, "low", "float32"),
+    "8bit_v16, master of float16": Mode(torch.float16, "8bit_v16", "float32"),
 }
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 each_states = pytest.mark.parametrize("states", STATES)
@@ -102,7 +102,7 @@ def stored(optimizer: AdaX, params: dict[str, Tensor]) -> dict[tuple[str, str], 
 
 
 def weights(optimizer: AdaX, param: Tensor) -> Tensor:
-    return load_master(param.detach(), numbers_of(optimizer.state[param]).get("master"))
+    return load_master(param.detach(), local_state_tensors(optimizer.state[param]).get("master"))
 
 
 def rows_of_32(tensor: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def rows_of_32(tensor: Tensor) -> Tensor:
 
 
 def decoded(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    state = numbers_of(state)
+    state = local_state_tensors(state)
     return load_moments(*(rows_of_32(state[name]) for name in ("exp_avg", "exp_avg_sq")), state.get("group_exponents"))
 
 
@@ -148,8 +148,8 @@ def first_moment_bound(states: str, m: Tensor, v_found: Tensor) -> Tensor:
 
 
 def second_moment_bound(states: str, v: Tensor) -> Tensor:
-    unit = {"float32": 0.0, "bfloat16": 2.0**-7, "low": 2.0**-8, "lowest": 2.0**-3}[states]
-    floor = v.amax(dim=1, keepdim=True) * (2.0**-30 if states == "lowest" else 0.0)  # the range of a group's codes
+    unit = {"float32": 0.0, "bfloat16": 2.0**-7, "8bit_v16": 2.0**-8, "8bit": 2.0**-3}[states]
+    floor = v.amax(dim=1, keepdim=True) * (2.0**-30 if states == "8bit" else 0.0)  # the range of a group's codes
     return torch.maximum(v * unit, floor)
 
 
@@ -196,11 +196,11 @@ def memory_order(param: Tensor) -> Tensor:
     return place.flatten().argsort()
 
 
-@pytest.mark.parametrize("name", ["low", "stochastic", "lowest, 24bit", "low, master of float16"])
+@pytest.mark.parametrize("name", ["8bit_v16", "stochastic", "8bit, 24bit", "8bit_v16, master of float16"])
 def test_any_layout_is_stepped_as_the_row_of_its_elements(name: str, backend: torch.device) -> None:
     mode = MODES[name]
     params = leaves(backend, mode.dtype, ["channels_last", "transposed", "gaps"])
-    order = index_order if mode.states in ("low", "lowest") else memory_order
+    order = index_order if mode.states in ("8bit_v16", "8bit") else memory_order
     orders = {name: order(param) for name, param in params.items()}
     rows = {name: param.detach().flatten()[orders[name]].requires_grad_() for name, param in params.items()}
     optimizers = [AdaX(list(each.values()), lr=0.01, **mode.options()) for each in (params, rows)]
@@ -274,7 +274,7 @@ def test_native_step_equals_the_reference(
 @pytest.mark.parametrize("path", ["native_cpu", "reference_cpu"])
 def test_step_makes_no_temporary_of_the_tensors_size(path: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(path)
-    mode, numel = MODES["lowest, 24bit"], 16 * CHUNK_SIZE
+    mode, numel = MODES["8bit, 24bit"], 16 * CHUNK_SIZE
     param = torch.ones(numel, dtype=mode.dtype, requires_grad=True)
     optimizer = AdaX([param], **mode.options())
     param.grad = torch.ones_like(param)

@@ -16,9 +16,9 @@ from adax_triton.kernels.tables import scalar_row
 from torch import Tensor, nn
 
 from adax_triton import AdaX
-from adax_triton.state.allocation import numbers_of
+from adax_triton.state.allocation import local_state_tensors
 from adax_triton.state.precision import STATES
-from adax_triton.step.launch import LaunchMemory
+from adax_triton.step.launch import LaunchCache
 from adax_triton.step.tensor_step import TensorStep
 from adax_triton.update.coefficients import StepScalars
 from adax_triton.update.quantized_update import load_master, load_moments
@@ -26,8 +26,8 @@ from adax_triton.update.rounding import random_key
 
 Params = dict[str, Tensor]
 LOW: dict[str, dict[str, Any]] = {
-    "low, stochastic": {"states": "low", "weight_rounding": "stochastic"},
-    "lowest, 24bit": {"states": "lowest", "master_weights": "24bit"},
+    "8bit_v16, stochastic": {"states": "8bit_v16", "weight_rounding": "stochastic"},
+    "8bit, 24bit": {"states": "8bit", "master_weights": "24bit"},
 }
 each_low = pytest.mark.parametrize("options", LOW.values(), ids=LOW)
 PAIRS = list(itertools.product(STATES, (None, "24bit", "float32")))
@@ -124,12 +124,12 @@ def test_bits_change_with_the_seed_and_with_nothing_but_it(options: dict[str, An
         assert runs[left]["row", "exp_avg_sq"] != runs[right]["row", "exp_avg_sq"]
 
 
-@pytest.mark.parametrize("states", ["bfloat16", "low", "lowest"])
+@pytest.mark.parametrize("states", ["bfloat16", "8bit_v16", "8bit"])
 def test_part_of_a_parameter_is_stepped_as_it_is_within_the_whole(states: str, backend: torch.device) -> None:
     scalars = StepScalars(0.5, one_minus_beta1=0.1, exp_avg_sq_weight=0.3, eps=1e-3, decay=0.01, l2=0, grad_factor=1)
     options = {"states": states, "weight_rounding": "stochastic", "seed": 3}
     param = normal(6144).to(backend, torch.bfloat16).requires_grad_()
-    state = numbers_of(train(AdaX([param], **options), {"row": param}, [1]).state[param])
+    state = local_state_tensors(train(AdaX([param], **options), {"row": param}, [1]).state[param])
     parts = [(0, 6144), (0, 2080), (2080, 6144)]
     found = []
     for start, end in parts:
@@ -138,7 +138,7 @@ def test_part_of_a_parameter_is_stepped_as_it_is_within_the_whole(states: str, b
         ]
         exponents = state["group_exponents"][start // 32 : end // 32].clone() if "group_exponents" in state else None
         step = TensorStep(*tensors, 0, states, None, exponents, stochastic=True, first_element=start)
-        ((launch, _),) = LaunchMemory().launches([step], [scalars], telemetry=False)
+        ((launch, _),) = LaunchCache().launches([step], [scalars], telemetry=False)
         row = bytearray(scalar_row(scalars, random_key(3, 2)))
         launch.run(torch.frombuffer(row, dtype=torch.float32).view(1, -1).to(backend), None)
         found.append(step)
@@ -169,7 +169,7 @@ def trained_in(states: str, master_weights: str | None, device: torch.device) ->
 
 def moments(state: dict[str, Any], param: Tensor) -> list[Tensor]:
     """Return the moments in float64 in the order of indices, in groups of 32."""
-    numbers = numbers_of(state)
+    numbers = local_state_tensors(state)
     exponents = numbers.get("group_exponents")
     runs = [numbers[name].flatten() for name in ("exp_avg", "exp_avg_sq")]
     padded = [nn.functional.pad(run, (0, -len(run) % 32)) for run in runs]
@@ -184,7 +184,7 @@ def bounds(states: str, m: Tensor, v: Tensor, v_found: Tensor) -> tuple[Tensor, 
         return m.abs() * share, v * share
     root = torch.exp2(torch.floor((torch.frexp(v_found)[1] + 126).double() / 2))
     of_m = (m / root).abs().amax(dim=1, keepdim=True) * root / 127.5 * 1.001
-    if states == "low":
+    if states == "8bit_v16":
         return of_m, v * 2.0**-9
     return of_m, torch.maximum(v * 2.0**-4, v.amax(dim=1, keepdim=True) * 2.0**-30)
 
@@ -214,8 +214,8 @@ def test_states_load_into_any_other_mode(
         for found, exact, bound in zip((m_found, v_found), (m, v), bounds(states, m, v, v_found), strict=True):
             assert bool(((found - exact).abs() <= bound).all()), name
         assert torch.equal(param, params[name])
-        weights = load_master(params[name].detach(), numbers_of(before).get("master"))
-        found = load_master(param.detach(), numbers_of(after).get("master"))
+        weights = load_master(params[name].detach(), local_state_tensors(before).get("master"))
+        found = load_master(param.detach(), local_state_tensors(after).get("master"))
         if target[1] == "float32" or source[1] == target[1] or source[1] is None:
             assert torch.equal(found, weights if target[1] else param.float())
         elif target[1] == "24bit":

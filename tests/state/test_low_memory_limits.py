@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from adax_triton import Adam, AdamW, AdaX, AdaXW
-from adax_triton.state.allocation import new_states, numbers_of
+from adax_triton.state.allocation import allocate_states, local_state_tensors
 from adax_triton.state.precision import STATES, Precision
 from adax_triton.update.coefficients import StepScalars
 from adax_triton.update.horizon import steps_until_frozen
@@ -41,7 +41,7 @@ def blank(numel: int, dtype: torch.dtype = torch.float32) -> Parameter:
 # What is refused
 
 ARGUMENTS: list[tuple[dict[str, Any], type, list[str]]] = [
-    ({"states": "float16"}, ValueError, ["states", "'float16'", "lowest"]),
+    ({"states": "float16"}, ValueError, ["states", "'float16'", "8bit"]),
     ({"states": None}, TypeError, ["states", "None"]),
     ({"states": torch.bfloat16}, TypeError, ["states", "torch.bfloat16"]),
     ({"master_weights": "bfloat16"}, ValueError, ["master_weights", "'bfloat16'", "24bit"]),
@@ -106,7 +106,7 @@ SPOILED: dict[str, Callable[[dict[str, Any], Tensor], Any]] = {
 @pytest.mark.parametrize("word", SPOILED)
 def test_step_on_states_that_do_not_fit_changes_nothing(word: str, native_cpu: torch.device) -> None:
     params = [normal(4096, seed=seed).bfloat16().requires_grad_() for seed in range(2)]
-    optimizer = AdaX(params, states="low", master_weights="24bit")
+    optimizer = AdaX(params, states="8bit_v16", master_weights="24bit")
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
@@ -124,21 +124,23 @@ def test_step_on_states_that_do_not_fit_changes_nothing(word: str, native_cpu: t
 
 def test_groups_small_tensors_and_exceptions_are_kept_as_they_say(native_cpu: torch.device) -> None:
     named = {
-        "low": (blank(4096), (torch.uint8, (4096, 2))),
+        "8bit_v16": (blank(4096), (torch.uint8, (4096, 2))),
         "small": (blank(4095), (torch.float32, (4095,))),
         "kept": (blank(5000), (torch.float32, (5000,))),
-        "lowest": (blank(4096), (torch.uint8, (4096, 1))),
+        "8bit": (blank(4096), (torch.uint8, (4096, 1))),
         "bfloat16": (blank(4096), (torch.bfloat16, (4096,))),
         "double": (blank(4096, WIDE), (torch.float64, (4096,))),
     }
     params = {name: param for name, (param, _) in named.items()}
     groups = [
-        {"params": [params["low"], params["small"], params["kept"]]},
-        {"params": [params["lowest"]], "states": "lowest"},
+        {"params": [params["8bit_v16"], params["small"], params["kept"]]},
+        {"params": [params["8bit"]], "states": "8bit"},
         {"params": [params["bfloat16"]], "states": "bfloat16"},
         {"params": [params["double"]], "states": "float32"},
     ]
-    optimizer = AdaX(groups, states="low", master_weights="24bit", keep_float32=lambda param: param is params["kept"])
+    optimizer = AdaX(
+        groups, states="8bit_v16", master_weights="24bit", keep_float32=lambda param: param is params["kept"]
+    )
     for param in params.values():
         param.grad = torch.ones_like(param)
     optimizer.step()
@@ -154,7 +156,7 @@ def test_groups_small_tensors_and_exceptions_are_kept_as_they_say(native_cpu: to
 SCALARS = StepScalars(0.01, one_minus_beta1=0.1, exp_avg_sq_weight=1e-9, eps=1e-8, decay=0.0, l2=0.0, grad_factor=1.0)
 KINDS = [
     *((torch.float32, states, None) for states in STATES),
-    (torch.bfloat16, "low", "24bit"),
+    (torch.bfloat16, "8bit_v16", "24bit"),
     (torch.bfloat16, "float32", "float32"),
 ]
 NUMEL = 2048 + 32 * 5 + 7
@@ -174,7 +176,7 @@ def launch(param: Tensor, grad: Tensor, state: dict[str, Any], variant: StepVari
 
 def stepped_once(dtype: torch.dtype, states: str, master: str | None, device: torch.device) -> tuple[Tensor, dict]:
     param = normal(NUMEL).to(device, dtype)
-    state = numbers_of(new_states([param], [Precision(states, master)])[0])
+    state = local_state_tensors(allocate_states([param], [Precision(states, master)])[0])
     name = str(state["master"].dtype).removeprefix("torch.") if master else None
     variant = StepVariant(dtype, dtype, states, name, aligned=False)
     launch(param, normal(NUMEL, seed=1).to(param), state, variant, SCALARS._replace(exp_avg_sq_weight=1.0))
@@ -189,12 +191,12 @@ def test_settled_kernel_gives_the_same_bits(
     falling = slice(512, 1024)
     for weight in (1e-9, 1e-3):
         found = []
-        for settled in (False, True):
+        for skip_unchanged_v in (False, True):
             param, state = stepped_once(dtype, states, master, device)
             before = state["exp_avg_sq"].clone()
             grad = normal(NUMEL, seed=2).to(param)
             grad[spikes], grad[falling] = 1e8, 0.0
-            variant = state["variant"]._replace(settled=settled)
+            variant = state["variant"]._replace(skip_unchanged_v=skip_unchanged_v)
             launch(param, grad, state, variant, SCALARS._replace(exp_avg_sq_weight=weight))
             found.append([param, *(value for value in state.values() if isinstance(value, Tensor))])
             changed = (state["exp_avg_sq"] != before).nonzero().flatten().tolist()
@@ -204,25 +206,25 @@ def test_settled_kernel_gives_the_same_bits(
 
 
 @pytest.mark.skipif(not is_interpreted(), reason="reads the order of two stores to one address")
-@pytest.mark.parametrize("states", ["float32", "bfloat16", "lowest"])
+@pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit"])
 def test_settled_kernel_writes_only_groups_that_have_changed(states: str, device: torch.device) -> None:
     # Both moments in one place: the first is stored first, and stays where the second is not stored.
     spikes = {5: 0, 2100: 2100 // 32}
-    for settled in (False, True):
+    for skip_unchanged_v in (False, True):
         param = torch.ones(NUMEL, device=device)
-        state = numbers_of(new_states([torch.ones(NUMEL)], [Precision(states)])[0])
+        state = local_state_tensors(allocate_states([torch.ones(NUMEL)], [Precision(states)])[0])
         variant = StepVariant(torch.float32, torch.float32, states, aligned=False)
         launch(param, torch.ones_like(param), state, variant, SCALARS._replace(exp_avg_sq_weight=1.0))
         shared = state["exp_avg_sq"]  # the codes of 1, which a weight of 2^-40 does not change
         before = shared.clone()
-        state["exp_avg"] = shared.view(torch.int8) if states == "lowest" else shared
+        state["exp_avg"] = shared.view(torch.int8) if states == "8bit" else shared
         grad = normal(NUMEL, seed=2)
         grad[[*spikes]] = 7e5  # to 1.45, of the same exponent, so that the other codes of the group stay
         scalars = SCALARS._replace(exp_avg_sq_weight=2.0**-40, one_minus_beta1=0.5)
-        launch(param, grad, state, variant._replace(settled=settled), scalars)
+        launch(param, grad, state, variant._replace(skip_unchanged_v=skip_unchanged_v), scalars)
         unchanged = (shared == before)[: NUMEL // 32 * 32].view(-1, 32)
         written = (unchanged.sum(dim=1) >= 31).nonzero().flatten().tolist()
-        assert written == ([*spikes.values()] if settled else [*range(NUMEL // 32)])
+        assert written == ([*spikes.values()] if skip_unchanged_v else [*range(NUMEL // 32)])
 
 
 @pytest.mark.parametrize("optimizer_class", [AdaX, AdaXW])

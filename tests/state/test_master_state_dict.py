@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton import AdaX
-from adax_triton.state.allocation import numbers_of
+from adax_triton.state.allocation import local_state_tensors
 from adax_triton.update.quantized_update import load_master
 
 
@@ -34,7 +34,7 @@ def make_model(device: torch.device, **options: Any) -> tuple[Tied, AdaX]:
     model = Tied().to(device, torch.bfloat16)
     model.norm.running_mean.fill_(0.3)
     owned = [param for name, param in model.named_parameters() if name != "elsewhere"]
-    return model, AdaX(owned, lr=0.01, states="low", **options)
+    return model, AdaX(owned, lr=0.01, states="8bit_v16", **options)
 
 
 def step_model(model: Tied, optimizer: AdaX, steps: Iterable[int]) -> None:
@@ -57,7 +57,7 @@ def test_master_state_dict_carries_the_exact_weights(
     assert exported["norm.running_mean"].dtype == torch.bfloat16
     assert exported["norm.num_batches_tracked"].dtype == torch.int64
     for name, param in model.named_parameters():
-        master = numbers_of(optimizer.state[param])["master"] if optimizer.state.get(param) else None
+        master = local_state_tensors(optimizer.state[param])["master"] if optimizer.state.get(param) else None
         assert exported[name].dtype == torch.float32
         assert torch.equal(exported[name], load_master(param.detach(), master))
     # Weights of all 32 bits, as a float32 model has them.
@@ -78,10 +78,10 @@ def test_master_state_dict_carries_the_exact_weights(
 def test_loaded_masters_continue_as_float32_weights_would(native_cpu: torch.device) -> None:
     given = normal(4100, seed=1)
     model = nn.ParameterDict({"weight": nn.Parameter(given.bfloat16())})
-    optimizer = AdaX(model.parameters(), lr=0.01, states="low", master_weights="float32")
+    optimizer = AdaX(model.parameters(), lr=0.01, states="8bit_v16", master_weights="float32")
     optimizer.load_master_state_dict(model, {"weight": given})
     plain = given.clone().requires_grad_()
-    twin = AdaX([plain], lr=0.01, states="low")
+    twin = AdaX([plain], lr=0.01, states="8bit_v16")
     for step in (1, 2, 3):
         model["weight"].grad = normal(4100, seed=10 + step).bfloat16()
         plain.grad = model["weight"].grad.float()

@@ -21,7 +21,7 @@ from adax_triton.state.precision import STATES
 SHAPES = ((4096,), (41, 100), (3, 5), ())
 MODES = [(states, master_weights) for states in STATES for master_weights in (None, "24bit", "float32")]
 # Each format of moments and of masters, not each pair.
-STEPPED_MODES = [("float32", None), ("bfloat16", "float32"), ("low", "24bit"), ("lowest", None), ("lowest", "24bit")]
+STEPPED_MODES = [("float32", None), ("bfloat16", "float32"), ("8bit_v16", "24bit"), ("8bit", None), ("8bit", "24bit")]
 
 
 def parameters(
@@ -85,14 +85,14 @@ def test_states_may_be_put_back_as_they_were_saved(
 
 def test_keys_of_others_are_kept_through_steps_and_checkpoints(backend: torch.device) -> None:
     params = parameters(torch.float32, backend)
-    optimizer = AdaXW(params, states="low")
+    optimizer = AdaXW(params, states="8bit_v16")
     for param in params:
         optimizer.state[param]["slow"] = param.detach().clone()  # before this package has put anything there
         optimizer.state[param]["note"] = 5
     optimizer.state["scheduler"] = {"scale": torch.ones(1), "step": 3}
     optimizer.state["count"] = 7
     train(optimizer, [1, 2])
-    twin = AdaXW(parameters(torch.float32, backend), states="lowest")
+    twin = AdaXW(parameters(torch.float32, backend), states="8bit")
     train(twin, [1])
     saved = copy.deepcopy(optimizer.state_dict())
     twin.load_state_dict(saved)
@@ -180,7 +180,7 @@ def test_strides_may_change_between_saving_and_loading_and_between_steps(
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "group_exponents"])
 def test_codes_out_of_order_are_refused(name: str, backend: torch.device) -> None:
     param = nn.Parameter(torch.ones(64, 96, device=backend))
-    optimizer = AdaXW([param], states="lowest")
+    optimizer = AdaXW([param], states="8bit")
     train(optimizer, [1])
     codes = optimizer.state[param][name]
     optimizer.state[param][name] = codes.transpose(0, 1).contiguous().transpose(0, 1)
@@ -203,7 +203,7 @@ def test_a_count_shared_by_parameters_counts_for_each(device: torch.device) -> N
     assert int(shared) in (5, 7)
 
 
-def unwritable(tensor: Tensor) -> dict[str, Any]:
+def why_not_writable(tensor: Tensor) -> dict[str, Any]:
     return {"step": 1, "exp_avg": tensor, "exp_avg_sq": torch.zeros(3)}
 
 
@@ -213,7 +213,7 @@ def unwritable(tensor: Tensor) -> dict[str, Any]:
 def test_what_is_no_state_is_named(tensor: Any, backend: torch.device) -> None:
     param = nn.Parameter(torch.ones(3, device=backend))
     optimizer = AdaXW([param])
-    optimizer.state[param] = unwritable(tensor)
+    optimizer.state[param] = why_not_writable(tensor)
     param.grad = torch.ones_like(param)
     with pytest.raises(ValueError, match="exp_avg"):
         optimizer.step()

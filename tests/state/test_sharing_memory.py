@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adax_triton import AdamW, AdaXW
 from adax_triton.step.backend import uses_triton
-from adax_triton.step.external_grads import Beside
+from adax_triton.step.external_grads import ExternalGrads
 
 
 def give(params: list[nn.Parameter], scale: float = 1.0) -> None:
@@ -60,7 +60,9 @@ def test_memory_that_is_gone_is_told(which: str, left: int, steps_before: int, b
 
     def step(gradient: Tensor) -> None:
         if which == "external":
-            optimizer.lay_beside([Beside(params[0], [torch.ones_like(gradient)]), Beside(params[1], [gradient])])
+            optimizer.set_external_grads(
+                [ExternalGrads(params[0], [torch.ones_like(gradient)]), ExternalGrads(params[1], [gradient])]
+            )
         else:
             params[0].grad, params[1].grad = torch.ones_like(gradient), gradient
         optimizer.step()
@@ -78,7 +80,7 @@ def test_memory_that_is_gone_is_told(which: str, left: int, steps_before: int, b
     assert optimizer.state.get(params[0], {}).get("step", 0) == (before[1] or {}).get("step", 0)
 
 
-@pytest.mark.parametrize("states", ["float32", "bfloat16", "low"])
+@pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit_v16"])
 def test_states_of_its_own_load_in_another_order(states: str, backend: torch.device) -> None:
     params = [nn.Parameter(torch.ones(64, 64, device=backend)) for _ in range(2)]
     optimizer = AdaXW(params, states=states)
@@ -151,7 +153,9 @@ def test_external_gradients_are_checked_again_when_they_are_used(backend: torch.
     for change in (shorter, longer, other_gradient, other_dtype):
         param, grad = nn.Parameter(torch.ones(4096, device=backend)), torch.ones(4096, device=backend)
         optimizer = AdaXW([param])
-        optimizer.lay_beside([Beside(param, [grad], torch.zeros(4096, dtype=torch.bfloat16, device=backend))])
+        optimizer.set_external_grads(
+            [ExternalGrads(param, [grad], torch.zeros(4096, dtype=torch.bfloat16, device=backend))]
+        )
         change(param, grad)
         with pytest.raises((TypeError, ValueError), match=r"parts\[0\]"):
             optimizer.step()

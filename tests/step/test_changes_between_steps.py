@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from adax_triton import AdaXW, GradientRelease
 from adax_triton.moment_optimizer import MomentOptimizer
-from adax_triton.step.external_grads import Beside
-from adax_triton.update.coefficients import GROUP_KEYS, step_scalars
+from adax_triton.step.external_grads import ExternalGrads
+from adax_triton.update.coefficients import COEFFICIENT_KEYS, step_scalars
 from adax_triton.update.reference import adax_update
 
 KINDS = ["plain", "cpu", "clipped", "capturable", "scaler", "external", "release"]
@@ -49,8 +49,8 @@ class Run:
         if self.kind == "release":
             sum((param * grad).sum() for param, grad in zip(self.params, gradients, strict=True)).backward()
         elif self.kind == "external":
-            parts = [Beside(param, [grad]) for param, grad in zip(self.params, gradients, strict=True)]
-            self.optimizer.lay_beside(parts)
+            parts = [ExternalGrads(param, [grad]) for param, grad in zip(self.params, gradients, strict=True)]
+            self.optimizer.set_external_grads(parts)
             self.optimizer.step()
         else:
             for param, grad in zip(self.params, gradients, strict=True):
@@ -85,7 +85,7 @@ class Expected:
         tensors = (param, grad, state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros))
         self.tensors = [tensor.detach().resolve_neg().clone() for tensor in tensors]
         self.step = int(state.get("step", 0)) + 1
-        known = {key: group[key] for key in GROUP_KEYS}
+        known = {key: group[key] for key in COEFFICIENT_KEYS}
         self.scalars = step_scalars(step=self.step, **{**known, "lr": float(group["lr"])})
 
     def apply(self, factor: float) -> None:

@@ -15,7 +15,7 @@ from adax_triton.kernels import tables
 from torch import Tensor
 
 from adax_triton.step import cpu_kernel as module
-from adax_triton.step.conditions import TAKEN
+from adax_triton.step.conditions import UNCHANGED_GRADIENTS
 from adax_triton.step.cpu_kernel import CHUNK_SIZE, CpuVariant, build_problem, cpu_kernel
 from adax_triton.step.reference_steps import ReferenceLaunch
 from adax_triton.step.tensor_step import TensorStep
@@ -32,20 +32,20 @@ VARIANTS = [
     *(CpuVariant(param, grad) for param in (F32, F64) for grad in (F32, BF16, F16, F64)),
     *(CpuVariant(BF16, grad) for grad in (BF16, F32, F64)),
     *(CpuVariant(F16, grad) for grad in (F16, F32)),
-    *(CpuVariant(F32, F32, states) for states in ("bfloat16", "low", "lowest")),
-    *(CpuVariant(BF16, BF16, states, stochastic=True) for states in ("float32", "bfloat16", "low", "lowest")),
-    *(CpuVariant(BF16, BF16, states, "int16") for states in ("float32", "bfloat16", "low", "lowest")),
-    *(CpuVariant(BF16, F32, states, "int8") for states in ("float32", "bfloat16", "low", "lowest")),
-    *(CpuVariant(F16, F16, states, "float32") for states in ("float32", "bfloat16", "low", "lowest")),
+    *(CpuVariant(F32, F32, states) for states in ("bfloat16", "8bit_v16", "8bit")),
+    *(CpuVariant(BF16, BF16, states, stochastic=True) for states in ("float32", "bfloat16", "8bit_v16", "8bit")),
+    *(CpuVariant(BF16, BF16, states, "int16") for states in ("float32", "bfloat16", "8bit_v16", "8bit")),
+    *(CpuVariant(BF16, F32, states, "int8") for states in ("float32", "bfloat16", "8bit_v16", "8bit")),
+    *(CpuVariant(F16, F16, states, "float32") for states in ("float32", "bfloat16", "8bit_v16", "8bit")),
     *(CpuVariant(param, BF16, "float32", "float32", param_is_copy=True) for param in (F32, BF16, F16)),
-    CpuVariant(BF16, BF16, "lowest", "float32", param_is_copy=True),
+    CpuVariant(BF16, BF16, "8bit", "float32", param_is_copy=True),
 ]
 WITH_TELEMETRY = [
     variant._replace(telemetry=True)
     for variant in (
         *(CpuVariant(F32, F32), CpuVariant(F64, F32), CpuVariant(BF16, BF16, "bfloat16", stochastic=True)),
-        *(CpuVariant(BF16, BF16, "lowest", "int8"), CpuVariant(F16, F16, "low", "float32")),
-        *(CpuVariant(BF16, BF16, "float32", "float32", param_is_copy=True), CpuVariant(BF16, F32, "low", "int16")),
+        *(CpuVariant(BF16, BF16, "8bit", "int8"), CpuVariant(F16, F16, "8bit_v16", "float32")),
+        *(CpuVariant(BF16, BF16, "float32", "float32", param_is_copy=True), CpuVariant(BF16, F32, "8bit_v16", "int16")),
     )
 ]
 SIZES = (0, 1, 31, 32, 33, 511, 512, 1001, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 2 * CHUNK_SIZE + 77)
@@ -100,9 +100,9 @@ def new_step(variant: CpuVariant, numel: int, index: int) -> TensorStep:
     param = mixed(numel, generator).to(variant.param_dtype)
     exp_avg, exp_avg_sq = mixed(numel, generator) * 0.1, mixed(numel, generator).abs()
     exponents = master = None
-    if variant.states in ("low", "lowest"):
+    if variant.states in ("8bit_v16", "8bit"):
         # Any bits at all, but for one group of which most tensors are made: codes that a step would write.
-        second, groups = (torch.int16, torch.uint8) if variant.states == "low" else (torch.uint8, torch.int16)
+        second, groups = (torch.int16, torch.uint8) if variant.states == "8bit_v16" else (torch.uint8, torch.int16)
         exp_avg, exp_avg_sq = words(numel, torch.int8, generator), words(numel, second, generator)
         exponents = words(-(-numel // 32), groups, generator)
         if groups == torch.int16:
@@ -192,7 +192,7 @@ def cloned(steps: list[TensorStep]) -> list[TensorStep]:
 
 def referenced(steps: list[TensorStep]) -> list[TensorStep]:
     steps = cloned(steps)
-    ReferenceLaunch(steps, ()).run(ROWS, KEYS, TAKEN, None)
+    ReferenceLaunch(steps, ()).run(ROWS, KEYS, UNCHANGED_GRADIENTS, None)
     return steps
 
 
@@ -393,7 +393,7 @@ def test_several_steps_of_moderate_numbers(variant: CpuVariant) -> None:
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="no Clang")
 def test_clang_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    variants = [*WITH_TELEMETRY, PLAIN, CpuVariant(F32, F32, "lowest"), CpuVariant(F32, BF16, "bfloat16")]
+    variants = [*WITH_TELEMETRY, PLAIN, CpuVariant(F32, F32, "8bit"), CpuVariant(F32, BF16, "bfloat16")]
     expected = [launched(variant, finite_steps(variant)).sums for variant in variants]
     module.cpu_kernel.cache_clear()
     monkeypatch.setenv("CXX", "clang++")

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from adax_triton.update.coefficients import DeviceSchedule, StepScalars, device_schedule, step_scalars
+from adax_triton.update.coefficients import DeviceCoefficients, StepScalars, device_coefficients, step_scalars
 from adax_triton.update.rounding import random_key
 
 pytest.importorskip("triton")
 
 from adax_triton.kernels.adax_step import SCALAR_COLUMNS
-from adax_triton.kernels.coefficients import BLOCK_SIZE, SCHEDULE_COLUMNS, prepare_step
+from adax_triton.kernels.coefficients import BLOCK_SIZE, COEFFICIENT_COLUMNS, prepare_step
 
 SPACED = [round(10 ** (3 + index / 25)) for index in range(151)]  # to 1e9
 NEIGHBOURS = [power + offset for power in (2**24, 2**31, 2**32) for offset in (-1, 0, 1)]
@@ -65,7 +65,7 @@ def prepare(
     addresses = [counts.data_ptr() + 8 * index for index in range(len(steps))]
     table = [addresses, rows_of_groups or [0] * len(steps), lr_addresses or [0] * len(steps)]
     rows = torch.tensor(table, dtype=torch.int64, device=device).T.contiguous()
-    schedules = [device_schedule(**{"seed": 0, **group}) for group in groups]
+    schedules = [device_coefficients(**{"seed": 0, **group}) for group in groups]
     scalars = torch.full((len(steps) + 1, SCALAR_COLUMNS.value), CANARY, device=device)
     report = torch.full((3,), CANARY, device=device)
     prepare_step(
@@ -86,7 +86,7 @@ def units_apart(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def test_table_has_a_column_for_each_field() -> None:
-    assert len(DeviceSchedule._fields) == SCHEDULE_COLUMNS.value
+    assert len(DeviceCoefficients._fields) == COEFFICIENT_COLUMNS.value
     assert len(StepScalars._fields) + 3 == SCALAR_COLUMNS.value
 
 
@@ -220,7 +220,7 @@ def test_finite_sums_are_clipped_and_never_skipped(device: torch.device, sum_of_
 def test_counts_advance_from_launch_to_launch(device: torch.device) -> None:
     count = torch.zeros((), dtype=torch.int64, device=device)
     rows = torch.tensor([[count.data_ptr(), 0, 0]], device=device)
-    groups = torch.tensor([device_schedule(**GROUP, seed=0)], dtype=torch.float64, device=device)
+    groups = torch.tensor([device_coefficients(**GROUP, seed=0)], dtype=torch.float64, device=device)
     scalars, report = torch.empty(1, SCALAR_COLUMNS.value, device=device), torch.empty(3, device=device)
     weights = []
     for found_inf in (0.0, 1.0, 0.0):
@@ -233,4 +233,4 @@ def test_counts_advance_from_launch_to_launch(device: torch.device) -> None:
 
 def test_unknown_rule_is_named() -> None:
     with pytest.raises(ValueError, match="adagrad"):
-        device_schedule(**{**GROUP, "second_moment": "adagrad"}, seed=0)
+        device_coefficients(**{**GROUP, "second_moment": "adagrad"}, seed=0)

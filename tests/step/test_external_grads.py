@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adax_triton import AdaX, AdaXW, Beside
+from adax_triton import AdaX, AdaXW, ExternalGrads
 from adax_triton.step.backend import TRITON, backend_of
 
 SIZES = [1, 31, 700, 33, 3]  # pieces of a gradient: odd ones, of no whole groups of codes
@@ -36,10 +36,10 @@ def step_both(
     optimizers: tuple[AdaX, AdaX],
     params: tuple[nn.Parameter, nn.Parameter],
     grads: list[Tensor],
-    image: Tensor | None = None,
+    low_precision_copy: Tensor | None = None,
     factor: Tensor | None = None,
 ) -> None:
-    optimizers[0].lay_beside([Beside(params[0], grads, image)], factor)
+    optimizers[0].set_external_grads([ExternalGrads(params[0], grads, low_precision_copy)], factor)
     optimizers[0].step()
     whole = torch.cat([grad.flatten() for grad in grads]).float()
     params[1].grad = whole if factor is None else whole * factor
@@ -62,36 +62,38 @@ def test_equals_cast_scaling_step_and_copy(
 ) -> None:
     params = pair(sum(SIZES), backend)
     optimizers = AdaXW([params[0]], lr=1e-2, weight_decay=0.1), AdaXW([params[1]], lr=1e-2, weight_decay=0.1)
-    image = None if image_dtype is None else torch.zeros(sum(SIZES), dtype=image_dtype, device=backend)
+    low_precision_copy = None if image_dtype is None else torch.zeros(sum(SIZES), dtype=image_dtype, device=backend)
     for step in range(STEPS):
         multiplier = None if step == 0 else torch.tensor(0.37 / step, device=backend)
-        step_both(optimizers, params, pieces(SIZES, grad_dtype, backend, step), image, multiplier)
-        if image is not None:
-            assert torch.equal(image, rounded(params[1].detach(), image.dtype))
+        step_both(optimizers, params, pieces(SIZES, grad_dtype, backend, step), low_precision_copy, multiplier)
+        if low_precision_copy is not None:
+            assert torch.equal(low_precision_copy, rounded(params[1].detach(), low_precision_copy.dtype))
     assert_same(optimizers, params)
 
 
-@pytest.mark.parametrize("states", ["bfloat16", "low", "lowest"])
+@pytest.mark.parametrize("states", ["bfloat16", "8bit_v16", "8bit"])
 def test_equals_them_with_low_memory_states(backend: torch.device, states: str) -> None:
     sizes = [4096, 33, 77]
     params = pair(sum(sizes), backend)
     optimizers = AdaX([params[0]], lr=1e-2, states=states), AdaX([params[1]], lr=1e-2, states=states)
-    image = torch.zeros(sum(sizes), dtype=torch.float16, device=backend)
+    low_precision_copy = torch.zeros(sum(sizes), dtype=torch.float16, device=backend)
     for step in range(STEPS):
-        step_both(optimizers, params, pieces(sizes, torch.float16, backend, step), image)
+        step_both(optimizers, params, pieces(sizes, torch.float16, backend, step), low_precision_copy)
     assert_same(optimizers, params)
-    assert torch.equal(image, params[1].half())
+    assert torch.equal(low_precision_copy, params[1].half())
 
 
 def test_large_and_small_pieces_are_stepped_alike(native_cpu: torch.device) -> None:
     sizes = [32_773, 3, 9, 32_768]
     params = pair(sum(sizes), native_cpu)
     optimizers = AdaX([params[0]], lr=1e-2, weight_decay=0.1), AdaX([params[1]], lr=1e-2, weight_decay=0.1)
-    image = torch.zeros(sum(sizes), dtype=torch.bfloat16)
+    low_precision_copy = torch.zeros(sum(sizes), dtype=torch.bfloat16)
     for step in range(STEPS):
-        step_both(optimizers, params, pieces(sizes, torch.bfloat16, native_cpu, step), image, torch.tensor(0.3))
+        step_both(
+            optimizers, params, pieces(sizes, torch.bfloat16, native_cpu, step), low_precision_copy, torch.tensor(0.3)
+        )
     assert_same(optimizers, params)
-    assert torch.equal(image, params[1].bfloat16())
+    assert torch.equal(low_precision_copy, params[1].bfloat16())
 
 
 def test_pieces_that_follow_each_other_or_have_other_shapes_and_dtypes(backend: torch.device) -> None:
@@ -115,12 +117,12 @@ def test_steady_steps_use_their_plan_again_and_moved_gradients_are_read(
     monkeypatch.setattr(
         optimizers[0], "_planned", lambda *given, **options: planned.append(given) or original(*given, **options)
     )
-    memory, image = torch.empty(96, device=backend), torch.empty(48, dtype=torch.float16, device=backend)
+    memory, low_precision_copy = torch.empty(96, device=backend), torch.empty(48, dtype=torch.float16, device=backend)
     for step in range(STEPS - 1):
         memory.copy_(pieces([96], torch.float32, backend, step)[0])
-        step_both(optimizers, params, [memory[:20], memory[20:48]], image)  # read as one
+        step_both(optimizers, params, [memory[:20], memory[20:48]], low_precision_copy)  # read as one
     assert len(planned) == 1
-    step_both(optimizers, params, [memory[:20], memory[60:88]], image)  # no longer one after the other
+    step_both(optimizers, params, [memory[:20], memory[60:88]], low_precision_copy)  # no longer one after the other
     assert len(planned) == 2
     assert_same(optimizers, params)
 
@@ -134,7 +136,7 @@ def test_several_groups_and_other_gradients_stay_apart(backend: torch.device) ->
     oracle = AdaXW([{"params": [expected_first], "lr": 1e-3}, {"params": [expected_second], "weight_decay": 0.5}], 1e-2)
     grads = pieces([50, 20, 30], torch.float16, backend, 0)
     factor = torch.tensor(0.1, dtype=torch.float64)  # on the CPU, of another dtype
-    optimizer.lay_beside([Beside(second, grads[1:]), Beside(first, grads[:1])], factor)
+    optimizer.set_external_grads([ExternalGrads(second, grads[1:]), ExternalGrads(first, grads[:1])], factor)
     optimizer.step()
     expected_first.grad = grads[0].float() * factor.float().to(backend)
     expected_second.grad = torch.cat(grads[1:]).float() * factor.float().to(backend)
@@ -151,7 +153,9 @@ def test_autograd_sees_that_the_weights_changed(backend: torch.device) -> None:
     param, _ = pair(8, backend)
     product = (param * param).sum()
     optimizer = AdaX([param])
-    optimizer.lay_beside([Beside(param, [torch.ones(8, device=backend)], torch.zeros(8, device=backend))])
+    optimizer.set_external_grads(
+        [ExternalGrads(param, [torch.ones(8, device=backend)], torch.zeros(8, device=backend))]
+    )
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
@@ -164,25 +168,25 @@ GRAD = torch.zeros(6)
 @pytest.mark.parametrize(
     ("parts", "error", "message"),
     [
-        ([Beside(nn.Parameter(GRAD.half()), [GRAD])], TypeError, "contiguous float32 tensor, got torch.float16"),
-        ([Beside(nn.Parameter(torch.zeros(3, 2).t()), [GRAD])], TypeError, "contiguous float32 tensor"),
-        ([Beside(PARAM, [GRAD[:5]])], ValueError, "5 elements for a parameter of 6"),
-        ([Beside(PARAM, [])], ValueError, "0 elements for a parameter of 6"),
-        ([Beside(PARAM, [GRAD.int()])], TypeError, r"grads\[0\]: torch.int32"),
-        ([Beside(PARAM, [torch.zeros(6, device="meta")])], ValueError, "on meta for a parameter on cpu"),
-        ([Beside(PARAM, [GRAD], GRAD.double())], TypeError, "image: torch.float64"),
-        ([Beside(PARAM, [GRAD], GRAD[:4])], ValueError, "contiguous one of 6 elements"),
-        ([Beside(PARAM, [GRAD]), Beside(PARAM, [GRAD])], ValueError, "given twice"),
+        ([ExternalGrads(nn.Parameter(GRAD.half()), [GRAD])], TypeError, "contiguous float32 tensor, got torch.float16"),
+        ([ExternalGrads(nn.Parameter(torch.zeros(3, 2).t()), [GRAD])], TypeError, "contiguous float32 tensor"),
+        ([ExternalGrads(PARAM, [GRAD[:5]])], ValueError, "5 elements for a parameter of 6"),
+        ([ExternalGrads(PARAM, [])], ValueError, "0 elements for a parameter of 6"),
+        ([ExternalGrads(PARAM, [GRAD.int()])], TypeError, r"grads\[0\]: torch.int32"),
+        ([ExternalGrads(PARAM, [torch.zeros(6, device="meta")])], ValueError, "on meta for a parameter on cpu"),
+        ([ExternalGrads(PARAM, [GRAD], GRAD.double())], TypeError, "low_precision_copy: torch.float64"),
+        ([ExternalGrads(PARAM, [GRAD], GRAD[:4])], ValueError, "contiguous tensor of 6 elements"),
+        ([ExternalGrads(PARAM, [GRAD]), ExternalGrads(PARAM, [GRAD])], ValueError, "given twice"),
     ],
 )
-def test_what_does_not_fit_is_refused(parts: list[Beside], error: type[Exception], message: str) -> None:
+def test_what_does_not_fit_is_refused(parts: list[ExternalGrads], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        AdaX([PARAM]).lay_beside(parts)
+        AdaX([PARAM]).set_external_grads(parts)
 
 
 def test_factor_of_several_elements_is_refused() -> None:
     with pytest.raises(TypeError, match="grad_factor"):
-        AdaX([PARAM]).lay_beside([Beside(PARAM, [GRAD])], torch.ones(2))
+        AdaX([PARAM]).set_external_grads([ExternalGrads(PARAM, [GRAD])], torch.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +202,7 @@ def test_options_that_need_more_are_refused_before_anything_changes(options: dic
     elsewhere = options.pop("elsewhere", False)
     optimizer = AdaX([nn.Parameter(torch.zeros(6)) if elsewhere else PARAM], **options)
     with pytest.raises(ValueError, match=message):
-        optimizer.lay_beside([Beside(PARAM, [GRAD + 1])])
+        optimizer.set_external_grads([ExternalGrads(PARAM, [GRAD + 1])])
         optimizer.step()
     assert not optimizer.state
     assert not PARAM.any()

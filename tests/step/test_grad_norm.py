@@ -11,7 +11,7 @@ from adax_triton.step.device_tables import chunk_table
 
 pytest.importorskip("triton")
 
-from adax_triton.kernels.grad_norm import MOST_PARTIALS, grad_stats, partial_count
+from adax_triton.kernels.grad_norm import MAX_PARTIALS, grad_norm_partials, partial_count
 from adax_triton.kernels.launch import current_backend, launch_shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -42,7 +42,7 @@ def launch(grads: Sequence[Tensor], count: int | None = None, aligned: bool = Tr
     chunks = chunk_table(numels, CHUNK).to(grads[0].device)
     rows = [(0, grad.data_ptr(), 0, 0, 0, 0, 0, grad.numel(), 0) for grad in grads]
     partials = torch.full((partial_count(chunks.numel()) if count is None else count,), CANARY, device=chunks.device)
-    grad_stats(torch.tensor(rows, device=chunks.device), chunks, partials, grads[0].dtype, aligned)
+    grad_norm_partials(torch.tensor(rows, device=chunks.device), chunks, partials, grads[0].dtype, aligned)
     return partials
 
 
@@ -84,7 +84,7 @@ def test_each_partial_sums_every_kth_chunk(count: int, device: torch.device) -> 
 def test_no_chunks_make_every_partial_zero(tensors: int, count: int, device: torch.device) -> None:
     partials = torch.full((count,), CANARY, device=device)
     tables = torch.zeros(tensors, 9, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-    grad_stats(*tables, partials, torch.float32, aligned=True)
+    grad_norm_partials(*tables, partials, torch.float32, aligned=True)
     assert torch.equal(partials, torch.zeros(count, device=device))
 
 
@@ -122,7 +122,7 @@ def test_nothing_but_the_partials_is_written(odd: bool, device: torch.device) ->
     rows = torch.tensor([(0, grad.data_ptr(), 0, 0, 0, 0, 0, grad.numel(), 0) for grad in grads], device=device)
     chunks = chunk_table(SIZES, CHUNK).to(device)
     kept = [tensor.clone() for tensor in (buffer, rows, chunks)]
-    grad_stats(rows, chunks, around[16:23], torch.bfloat16, aligned=not odd)
+    grad_norm_partials(rows, chunks, around[16:23], torch.bfloat16, aligned=not odd)
     assert all(torch.equal(tensor, old) for tensor, old in zip((buffer, rows, chunks), kept, strict=True))
     assert (around == CANARY).tolist() == [True] * 16 + [False] * 7 + [True] * 25
 
@@ -143,13 +143,13 @@ def test_elements_past_a_power_of_two_are_addressed(exponent: int, dtype: str, d
     row = [0, grad.data_ptr() - start * grad.element_size(), 0, 0, 0, 0, 0, start + 1001, 0]
     partials = torch.full((2,), CANARY, device=device)
     tables = torch.tensor([[0] * 9, row], device=device), torch.tensor([(1 << 32) + chunk], device=device)
-    grad_stats(*tables, partials, grad.dtype, aligned=True)
+    grad_norm_partials(*tables, partials, grad.dtype, aligned=True)
     assert_as_accurate_as_torch(partials, [grad])
 
 
 def test_partial_count_is_bounded() -> None:
-    counts = {chunks: partial_count(chunks) for chunks in (0, 1, 5, MOST_PARTIALS, MOST_PARTIALS + 1, 10**6)}
-    assert counts == {0: 1, 1: 1, 5: 5, MOST_PARTIALS: 1024, MOST_PARTIALS + 1: 1024, 10**6: 1024}
+    counts = {chunks: partial_count(chunks) for chunks in (0, 1, 5, MAX_PARTIALS, MAX_PARTIALS + 1, 10**6)}
+    assert counts == {0: 1, 1: 1, 5: 5, MAX_PARTIALS: 1024, MAX_PARTIALS + 1: 1024, 10**6: 1024}
 
 
 @pytest.mark.gpu

@@ -16,15 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from adax_triton import AdaXW
-from adax_triton.step import unchanged
+from adax_triton.step import reuse_check
 
-compare = unchanged.tensor_guards
+compare = reuse_check.tensor_guards
 SHAPES = ((5, 7), (4097,), ())
 SCALED = {"grad_scale": 1024.0, "found_inf": 0.0}
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "bfloat16, stochastic": {"dtype": torch.bfloat16, "states": "bfloat16", "weight_rounding": "stochastic"},
-    "lowest": {"dtype": torch.bfloat16, "states": "lowest", "master_weights": "24bit"},
+    "8bit": {"dtype": torch.bfloat16, "states": "8bit", "master_weights": "24bit"},
     "scaled": SCALED,
     "clipping": {"max_grad_norm": 1.0},
     "telemetry": {"telemetry": True},
@@ -93,7 +93,7 @@ class Unwatched:
 
 @pytest.fixture(autouse=True)
 def only_the_step_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unchanged, "tensor_guards", Unwatched)
+    monkeypatch.setattr(reuse_check, "tensor_guards", Unwatched)
     # On a CPU a count is read where it lies. On a GPU it is a copy that has arrived.
     monkeypatch.setattr("adax_triton.step.frozen_warning._FIRST_READS", 0)
 

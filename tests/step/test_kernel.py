@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adax_triton import AdaX
 from adax_triton.step.device_tables import chunk_table
-from adax_triton.step.launch import LaunchMemory
+from adax_triton.step.launch import LaunchCache
 from adax_triton.step.tensor_step import TensorStep
 from adax_triton.update.coefficients import StepScalars, effective_eps, step_scalars
 from adax_triton.update.reference import adax_update
@@ -269,7 +269,7 @@ def test_launch_is_told_of_an_unaligned_address(
     quad = random_quad(10, device)
     if unaligned:
         quad = quad._replace(**{unaligned: getattr(quad, unaligned)[1:]})
-    ((one, _),) = LaunchMemory().launches([TensorStep(*(tensor[:9] for tensor in quad), 0)], [SCALARS], telemetry=False)
+    ((one, _),) = LaunchCache().launches([TensorStep(*(tensor[:9] for tensor in quad), 0)], [SCALARS], telemetry=False)
     row = bytearray(scalar_row(SCALARS))
     one.run(torch.frombuffer(row, dtype=torch.float32).view(1, -1).to(device), None)
     assert [variant.aligned for variant in launches] == [unaligned is None]

@@ -17,10 +17,10 @@ from tensor_bits import bits
 from torch import Tensor
 from torch.nn import Parameter
 
-from adax_triton import AdaXW, Beside
+from adax_triton import AdaXW, ExternalGrads
 from adax_triton.gradient_release import GradientRelease
 from adax_triton.step import device_tables
-from adax_triton.step.device_tables import KeptByStream
+from adax_triton.step.device_tables import PerStreamCache
 
 played_on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has streams and graphs of its own")
 
@@ -86,7 +86,9 @@ class Training:
             self.optimizer.found_inf = torch.tensor(0.0, device=grads[0].device)
         if self.kind == "beside":
             pairs = zip(self.params, grads, strict=True)
-            self.optimizer.lay_beside([Beside(param, [grad]) for param, grad in pairs], torch.tensor(0.5))
+            self.optimizer.set_external_grads(
+                [ExternalGrads(param, [grad]) for param, grad in pairs], torch.tensor(0.5)
+            )
         else:
             for param, grad in zip(self.params, grads, strict=True):
                 param.grad = None if param is frozen else grad
@@ -239,7 +241,7 @@ def test_a_capture_takes_what_was_used_last_and_leaves_the_rest(replace: Replace
     current, capturing = 1, False
     replace("current_stream", lambda device: current)
     replace("is_capturing", lambda device: capturing)
-    kept: KeptByStream[list[int]] = KeptByStream()
+    kept: PerStreamCache[list[int]] = PerStreamCache()
     made: dict[int, list[int]] = {}
     for current in (1, 2, 1):
         made[current] = kept.get("key", CPU, list)
@@ -254,7 +256,7 @@ def test_a_capture_takes_what_was_used_last_and_leaves_the_rest(replace: Replace
 
 def kept(training: Training) -> list[Any]:
     """Return all owners of tables, with what tells whether they were touched, and the plan."""
-    memory, sums = training.optimizer._memory, training.optimizer._sums
+    memory, sums = training.optimizer._launch_cache, training.optimizer._sums
     caches = [memory._launches, memory.device_scalars, memory.host_scalars]
     caches += [] if sums is None else [sums._kept]
     owners = [owner for cache in caches for of_streams in cache._kept.values() for owner in of_streams.values()]
@@ -329,7 +331,7 @@ def test_a_capture_of_gradients_laid_beside_is_refused(steps: int, replace: Repl
     capturing = True
     replace("is_capturing", lambda device: capturing)
     owners, contents = kept(training), training.contents()
-    with pytest.raises(RuntimeError, match=r"after lay_beside\(\)"):
+    with pytest.raises(RuntimeError, match=r"set_external_grads\(\) does not support"):
         training.step(7)
     assert kept(training) == owners
     assert training.contents() == contents

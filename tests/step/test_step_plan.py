@@ -19,7 +19,7 @@ SHAPES = ((5,), (40,), (9, 4), (6, 6))
 LONG = ((5,), (4096,), (9, 4))
 MODES: dict[str, dict[str, Any]] = {
     "float32": {},
-    "low": {"states": "low"},
+    "8bit_v16": {"states": "8bit_v16"},
     "masters": {"states": "bfloat16", "master_weights": "24bit"},
     "stochastic": {"weight_rounding": "stochastic"},
     "clipped": {"max_grad_norm": 0.5},
@@ -300,13 +300,13 @@ def test_settling_second_moments_change_the_launch(device: torch.device) -> None
     pair.step(0)
     pair.step(1)
 
-    def settled() -> list[bool]:
+    def skip_unchanged_v() -> list[bool]:
         (plan,) = pair.optimizer._plans.values()
-        return [launch.bucket.settled for launch, _ in plan._launches]
+        return [launch.key.skip_unchanged_v for launch, _ in plan._launches]
 
-    assert settled() == [False]
+    assert skip_unchanged_v() == [False]
     assert not pair.step(2, age)
-    assert settled() == [True]
+    assert skip_unchanged_v() == [True]
     assert pair.step(3)
 
 

@@ -25,7 +25,7 @@ from adax_triton import AdaXW, GradientRelease
 from adax_triton.step import backend as backend_module
 from adax_triton.step.backend import uses_triton
 from adax_triton.step.cpu_kernel import CpuKernelError, CpuVariant
-from adax_triton.step.external_grads import Beside
+from adax_triton.step.external_grads import ExternalGrads
 from adax_triton.step.launch import NativeLaunch, TritonLaunch
 
 Sizes = tuple[tuple[int, torch.dtype], ...]
@@ -35,11 +35,11 @@ SIZES: Sizes = ((50_000, torch.float32), (40_001, torch.bfloat16), (10, torch.fl
 SMALL = ((5_000, torch.float32), (401, torch.bfloat16), (10, torch.float32))
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "low": {"states": "low", "master_weights": "24bit"},
+    "8bit_v16": {"states": "8bit_v16", "master_weights": "24bit"},
     "device": {"capturable": True},
     "telemetry": {"telemetry": True},
 }
-each_of_three = pytest.mark.parametrize("mode", ["plain", "low", "telemetry"])
+each_of_three = pytest.mark.parametrize("mode", ["plain", "8bit_v16", "telemetry"])
 
 
 def build(sizes: Sizes = SIZES, device: torch.device | str = "cpu", **options: Any) -> tuple[AdaXW, list[Parameter]]:
@@ -139,9 +139,12 @@ def test_interrupt_waits_for_the_whole_step(mode: str, backend: torch.device, mo
 def test_interrupt_waits_for_the_whole_step_beside(native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     params = [Parameter(torch.ones(40_000)) for _ in range(2)]
     optimizer = AdaXW(params)
-    images = None, torch.empty(40_000, dtype=torch.bfloat16)  # so that there are two launches
-    optimizer.lay_beside(
-        [Beside(param, [torch.ones(40_000)], image) for param, image in zip(params, images, strict=True)]
+    low_precision_copies = None, torch.empty(40_000, dtype=torch.bfloat16)  # so that there are two launches
+    optimizer.set_external_grads(
+        [
+            ExternalGrads(param, [torch.ones(40_000)], low_precision_copy)
+            for param, low_precision_copy in zip(params, low_precision_copies, strict=True)
+        ]
     )
     monkeypatch.setattr(NativeLaunch, "run", second_call(NativeLaunch.run, interrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -243,7 +246,7 @@ def test_code_that_another_thread_compiles_changes_no_bit(
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="no CUDA"))],
 )
-@pytest.mark.parametrize("states", ["float32", "bfloat16", "low", "lowest"])
+@pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit_v16", "8bit"])
 @pytest.mark.parametrize("master_weights", [None, "24bit", "float32"])
 def test_fake_tensors_are_stepped_by_pytorch(device: str, states: str, master_weights: str | None) -> None:
     options = {"states": states, "master_weights": master_weights, "telemetry": device == "cpu"}
@@ -251,7 +254,7 @@ def test_fake_tensors_are_stepped_by_pytorch(device: str, states: str, master_we
         dtype = torch.bfloat16 if master_weights else torch.float32
         params = [Parameter(torch.ones(size, dtype=dtype, device=device)) for size in ((200, 200), (5,))]
         params.append(Parameter(torch.ones(6, 4, dtype=dtype, device=device).as_strided((6, 2), (4, 2))))
-        optimizer = AdaXW(params, max_grad_norm=1.0 if states == "low" else None, **options)
+        optimizer = AdaXW(params, max_grad_norm=1.0 if states == "8bit_v16" else None, **options)
         for _ in range(2):
             for param in params:
                 param.grad = torch.ones_like(param)
@@ -318,11 +321,11 @@ def test_held_launches_are_compiled_and_loaded_first(monkeypatch: pytest.MonkeyP
     def launch(programs: int) -> None:
         launch_module.launch(kernel, programs, (table, 7), "variant", lambda: {"SIZE": 4}, {"num_warps": 8})
 
-    with pytest.raises(RuntimeError), launch_module.held_launches():
+    with pytest.raises(RuntimeError), launch_module.deferred_launches():
         launch(9)
         raise RuntimeError
     assert events == ["compiled", "loaded"]
-    with launch_module.held_launches() as held:
+    with launch_module.deferred_launches() as held:
         launch(1)
         launch(2)
     assert events == ["compiled", *["loaded"] * 3]

@@ -39,24 +39,24 @@ TARGETS = {
 }
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRAD_DTYPES = (*PARAM_DTYPES, torch.float64)
-STATES = ("float32", "bfloat16", "low", "lowest")
+STATES = ("float32", "bfloat16", "8bit_v16", "8bit")
 FP32, BF16, FP16 = PARAM_DTYPES
 # Those that come nearest to a bound of registers on some target, in triton 3.7.1.
 TIGHT = (
     StepVariant(FP32, FP32),
     StepVariant(BF16, BF16),
     StepVariant(FP32, FP16, aligned=False),
-    StepVariant(FP32, FP32, "lowest", telemetry=True),
+    StepVariant(FP32, FP32, "8bit", telemetry=True),
     StepVariant(BF16, BF16, "bfloat16", "int8", telemetry=True),
-    StepVariant(BF16, BF16, "lowest", "int8", telemetry=True),
-    StepVariant(BF16, BF16, "lowest", "int8", aligned=False),
-    StepVariant(BF16, BF16, "lowest", "int16"),
-    StepVariant(BF16, BF16, "lowest", "int16", aligned=False),
-    StepVariant(FP16, FP16, "low", "float32", settled=True),
-    StepVariant(FP16, FP16, "low", "float32", aligned=False),
-    StepVariant(FP16, FP16, "lowest", "float32", settled=True),
-    StepVariant(FP16, FP16, "lowest", "float32", telemetry=True),
-    StepVariant(FP16, FP16, "lowest", "float32", aligned=False),
+    StepVariant(BF16, BF16, "8bit", "int8", telemetry=True),
+    StepVariant(BF16, BF16, "8bit", "int8", aligned=False),
+    StepVariant(BF16, BF16, "8bit", "int16"),
+    StepVariant(BF16, BF16, "8bit", "int16", aligned=False),
+    StepVariant(FP16, FP16, "8bit_v16", "float32", skip_unchanged_v=True),
+    StepVariant(FP16, FP16, "8bit_v16", "float32", aligned=False),
+    StepVariant(FP16, FP16, "8bit", "float32", skip_unchanged_v=True),
+    StepVariant(FP16, FP16, "8bit", "float32", telemetry=True),
+    StepVariant(FP16, FP16, "8bit", "float32", aligned=False),
 )
 
 LOCATION = re.compile(r"\.loc\s.*?adax_step\.py:(\d+):\d+(?: @\[ adax_step\.py:(\d+):)?")
@@ -82,19 +82,24 @@ def step_variants() -> list[StepVariant]:
         StepVariant(param, grad, aligned=aligned)
         for param, grad, aligned in itertools.product(PARAM_DTYPES, GRAD_DTYPES, (True, False))
     ]
-    for states, settled in itertools.product(STATES, (False, True)):
+    for states, skip_unchanged_v in itertools.product(STATES, (False, True)):
         variants += [
-            StepVariant(FP32, FP32, states, settled=settled),
-            StepVariant(BF16, BF16, states, settled=settled),
-            StepVariant(BF16, BF16, states, stochastic=True, settled=settled),
-            StepVariant(BF16, BF16, states, "int16", settled=settled),
-            StepVariant(BF16, BF16, states, "int8", settled=settled),
-            StepVariant(FP16, FP16, states, "float32", settled=settled),
+            StepVariant(FP32, FP32, states, skip_unchanged_v=skip_unchanged_v),
+            StepVariant(BF16, BF16, states, skip_unchanged_v=skip_unchanged_v),
+            StepVariant(BF16, BF16, states, stochastic=True, skip_unchanged_v=skip_unchanged_v),
+            StepVariant(BF16, BF16, states, "int16", skip_unchanged_v=skip_unchanged_v),
+            StepVariant(BF16, BF16, states, "int8", skip_unchanged_v=skip_unchanged_v),
+            StepVariant(FP16, FP16, states, "float32", skip_unchanged_v=skip_unchanged_v),
         ]
-        variants += [variant._replace(aligned=False) for variant in variants[-6:] if not settled]
+        variants += [variant._replace(aligned=False) for variant in variants[-6:] if not skip_unchanged_v]
     # Of float32 weights with an image of them beside, see adax_triton.beside.
-    for image, grad, aligned in ((BF16, BF16, True), (BF16, BF16, False), (BF16, FP32, True), (FP32, FP32, True)):
-        variants.append(StepVariant(image, grad, master="float32", aligned=aligned, param_is_copy=True))
+    for low_precision_copy, grad, aligned in (
+        (BF16, BF16, True),
+        (BF16, BF16, False),
+        (BF16, FP32, True),
+        (FP32, FP32, True),
+    ):
+        variants.append(StepVariant(low_precision_copy, grad, master="float32", aligned=aligned, param_is_copy=True))
     for states in STATES:
         variants += [
             StepVariant(FP32, FP32, states, telemetry=True),

@@ -38,7 +38,7 @@ def trained(dtype: torch.dtype, stage: int, precision: str, fuse: str) -> list[T
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,
         "zero_optimization": {"stage": stage},
-        "optimizer": {"type": "AdaXW", "params": {"states": "low"}},
+        "optimizer": {"type": "AdaXW", "params": {"states": "8bit_v16"}},
         "adax_triton": {"fuse": fuse},
     }
     if precision == "bf16":

@@ -30,7 +30,7 @@ def sharded(released: bool, **options: Any) -> tuple[nn.Module, AdaXW, GradientR
     model = nn.Sequential(nn.Linear(9, 32), nn.Tanh(), nn.Linear(32, 128), nn.Tanh(), nn.Linear(128, 64, bias=False))
     for layer in (model[2], model[4], model):
         fully_shard(layer)
-    optimizer = AdaXW(model.parameters(), states="low", lr=0.1, keep_float32=lambda param: param.ndim < 2)
+    optimizer = AdaXW(model.parameters(), states="8bit_v16", lr=0.1, keep_float32=lambda param: param.ndim < 2)
     return model, optimizer, GradientRelease(optimizer, **options) if released else None
 
 

@@ -60,7 +60,7 @@ def example(*shape: int) -> Tensor:
 def check_columns(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
     """Shard(1): the same but for the random bits."""
     results: dict[str, Any] = {}
-    for states, keep_float32 in (("float32", None), ("low", lambda param: True), ("bfloat16", None)):
+    for states, keep_float32 in (("float32", None), ("8bit_v16", lambda param: True), ("bfloat16", None)):
         run, twin = alone({"states": states, "keep_float32": keep_float32}, example(70, 67), mesh, [Shard(1)])
         train(run, range(3)), train(twin, range(3))
         results[states] = differ(run, twin)
@@ -83,8 +83,8 @@ def refusal(function: Callable[[], Any]) -> str:
 
 
 def check_refusals(case: Case, mesh: DeviceMesh) -> dict[str, str]:
-    low = {"states": "low"}
-    kept = {"states": "low", "keep_float32": lambda param: True}
+    low = {"states": "8bit_v16"}
+    kept = {"states": "8bit_v16", "keep_float32": lambda param: True}
     results = {}
     for name, whole, placement in (
         ("columns", example(64, 128), Shard(1)),
@@ -111,7 +111,7 @@ def check_gradients(case: Case, mesh: DeviceMesh) -> dict[str, list[str]]:
     """Gradients in other placements than their parameter's."""
     results = {}
     for name in ("partial", "replicated"):
-        run, twin = alone({"states": "low"}, example(67, 64), mesh, [Shard(0)])
+        run, twin = alone({"states": "8bit_v16"}, example(67, 64), mesh, [Shard(0)])
         for step in range(3):
             # Of few bits, so that the sum over the ranks is exact.
             grad = (example(67, 64) * 2.0**step).bfloat16().float()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from adax_triton.kernels import grad_norm as stats_module
 from adax_triton.kernels.coefficients import prepare_step, prepare_step_kernel
-from adax_triton.kernels.grad_norm import grad_stats, grad_stats_kernel
+from adax_triton.kernels.grad_norm import grad_norm_kernel, grad_norm_partials
 from adax_triton.kernels.telemetry import add_rows, add_rows_kernel
 from code_audit import (
     GRAD_DTYPES,
@@ -41,7 +41,7 @@ UNRESOLVED = re.compile(r"\.extern \.func.*|s_swappc_b64.*|__ocml_\w+")
 def sum_gradients(grad_dtype: torch.dtype, aligned: bool) -> None:
     for tensors, chunks, partials in ((0, 0, 1), (1, 1, 1), (1, 16, 16), (2, 3, 3), (16, 4096, 1024)):
         tables = torch.zeros(tensors, 9, dtype=torch.int64), torch.arange(chunks)
-        grad_stats(*tables, torch.zeros(partials), grad_dtype, aligned)
+        grad_norm_partials(*tables, torch.zeros(partials), grad_dtype, aligned)
 
 
 def prepare_steps() -> None:
@@ -63,7 +63,7 @@ def gradient_accesses(code: str) -> list[tuple[str, str, int]]:
 
     The stream is "tile" or "tail" of the gradients, "partial" or "table", from the source line of the access.
     """
-    source = Path(inspect.getsourcefile(grad_stats_kernel.fn)).read_text().splitlines()
+    source = Path(inspect.getsourcefile(grad_norm_kernel.fn)).read_text().splitlines()
     accesses = []
     for location, kind, bits in located_accesses(code, LOCATION):
         text = source[int(location[1]) - 1] if location else ""
@@ -76,7 +76,7 @@ def variants() -> list[tuple[Any, list[Launch], dict[str, Any]]]:
     found = []
     for grad_dtype, aligned in itertools.product(GRAD_DTYPES, (True, False)):
         launches = recorded(partial(sum_gradients, grad_dtype, aligned))
-        found.append((grad_stats_kernel, launches, {"grad_dtype": dtype_name(grad_dtype), "aligned": aligned}))
+        found.append((grad_norm_kernel, launches, {"grad_dtype": dtype_name(grad_dtype), "aligned": aligned}))
     return [
         *found,
         (prepare_step_kernel, recorded(prepare_steps), {}),
@@ -98,7 +98,7 @@ def audit(target_name: str) -> dict[str, list[dict[str, Any]]]:
         code = assembly(compiled)
         of_launches = {"keys": sorted({launch.key for launch in launches}), "launches": len(launches)}
         of_code = {"unresolved": UNRESOLVED.findall(code), "signature": launches[0].signature}
-        if kernel is grad_stats_kernel:
+        if kernel is grad_norm_kernel:
             of_code["elements_per_thread"] = elements_per_thread(compiled, target)
             of_code["accesses"] = gradient_accesses(code)
         facts[kernel.fn.__name__].append({**fields, **of_launches, **of_code, **machine})

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from adax_triton.convert.files import Progress, refusing_unsafe
+from adax_triton.convert.files import Progress, reject_unsafe_pickles
 
 from .atomic_save import LIST, folder_to_load, list_files, write_flushed
 from .from_adam import adax_from_deepspeed_adam, deepspeed_adam_from_adax
@@ -97,7 +97,7 @@ def _optimizer_files(folder: Path) -> set[Path]:
 
 
 def _converted(path: Path, to: str, beta2: float | None, lr: float | None) -> dict[str, Any]:
-    with refusing_unsafe(path):
+    with reject_unsafe_pickles(path):
         saved: dict[str, Any] = read_optimizer_file(str(path))
     zero = saved["optimizer_state_dict"]
     key = next((key for key in _KEYS if key in zero), _KEYS[0])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from adax_triton.moment_optimizer import MomentOptimizer
 from adax_triton.state.allocation import MOMENTS
-from adax_triton.state.precision import is_compact
+from adax_triton.state.precision import is_quantized
 
 Method = Callable[..., Any]
 
@@ -159,7 +159,7 @@ def _saved_groups(checkpoint_dir: str) -> list[dict[str, Any]]:
     groups = read_optimizer_file(os.path.join(checkpoint_dir, "zero", "optimizer_state.pt"))["param_groups"]
     for index, group in enumerate(groups):
         # The conversion cuts states by elements of the weights, which tears codes from their group exponents.
-        if is_compact(group.get("states", "float32")):
+        if is_quantized(group.get("states", "float32")):
             raise ValueError(
                 f"{checkpoint_dir} was converted from states={group['states']!r} (param_groups[{index}]), which a "
                 "universal checkpoint cannot hold: load the original checkpoint at its own number of ranks into an "

@@ -19,7 +19,7 @@ import torch
 from deepspeed.utils.logging import log_dist
 
 from adax_triton.moment_optimizer import MomentOptimizer
-from adax_triton.state.allocation import numbers_of
+from adax_triton.state.allocation import local_state_tensors
 from adax_triton.step.collect import needs_device
 
 from .zero_methods import LateLinks, Zero3Hooks, Zero12Hooks
@@ -95,7 +95,7 @@ def describe(engine: Any) -> dict[str, Any]:
     states: dict[str, set[str]] = {}
     count = 0
     for state in (state for key, state in optimizer.state.items() if isinstance(key, torch.Tensor)):
-        for name, value in numbers_of(state).items():
+        for name, value in local_state_tensors(state).items():
             states.setdefault(name, set()).add(str(value.dtype).removeprefix("torch."))
             count += value.numel() * value.element_size()
     fusion: Fusion = engine.adax_fusion

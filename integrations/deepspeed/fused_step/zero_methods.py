@@ -14,7 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from adax_triton.state.precision import PARAM_DTYPES
-from adax_triton.step.external_grads import Beside
+from adax_triton.step.external_grads import ExternalGrads
 
 _Wrapper: Any = object  # what the mixins come before
 
@@ -68,7 +68,7 @@ def _norms(gradients: Iterable[Tensor]) -> list[Tensor]:
 class Zero12Hooks(OneRead, LateLinks):
     """ZeRO 1 and 2 with a `step()` of DeepSpeed's: one read for check and norm, and no pass to unscale and clip."""
 
-    _part: Beside | None = None
+    _part: ExternalGrads | None = None
 
     def has_overflow_partitioned_grads_serial(self) -> Tensor:
         """As DeepSpeed's, by the norms, which are kept."""
@@ -82,7 +82,7 @@ class Zero12Hooks(OneRead, LateLinks):
 
     def _optimizer_step(self, group_no: int) -> None:
         master = self.single_partition_of_fp32_groups[group_no]
-        self.optimizer.lay_beside([self._part or Beside(master, [master.grad])], self._grad_factor)
+        self.optimizer.set_external_grads([self._part or ExternalGrads(master, [master.grad])], self._grad_factor)
         self._part = None
         super()._optimizer_step(group_no)
 
@@ -91,7 +91,7 @@ class Zero3Hooks(OneRead):
     """ZeRO 3: the step reads gradients where they were reduced to, and writes the weights in the model's dtype."""
 
     grad_partitions_flat_buffer: Tensor
-    _part: Beside | None = None
+    _part: ExternalGrads | None = None
     _staging: Tensor | None = None
 
     def has_overflow(self, partition_gradients: bool = True) -> bool:
@@ -113,7 +113,7 @@ class Zero3Hooks(OneRead):
         if not get_accelerator().is_synchronized_device():
             for gradient in filter(get_accelerator().on_accelerator, gradients):
                 gradient.record_stream(get_accelerator().current_stream())
-        self._part = Beside(
+        self._part = ExternalGrads(
             self.fp32_partitioned_groups_flat[sub_group_id], gradients, self._written_beside(sub_group_id)
         )
         self.averaged_gradients[sub_group_id] = None
@@ -131,9 +131,9 @@ class Zero3Hooks(OneRead):
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         master = self.fp32_partitioned_groups_flat[sub_group_id]
-        part = self._part or Beside(master, [master.grad], self._written_beside(sub_group_id))  # offloaded
+        part = self._part or ExternalGrads(master, [master.grad], self._written_beside(sub_group_id))  # offloaded
         self._part = None
-        self.optimizer.lay_beside([part], self._grad_factor)
+        self.optimizer.set_external_grads([part], self._grad_factor)
         super()._optimizer_step(sub_group_id)
 
     def _written_beside(self, sub_group_id: int) -> Tensor | None:

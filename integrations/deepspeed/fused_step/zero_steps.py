@@ -19,7 +19,7 @@ from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor
 
 from adax_triton.state.precision import PARAM_DTYPES
-from adax_triton.step.external_grads import Beside
+from adax_triton.step.external_grads import ExternalGrads
 
 from .zero_methods import Zero12Hooks
 
@@ -129,7 +129,7 @@ class Zero12Step(Zero12Hooks):
         else:
             self.free_grad_in_param_list(self.params_not_in_partition[index])
             written, gradients = model_weights, self._pieces(index, master)
-        self._part = Beside(master, gradients, written)
+        self._part = ExternalGrads(master, gradients, written)
         self.unscale_and_clip_grads([master], norm)
         self.timers(stage_1_and_2.OPTIMIZER_GRADIENTS_TIMER).stop()
         self.timers(stage_1_and_2.OPTIMIZER_STEP_TIMER).start()
@@ -183,9 +183,9 @@ class BF16Step:
             self.real_dp_process_group,
             strict=True,
         )
-        self.optimizer.lay_beside(
+        self.optimizer.set_external_grads(
             [
-                Beside(master, [gradient], partitions[comm.get_rank(group=group)])
+                ExternalGrads(master, [gradient], partitions[comm.get_rank(group=group)])
                 for master, gradient, partitions, group in parts
             ],
             factor,

@@ -21,7 +21,7 @@ _list_of_params = itemgetter("params")
 _count = itemgetter("step")
 
 
-class Unchanged:
+class ReuseCheck:
     """What a step found of its parameters, to compare later steps with.
 
     Args:
@@ -49,7 +49,7 @@ class Unchanged:
         self._is_whole = is_whole
         self._group_indices = [one.group_index for one in params]
         self._grad_counts = [len(one.grads) for one in params]
-        self._images = [one.image for one in params if one.image is not None]
+        self._images = [one.low_precision_copy for one in params if one.low_precision_copy is not None]
         self._options = list(map(_options, param_groups))
         if is_whole:
             lists = list(map(_list_of_params, param_groups))
@@ -135,8 +135,8 @@ class Unchanged:
             return None
         if not _are_same([states.get(param) for param in self._params], self._states):
             return None
-        images = [one.image for one in given if one.image is not None]
-        same = _are_same(images, self._images) and [len(one.grads) for one in given] == self._grad_counts
+        low_precision_copies = [one.low_precision_copy for one in given if one.low_precision_copy is not None]
+        same = _are_same(low_precision_copies, self._images) and [len(one.grads) for one in given] == self._grad_counts
         return list(chain.from_iterable(one.grads for one in given)) if same else None
 
 
