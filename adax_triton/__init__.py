@@ -1,4 +1,4 @@
-"""AdaX as one fused Triton kernel, behind the interface of `torch.optim`."""
+"""AdaX as one fused Triton kernel, used as a `torch.optim.Optimizer`."""
 
 from __future__ import annotations
 
@@ -53,15 +53,20 @@ __all__ = [
     "to_torch_adam",
 ]
 
-# Where these names are. They are imported when one is asked for, because they import PyTorch, which takes seconds.
+# The modules of the public names, imported at first use: `import torch` takes seconds.
 _MODULES = (
     *("convert.state_dicts", "gradient_release", "optimizers", "state.flat_buffer", "step.external_grads"),
     *("step.telemetry", "telemetry_loggers", "update.coefficients", "update.horizon", "update.reference"),
 )
 
-if not TYPE_CHECKING:  # else a checker would take any name for one of these
+# Public names that were renamed before the first release.
+_RENAMED = {"Beside": "ExternalGrads"}
+
+if not TYPE_CHECKING:  # with it, type checkers would accept any attribute name
 
     def __getattr__(name: str) -> object:
+        if name in _RENAMED:
+            raise AttributeError(f"{__name__}.{name} was renamed to {_RENAMED[name]}")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         modules = (importlib.import_module(f"{__name__}.{module}") for module in _MODULES)

@@ -1,10 +1,11 @@
-"""The torch.optim contract shared by the four optimizers: groups, states, checkpoints, and the routing of one step."""
+"""The torch.optim contract of the four optimizers: groups, states, checkpoints, steps."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from adax_triton.state.precision import precision_for
 from adax_triton.state.validation import OLD_CHECKPOINT_DEFAULTS, validate_group
 from adax_triton.step.backend import uses_triton
 from adax_triton.step.collect import Collected, ParamWithGrad, collect, normalize_counts
-from adax_triton.step.conditions import OptimizerOptions, StepConditions, conditions_of
+from adax_triton.step.conditions import DEFAULT_CONDITIONS, OptimizerOptions, StepConditions, conditions_of
 from adax_triton.step.external_grads import (
     ExternalGrads,
     ExternalStep,
@@ -41,44 +42,109 @@ from adax_triton.step.scalars import HostScalars
 from adax_triton.step.telemetry import StepSums, StepTelemetry
 from adax_triton.update.horizon import FROZEN_WEIGHT
 
+# Plans of removed parameters are dropped when there are this many, or twice as many as were in use before.
 _FEW_PLANS = 64
 
 
+class SharedOptions(TypedDict, total=False):
+    """Keyword arguments that every optimizer takes; `AdaX` describes them."""
+
+    maximize: bool
+    states: str
+    master_weights: str | None
+    weight_rounding: str
+    seed: int
+    keep_float32: Callable[[Tensor], bool] | None
+    capturable: bool
+    max_grad_norm: float | None
+    error_if_nonfinite: bool
+    norm_process_group: Any
+    telemetry: bool
+
+
 class MomentOptimizer(Optimizer):
-    """Steps parameters by a first moment over the root of a normalised second moment; see the four subclasses.
+    """Base of the four optimizers: p -= lr m / (sqrt(v) + eps), with a normalised second moment v.
 
-    State of a parameter, created at its first step with a gradient and from then on updated in place:
+    A parameter's state is created at its first step with a gradient, and updated in place from then on:
 
-    - `step`: int, the steps it has taken; a frozen parameter's does not advance. A 0-d int64 tensor on the GPU if that
-      schedules: with `capturable`, `max_grad_norm`, a `GradScaler`, or a learning rate there.
-    - `exp_avg`: m, the shape of the parameter; float32 unless the group's `states` say otherwise (float64 and complex
-      follow the parameter).
-    - `exp_avg_sq`: v, likewise; the normalised second moment. A complex parameter's real and imaginary parts have their
-      own.
-    - `group_exponents`: beside the codes of `"8bit_v16"` and `"8bit"`, one per 32 elements.
-    - `master`: with `master_weights`, what a 16-bit parameter lacks to be the float32 weight.
+    - `step`: int, number of steps taken; it does not advance while the parameter has no gradient. A 0-d int64 tensor
+      on the GPU where the GPU counts steps: with `capturable`, `max_grad_norm`, a `GradScaler` or a learning rate on
+      the GPU.
+    - `exp_avg`: m, same shape as the parameter; float32 unless `states` says otherwise. float64 and complex
+      parameters keep their own dtype.
+    - `exp_avg_sq`: v, as `exp_avg`. A complex parameter has one v for the real and one for the imaginary part.
+    - `group_exponents`: one exponent per 32 elements; only with 8-bit states.
+    - `master`: the bits that a 16-bit parameter lacks of its float32 weight; only with `master_weights`.
 
-    `max_grad_norm` may be changed between steps.
-    How a state is kept is settled when it is created; its tensors' dtypes say it from then on.
+    Precision is fixed when a state is created and read back from its dtypes. `max_grad_norm` may change between steps.
     """
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: OptimizerOptions) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: float | Tensor,
+        betas: tuple[float | Tensor, float | Tensor],
+        eps: float,
+        weight_decay: float,
+        decoupled_weight_decay: bool,
+        second_moment: str,
+        eps_placement: str,
+        maximize: bool = False,
+        states: str = "float32",
+        master_weights: str | None = None,
+        weight_rounding: str = "nearest",
+        seed: int = 0,
+        keep_float32: Callable[[Tensor], bool] | None = None,
+        capturable: bool = False,
+        max_grad_norm: float | None = None,
+        error_if_nonfinite: bool = False,
+        norm_process_group: Any = None,
+        telemetry: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "second_moment": second_moment,
+            "eps_placement": eps_placement,
+            "maximize": maximize,
+            "states": states,
+            "master_weights": master_weights,
+            "weight_rounding": weight_rounding,
+            "seed": seed,
+            "capturable": capturable,
+        }
         validate_group(defaults)
-        options.check()
-        self.options = options
-        self.max_grad_norm = options.max_grad_norm
+        self.options = OptimizerOptions(keep_float32, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry)
+        self.options.check()
+        self.max_grad_norm = max_grad_norm
         self._prepare()
         super().__init__(params, defaults)
 
-    # Whether the class itself says that weight decay is decoupled, whatever checkpoint it loads, as torch's AdamW does.
+    def __init_subclass__(cls) -> None:
+        """List the shared options in the class's signature, for `help()` and for callers that inspect it."""
+        shared = inspect.signature(MomentOptimizer.__init__).parameters
+        own = inspect.signature(cls.__init__)
+        listed = []
+        for parameter in list(own.parameters.values())[1:]:
+            if parameter.annotation == "Unpack[SharedOptions]":
+                listed += [shared[name] for name in SharedOptions.__annotations__]
+            else:
+                listed.append(parameter)
+        cls.__signature__ = own.replace(parameters=listed)  # type: ignore[attr-defined]
+
+    # True where the class fixes decoupled weight decay, whatever a loaded checkpoint says, as in torch's AdamW.
     _is_decoupled = False
-    # torch.amp.GradScaler then leaves unscaling and skipping to the step.
+    # Tells torch.amp.GradScaler that `step` unscales gradients and skips steps itself.
     _step_supports_amp_scaling = True
 
     def _prepare(self) -> None:
         self._launch_cache = LaunchCache()
         self._sums = StepSums() if self.options.telemetry else None
-        # By kind and first parameter: ZeRO gives a step one group at a time, and gradient release one parameter.
+        # Keyed by kind of step and first parameter: ZeRO steps one group at a time, GradientRelease one parameter.
         self._plans: dict[tuple[str, int], StepPlan] = {}
         self._most_plans = _FEW_PLANS
         self._external_step: ExternalStep | None = None
@@ -86,17 +152,16 @@ class MomentOptimizer(Optimizer):
         self._frozen_warning = FrozenWarning()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters with hyper-parameters of its own.
+        """Add a parameter group with its own hyper-parameters.
 
         Args:
-            param_group: `{"params": tensor or iterable, ...}`; what it does not say comes from the constructor.
+            param_group: `{"params": tensor or iterable, ...}`. Missing keys take the constructor's values. A frozen
+                parameter may have any dtype; it is checked once it has a gradient.
 
         Raises:
-            TypeError: a trained parameter of integers, or a hyper-parameter of the wrong type.
-            ValueError: a hyper-parameter out of range, a parameter that is in a group already, or a trained one whose
-                states or weights cannot be kept as its group says.
-
-        A frozen parameter may be of any dtype. It is checked when it has a gradient.
+            TypeError: a trained parameter holds integers, or a hyper-parameter has the wrong type.
+            ValueError: a hyper-parameter is out of range, a parameter already belongs to a group, or a trained
+                parameter does not support the group's `states`, `master_weights` or `weight_rounding`.
         """
         if isinstance(param_group, dict):
             group = {**self.defaults, **param_group}
@@ -104,7 +169,7 @@ class MomentOptimizer(Optimizer):
             if self._is_decoupled and not group["decoupled_weight_decay"]:
                 name = type(self).__name__
                 raise ValueError(
-                    f"Invalid decoupled_weight_decay: False in a group of {name}, which always decouples it; use "
+                    f"Invalid decoupled_weight_decay: False in a parameter group; {name} accepts True only, use "
                     f"{name.removesuffix('W')}"
                 )
             params = param_group.get("params", [])
@@ -112,7 +177,8 @@ class MomentOptimizer(Optimizer):
                 params = param_group["params"] = list(params)
             if group["capturable"] and self.options.error_if_nonfinite:
                 raise ValueError(
-                    "Invalid error_if_nonfinite: True beside capturable=True; the host cannot look at the norm"
+                    "Invalid error_if_nonfinite: True with capturable=True, where the host cannot read the norm; set "
+                    "one of them to False"
                 )
             for index, entry in enumerate([params] if isinstance(params, Tensor) else params):
                 param, name = entry[1] if isinstance(entry, tuple) else entry, f"params[{index}]"
@@ -120,7 +186,7 @@ class MomentOptimizer(Optimizer):
                     raise TypeError(
                         f"{name}: optimizer can only optimize Tensors, but one of the params is {type(param)}"
                     )
-                if not is_frozen(param):  # else when it has a gradient
+                if not is_frozen(param):  # a frozen one is checked once it has a gradient
                     check_param(param, name, group, self.options.keep_float32)
         super().add_param_group(param_group)
 
@@ -134,15 +200,16 @@ class MomentOptimizer(Optimizer):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: clears gradients, recomputes the loss and returns it; called with gradients enabled.
+            closure: function that clears the gradients, computes the loss, calls `backward()` and returns the loss.
+                Called with gradients enabled.
 
         Returns:
-            What the closure returned.
+            The loss of the closure, or None.
 
         Raises:
-            TypeError, ValueError: a gradient or a state of the wrong dtype, shape or device; nothing has changed then.
-            RuntimeError: the norm of the gradients is not finite, and `error_if_nonfinite` was asked for; or a CUDA
-                graph is being captured without `capturable=True`, or without a step before it.
+            TypeError, ValueError: a gradient or a state has the wrong dtype, shape or device. Nothing has changed.
+            RuntimeError: the gradient norm is not finite and `error_if_nonfinite` is True; or a CUDA graph capture
+                runs without `capturable=True` or without an earlier step.
         """
         loss = None
         if closure is not None:
@@ -150,42 +217,42 @@ class MomentOptimizer(Optimizer):
                 loss = closure()
         with torch.no_grad():
             if torch.compiler.is_dynamo_compiling():
-                self._step_as_written()
+                self._step_untraced()
             else:
                 self._step()
         return loss
 
-    # In a function that torch.compile traces, a step breaks the graph once. Traced into, its counts and addresses would
-    # be constants of what is compiled, and each step would compile again.
+    # Breaks the graph of torch.compile once. If it were traced, step counts and addresses would become constants and
+    # each step would compile again.
     @torch._disable_dynamo
-    def _step_as_written(self) -> None:
+    def _step_untraced(self) -> None:
         self._step()
 
     def _step(self) -> None:
         conditions = conditions_of(self)
         if self._external_step is not None:
-            beside, self._external_step = self._external_step, None
-            return self._step_external(beside, conditions)
+            external_step, self._external_step = self._external_step, None
+            return self._step_external(external_step, conditions)
         key = "step", next((id(group["params"][0]) for group in self.param_groups if group["params"]), 0)
         plan = self._plans.get(key)
         if plan is None or not plan.matches(self.param_groups, self.state, conditions):
-            plan = self._planned(key, collect(self.param_groups, self.state, conditions, self.options.keep_float32))
+            plan = self._new_plan(key, collect(self.param_groups, self.state, conditions, self.options.keep_float32))
         self._run(plan, conditions)
 
-    def _planned(self, key: tuple[str, int], collected: Collected, is_whole: bool = True) -> StepPlan:
-        """Return a new plan for parameters that are checked, and keep it for later steps if it can serve them."""
+    def _new_plan(self, key: tuple[str, int], collected: Collected, covers_all: bool = True) -> StepPlan:
+        """Return a new plan for checked parameters, and keep it if later steps can reuse it."""
         normalize_counts(collected.params, self.state)
         host = HostScalars(
             [
-                (one.group_index, 1 if is_new(state) else state["step"] + 1)
-                for one in collected.params
-                for state in [self.state.get(one.param, {})]
-                if not (collected.on_device and uses_triton(one.param))
+                (item.group_index, 1 if is_new(state) else state["step"] + 1)
+                for item in collected.params
+                for state in [self.state.get(item.param, {})]
+                if not (collected.on_device and uses_triton(item.param))
             ]
         )
         host.compute(self.param_groups)
-        # Whatever the user may have got wrong has been refused by now; from here on things change.
-        self._create_states([one[:2] for one in collected.params if is_new(self.state[one.param])])
+        # All checks have passed; state changes start here.
+        self._create_states([item[:2] for item in collected.params if is_new(self.state[item.param])])
         plan = StepPlan(
             collected,
             host,
@@ -194,12 +261,12 @@ class MomentOptimizer(Optimizer):
             self._launch_cache,
             self.options.telemetry,
             self.options.norm_process_group,
-            is_whole,
+            covers_all,
         )
         self._plans.pop(key, None)
         if key[0] == "step" or len(self._plans) >= self._most_plans:
-            # Plans keep their tensors alive, also those of parameters that have been replaced.
-            self._plans = {other: kept for other, kept in self._plans.items() if kept.belongs_to(self.state)}
+            # A plan keeps its tensors alive, so drop the plans of replaced parameters.
+            self._plans = {other: old for other, old in self._plans.items() if old.belongs_to(self.state)}
             self._most_plans = 2 * len(self._plans) + _FEW_PLANS
         if plan.is_reusable:
             self._plans[key] = plan
@@ -218,44 +285,47 @@ class MomentOptimizer(Optimizer):
             warnings.warn(warning, stacklevel=5)
 
     def set_external_grads(self, parts: Sequence[ExternalGrads], grad_factor: Tensor | None = None) -> None:
-        """Have the next `step()` update these parameters from gradients beside them, and no other parameters.
+        """Make the next `step()` use external gradients: it updates these parameters and no others.
 
-        Gradients are read once, in their own dtype, and multiplied in float32; the host does not wait for the factor.
-        The numbers are those of a step whose `grad` is the product.
+        A ZeRO-like framework has float32 weights next to the model's, with gradients in the model's dtype and in
+        pieces. The step reads each gradient once in its own dtype, multiplies it by `grad_factor` in float32, and
+        writes the new weights in the model's dtype too. The result is that of a step with `grad * grad_factor`; the
+        host does not wait for the factor.
 
         Args:
-            parts: the parameters, their gradients, and where to write their weights in another dtype.
-            grad_factor: 1 element, any device; multiplies all gradients. Default: None, they are taken as they are.
+            parts: parameters with their gradients and low-precision copies; see `ExternalGrads`.
+            grad_factor: 1 element on any device; multiplies all gradients. Default: None, no factor.
 
         Raises:
-            TypeError, ValueError: a tensor that does not fit, or an optimizer made with `telemetry`. `step()` raises
-                ValueError for a parameter that is in no group or whose steps the device counts, and for clipping.
+            TypeError, ValueError: a tensor does not fit, or the optimizer was made with `telemetry=True`. The next
+                `step()` raises ValueError for a parameter in no group, for steps counted on the device, and for
+                clipping.
         """
         self._external_step = checked_external_grads(parts, grad_factor, self.options.telemetry)
 
-    def _step_external(self, beside: ExternalStep, conditions: StepConditions) -> None:
-        parts, group_of = beside.parts, self._group_indices()
+    def _step_external(self, external_step: ExternalStep, conditions: StepConditions) -> None:
+        parts, group_of = external_step.parts, self._group_indices()
         key = "external", id(parts[0].param) if parts else 0
         plan = self._plans.get(key)
-        known = conditions.is_default and all(part.param in group_of for part in parts)
+        planned_before = conditions.is_default and all(part.param in group_of for part in parts)
         if (
             plan is None
-            or not known
+            or not planned_before
             or not plan.matches(self.param_groups, self.state, conditions, params_with_external_grads(parts, group_of))
         ):
-            checked_external_grads(parts, beside.grad_factor, telemetry=False)  # a tensor may have changed since
+            checked_external_grads(parts, external_step.grad_factor, telemetry=False)  # a tensor may have changed since
             collected = collect_external(parts, conditions, group_of, self.param_groups, self.state)
-            plan = self._planned(key, collected, is_whole=False)
-        self._run(plan, conditions._replace(grad_factor=beside.grad_factor))
+            plan = self._new_plan(key, collected, covers_all=False)
+        self._run(plan, conditions._replace(grad_factor=external_step.grad_factor))
 
-    def _step_one(self, param: Tensor, group_index: int, grad_scale: Tensor | None) -> None:
-        conditions, key = StepConditions(grad_scale), ("release", id(param))
+    def _step_one(self, param: Tensor, group_index: int) -> None:
+        conditions, key = DEFAULT_CONDITIONS, ("release", id(param))
         plan = self._plans.get(key)
         given = [ParamWithGrad(param, group_index, (param.grad,))] if param.grad is not None else []
         if plan is None or not plan.matches(self.param_groups, self.state, conditions, given):
             only = {param: group_index}
             collected = collect(self.param_groups, self.state, conditions, self.options.keep_float32, only)
-            plan = self._planned(key, collected, is_whole=False)
+            plan = self._new_plan(key, collected, covers_all=False)
         self._run(plan, conditions)
 
     def _create_states(self, params: list[tuple[Tensor, int]]) -> None:
@@ -267,50 +337,50 @@ class MomentOptimizer(Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of all gradients of the last step, unscaled: 0-d float32, a new tensor; None unless it was measured."""
+        """Norm of all unscaled gradients of the last step, 0-d float32; None without `max_grad_norm`."""
         return None if self._grad_norm is None else self._grad_norm.clone()
 
     def read_telemetry(self, per_parameter: bool = False) -> StepTelemetry:
-        """Return norms and counts of the last step; the host waits for it to be done.
+        """Return norms and counts of the last step; the host waits until the step is done.
 
-        Where parameters are DTensors all ranks must call it, and get the numbers of the whole parameters.
+        With DTensor parameters every rank must call it; each gets the numbers of the full parameters.
 
         Args:
-            per_parameter: whether to return those of single parameters too. Default: False.
+            per_parameter: return the numbers of each parameter too. Default: False.
 
         Raises:
-            RuntimeError: the optimizer was made without `telemetry=True`, or has not stepped.
+            RuntimeError: the optimizer was made without `telemetry=True`, or has not stepped yet.
         """
         if self._sums is None:
-            raise RuntimeError("read_telemetry(): the optimizer was made without telemetry=True")
+            raise RuntimeError("read_telemetry(): no telemetry was recorded; create the optimizer with telemetry=True")
         return self._sums.read(len(self.param_groups), per_parameter)
 
     def master_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return a model's state dict with float32 weights: the masters, where this optimizer keeps them.
+        """Return a model's state dict with float32 weights, including the bits of the master weights.
 
         Args:
-            model: whose parameters this optimizer steps.
+            model: the model that this optimizer trains.
 
         Returns:
-            The keys of `model.state_dict()`; new tensors. Floating-point parameters are float32, each the exact weight
-            that the optimizer trains; all else is as in the model.
+            New tensors under the keys of `model.state_dict()`. Floating-point parameters are float32 and hold the
+            exact weights that the optimizer trains. Everything else is as in the model.
         """
         return master_weights.export(model, self.state)
 
     def load_master_state_dict(self, model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-        """Load float32 weights into a model and into the masters that this optimizer keeps.
+        """Load float32 weights into a model and into this optimizer's master weights.
 
         Args:
-            model: whose parameters this optimizer steps.
-            state_dict: as from `master_state_dict`; every parameter and buffer of the model.
+            model: the model that this optimizer trains.
+            state_dict: from `master_state_dict`; every parameter and buffer of the model.
 
         Raises:
-            ValueError: keys or shapes that do not fit; nothing has changed then.
+            ValueError: keys or shapes do not fit. Nothing has changed.
         """
         master_weights.check(model, state_dict)
         group_of = self._group_indices()
         owned = [param for param in model.parameters() if param in group_of and not is_frozen(param)]
-        # A parameter that has not been stepped yet has nowhere to put what its 16 bits do not hold.
+        # A parameter without a step has no master weights yet.
         self._create_states([(param, group_of[param]) for param in owned if is_new(self.state[param])])
         master_weights.load(model, self.state, state_dict)
 
@@ -318,8 +388,8 @@ class MomentOptimizer(Optimizer):
         return {param: index for index, group in enumerate(self.param_groups) for param in group["params"]}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return states and groups as `torch.optim.Optimizer.state_dict` does; counts of steps as ints."""
-        # As the first of the post-hooks, before the user's own make of it what they like.
+        """Return states and groups as `torch.optim.Optimizer.state_dict`, with step counts as ints."""
+        # First of the post-hooks, so that the user's own hooks see its result.
         handle = self.register_state_dict_post_hook(lambda _, given: with_int_counts(given), prepend=True)
         try:
             return super().state_dict()
@@ -327,24 +397,26 @@ class MomentOptimizer(Optimizer):
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the same rule; states keep their dtypes whatever the parameters'.
+        """Load a state dict of the same rule, in any precision.
+
+        This optimizer keeps its own `states`, `master_weights` and `weight_rounding`. States in another precision are
+        converted: exactly if the new precision can represent the values, else rounded to nearest. The tensors are
+        copied.
 
         Args:
-            state_dict: from `state_dict()` of an optimizer with groups of the same sizes, in any precision. It is
-                copied, never aliased. This optimizer's `states`, `master_weights` and `weight_rounding` stay as they
-                are: states kept otherwise are converted, exactly where the new form can hold the old, else to nearest.
+            state_dict: from `state_dict()` of an optimizer with groups of the same sizes.
 
         Raises:
-            ValueError, TypeError: it does not fit; nothing has changed then.
+            ValueError, TypeError: the state dict does not fit. Nothing has changed.
         """
 
-        def check_and_hold(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        def check_and_wrap(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             check_state_dict(given, optimizer.param_groups)
-            held = wrap_tensors(given, optimizer.state)
-            return {**held, "param_groups": with_own_options(optimizer.param_groups, given)}
+            wrapped = wrap_tensors(given, optimizer.state)
+            return {**wrapped, "param_groups": with_own_options(optimizer.param_groups, given)}
 
-        # As the last of the pre-hooks it sees what the user's own have made of the state dict.
-        handle = self.register_load_state_dict_pre_hook(check_and_hold)
+        # Last of the pre-hooks, so that it sees the result of the user's own hooks.
+        handle = self.register_load_state_dict_pre_hook(check_and_wrap)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -354,23 +426,27 @@ class MomentOptimizer(Optimizer):
         before, own_groups = self.__dict__.get("state", {}), self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         keep_lr_tensors(self.param_groups, own_groups)
-        if "_memory" not in self.__dict__:  # unpickled; else captured graphs read its tables
+        if "_memory" not in self.__dict__:  # unpickled; otherwise keep the tables that captured graphs read
             self._prepare()
         self._plans.clear()
         for group in self.param_groups:
             for key, value in OLD_CHECKPOINT_DEFAULTS.items():
                 group.setdefault(key, value)
             group["decoupled_weight_decay"] |= self._is_decoupled
-        held = {param: self.state[param] for param in params_with_wrapped_tensors(self.state)}
+        loaded = {param: self.state[param] for param in params_with_wrapped_tensors(self.state)}
         group_of = self._group_indices()
-        for param in held:
-            # Into the tensors there are; but a framework may have emptied them, or the user moved the parameter.
+        for param in loaded:
+            # Load into the existing tensors, unless a framework emptied them or the user moved the parameter.
             existing = before.get(param, {})
             own = {name: value for name, value in existing.items() if name in ("step", *STATE_TENSORS)}
             self.state[param] = own if state_mismatch(existing, param) is None else {}
-        self._create_states([(param, group_of[param]) for param in held if is_new(self.state[param])])
-        for param, values in held.items():
+        self._create_states([(param, group_of[param]) for param in loaded if is_new(self.state[param])])
+        for param, values in loaded.items():
             restore(values, into=self.state[param], param=param)
+
+    def __getattr__(self, name: str) -> Any:
+        renamed = "; lay_beside was renamed to set_external_grads" if name == "lay_beside" else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{renamed}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "options": self.options, "max_grad_norm": self.max_grad_norm}

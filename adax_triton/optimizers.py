@@ -2,74 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from adax_triton.step.conditions import OptimizerOptions
-
-from .moment_optimizer import MomentOptimizer
+from .moment_optimizer import MomentOptimizer, SharedOptions
 
 
 class AdaX(MomentOptimizer):
-    r"""AdaX: Adam with exponential long-term memory; the weight decay is L2, part of the gradient.
+    r"""AdaX: Adam with exponential long-term memory, and weight decay as L2 in the gradient.
 
     .. math::
         m_t &= m_{t-1} + (1 - \beta_1)(g_t - m_{t-1}) \\
         v_t &= v_{t-1} + w_t (g_t^2 - v_{t-1}), \qquad w_t = \beta_2 / ((1 + \beta_2)^t - 1) \\
         p_t &= p_{t-1} - lr \; m_t / (\sqrt{v_t} + \epsilon)
 
-    Adam forgets old gradients at a fixed rate; here the weight of a new one, :math:`w_t`, falls towards 0, so the step
-    size of each weight settles. `v` is the paper's second moment over its bias factor: the same numbers, bounded, where
-    the raw moment overflows float32 at step 887k. What matters is `betas[1] * steps`: at 1e-4, `v`
-    no longer changes from step 115,847 on, so take `beta2_for_horizon(total_steps)` for long runs.
+    Adam forgets old gradients at a fixed rate. In AdaX the weight of a new gradient, :math:`w_t`, falls towards 0, so
+    the step size of each weight settles. `v` is the paper's second moment divided by its bias factor. The numbers are
+    the same, but `v` stays bounded, while the paper's moment overflows float32 at step 887k.
 
-    Source: Li, Zhang, Wang, Luo 2020, arXiv:2004.09740, algorithm 1, and the program released with it, whose defaults
-    these are.
+    `betas[1] * steps` decides how long the memory is. At 1e-4, `v` stops changing at step 115,847. For long runs set
+    `betas=(0.9, beta2_for_horizon(total_steps))`.
+
+    Source: Li, Zhang, Wang, Luo 2020, arXiv:2004.09740, algorithm 1. The defaults are those of the authors' program.
 
     Args:
-        params: tensors, named tensors or parameter groups, of float32, bfloat16, float16, float64 or complex dtype.
-        lr: learning rate, >= 0; a number or a 1-element tensor, read at every step. Default: 1.5e-3.
-        betas: decay of the first moment, in [0, 1), and the parameter of the rule: the growth rate of AdaX's memory, in
-            [0, 0.1], not Adam's 0.999. Default: (0.9, 1e-4).
+        params: tensors, named tensors or parameter groups; float32, bfloat16, float16, float64 or complex.
+        lr: learning rate, >= 0; a number or a 1-element tensor, read at each step. Default: 1.5e-3.
+        betas: (decay of the first moment, in [0, 1); growth rate of AdaX's memory, in [0, 0.1]). Adam's 0.999 is not a
+            growth rate and raises. Default: (0.9, 1e-4).
         eps: added to the root of the second moment, >= 0. Default: 1e-12.
-        weight_decay: decay coefficient, >= 0. Default: 5e-4.
-        decoupled_weight_decay: take the decay from the weights, `p -= lr * weight_decay * p`, instead of adding it to
-            the gradient. Default: False.
-        second_moment: `"adax"`; `"adam"`, `w_t = (1 - b2) / (1 - b2^t)` with the first moment bias-corrected, exactly
-            Adam; or `"adafactor"`, `w_t = t^-c` with `c = betas[1]`. The latter two want their own `betas[1]`, such as
-            0.999 and 0.8. Default: `"adax"`.
-        eps_placement: `"normalized"`, `sqrt(v) + eps` as above; or `"unnormalized"`, as the released PyTorch program
-            has it, eps beside the root of the raw moment, that is `eps / sqrt((1 + b2)^t - 1)` here. Default:
-            `"normalized"`.
-        maximize: follow the gradient up. Default: False.
-        states: how the moments are kept: `"float32"`; `"bfloat16"`; `"8bit_v16"`, 8-bit m and 16-bit v; `"8bit"`,
-            8-bit m and 8-bit v. Below float32, v is rounded stochastically; rounded to nearest it would stop
-            changing early. Tensors of fewer than 4096 elements keep float32. Default: `"float32"`.
-        master_weights: beside 16-bit parameters, keep what they lack of the weight: `"float32"`, all of it, so that
-            training is bit for bit that of float32 weights; `"24bit"`, for bfloat16, one byte of it, rounded
-            stochastically; None, nothing. Float32 parameters need none. Default: None.
-        weight_rounding: how bfloat16 parameters without a master are rounded, `"nearest"` or `"stochastic"`. Default:
-            `"nearest"`.
-        seed: in [0, 2^32). All random bits depend on it, on the step and on the element's index in its parameter, and
-            on nothing else. Default: 0.
-        keep_float32: a function of a parameter that says whether its states are kept in float32 whatever `states` is.
-            It is no part of the state dict. Default: none are.
-        capturable: schedule the step on the device, so that a CUDA graph may capture it; a learning rate on the device,
-            float32, is read at each replay. Betas should then be numbers. Default: False.
-        max_grad_norm: scale the gradients, all of the step together, so that their norm does not exceed this, > 0; as
-            `torch.nn.utils.clip_grad_norm_` and a step, to rounding, but `grad` is left as it is. A step whose norm is
-            not finite is skipped. No part of the state dict. Default: None, the norm is not measured.
-        error_if_nonfinite: raise instead of skipping; the host then waits for the norm. Default: False.
-        norm_process_group: over which gradients are sharded that are no DTensors (theirs is known), each rank having
-            other elements. Default: None, they are whole.
-        telemetry: have each step take norms and counts for `read_telemetry`, within its own pass. Default: False.
+        weight_decay: coefficient, >= 0. Default: 5e-4.
+        decoupled_weight_decay: if True, `p -= lr * weight_decay * p`; if False, `g += weight_decay * p`. Default:
+            False.
+        second_moment: the rule for `w_t`. `"adax"` as above. `"adam"`: `w_t = (1 - b2) / (1 - b2^t)` with a
+            bias-corrected first moment, exactly Adam. `"adafactor"`: `w_t = t^-c` with `c = betas[1]`. The last two
+            need their own `betas[1]`, such as 0.999 and 0.8. Default: `"adax"`.
+        eps_placement: `"normalized"`: `sqrt(v) + eps`, as above. `"unnormalized"`: eps is added to the root of the raw
+            moment, as in the authors' program; here that is `eps / sqrt((1 + b2)^t - 1)`. Default: `"normalized"`.
+        maximize: maximize the objective. Default: False.
+        states: precision of the moments. `"float32"`; `"bfloat16"`; `"8bit_v16"`: 8-bit m and 16-bit v; `"8bit"`:
+            8-bit m and 8-bit v. Below float32, v is rounded stochastically, because rounding to nearest would stop
+            it early. Tensors with fewer than 4096 elements keep float32. Default: `"float32"`.
+        master_weights: extra bits for 16-bit parameters. `"float32"`: full float32 weights, so that training is bit
+            for bit that of float32 parameters. `"24bit"`: one extra byte for bfloat16, rounded stochastically. None:
+            no extra bits. float32 parameters need none. Default: None.
+        weight_rounding: rounding of bfloat16 parameters without master weights, `"nearest"` or `"stochastic"`.
+            Default: `"nearest"`.
+        seed: seed of stochastic rounding, in [0, 2^32). A random bit depends on the seed, the step and the index of
+            the element in its parameter, and on nothing else. Default: 0.
+        keep_float32: function of a parameter; True keeps float32 states for it whatever `states` is. Not part of the
+            state dict. Default: None.
+        capturable: count steps on the GPU, so that a CUDA graph may capture `step()`. A float32 learning rate on the
+            GPU is then read at each replay. Use numbers for betas. Default: False.
+        max_grad_norm: clip the norm of all gradients to this, > 0, as `torch.nn.utils.clip_grad_norm_` before the
+            step, to rounding; `grad` is not changed. A step with a norm that is not finite is skipped. `inf` measures
+            without clipping. Not part of the state dict. Default: None, the norm is not measured.
+        error_if_nonfinite: raise instead of skipping the step; the host then waits for the norm. Needs
+            `max_grad_norm`. Default: False.
+        norm_process_group: process group whose ranks hold different shards of the gradients as plain tensors. DTensors
+            need none. Needs `max_grad_norm`. Default: None, each rank has the whole gradients.
+        telemetry: record norms and counts in each step, for `read_telemetry`. Default: False.
 
     Raises:
-        TypeError: an argument or a parameter of the wrong type; the message names it.
-        ValueError: an argument out of range; the message names it and its value.
+        TypeError: an argument or a parameter has the wrong type; the message names it.
+        ValueError: an argument is out of range; the message names it and its value.
     """
 
     def __init__(
@@ -83,42 +81,25 @@ class AdaX(MomentOptimizer):
         decoupled_weight_decay: bool = False,
         second_moment: str = "adax",
         eps_placement: str = "normalized",
-        maximize: bool = False,
-        states: str = "float32",
-        master_weights: str | None = None,
-        weight_rounding: str = "nearest",
-        seed: int = 0,
-        keep_float32: Callable[[Tensor], bool] | None = None,
-        capturable: bool = False,
-        max_grad_norm: float | None = None,
-        error_if_nonfinite: bool = False,
-        norm_process_group: Any = None,
-        telemetry: bool = False,
+        **options: Unpack[SharedOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "second_moment": second_moment,
-            "eps_placement": eps_placement,
-            "maximize": maximize,
-            "states": states,
-            "master_weights": master_weights,
-            "weight_rounding": weight_rounding,
-            "seed": seed,
-            "capturable": capturable,
-        }
-        options = OptimizerOptions(keep_float32, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry)
-        super().__init__(params, defaults, options)
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            second_moment=second_moment,
+            eps_placement=eps_placement,
+            **options,
+        )
 
 
 class AdaXW(AdaX):
-    """AdaX with decoupled weight decay, `p -= lr * weight_decay * p`: the variant its authors recommend.
+    """AdaX with decoupled weight decay, which its authors recommend; replaces `torch.optim.AdamW`.
 
-    Takes the place of `torch.optim.AdamW`. Everything but the defaults is `AdaX` with `decoupled_weight_decay=True`;
-    update, states and errors are described there.
+    `AdaX` with `decoupled_weight_decay=True` and other defaults; `AdaX` describes update, states and errors.
 
     Source: Li et al. 2020, arXiv:2004.09740, algorithm 2 (AdaX-W).
 
@@ -127,11 +108,10 @@ class AdaXW(AdaX):
         lr: learning rate, >= 0. Default: 5e-3.
         betas: see `AdaX`. Default: (0.9, 1e-4).
         eps: see `AdaX`. Default: 1e-12.
-        weight_decay: decoupled decay coefficient, >= 0. Default: 5e-2.
+        weight_decay: decoupled coefficient, >= 0: `p -= lr * weight_decay * p`. Default: 5e-2.
         second_moment: see `AdaX`. Default: `"adax"`.
         eps_placement: see `AdaX`. Default: `"normalized"`.
-        maximize: follow the gradient up. Default: False.
-        states, master_weights, weight_rounding, seed, keep_float32: see `AdaX`.
+        maximize, states, master_weights, weight_rounding, seed, keep_float32: see `AdaX`.
         capturable, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry: see `AdaX`.
 
     Raises:
@@ -150,49 +130,31 @@ class AdaXW(AdaX):
         *,
         second_moment: str = "adax",
         eps_placement: str = "normalized",
-        maximize: bool = False,
-        states: str = "float32",
-        master_weights: str | None = None,
-        weight_rounding: str = "nearest",
-        seed: int = 0,
-        keep_float32: Callable[[Tensor], bool] | None = None,
-        capturable: bool = False,
-        max_grad_norm: float | None = None,
-        error_if_nonfinite: bool = False,
-        norm_process_group: Any = None,
-        telemetry: bool = False,
+        **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
+            lr,
+            betas,
+            eps,
+            weight_decay,
             decoupled_weight_decay=True,
             second_moment=second_moment,
             eps_placement=eps_placement,
-            maximize=maximize,
-            states=states,
-            master_weights=master_weights,
-            weight_rounding=weight_rounding,
-            seed=seed,
-            keep_float32=keep_float32,
-            capturable=capturable,
-            max_grad_norm=max_grad_norm,
-            error_if_nonfinite=error_if_nonfinite,
-            norm_process_group=norm_process_group,
-            telemetry=telemetry,
+            **options,
         )
 
 
 class Adam(MomentOptimizer):
-    r"""Adam on AdaX's kernel, with the numbers and defaults of `torch.optim.Adam`, to compare rules and not programs.
+    r"""Adam on AdaX's kernel, with the numbers and defaults of `torch.optim.Adam`.
+
+    Use it to compare the two rules on the same kernel.
 
     .. math::
         w_t = (1 - \beta_2) / (1 - \beta_2^t), \qquad
         p_t = p_{t-1} - lr \; \frac{m_t}{1 - \beta_1^t} / (\sqrt{v_t} + \epsilon)
 
-    `v` is torch's `exp_avg_sq` over `1 - betas[1]^step`; the rest is as in `AdaX`.
+    `v` is torch's `exp_avg_sq` divided by `1 - betas[1]^step`. The rest is as in `AdaX`.
 
     Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.
 
@@ -201,10 +163,10 @@ class Adam(MomentOptimizer):
         lr: learning rate, >= 0. Default: 1e-3.
         betas: decay of the first and of the second moment, each in [0, 1). Default: (0.9, 0.999).
         eps: added to the root of the bias-corrected second moment, >= 0. Default: 1e-8.
-        weight_decay: decay coefficient, >= 0, added to the gradient as L2. Default: 0.
-        decoupled_weight_decay: take the decay from the weights instead. Default: False.
-        maximize: follow the gradient up. Default: False.
-        states, master_weights, weight_rounding, seed, keep_float32: see `AdaX`.
+        weight_decay: coefficient, >= 0. Default: 0.
+        decoupled_weight_decay: if True, `p -= lr * weight_decay * p`; if False, `g += weight_decay * p`. Default:
+            False.
+        maximize, states, master_weights, weight_rounding, seed, keep_float32: see `AdaX`.
         capturable, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry: see `AdaX`.
 
     Raises:
@@ -220,39 +182,23 @@ class Adam(MomentOptimizer):
         weight_decay: float = 0.0,
         *,
         decoupled_weight_decay: bool = False,
-        maximize: bool = False,
-        states: str = "float32",
-        master_weights: str | None = None,
-        weight_rounding: str = "nearest",
-        seed: int = 0,
-        keep_float32: Callable[[Tensor], bool] | None = None,
-        capturable: bool = False,
-        max_grad_norm: float | None = None,
-        error_if_nonfinite: bool = False,
-        norm_process_group: Any = None,
-        telemetry: bool = False,
+        **options: Unpack[SharedOptions],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "second_moment": "adam",
-            "eps_placement": "normalized",
-            "maximize": maximize,
-            "states": states,
-            "master_weights": master_weights,
-            "weight_rounding": weight_rounding,
-            "seed": seed,
-            "capturable": capturable,
-        }
-        options = OptimizerOptions(keep_float32, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry)
-        super().__init__(params, defaults, options)
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            second_moment="adam",
+            eps_placement="normalized",
+            **options,
+        )
 
 
 class AdamW(Adam):
-    """AdamW on AdaX's kernel, with the numbers and defaults of `torch.optim.AdamW`: `Adam` with decoupled weight decay.
+    """Adam with decoupled weight decay, with the numbers and defaults of `torch.optim.AdamW`.
 
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
 
@@ -261,9 +207,8 @@ class AdamW(Adam):
         lr: learning rate, >= 0. Default: 1e-3.
         betas: decay of the first and of the second moment, each in [0, 1). Default: (0.9, 0.999).
         eps: see `Adam`. Default: 1e-8.
-        weight_decay: decoupled decay coefficient, >= 0. Default: 1e-2.
-        maximize: follow the gradient up. Default: False.
-        states, master_weights, weight_rounding, seed, keep_float32: see `AdaX`.
+        weight_decay: decoupled coefficient, >= 0: `p -= lr * weight_decay * p`. Default: 1e-2.
+        maximize, states, master_weights, weight_rounding, seed, keep_float32: see `AdaX`.
         capturable, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry: see `AdaX`.
 
     Raises:
@@ -279,35 +224,6 @@ class AdamW(Adam):
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        maximize: bool = False,
-        states: str = "float32",
-        master_weights: str | None = None,
-        weight_rounding: str = "nearest",
-        seed: int = 0,
-        keep_float32: Callable[[Tensor], bool] | None = None,
-        capturable: bool = False,
-        max_grad_norm: float | None = None,
-        error_if_nonfinite: bool = False,
-        norm_process_group: Any = None,
-        telemetry: bool = False,
+        **options: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=True,
-            maximize=maximize,
-            states=states,
-            master_weights=master_weights,
-            weight_rounding=weight_rounding,
-            seed=seed,
-            keep_float32=keep_float32,
-            capturable=capturable,
-            max_grad_norm=max_grad_norm,
-            error_if_nonfinite=error_if_nonfinite,
-            norm_process_group=norm_process_group,
-            telemetry=telemetry,
-        )
+        super().__init__(params, lr, betas, eps, weight_decay, decoupled_weight_decay=True, **options)

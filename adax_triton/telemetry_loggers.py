@@ -1,4 +1,4 @@
-"""Callbacks that log telemetry: hooks for `optimizer.register_step_post_hook`."""
+"""Telemetry loggers for `optimizer.register_step_post_hook`: JSON lines and TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .moment_optimizer import MomentOptimizer
 
 
 class ScalarWriter(Protocol):
-    """What `torch.utils.tensorboard.SummaryWriter` is used for."""
+    """The part of `torch.utils.tensorboard.SummaryWriter` that is used."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """Log one number."""
 
 
 class _EveryNthStep:
-    """Reads telemetry every so many steps, when alone the host waits for the device."""
+    """Read and log telemetry every n-th step; the host waits for the device at those steps only."""
 
     def __init__(self, every: int, per_parameter: bool) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
@@ -31,7 +31,7 @@ class _EveryNthStep:
         self._calls = 0
 
     def __call__(self, optimizer: MomentOptimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Log, if it is time to; torch calls this after each step."""
+        """Log at every n-th call; torch calls this after each step."""
         self._calls += 1
         if self._calls % self._every == 0:
             self._log(self._calls, optimizer.read_telemetry(per_parameter=self._per_parameter))
@@ -41,17 +41,17 @@ class _EveryNthStep:
 
 
 class JsonLinesLogger(_EveryNthStep):
-    """Appends a line of JSON: `step`, `skipped`, `groups` and `params`, with the fields of `Telemetry`.
+    """Appends one JSON line per logged step: `step`, `skipped`, `groups`, `params`.
 
         optimizer.register_step_post_hook(JsonLinesLogger("telemetry.jsonl", every=100))
 
-    Numbers that are not finite are null.
+    `groups` and `params` hold the fields of `Telemetry`. Numbers that are not finite become null.
 
     Args:
-        path: of the file; lines are added to what it has. None writes nothing: for all ranks but one, which must read
-            along where parameters are DTensors.
-        every: steps from line to line; steps are counted from the logger's making, skipped ones included. Default: 1.
-        per_parameter: whether to log single parameters too. Default: False.
+        path: file to append to. With DTensor parameters every rank needs a logger, because reading is collective; pass
+            None on the ranks that shall not write.
+        every: log every n-th step, counted from the creation of the logger; skipped steps count. Default: 1.
+        per_parameter: log each parameter too. Default: False.
 
     Raises:
         ValueError: `every` is not a positive integer.
@@ -75,14 +75,15 @@ class JsonLinesLogger(_EveryNthStep):
 
 
 class TensorBoardLogger(_EveryNthStep):
-    """Writes scalars `PREFIX/group0/grad_norm` and so on, and `PREFIX/skipped`.
+    """Writes the scalars `PREFIX/skipped`, `PREFIX/group0/grad_norm` and so on.
 
         optimizer.register_step_post_hook(TensorBoardLogger(SummaryWriter(), every=100))
 
     Args:
-        writer: a `torch.utils.tensorboard.SummaryWriter`, or what has its `add_scalar`. None: see `JsonLinesLogger`.
+        writer: a `torch.utils.tensorboard.SummaryWriter`, or an object with its `add_scalar`. Pass None on the ranks
+            that shall not write, see `JsonLinesLogger`.
         every, per_parameter: see `JsonLinesLogger`.
-        prefix: of the tags. Default: "optimizer".
+        prefix: first part of each tag. Default: "optimizer".
 
     Raises:
         ValueError: `every` is not a positive integer.

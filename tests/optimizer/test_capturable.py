@@ -149,7 +149,7 @@ def test_values_that_do_not_fit_are_refused(device: torch.device) -> None:
     with pytest.raises(TypeError, match="Invalid type of capturable: expected True or False, got 1"):
         AdaX(parameters(device), capturable=1)
     optimizer = AdaX(parameters(device), max_grad_norm=1.0, error_if_nonfinite=True)
-    with pytest.raises(ValueError, match="Invalid error_if_nonfinite: True beside capturable=True"):
+    with pytest.raises(ValueError, match="Invalid error_if_nonfinite: True with capturable=True"):
         optimizer.add_param_group({"params": parameters(device), "capturable": True})
     assert len(optimizer.param_groups) == 1
 

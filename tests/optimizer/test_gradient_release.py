@@ -140,20 +140,17 @@ def test_checkpointed_segments_step_as_without_release(use_reentrant: bool, nati
         torch.manual_seed(0)
         layers = nn.ModuleList(nn.Linear(7, 7) for _ in range(4))
         optimizer = AdaXW(layers.parameters())
-        release = GradientRelease(optimizer, max_last_norm=float("inf")) if released else None
+        if released:
+            GradientRelease(optimizer)
         for step in range(2):
             x = torch.full((3, 7), 1.0 + step, requires_grad=True)
             for layer in layers[:3]:
                 x = checkpoint(layer, x, use_reentrant=use_reentrant)
             layers[3](x).square().sum().backward()
-            norm = torch.nn.utils.get_total_norm(
-                [param.grad for param in layers.parameters() if param.grad is not None]
-            )
             optimizer.step()
             optimizer.zero_grad()
-        runs.append((optimizer, norm if release is None else release.grad_norm))
-    assert_same(runs[0][0], runs[1][0])
-    torch.testing.assert_close(runs[0][1], runs[1][1])  # one norm of the whole pass
+        runs.append(optimizer)
+    assert_same(runs[0], runs[1])
 
 
 def test_gradients_live_one_at_a_time(backend: torch.device) -> None:
@@ -179,42 +176,6 @@ def test_gradients_live_one_at_a_time(backend: torch.device) -> None:
     alive.clear()
     nn.Sequential(*layers)(torch.ones(2, 16, device=backend)).sum().backward()
     assert max(alive) == 8  # or the test would count nothing
-
-
-def test_clips_by_the_norm_of_the_last_backward(backend: torch.device) -> None:
-    limit = 10.0
-    params, twin = parameters(backend), parameters(backend)
-    optimizer, plain = AdaXW(params, lr=0.1), AdaXW(twin, lr=0.1)
-    release = GradientRelease(optimizer, max_last_norm=limit)
-    factor = 1.0
-    clipped = 0
-    for step in range(4):
-        (loss_of(params, step) * 10.0 ** (step % 3 - 1)).backward()
-        (loss_of(twin, step) * 10.0 ** (step % 3 - 1)).backward()
-        norm = torch.nn.utils.get_total_norm([param.grad for param in twin])
-        for param in twin:
-            param.grad *= factor
-        plain.step()
-        plain.zero_grad()
-        torch.testing.assert_close(release.grad_norm, norm, rtol=1e-5, atol=0.0)
-        factor = min(1.0, limit / (float(norm) + 1e-6))
-        clipped += factor < 1.0
-    assert 0 < clipped < 4
-    for param, expected in zip(params, twin, strict=True):
-        torch.testing.assert_close(param, expected, rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_norm_that_is_not_finite_does_not_clip(value: float, native_cpu: torch.device) -> None:
-    bad, good, twin = (Parameter(torch.ones(3)) for _ in range(3))
-    optimizer, plain = AdaX([bad, good]), AdaX([twin])
-    GradientRelease(optimizer, max_last_norm=1e9)
-    for scale in (value, 1.0):
-        (scale * bad.sum() + good.square().sum()).backward()
-        twin.square().sum().backward()
-        plain.step()
-        plain.zero_grad()
-    assert torch.equal(good, twin)
 
 
 def test_removed_release_leaves_gradients_to_step(backend: torch.device) -> None:
@@ -262,9 +223,9 @@ def test_steady_passes_use_their_plans_again_and_step_leaves_them(
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(backend)
     optimizer = AdaXW(model.parameters())
     planned: list[tuple[str, int]] = []
-    original = optimizer._planned
+    original = optimizer._new_plan
     monkeypatch.setattr(
-        optimizer, "_planned", lambda key, *given, **options: planned.append(key) or original(key, *given, **options)
+        optimizer, "_new_plan", lambda key, *given, **options: planned.append(key) or original(key, *given, **options)
     )
     with GradientRelease(optimizer):
         for _ in range(3):

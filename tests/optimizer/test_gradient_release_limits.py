@@ -10,31 +10,12 @@ import torch
 import torch.distributed as dist
 from paths import SUPPORT
 from ranks import run_ranks
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from adax_triton import AdaX, AdaXW
 from adax_triton.gradient_release import GradientRelease
-
-
-def test_norm_of_failed_backward_counts_for_nothing(backend: torch.device) -> None:
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            raise ArithmeticError("no gradient")
-
-    first, second = (Parameter(torch.ones(3, device=backend)) for _ in range(2))
-    release = GradientRelease(AdaX([first, second]), max_last_norm=float("inf"))
-    with pytest.raises(ArithmeticError):
-        (Fails.apply(first).sum() + 5.0 * second.sum()).backward()
-    assert second.grad is None and first not in release._optimizer.state  # the second came first
-    (2.0 * first.sum()).backward()
-    assert release.grad_norm == torch.full((3,), 2.0).norm()
 
 
 def test_bad_state_surfaces_from_backward(backend: torch.device) -> None:
@@ -53,29 +34,20 @@ def test_bad_state_surfaces_from_backward(backend: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "max_last_norm", "error", "message"),
-    [
-        ({"max_grad_norm": 1.0}, None, ValueError, "max_last_norm"),
-        ({"telemetry": True}, None, ValueError, "telemetry=True"),
-        ({}, 0.0, ValueError, "max_last_norm: 0.0"),
-        ({}, float("nan"), ValueError, "max_last_norm: nan"),
-        ({}, "1", TypeError, "max_last_norm"),
-        ({}, True, TypeError, "max_last_norm"),
-    ],
+    ("options", "message"),
+    [({"max_grad_norm": 1.0}, "max_grad_norm: 1.0"), ({"telemetry": True}, "telemetry=True")],
 )
-def test_refuses_what_it_cannot_do(
-    options: dict[str, Any], max_last_norm: Any, error: type[Exception], message: str
-) -> None:
+def test_refuses_clipping_and_telemetry(options: dict[str, Any], message: str) -> None:
     param = Parameter(torch.ones(3))
-    with pytest.raises(error, match=message):
-        GradientRelease(AdaX([param], **options), max_last_norm)
+    with pytest.raises(ValueError, match=message):
+        GradientRelease(AdaX([param], **options))
     param.sum().backward()
     assert param.grad is not None  # nothing was hooked
 
 
 def test_refuses_optimizers_and_parameters_of_others() -> None:
     param = Parameter(torch.ones(3))
-    with pytest.raises(TypeError, match="got SGD"):
+    with pytest.raises(TypeError, match=r"got torch\.optim\.sgd\.SGD"):
         GradientRelease(torch.optim.SGD([param]))  # type: ignore[arg-type]
     param._fsdp_flattened = True  # as FSDP1 marks it
     with pytest.raises(ValueError, match="FSDP1"):
@@ -113,7 +85,7 @@ def test_clipping_set_later_is_refused(native_cpu: torch.device) -> None:
     optimizer = AdaX([param])
     GradientRelease(optimizer)
     optimizer.max_grad_norm = 1.0
-    with pytest.raises(ValueError, match="max_last_norm"):
+    with pytest.raises(ValueError, match="does not support clipping"):
         param.sum().backward()
     assert torch.equal(param, torch.ones(3))
 
@@ -139,6 +111,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("check", ["fsdp2", "norm", "accumulation", "twice", "ddp"])
+@pytest.mark.parametrize("check", ["fsdp2", "accumulation", "twice", "ddp"])
 def test_on_two_ranks(check: str, ranks: list[dict[str, str]]) -> None:
     assert [found[check] for found in ranks] == ["", ""]

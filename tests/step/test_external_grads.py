@@ -113,9 +113,9 @@ def test_steady_steps_use_their_plan_again_and_moved_gradients_are_read(
     params = pair(48, backend)
     optimizers = AdaXW([params[0]], lr=1e-2), AdaXW([params[1]], lr=1e-2)
     planned: list[Any] = []
-    original = optimizers[0]._planned
+    original = optimizers[0]._new_plan
     monkeypatch.setattr(
-        optimizers[0], "_planned", lambda *given, **options: planned.append(given) or original(*given, **options)
+        optimizers[0], "_new_plan", lambda *given, **options: planned.append(given) or original(*given, **options)
     )
     memory, low_precision_copy = torch.empty(96, device=backend), torch.empty(48, dtype=torch.float16, device=backend)
     for step in range(STEPS - 1):

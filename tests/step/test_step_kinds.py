@@ -71,7 +71,7 @@ class Training:
         self.optimizer = AdaXW([{"params": first}, {"params": second, "lr": 0.03}], **{"lr": 0.01, **options})
         self.params = first + second
         self.kind = kind
-        self.release = GradientRelease(self.optimizer, max_last_norm=1.0) if kind == "release" else None
+        self.release = GradientRelease(self.optimizer) if kind == "release" else None
 
     def step(self, number: int, frozen: Parameter | None = None) -> None:
         generator = torch.Generator().manual_seed(number)
@@ -165,17 +165,16 @@ def test_names_of_replaced_groups_are_those_of_telemetry(device: torch.device) -
 def test_release_leaves_parameters_that_are_in_no_group_any_more(device: torch.device) -> None:
     training = Training("release", device)
     training.step(0)
-    groups, norm = training.optimizer.param_groups, training.release.grad_norm
+    groups = training.optimizer.param_groups
     training.optimizer.param_groups = groups[:1]
     before = [bits(param) for param in training.params]
     training.step(1)
     assert [bits(param) == old for param, old in zip(training.params, before, strict=True)] == [False] * 2 + [True] * 2
     assert [param.grad is None for param in training.params] == [True] * 2 + [False] * 2
-    assert not torch.equal(training.release.grad_norm, norm)
-    norm = training.release.grad_norm
     training.optimizer.param_groups = []
+    before = [bits(param) for param in training.params]
     training.step(2)
-    assert torch.equal(training.release.grad_norm, norm)  # no pass was stepped
+    assert [bits(param) for param in training.params] == before  # no parameter was stepped
     training.optimizer.param_groups = groups
     for param in training.params:
         param.grad = None
@@ -227,9 +226,9 @@ def test_streams_share_no_memory(kind: str, options: str, replace: Replace, laun
 def test_a_plan_serves_its_own_stream_alone(replace: Replace, monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training()
     replace("current_stream", lambda device: current)
-    original = training.optimizer._planned
+    original = training.optimizer._new_plan
     assembled: list[int] = []
-    monkeypatch.setattr(training.optimizer, "_planned", lambda *given: assembled.append(current) or original(*given))
+    monkeypatch.setattr(training.optimizer, "_new_plan", lambda *given: assembled.append(current) or original(*given))
     for number, stream in enumerate([1, 1, 1, 2, 2, 1, 1]):
         current = stream
         training.step(number)
@@ -345,14 +344,14 @@ def test_a_capture_of_gradients_laid_beside_is_refused(steps: int, replace: Repl
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_refused_capture_of_a_backward_pass_changes_nothing(steps: int, replace: Replace) -> None:
     training, twin = Training("release", capturable=True), Training("release", capturable=True)
-    # Whole steps make the states, but no tables by which one parameter is stepped, and no scale of its gradients.
+    # Whole steps make the states, but no tables by which one parameter is stepped.
     for each in (training, twin):
         each.release.remove()
         each.kind = "step"
         for number in range(steps):
             each.step(number)
         each.kind = "release"
-        each.release = GradientRelease(each.optimizer, max_last_norm=1.0)
+        each.release = GradientRelease(each.optimizer)
     capturing = True
     replace("is_capturing", lambda device: capturing)
     owners, contents = kept(training), training.contents()
@@ -360,10 +359,8 @@ def test_a_refused_capture_of_a_backward_pass_changes_nothing(steps: int, replac
         training.step(7)
     assert kept(training) == owners
     assert training.contents() == contents
-    assert training.release._last_norm._grad_scales == {}
     capturing = False
     for number in (8, 9):
         training.step(number)
         twin.step(number)
         assert training.contents() == twin.contents()
-        assert torch.equal(training.release.grad_norm, twin.release.grad_norm)

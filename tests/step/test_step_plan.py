@@ -69,11 +69,11 @@ class Pair:
             if change is not None:
                 change(optimizer, params)
         planned = []
-        original = self.optimizer._planned
-        self.optimizer._planned = lambda *given: planned.append(given) or original(*given)  # type: ignore[method-assign]
+        original = self.optimizer._new_plan
+        self.optimizer._new_plan = lambda *given: planned.append(given) or original(*given)  # type: ignore[method-assign]
         self.optimizer.step()
         self.twin.step()
-        del self.optimizer._planned
+        del self.optimizer._new_plan
         self.check()
         return not planned
 
