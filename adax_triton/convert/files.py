@@ -17,6 +17,7 @@ from torch import nn
 
 from adax_triton.optimizers import AdaX
 from adax_triton.state.precision import precision_of
+from adax_triton.state.validation import with_current_names
 
 from .moments import HYPERPARAMETERS
 from .state_dicts import (
@@ -111,7 +112,7 @@ def convert_precision(
     Raises:
         ValueError: it is of another program, or has no masters.
     """
-    groups = state_dict["param_groups"]
+    groups = [with_current_names(group) for group in state_dict["param_groups"]]
     if not all("second_moment" in group for group in groups):
         raise ValueError("only a state dict of adax_triton can be kept in another precision; convert it to one first")
     if master_weights is not None and not all(group.get("master_weights") for group in groups):
@@ -131,7 +132,7 @@ def convert_precision(
         id(stand_ins[key]) for group in groups for key in group["params"] if _kept_in_full(saved.get(key), group)
     }
     optimizer = AdaX(own_groups, keep_float32=lambda param: id(param) in in_full)
-    optimizer.load_state_dict({"state": state_dict["state"], "param_groups": list(groups)})
+    optimizer.load_state_dict({"state": state_dict["state"], "param_groups": groups})
     keys = list(stand_ins)
     loaded = {keys[index]: state for index, state in optimizer.state_dict()["state"].items()}
     return {**state_dict, "state": loaded, "param_groups": [{**group, **changes} for group in groups]}

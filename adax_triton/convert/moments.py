@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adax_triton.state.step_counts import checked_count
-from adax_triton.state.validation import OLD_CHECKPOINT_DEFAULTS, as_float, validate_group
+from adax_triton.state.validation import OLD_CHECKPOINT_DEFAULTS, as_float, validate_group, with_current_names
 
 FOREIGN_KEYS = ("lr", "betas", "eps", "weight_decay")
 NEEDED_KEYS = (*FOREIGN_KEYS, "second_moment", "eps_placement")
@@ -32,7 +32,10 @@ class MomentConversion(NamedTuple):
 
 def checked_group(group: Mapping[str, Any], where: str, only: dict[str, Any]) -> dict[str, Any]:
     """Return the hyper-parameters of a group of this package; `only` is what the other side can express."""
-    own = {**OLD_CHECKPOINT_DEFAULTS, **{key: group[key] for key in HYPERPARAMETERS if key in group}}
+    own = {
+        **OLD_CHECKPOINT_DEFAULTS,
+        **{key: value for key, value in with_current_names(group).items() if key in HYPERPARAMETERS},
+    }
     try:
         validate_group(own)
     except (TypeError, ValueError) as error:

@@ -17,7 +17,7 @@ from .allocation import MOMENTS, STATE_TENSORS, is_new, local_state_tensors
 from .dtensor import local_tensor, placed_like, splits_groups
 from .precision import HALF_DTYPES, Layout, is_quantized, precision_of, state_layouts
 from .step_counts import checked_count, counts_as_ints
-from .validation import OLD_CHECKPOINT_DEFAULTS, validate_group
+from .validation import OLD_CHECKPOINT_DEFAULTS, validate_group, with_current_names
 
 # What an optimizer keeps of its own when it loads a checkpoint: how states and counts are kept is no part of what was
 # learned.
@@ -127,7 +127,7 @@ def _check_group(saved: Mapping[str, Any], own: Mapping[str, Any], index: int) -
     if missing:
         raise ValueError(f"{name} has no {', '.join(map(repr, missing))}")
     try:
-        validate_group({**own, **saved})
+        validate_group({**own, **with_current_names(saved)})
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
 

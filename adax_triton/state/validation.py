@@ -1,4 +1,4 @@
-"""What a parameter group may say."""
+"""Validate the hyper-parameters of a parameter group."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from adax_triton.update.coefficients import EPS_PLACEMENTS, SECOND_MOMENTS
 
 from .precision import MASTER_WEIGHTS, STATES, WEIGHT_ROUNDINGS
 
-# The rules read betas[1] differently, and each one's default lies far outside the others' sense.
+# Each rule reads betas[1] differently. The default of one rule lies far outside the range of the others.
 LARGEST_ADAX_BETA2 = 0.1
 _SMALLEST_DECAY = 0.01
-# Groups of checkpoints and pickles written before a key existed get its default.
+# Defaults for keys that older checkpoints and pickles lack.
 OLD_CHECKPOINT_DEFAULTS: dict[str, Any] = {
     "decoupled_weight_decay": False,
     "maximize": False,
@@ -26,16 +26,24 @@ OLD_CHECKPOINT_DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "capturable": False,
 }
+# Names of `states` that older checkpoints hold.
+_RENAMED_STATES = {"low": "8bit_v16", "lowest": "8bit"}
+
+
+def with_current_names(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved parameter group with the current names of its values."""
+    states = group.get("states")
+    return {**group, "states": _RENAMED_STATES[states]} if states in _RENAMED_STATES else dict(group)
 
 
 def as_float(value: float | torch.Tensor, name: str) -> float:
-    """Return a hyper-parameter as a Python float; a tensor must have one element (a CUDA one makes the host wait).
+    """Return a hyper-parameter as a Python float; the host waits for a CUDA tensor.
 
     Raises:
-        TypeError: not a number.
-        ValueError: a tensor of another size.
+        TypeError: `value` is not a number.
+        ValueError: `value` is a tensor with more or fewer than one element.
     """
-    if type(value) is float:  # the usual case, at each step
+    if type(value) is float:  # the common case at each step
         return value
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
@@ -47,11 +55,11 @@ def as_float(value: float | torch.Tensor, name: str) -> float:
 
 
 def validate_group(group: Mapping[str, Any]) -> None:
-    """Check the hyper-parameters of a group whose defaults are filled in.
+    """Check the hyper-parameters of a complete parameter group.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value out of range, or one that has another meaning under the group's rule.
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of range, or belongs to another rule.
     """
     _check_non_negative(group["lr"], "lr", "learning rate")
     _check_non_negative(group["eps"], "eps", "epsilon value")
@@ -76,10 +84,12 @@ def validate_group(group: Mapping[str, Any]) -> None:
     if group["eps_placement"] == "unnormalized":
         if group["second_moment"] == "adafactor":
             raise ValueError(
-                "Invalid eps_placement: 'unnormalized'; second_moment='adafactor' has no raw moment to add eps to"
+                "Invalid eps_placement: 'unnormalized'; second_moment='adafactor' has no raw moment, use 'normalized'"
             )
         if group["second_moment"] == "adax" and beta2 == 0.0:
-            raise ValueError("Invalid eps_placement: 'unnormalized'; at betas[1]=0.0 AdaX's bias factor is 0")
+            raise ValueError(
+                "Invalid eps_placement: 'unnormalized'; AdaX's bias factor is 0 at betas[1]=0.0, use 'normalized'"
+            )
 
 
 def _check_non_negative(value: float | torch.Tensor, name: str, title: str) -> None:
@@ -96,15 +106,18 @@ def _check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_precision(group: Mapping[str, Any]) -> None:
-    _check_choice(group["states"], "states", STATES)
+    states = group["states"]
+    if isinstance(states, str) and states in _RENAMED_STATES:
+        raise ValueError(f"Invalid states: {states!r}; it was renamed, use {_RENAMED_STATES[states]!r}")
+    _check_choice(states, "states", STATES)
     _check_choice(group["weight_rounding"], "weight_rounding", WEIGHT_ROUNDINGS)
     master_weights, seed = group["master_weights"], group["seed"]
     if master_weights is not None:
         _check_choice(master_weights, "master_weights", MASTER_WEIGHTS)
         if group["weight_rounding"] == "stochastic":
             raise ValueError(
-                f"Invalid weight_rounding: 'stochastic' beside master_weights={master_weights!r}, which keeps what the "
-                "rounding would lose"
+                f"Invalid weight_rounding: 'stochastic' with master_weights={master_weights!r}; master weights keep "
+                "the bits that rounding loses, use weight_rounding='nearest'"
             )
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"Invalid type of seed: expected an int, got {seed!r}")
