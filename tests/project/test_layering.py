@@ -6,8 +6,8 @@ from pathlib import Path
 
 from paths import ROOT
 
-FOLDERS = {"adax_triton": "adax_triton", "kernels": "adax_triton.kernels", "integrations": "adax_triton.integrations"}
 TOP_LEVEL = ("kernels", "integrations", "bench")  # folders that are installed inside the package
+FOLDERS = {"adax_triton": "adax_triton", **{folder: f"adax_triton.{folder}" for folder in TOP_LEVEL}}
 FRAMEWORKS = {"deepspeed", "transformers", "accelerate", "lightning", "pytorch_lightning"}
 # The rooms, and the rooms that each may import. A room is a folder or a file of adax_triton/, or a top-level folder.
 ROOMS = {
@@ -16,8 +16,8 @@ ROOMS = {
     "state": {"update"},
     "step": {"update", "kernels", "state"},
     "moment_optimizer": {"update", "state", "step"},
-    "optimizers": {"step", "moment_optimizer"},
-    "gradient_release": {"state", "step", "moment_optimizer"},
+    "optimizers": {"moment_optimizer"},
+    "gradient_release": {"moment_optimizer"},
     "telemetry_loggers": {"step", "moment_optimizer"},
     "convert": {"update", "state", "optimizers"},
     "version": set(),
@@ -26,6 +26,7 @@ CORE = {*ROOMS, "adax_triton"}
 ROOMS |= {
     "adax_triton": {*ROOMS},
     "integrations": CORE - {"kernels"},
+    "bench": CORE | {"integrations"},
     "cli": CORE | {"integrations", "bench"},
 }
 # A Triton-free table layout and a few launch facts are all that the core may know of the kernels when it is imported.
@@ -94,16 +95,16 @@ def test_core_imports_triton_only_when_a_kernel_is_launched() -> None:
         eager = {
             name for name in imported(path, module, only_at_the_top=True) if name.startswith("adax_triton.kernels")
         }
-        if room_of(module) not in ("kernels", "integrations", "cli"):
+        if room_of(module) not in (*TOP_LEVEL, "cli"):
             assert {name for name in eager if name not in EAGER_KERNELS} == set(), module
 
 
 def test_only_integrations_import_frameworks() -> None:
     for module, path in sources():
         roots = {name.split(".")[0] for name in imported(path, module)}
-        if not module.startswith("adax_triton.integrations."):
+        if room_of(module) not in ("integrations", "bench"):
             assert not roots & FRAMEWORKS, module
-        if not module.startswith("adax_triton.kernels"):
+        if room_of(module) not in ("kernels", "bench"):
             assert "triton" not in roots, module
 
 
