@@ -1,1 +1,1 @@
-"""From param_groups to launches."""
+"""Turn parameter groups into kernel launches and run one optimizer step."""

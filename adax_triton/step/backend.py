@@ -1,4 +1,4 @@
-"""Which kernel steps a tensor: Triton's on a GPU, the native one on a CPU, else the reference formula."""
+"""Choose the kernel: Triton on a GPU, native on a CPU, else PyTorch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 
-from .cpu_kernel import CpuKernel, CpuKernelError, CpuVariant, build_problem, cpu_kernel, instruction_set
+from .cpu_kernel import CpuKernel, CpuKernelError, KernelVariant, build_problem, cpu_kernel, instruction_set
 
 TRITON, NATIVE, REFERENCE = "triton", "native", "reference"
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def backend_of(device: torch.device, param_dtype: torch.dtype, param: Tensor | None = None) -> str:
-    """Return `TRITON`, `NATIVE` or `REFERENCE` for a parameter; CPU tensors go to Triton only in its interpreter.
+    """Return `TRITON`, `NATIVE` or `REFERENCE` for a parameter.
+
+    CPU tensors go to Triton only in its interpreter.
 
     Args:
-        device: of the parameter.
-        param_dtype: of its real numbers.
-        param: the parameter. A fake one has no memory, so the reference steps it. Default: None, any other.
+        device: device of the parameter.
+        param_dtype: its dtype; for a complex parameter that of the components.
+        param: the parameter. A fake tensor has no memory, so it gets `REFERENCE`. Default: None, not a fake tensor.
     """
     if param is not None and is_fake(param):
         return REFERENCE
@@ -31,35 +33,35 @@ def backend_of(device: torch.device, param_dtype: torch.dtype, param: Tensor | N
 
 
 def uses_triton(param: Tensor) -> bool:
-    """Return whether the Triton kernel steps a parameter."""
+    """Return whether the Triton kernel updates a parameter."""
     return backend_of(param.device, param.dtype.to_real(), param) == TRITON
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor, or what a DTensor shards, has a shape and a device but no memory."""
+    """Return whether a tensor is a FakeTensor or a DTensor of fake tensors: it has no memory."""
     return type(tensor) not in (Tensor, nn.Parameter) and fake_tensor.is_fake(tensor)
 
 
 def explain_backend(device: torch.device, param_dtype: torch.dtype) -> tuple[str, str]:
-    """Return `TRITON`, `NATIVE` or `REFERENCE` for parameters of a kind, and why."""
+    """Return `TRITON`, `NATIVE` or `REFERENCE` for a device and dtype, and the reason."""
     backend = backend_of(device, param_dtype)
     if backend == TRITON:
         interpreted = ", in the interpreter because TRITON_INTERPRET is set" if device.type == "cpu" else ""
         return backend, f"the fused kernel{interpreted}"
     if backend == REFERENCE:
-        return backend, f"uncompiled PyTorch: the kernel does not take {param_dtype} on {device.type}"
+        return backend, f"uncompiled PyTorch: the kernel does not support {param_dtype} on {device.type}"
     problem = build_problem()
     if problem is not None:
         return REFERENCE, "uncompiled PyTorch, because there is no native kernel; see the self-check"
     return backend, f"the fused kernel, compiled for {instruction_set()}"
 
 
-_failed: set[CpuVariant] = set()
+_failed: set[KernelVariant] = set()
 _warned: list[str] = []
 
 
-def native_kernel(variant: CpuVariant) -> CpuKernel | None:
-    """Return the native kernel, or None where it cannot be built; the first such failure warns."""
+def native_kernel(variant: KernelVariant) -> CpuKernel | None:
+    """Return the native kernel, or None if the build fails. The first failure warns."""
     if variant in _failed:
         return None
     try:
@@ -70,7 +72,7 @@ def native_kernel(variant: CpuVariant) -> CpuKernel | None:
     if not _warned:
         _warned.append(problem)
         warnings.warn(
-            f"adax_triton steps CPU tensors with uncompiled PyTorch, several times slower: {problem}", stacklevel=8
+            f"adax_triton updates CPU tensors with uncompiled PyTorch, several times slower: {problem}", stacklevel=8
         )
     return None
 

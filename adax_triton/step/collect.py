@@ -1,4 +1,4 @@
-"""Collect the parameters of a step with their gradients, checked; nothing changes until all are."""
+"""Collect and check the parameters and gradients of a step, before anything changes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class ParamWithGrad(NamedTuple):
     """A parameter that a step updates.
 
     param: the parameter.
-    group_index: of its group.
-    grads: dense; their elements, one tensor after another, are the gradient.
-    image: gets the new weights in another dtype; None for none.
-    is_external: whether the gradients are not the parameter's own; they may be in pieces then.
+    group_index: index of its group.
+    grads: dense tensors. Concatenated, their elements are the gradient.
+    low_precision_copy: receives the new weights in another dtype. Default: None, no copy.
+    is_external: whether the gradients are from `set_external_grads()`, maybe in pieces. Default: False, `param.grad`.
     """
 
     param: Tensor
@@ -37,10 +37,10 @@ class ParamWithGrad(NamedTuple):
 
 
 class Collected(NamedTuple):
-    """The parameters of a step, and whether the device counts the steps of those on the Triton kernel."""
+    """The parameters of a step."""
 
     params: list[ParamWithGrad]
-    on_device: bool
+    counts_on_device: bool  # whether the step counts of Triton tensors are on their devices
 
 
 def collect(
@@ -50,57 +50,58 @@ def collect(
     keep_float32: Callable[[Tensor], bool] | None,
     only: Mapping[Tensor, int] | None = None,
 ) -> Collected:
-    """Return the parameters that have a gradient; nothing changes.
+    """Return the parameters that have a gradient. Nothing changes.
 
-    The device counts steps that it may have to skip, that a CUDA graph may replay, or whose learning rate only it
-    knows; and those of parameters whose `step` is there already.
+    The device counts steps with GradScaler, clipping, `capturable=True` or a learning rate on the GPU, and steps of
+    parameters whose `step` is a device tensor already.
 
     Args:
-        param_groups: of the optimizer.
-        states: of its parameters.
-        control: of the step.
+        param_groups: the optimizer's groups.
+        states: the optimizer's states.
+        conditions: scaling, skipping and clipping of the step.
         keep_float32: see `AdaX`.
-        only: these parameters instead, with the indices of their groups; all have gradients.
+        only: group indices of the parameters to collect; each has a `grad`. Default: None, all that have one.
 
     Raises:
-        TypeError, ValueError: a parameter for which there is no step, a gradient or a state that does not fit its
-            parameter, or a group with `capturable=True` that has a parameter which the Triton kernel does not take.
-        RuntimeError: a CUDA graph is being captured without `capturable=True`, or with a parameter that has no state
-            and no step count on its device yet: made now, they would be filled by replays only.
+        TypeError, ValueError: a parameter is not supported; a gradient or state does not fit its parameter; a group
+            with `capturable=True` has a parameter that the Triton kernel does not support.
+        RuntimeError: a CUDA graph is being captured, and a group has `capturable=False` or a parameter has no state
+            with a step count on its device. A state that is created now would be filled only by replays.
     """
-    # A dict, because a group may name a parameter twice (torch only warns): two updates in one launch would race.
+    # A dict, because a group may list a parameter twice (torch only warns): two updates in one launch would race.
     group_of = only or {
         param: group_index
         for group_index, group in enumerate(param_groups)
         for param in group["params"]
         if param.grad is not None
     }
-    on_device = False
+    counts_on_device = False
     capturing = any(map(is_capturing, {param.device for param in group_of if not is_fake(param)}))
     params = []
     for param, group_index in group_of.items():
         group, state = param_groups[group_index], states.get(param, {})
         if capturing and not group["capturable"]:
             raise RuntimeError(
-                f"step(): a CUDA graph is being captured, but param_groups[{group_index}] has capturable=False"
+                f"step(): a CUDA graph is being captured, but param_groups[{group_index}] has capturable=False; set "
+                "capturable=True"
             )
         grad = _checked_gradient(param, group_index, group, state, keep_float32)
         params.append(ParamWithGrad(param, group_index, (grad,)))
         if uses_triton(param):
-            counted_there = is_on_device(state.get("step"), param)
-            if capturing and not counted_there:
+            counted_on_device = is_on_device(state.get("step"), param)
+            if capturing and not counted_on_device:
                 raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
-            on_device = on_device or not conditions.is_default or needs_device(group) or counted_there
+            counts_on_device = counts_on_device or not conditions.is_default or needs_device(group) or counted_on_device
         elif group["capturable"] and not is_fake(param):
             raise ValueError(
-                f"param_groups[{group_index}]['capturable'] is True, but the Triton kernel does not take its parameter "
-                f"of {param.dtype} on {param.device}: the host would step it"
+                f"param_groups[{group_index}]['capturable'] is True, but the Triton kernel does not support its "
+                f"parameter of {param.dtype} on {param.device}; set capturable=False"
             )
-    if on_device:
-        for one in params:
-            if uses_triton(one.param):
-                lr_address(param_groups[one.group_index], one.param.device)  # refuses one that the kernel cannot read
-    return Collected(params, on_device)
+    if counts_on_device:
+        for item in params:
+            if uses_triton(item.param):
+                lr_address(param_groups[item.group_index], item.param.device)  # raises if not float32
+    return Collected(params, counts_on_device)
 
 
 def _checked_gradient(
@@ -129,7 +130,7 @@ def check_state(state: Mapping[str, Any], param: Tensor) -> None:
     """Check the state of a parameter.
 
     Raises:
-        TypeError, ValueError: a tensor that does not fit the parameter, or a step that is no count.
+        TypeError, ValueError: a tensor does not fit the parameter, or `step` is not a count.
     """
     problem = state_mismatch(state, param)
     if problem is not None:
@@ -138,19 +139,19 @@ def check_state(state: Mapping[str, Any], param: Tensor) -> None:
 
 
 def normalize_counts(params: Sequence[ParamWithGrad], states: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Bring the step counts of checked parameters into the form in which the step keeps them."""
-    seen = set()
-    for one in params:
-        state = states.get(one.param, {})
+    """Convert the step counts of checked parameters to int, or to 0-d int64 on the device."""
+    addresses = set()
+    for item in params:
+        state = states.get(item.param, {})
         if type(state.get("step", 0)) is not int:
-            count = normalized_count(state["step"], one.param, uses_triton(one.param))
+            count = normalized_count(state["step"], item.param, uses_triton(item.param))
             if isinstance(count, Tensor):
-                if count.data_ptr() in seen:  # a tensor for several parameters would count the steps of all
+                if count.data_ptr() in addresses:  # each parameter needs a count of its own
                     count = count.clone()
-                seen.add(count.data_ptr())
+                addresses.add(count.data_ptr())
             state["step"] = count
 
 
 def needs_device(group: Mapping[str, Any]) -> bool:
-    """Return whether only the device can count a group's steps: for a CUDA graph, or as only it knows the lr."""
+    """Return whether a group is capturable or its learning rate is a GPU tensor."""
     return group["capturable"] or (isinstance(group["lr"], torch.Tensor) and group["lr"].device.type != "cpu")

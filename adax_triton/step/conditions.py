@@ -1,4 +1,4 @@
-"""What one step obeys besides the gradients: the scale they bear, and whether and how they are clipped."""
+"""Per-step gradient handling: AMP scale, overflow flag, clipping."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# What torch.nn.utils.clip_grad_norm_ adds to the norm.
+# The epsilon of torch.nn.utils.clip_grad_norm_.
 NORM_EPS = 1e-6
 
 
 class NormRanks(NamedTuple):
-    """Over which ranks the norm is summed, and the device on which a rank without gradients takes part."""
+    """Ranks that share the gradient norm."""
 
     process_group: Any
-    device: torch.device
+    device: torch.device  # for the all-reduce on a rank without gradients
 
 
 class StepConditions(NamedTuple):
-    """The conditions of one step.
+    """Gradient scale, overflow flag and clipping of one step. Default: None for each.
 
-    grad_scale: 1 element; the gradients are this times too large. `torch.amp.GradScaler` sets it.
-    found_inf: 1 element; the step is skipped where it is not 0. Likewise.
-    max_grad_norm: clip to this norm, all gradients of the step together; with a norm that is not finite the step is
-        skipped.
-    norm_ranks: of gradients that are sharded in plain tensors; only beside `max_grad_norm`.
-    grad_factor: 1 element; all gradients are to be multiplied by it. With this alone the host schedules the step.
+    grad_scale: AMP loss scale, 1 element; gradients are divided by it. `torch.amp.GradScaler` sets it.
+    found_inf: overflow flag, 1 element; any value but 0 skips the step. `torch.amp.GradScaler` sets it.
+    max_grad_norm: clip the norm of all gradients to this. A norm that is not finite skips the step.
+    norm_ranks: ranks that shard plain-tensor gradients. Needs `max_grad_norm`.
+    grad_factor: factor of all gradients, 1 element. Not combined with the others; the host counts such steps.
     """
 
     grad_scale: Tensor | None = None
@@ -39,21 +38,21 @@ class StepConditions(NamedTuple):
 
     @property
     def is_default(self) -> bool:
-        """Whether the step is taken as it is."""
+        """Whether the step neither scales, skips nor clips."""
         return self is DEFAULT_CONDITIONS or all(value is None for value in self)
 
-    def read(self, sum_of_squares: Tensor | None) -> Decision:
-        """Return what follows for tensors that the host schedules; it waits for devices other than the CPU.
+    def decide(self, sum_of_squares: Tensor | None) -> Decision:
+        """Return the gradient factor and skip flag for host-counted parameters. The host waits for the GPU.
 
         Args:
-            sum_of_squares: of the gradients as they are, 0-d; needed with `max_grad_norm`.
+            sum_of_squares: of the scaled gradients, 0-d float64; required with `max_grad_norm`.
         """
         if self.grad_factor is not None:
             return Decision(float(self.grad_factor), False)
         scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
         if self.found_inf is not None and bool(self.found_inf != 0):
             return Decision(1.0, True)
-        if scale == 0.0:  # as the kernel divides
+        if scale == 0.0:  # 1 / 0 is inf in the kernel
             return Decision(math.inf, self.max_grad_norm is not None)
         if self.max_grad_norm is None or sum_of_squares is None:
             return Decision(1.0 / scale, False)
@@ -71,7 +70,7 @@ DEFAULT_CONDITIONS = StepConditions()
 
 
 class OptimizerOptions(NamedTuple):
-    """What the program chooses for an optimizer as a whole; no part of its state dict. See `AdaX` for each."""
+    """Optimizer-wide options that the state dict does not save. See `AdaX` for each."""
 
     keep_float32: Callable[[Tensor], bool] | None
     max_grad_norm: float | None
@@ -83,8 +82,8 @@ class OptimizerOptions(NamedTuple):
         """Check the options.
 
         Raises:
-            TypeError: one of the wrong type.
-            ValueError: one out of range, or without the one that it refers to.
+            TypeError: an option has the wrong type.
+            ValueError: an option is out of range, or needs a `max_grad_norm`.
         """
         if self.keep_float32 is not None and not callable(self.keep_float32):
             raise TypeError(
@@ -96,13 +95,13 @@ class OptimizerOptions(NamedTuple):
                 raise TypeError(f"Invalid type of {name}: expected True or False, got {getattr(self, name)!r}")
         if self.max_grad_norm is None and (self.error_if_nonfinite or self.norm_process_group is not None):
             raise ValueError(
-                "Invalid max_grad_norm: None; error_if_nonfinite and norm_process_group are about the norm, which is "
-                "measured only with a max_grad_norm (float('inf') measures without clipping)"
+                "Invalid max_grad_norm: None; error_if_nonfinite and norm_process_group need a number; pass "
+                "float('inf') to measure the norm without clipping"
             )
 
 
 class Decision(NamedTuple):
-    """What a step does: the factor of its gradients, and whether it is skipped."""
+    """Gradient factor and skip flag of one step."""
 
     grad_factor: float
     skip: bool
@@ -112,11 +111,15 @@ UNCHANGED_GRADIENTS = Decision(1.0, False)
 
 
 def check_max_grad_norm(max_grad_norm: Any, name: str = "max_grad_norm") -> float | None:
-    """Return a limit as given; `name` is that of the argument.
+    """Validate a norm limit and return it as float or None.
+
+    Args:
+        max_grad_norm: limit above 0, or None. inf measures the norm and may skip steps, but never clips.
+        name: argument name for the errors. Default: "max_grad_norm".
 
     Raises:
-        TypeError: neither a number nor None.
-        ValueError: not above 0; inf measures the norm and skips steps, but never clips.
+        TypeError: the limit is neither a number nor None.
+        ValueError: the limit is not above 0.
     """
     if max_grad_norm is None:
         return None
@@ -128,24 +131,24 @@ def check_max_grad_norm(max_grad_norm: Any, name: str = "max_grad_norm") -> floa
 
 
 def check_one_element(value: Any, name: str) -> Tensor | None:
-    """Return `grad_scale` or `found_inf` as it was set.
+    """Check that a value is None or a tensor of one element, and return it.
 
     Raises:
-        TypeError: neither a tensor of one element nor None.
+        TypeError: it is neither.
     """
     if value is None or (isinstance(value, Tensor) and value.numel() == 1):
         return value
     if name == "found_inf" and type(value) is int and value == 0:
-        return None  # GradScaler's sum over the devices of the gradients, where there are no gradients
-    given = f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    raise TypeError(f"Invalid type of {name}: expected a tensor of one element, got {given}")
+        return None  # GradScaler sets the int 0 if no parameter has a gradient
+    given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise TypeError(f"Invalid type of {name}: expected a tensor of one element or None, got {given}")
 
 
 def conditions_of(optimizer: Any) -> StepConditions:
-    """Return the conditions of a `MomentOptimizer`'s next step: `max_grad_norm`, and what `GradScaler` has set of it.
+    """Return a `MomentOptimizer`'s `max_grad_norm`, `grad_scale` and `found_inf` for the next step.
 
     Raises:
-        TypeError, ValueError: one that was set to what it cannot be.
+        TypeError, ValueError: one of these attributes has an invalid value.
     """
     given = optimizer.__dict__
     if given["max_grad_norm"] is None and given.get("grad_scale") is None and given.get("found_inf") is None:

@@ -25,17 +25,17 @@ from adax_triton.kernels import tables
 CHUNK_SIZE = 16_384
 _SOURCES = [Path(tables.__file__).with_name(name) for name in ("adax_step.cpp", "quantization.hpp", "rounding.hpp")]
 _COMPILERS = ("c++", "g++", "clang++")
-_ADVICE = "Install a C++ compiler, such as g++, or name one in the environment variable CXX"
-_OTHER = "Unset CXX to use the machine's compiler, or set it to another"
-# Contraction and errno would change results or forbid vectors of roots. Only the pragmas of OpenMP are used: its
-# threads are those of the runtime that PyTorch has loaded.
+_INSTALL_ADVICE = "Install a C++ compiler, such as g++, or name one in the environment variable CXX"
+_CXX_ADVICE = "Unset CXX to use the machine's compiler, or set it to another compiler"
+# FMA contraction would change results, and errno would prevent vectorized square roots. -fopenmp-simd enables OpenMP
+# pragmas only; threads come from the OpenMP runtime that PyTorch has loaded.
 _FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 _X86 = ("x86_64", "amd64")
 _NATIVE = dict.fromkeys(_X86, ("-march=native",)) | dict.fromkeys(("aarch64", "arm64"), ("-mcpu=native",))
-# The names of the C++ source.
+# Names in the C++ source.
 _DTYPES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -50,18 +50,19 @@ class CpuKernelError(RuntimeError):
     """The CPU kernel cannot be built or loaded."""
 
 
-class CpuVariant(NamedTuple):
-    """What one compiled kernel takes.
+class KernelVariant(NamedTuple):
+    """Compile-time options of a step kernel. The Triton kernel has two more, see `launch.LaunchKey`.
 
     Args:
         param_dtype: float32, bfloat16, float16 or float64.
-        grad_dtype: likewise.
-        states: `"float32"`, `"bfloat16"`, `"8bit_v16"` or `"8bit"`; `"float32"` means float64 for float64 parameters,
-            which have no other.
+        grad_dtype: one of the same dtypes.
+        states: `"float32"`, `"bfloat16"`, `"8bit_v16"` or `"8bit"`. Default: `"float32"`, for float64 parameters the
+            only choice: their states are float64.
         master: None, `"int16"` or `"int8"` for the remainder of bfloat16 parameters, `"float32"` for a master copy.
-        stochastic: round the parameters themselves stochastically; bfloat16 without a master.
-        telemetry: write the sums of each chunk, see `tables.SUM_COLUMNS`.
-        param_is_copy: the float32 master is the weight; the parameter is only written.
+            Default: None.
+        stochastic: round the parameters stochastically; bfloat16 without a master. Default: False.
+        telemetry: write the sums of each chunk, see `tables.SUM_COLUMNS`. Default: False.
+        param_is_copy: the float32 master is the weight; the parameter is only written. Default: False.
     """
 
     param_dtype: torch.dtype
@@ -73,7 +74,7 @@ class CpuVariant(NamedTuple):
     param_is_copy: bool = False
 
     def definitions(self) -> dict[str, str | int]:
-        """Return the preprocessor definitions that compile this variant."""
+        """Return the preprocessor definitions of the C++ kernel for this variant."""
         return {
             **tables.definitions(),
             "CHUNK_SIZE": CHUNK_SIZE,
@@ -88,13 +89,13 @@ class CpuVariant(NamedTuple):
 
 
 class CpuKernel:
-    """One compiled variant.
+    """A compiled variant.
 
     Args:
-        library: the path of its shared library.
+        library: path of its shared library.
 
     Raises:
-        OSError: it cannot be loaded.
+        OSError: the library cannot be loaded.
     """
 
     def __init__(self, library: Path) -> None:
@@ -113,16 +114,16 @@ class CpuKernel:
             functions.use_openmp(*openmp)
 
     def step(self, tensors: Tensor, chunks: Tensor, scalars: Tensor, chunk_sums: Tensor | None = None) -> None:
-        """Apply one update to every tensor of a table, in place; see `reference.adax_update`.
+        """Apply one update in place to every tensor of a table; see `reference.adax_update`.
+
+        All arguments are contiguous CPU tensors.
 
         Args:
-            tensors: (n, 9) int64, see `tables.TENSOR_COLUMNS`. The arrays are contiguous and on the CPU.
-            chunks: (k,) int64: `tensor << 32 | chunk` for each run of `CHUNK_SIZE` elements of each tensor.
+            tensors: (n, 9) int64 addresses of contiguous CPU arrays, see `tables.TENSOR_COLUMNS`.
+            chunks: (k,) int64, see `device_tables.chunk_table` with `CHUNK_SIZE`.
             scalars: (rows, 10) float32, or float64 for float64 parameters; see `tables.SCALAR_COLUMNS`.
-            chunk_sums: (k, 5), of the dtype of `scalars`, written by a variant with telemetry; see
-                `tables.SUM_COLUMNS`.
-
-        All four are contiguous CPU tensors.
+            chunk_sums: (k, 5), same dtype as `scalars`; a variant with telemetry writes it, see `tables.SUM_COLUMNS`.
+                Default: None, no telemetry.
         """
         sums = None if chunk_sums is None else chunk_sums.data_ptr()
         threads = torch.get_num_threads()
@@ -131,22 +132,22 @@ class CpuKernel:
     def sum_of_squares(self, tensors: Tensor, chunks: Tensor, partials: Tensor) -> None:
         """Write the sum of squares of each chunk's gradients.
 
-        The squares are those of the gradients in float32, or in float64 for float64 gradients, added in float64.
+        Squares are float32, or float64 for float64 gradients. Sums are float64.
 
         Args:
             tensors, chunks: see `step`.
-            partials: (k,) float64 on the CPU, written; the same bits with any number of threads.
+            partials: (k,) float64 on the CPU, receives the sums. The thread count does not change their bits.
         """
         threads = torch.get_num_threads()
         self._sum_of_squares(tensors.data_ptr(), chunks.data_ptr(), chunks.numel(), partials.data_ptr(), threads)
 
 
 @functools.cache
-def cpu_kernel(variant: CpuVariant) -> CpuKernel:
-    """Return the kernel of a variant, compiled at its first use on this machine.
+def cpu_kernel(variant: KernelVariant) -> CpuKernel:
+    """Return the kernel of a variant. Compile it at its first use on this machine.
 
     Raises:
-        CpuKernelError: it cannot be built; the message holds the compiler's.
+        CpuKernelError: the build failed. The message contains the compiler's output.
     """
     try:
         compiler = _compiler()
@@ -154,18 +155,18 @@ def cpu_kernel(variant: CpuVariant) -> CpuKernel:
     except OSError as error:
         raise CpuKernelError(f"Cannot build the CPU kernel: {error}") from error
     problem: Exception | None = None
-    for find_folder in (_cache_folder, _private_folder):  # the second where the first cannot be written or run from
+    for find_folder in (_cache_folder, _private_folder):  # the second if the first is read-only or noexec
         try:
-            return _loaded(find_folder(), key) or CpuKernel(_build(compiler, variant, find_folder(), key))
+            return _load_cached(find_folder(), key) or CpuKernel(_build(compiler, variant, find_folder(), key))
         except (OSError, AttributeError) as error:
             problem = error
     raise CpuKernelError(f"Cannot build the CPU kernel with {compiler[0]}: {problem}") from problem
 
 
-def _loaded(folder: Path, key: str) -> CpuKernel | None:
+def _load_cached(folder: Path, key: str) -> CpuKernel | None:
     for library in folder.glob(f"{key}-*.so"):
         with contextlib.suppress(OSError, AttributeError):  # a broken file is built again
-            # Loading a truncated one might end the process.
+            # To load a truncated file can crash the process, so its name contains its size.
             if library.name == _file_name(key, library):
                 return CpuKernel(library)
     return None
@@ -173,33 +174,33 @@ def _loaded(folder: Path, key: str) -> CpuKernel | None:
 
 @functools.cache
 def build_problem() -> str | None:
-    """Return why no kernel can be built here, or None; found by building one, unless it is cached."""
+    """Return why no kernel can be built here, or None. Builds a kernel unless it is cached."""
     try:
-        cpu_kernel(CpuVariant(torch.float32, torch.float32))
+        cpu_kernel(KernelVariant(torch.float32, torch.float32))
     except CpuKernelError as error:
         return str(error)
     return None
 
 
 def instruction_set() -> str:
-    """Return the vector instructions that kernels are compiled for, such as `"AVX-512"` or `"NEON"`.
+    """Return the vector instructions of compiled kernels, such as `"AVX-512"` or `"NEON"`.
 
     Raises:
         CpuKernelError: no kernel can be built here.
     """
-    return cpu_kernel(CpuVariant(torch.float32, torch.float32)).instruction_set
+    return cpu_kernel(KernelVariant(torch.float32, torch.float32)).instruction_set
 
 
 def describe_cache() -> str:
-    """Return where kernels are cached, and what to do if that cannot be written."""
+    """Return the kernel cache folder, and advice if it cannot be written."""
     folder = _cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         return (
-            f"{folder} cannot be written ({error.strerror}): each process compiles anew; set XDG_CACHE_HOME to another "
-            "folder"
+            f"{folder} cannot be written ({error.strerror}), so each process compiles again; set XDG_CACHE_HOME to "
+            "another folder"
         )
     return str(folder)
 
@@ -208,30 +209,30 @@ def _compiler() -> tuple[str, ...]:
     try:
         command = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
-        raise CpuKernelError(f"CXX is {os.environ['CXX']!r}: {error}. {_OTHER}.") from error
+        raise CpuKernelError(f"CXX is {os.environ['CXX']!r}: {error}. {_CXX_ADVICE}.") from error
     if command:
         found = shutil.which(command[0])
         if found is None:
-            raise CpuKernelError(f"CXX names the compiler {command[0]!r}, which was not found. {_OTHER}.")
+            raise CpuKernelError(f"CXX names the compiler {command[0]!r}, which was not found. {_CXX_ADVICE}.")
         return (found, *command[1:])
     for name in _COMPILERS:
         found = shutil.which(name)
         if found is not None:
             return (found,)
-    raise CpuKernelError(f"No C++ compiler was found among {', '.join(_COMPILERS)}. {_ADVICE}.")
+    raise CpuKernelError(f"No C++ compiler was found among {', '.join(_COMPILERS)}. {_INSTALL_ADVICE}.")
 
 
-def _arguments(variant: CpuVariant) -> list[str]:
+def _arguments(variant: KernelVariant) -> list[str]:
     machine = platform.machine().lower()
     arguments = [*_FLAGS, *_NATIVE.get(machine, ())]
     if machine in _X86:
-        # Codes are bytes, and a group has half as many as the widest vector.
+        # A group of 32 one-byte values fills a 256-bit vector.
         arguments.append(f"-mprefer-vector-width={256 if variant.states in ('8bit_v16', '8bit') else 512}")
     return arguments + [f"-D{name}={value}" for name, value in variant.definitions().items()]
 
 
-def _key(compiler: tuple[str, ...], variant: CpuVariant) -> str:
-    # Everything that the machine code depends on: caches are shared between machines.
+def _key(compiler: tuple[str, ...], variant: KernelVariant) -> str:
+    # Hash everything that the machine code depends on, because machines may share a cache.
     status = os.stat(compiler[0])
     parts = (
         *(*(source.read_text(encoding="utf-8") for source in _SOURCES), *_arguments(variant)),
@@ -267,45 +268,45 @@ def _private_folder() -> Path:
     folder, process = tempfile.mkdtemp(prefix="adax_triton-"), os.getpid()
 
     def remove() -> None:
-        if os.getpid() == process:  # not a fork, whose end comes first
+        if os.getpid() == process:  # do not delete it at the end of a forked child
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
     return Path(folder)
 
 
-def _build(compiler: tuple[str, ...], variant: CpuVariant, folder: Path, key: str) -> Path:
-    """Compile a variant into a folder, and return the library.
+def _build(compiler: tuple[str, ...], variant: KernelVariant, folder: Path, key: str) -> Path:
+    """Compile a variant into a folder and return the library.
 
     Raises:
         CpuKernelError: the compiler fails.
         OSError: the folder cannot be written.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Renamed when it is whole: no lock that a killed process could leave behind, and many may build at once.
+    # Build to a temporary file, then rename: concurrent builds need no lock, which a killed process could leave behind.
     handle, building = tempfile.mkstemp(prefix="building-", suffix=".so", dir=folder)
     try:
         os.close(handle)
         command = [*compiler, *_arguments(variant), str(_SOURCES[0]), "-o", building]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode != 0 or os.stat(building).st_size == 0:
-            said = " ".join((done.stderr + done.stdout).split())[:500] or "nothing"
+            output = " ".join((done.stderr + done.stdout).split())[:500] or "nothing"
             raise CpuKernelError(
-                f"{shlex.join(compiler)} failed to build the CPU kernel, with exit status {done.returncode}. {_OTHER}. "
-                f"It said: {said}"
+                f"{shlex.join(compiler)} failed to build the CPU kernel, with exit status {done.returncode}. "
+                f"{_CXX_ADVICE}. Its output: {output}"
             )
         library = folder / _file_name(key, building)
         os.replace(building, library)
         return library
     finally:
-        with contextlib.suppress(OSError):  # moved
+        with contextlib.suppress(OSError):  # renamed already
             os.unlink(building)
 
 
 @functools.cache
 def _openmp() -> tuple[ctypes.c_void_p, ctypes.c_void_p] | None:
-    # GOMP_parallel and omp_get_thread_num of the runtime that PyTorch uses; libomp and libiomp have both, too. Linked
-    # in, another runtime than PyTorch's might be loaded, with threads of its own.
+    # Find GOMP_parallel and omp_get_thread_num in PyTorch's OpenMP runtime; libomp and libiomp export both. To link
+    # OpenMP could load a second runtime with its own threads.
     for library in (None, torch._C.__file__):
         with contextlib.suppress(OSError, AttributeError):
             functions = ctypes.CDLL(library)

@@ -1,18 +1,18 @@
-"""Delay Ctrl-C until a step is whole."""
+"""Delay Ctrl-C until a step has finished."""
 
 from __future__ import annotations
 
-# The functions of `signal` make an enum of each handler, which takes 4 us.
+# `signal` converts each handler to an enum, which takes 4 us.
 import _signal  # type: ignore[import-not-found]
 import threading
 from typing import Any
 
 
 class DelayedInterrupt:
-    """Context in which SIGINT is remembered, and handled at its end.
+    """Context manager that defers SIGINT to the end of its block.
 
-    Python handles signals on the main thread only, so on other threads this does nothing. Nor does it where the program
-    ignores SIGINT or has no handler in Python.
+    It does nothing on other threads than the main thread, because Python handles signals there. It also does nothing if
+    the program ignores SIGINT or has no Python handler.
     """
 
     _handler: Any = None

@@ -1,8 +1,8 @@
-"""Steps of float32 weights from gradients that lie beside them, which also write the weights in another dtype.
+"""Update float32 weights from external gradients and write a low-precision copy.
 
-Who keeps float32 weights beside those of the model, as ZeRO does, has gradients in the model's dtype, in pieces, and
-wants the new weights in that dtype. A cast, a scaling and a copy around a step move more bytes than the step itself;
-here they are part of it.
+ZeRO keeps float32 weights in addition to the model's 16-bit ones. Its gradients are 16-bit tensors in pieces, and it
+needs the new weights in 16 bits. A separate cast, scaling and copy move more bytes than the update; here the update
+does all of them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _COPY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ExternalGrads(NamedTuple):
-    """A parameter, and what its step reads and writes beside it.
+    """A parameter with external gradients and an optional low-precision copy.
 
-    param: float32 and contiguous; in a group of the optimizer when it steps.
-    grads: tensors on its device, of float dtypes; their elements, one tensor after another, are the gradient.
-    image: set to the new weights, rounded to nearest; float32, bfloat16 or float16, contiguous, of as many elements, on
-        the same device. None for none.
+    param: float32 and contiguous. `step()` needs it in a group of the optimizer.
+    grads: floating-point tensors on the same device. Concatenated, their elements are the gradient.
+    low_precision_copy: receives the new weights, rounded to nearest; float32, bfloat16 or float16, contiguous, with the
+        same number of elements and device. Default: None, no copy.
     """
 
     param: Tensor
@@ -42,21 +42,21 @@ class ExternalGrads(NamedTuple):
 
 
 class ExternalStep(NamedTuple):
-    """A step of these parameters and no others; the factor of all their gradients, one element, or None for 1."""
+    """A step that updates only the parameters of `parts`."""
 
     parts: Sequence[ExternalGrads]
-    grad_factor: Tensor | None
+    grad_factor: Tensor | None  # factor of all gradients, 1 element; None means 1
 
 
 def checked_external_grads(parts: Sequence[ExternalGrads], grad_factor: Tensor | None, telemetry: bool) -> ExternalStep:
-    """Return what was given as a step.
+    """Validate the arguments of `set_external_grads` and return them as a step.
 
     Raises:
-        TypeError: a tensor of the wrong kind or dtype.
-        ValueError: one of the wrong size or device, a parameter that is given twice, or telemetry.
+        TypeError: a tensor has the wrong kind or dtype.
+        ValueError: a tensor has the wrong size or device, a parameter occurs twice, or `telemetry` is set.
     """
     if telemetry:
-        raise ValueError("set_external_grads(): not offered with telemetry=True, whose sums are of whole gradients")
+        raise ValueError("set_external_grads() does not support telemetry=True; make the optimizer without telemetry")
     for index, (param, grads, low_precision_copy) in enumerate(parts):
         plain = type(param) in (Tensor, nn.Parameter) and param.is_contiguous() and not param.is_neg()
         if not plain or param.dtype != torch.float32:
@@ -68,24 +68,29 @@ def checked_external_grads(parts: Sequence[ExternalGrads], grad_factor: Tensor |
             given.append(("low_precision_copy", low_precision_copy, _COPY_DTYPES))
             if low_precision_copy.numel() != param.numel() or not low_precision_copy.is_contiguous():
                 raise ValueError(
-                    f"parts[{index}].low_precision_copy: {_kind(low_precision_copy)}; expected a contiguous tensor "
-                    f"of {param.numel()} elements"
+                    f"parts[{index}].low_precision_copy: expected a contiguous tensor of {param.numel()} elements, got "
+                    f"{_kind(low_precision_copy)}"
                 )
         for name, tensor, dtypes in given:
             if tensor.dtype not in dtypes or tensor.layout != torch.strided:
                 raise TypeError(
-                    f"parts[{index}].{name}: {_kind(tensor)}; expected one of {', '.join(map(str, dtypes))}"
+                    f"parts[{index}].{name}: expected a dense tensor of {', '.join(map(str, dtypes))}, got "
+                    f"{_kind(tensor)}"
                 )
             problem = storage_problem(tensor)
             if problem is not None:
                 raise ValueError(f"parts[{index}].{name}: {problem}")
             if tensor.device != param.device:
-                raise ValueError(f"parts[{index}].{name}: on {tensor.device} for a parameter on {param.device}")
+                raise ValueError(
+                    f"parts[{index}].{name}: expected a tensor on {param.device}, as the parameter, got {tensor.device}"
+                )
         count = sum(grad.numel() for grad in grads)
         if count != param.numel() or not grads:
-            raise ValueError(f"parts[{index}].grads: {count} elements for a parameter of {param.numel()}")
+            raise ValueError(
+                f"parts[{index}].grads: expected {param.numel()} elements in all, as in the parameter, got {count}"
+            )
     if len({id(part.param) for part in parts}) != len(parts):
-        raise ValueError("parts: a parameter is given twice")
+        raise ValueError("parts: a parameter occurs twice; pass all its gradients in one ExternalGrads")
     return ExternalStep(parts, check_one_element(grad_factor, "grad_factor"))
 
 
@@ -100,11 +105,14 @@ def collect_external(
     param_groups: Sequence[Mapping[str, Any]],
     states: Mapping[Tensor, Mapping[str, Any]],
 ) -> Collected:
-    """Return the parameters of a step, which the host counts; nothing changes.
+    """Validate the parameters of an external-gradient step. Nothing changes.
+
+    Returns:
+        The parameters; the host counts their steps.
 
     Raises:
-        ValueError: clipping or a gradient scaler; a parameter in no group; a group or state whose steps the device
-            counts; a state that does not fit.
+        TypeError, ValueError: the step clips or has a GradScaler; a parameter is in no group or is device-counted; a
+            state does not fit its parameter.
         RuntimeError: a CUDA graph is being captured.
     """
     if any(map(is_capturing, {part.param.device for part in parts})):
@@ -116,12 +124,12 @@ def collect_external(
         )
     for index, part in enumerate(parts):
         if part.param not in group_of:
-            raise ValueError(f"parts[{index}].param: in none of the optimizer's groups")
+            raise ValueError(f"parts[{index}].param is in none of the optimizer's groups; call add_param_group() first")
         group, state = param_groups[group_of[part.param]], states.get(part.param, {})
         if needs_device(group) or is_on_device(state.get("step"), part.param):
             raise ValueError(
                 f"parts[{index}].param: its steps are counted on the device; set_external_grads() needs "
-                "capturable=False, a number as the learning rate, and no earlier steps with grad_scale or max_grad_norm"
+                "capturable=False, a number or CPU tensor as lr, and no earlier steps with grad_scale or max_grad_norm"
             )
         if not is_new(state):
             check_state(state, part.param)
@@ -132,7 +140,7 @@ def collect_external(
 
 
 def params_with_external_grads(parts: Sequence[ExternalGrads], group_of: Mapping[Tensor, int]) -> list[ParamWithGrad]:
-    """Return the parameters of parts, all of them in groups, as a step takes them."""
+    """Convert external gradients to `ParamWithGrad`s. Every parameter must be in a group."""
     return [
         ParamWithGrad(part.param, group_of[part.param], tuple(part.grads), part.low_precision_copy, True)
         for part in parts
@@ -140,50 +148,51 @@ def params_with_external_grads(parts: Sequence[ExternalGrads], group_of: Mapping
 
 
 def tensor_steps(
-    one: ParamWithGrad, state: dict[str, Any], scalar_row: int, group: Mapping[str, Any], norm_process_group: Any
+    item: ParamWithGrad, state: dict[str, Any], scalar_row: int, group: Mapping[str, Any], norm_process_group: Any
 ) -> list[TensorStep]:
-    """Return the tensors of one parameter's step: one piece for each external gradient, else one.
+    """Return one `TensorStep` per gradient piece of a parameter.
 
     Args:
-        one: the parameter.
-        state: its state; moments that are not contiguous are made so for external gradients.
-        scalar_row: of the table of scalars.
-        group: the parameter's.
-        norm_process_group: over which the gradients of parameters that are no DTensors are sharded, or None.
+        item: the parameter with its gradients.
+        state: its state. External gradients make its moments contiguous.
+        scalar_row: row index in the scalar table.
+        group: the parameter's group.
+        norm_process_group: process group that shards plain-tensor gradients, or None.
     """
-    if not one.is_external:
-        step = tensor_step(one.param, one.grads[0], state, scalar_row, group)
+    if not item.is_external:
+        step = tensor_step(item.param, item.grads[0], state, scalar_row, group)
         if norm_process_group is not None and not step.process_groups:
             step = step._replace(process_groups=(norm_process_group,))
         return [step]
     for name in MOMENTS:
         state[name] = state[name].resolve_neg().contiguous()
-    whole = tensor_step(one.param, one.param, state, scalar_row, group).flattened()
-    if one.low_precision_copy is not None:
-        whole = whole._replace(param=one.low_precision_copy.detach().view(-1), master=whole.param, param_is_copy=True)
+    full_step = tensor_step(item.param, item.param, state, scalar_row, group).flattened()
+    if item.low_precision_copy is not None:
+        low_precision_copy = item.low_precision_copy.detach().view(-1)
+        full_step = full_step._replace(param=low_precision_copy, master=full_step.param, param_is_copy=True)
     steps = []
     start = 0
-    for grad in _pieces(one.grads, is_quantized(whole.states)):
-        steps.append(whole.part(start, start + grad.numel())._replace(grad=grad))
+    for grad in _pieces(item.grads, is_quantized(full_step.states)):
+        steps.append(full_step.part(start, start + grad.numel())._replace(grad=grad))
         start += grad.numel()
     return steps
 
 
 def _pieces(grads: Sequence[Tensor], in_groups: bool) -> list[Tensor]:
-    """Return the gradient in as few 1-D tensors as reading it in place allows."""
+    """Merge adjacent gradients into as few 1-D views as possible."""
     pieces: list[Tensor] = []
     for grad in grads:
         flat = grad.detach().resolve_neg().reshape(-1)
-        if pieces and _follows(pieces[-1], flat):
+        if pieces and _is_adjacent(pieces[-1], flat):
             pieces[-1] = pieces[-1].as_strided((pieces[-1].numel() + flat.numel(),), (1,))
         else:
             pieces.append(flat)
     if in_groups and any(piece.numel() % GROUP for piece in pieces[:-1]):
-        return [torch.cat(pieces)]  # codes have one exponent per group
+        return [torch.cat(pieces)]  # quantized states share an exponent per group, so pieces must not split groups
     return pieces
 
 
-def _follows(first: Tensor, second: Tensor) -> bool:
+def _is_adjacent(first: Tensor, second: Tensor) -> bool:
     return (
         first.dtype == second.dtype
         and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""The warning that second moments no longer change, given once, whoever counts the steps."""
+"""Warn once when the second moments stop changing."""
 
 from __future__ import annotations
 
@@ -15,35 +15,38 @@ from adax_triton.update.horizon import FROZEN_WEIGHT
 from .device_tables import is_capturing
 from .scalars import DeviceRow
 
-# Steps at which counts on a device are read: the first, for a run that goes on from a checkpoint, then one in so many.
+# Read device step counts at the first 4 steps, for resumed runs, then every 1024 steps.
 _FIRST_READS, _READ_EVERY = 4, 1024
 
 
 class FrozenWarning:
-    """Says once when the second moments of a group are frozen, without the host waiting for a device."""
+    """Warns once when the second moments of a group are frozen. The host does not wait for a device."""
 
     def __init__(self) -> None:
-        self._said = False
+        self._warned = False
         self._steps = 0
         self._copies: list[tuple[int, Tensor, torch.cuda.Event]] = []
 
     def after_host_step(
         self, counts: Iterable[tuple[int, int]], param_groups: Sequence[Mapping[str, Any]]
     ) -> str | None:
-        """Return the warning, if the (group, step) of a step that the host schedules call for it for the first time."""
-        if self._said:
+        """Return the warning if a (group index, step) pair is the first frozen one, else None."""
+        if self._warned:
             return None
         messages = (_message(step, index, param_groups) for index, step in counts)
         message = next((text for text in messages if text is not None), None)
-        self._said = message is not None
+        self._warned = message is not None
         return message
 
     def after_device_step(
         self, rows: Mapping[torch.device, Sequence[DeviceRow]], param_groups: Sequence[Mapping[str, Any]]
     ) -> str | None:
-        """Return the warning, now and then looking at one count of each group; on a GPU it comes a few steps late."""
+        """Return the warning for device-counted steps, or None.
+
+        It reads one step count per group now and then. On a GPU the warning comes a few steps late.
+        """
         self._steps += 1
-        if self._said or any(map(is_capturing, rows)):
+        if self._warned or any(map(is_capturing, rows)):
             return None
         known = [(index, int(count)) for index, count, event in self._copies if event.query()]
         if known:
@@ -72,7 +75,7 @@ def _message(step: int, group_index: int, param_groups: Sequence[Mapping[str, An
     if exp_avg_sq_weight("adax", beta2, step) >= FROZEN_WEIGHT:
         return None
     return (
-        f"At step {step} with betas[1]={beta2} the second moments of param_groups[{group_index}] are frozen: from here "
-        "on this is momentum with fixed step sizes. If that is not wanted, train with "
+        f"At step {step} with betas[1]={beta2} the second moments of param_groups[{group_index}] are frozen: they no "
+        "longer change, so AdaX acts as momentum with fixed step sizes. To avoid this, train with "
         "betas[1]=adax_triton.beta2_for_horizon(total_steps)."
     )

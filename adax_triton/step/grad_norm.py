@@ -16,20 +16,21 @@ if TYPE_CHECKING:
 
 
 def sum_of_squares(launches: Sequence[Launch], ranks: NormRanks | None = None) -> Tensor | None:
-    """Return the sum of the squares of all gradients, or None where there are none at all.
+    """Return the sum of squares of all gradients, or None without gradients.
 
-    The gradients are read once. Those of sharded parameters are summed over their process groups, so every rank gets
-    the same number.
+    Sums of sharded parameters are all-reduced over their process groups, so every rank gets the same number.
 
     Args:
-        launches: refreshed.
-        ranks: those that wait for this one, whether it has gradients or not.
+        launches: launches with tables of this step.
+        ranks: ranks that take part in the all-reduce, even without gradients. Default: None, no such ranks.
 
     Returns:
-        0-d float64, on the device of the first tensor; not finite if any gradient is not.
+        0-d float64 on the device of the first tensor. It is not finite if a gradient is not.
     """
     parts: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-    own = () if ranks is None else parts[(ranks.process_group,)]  # before all others, on every rank
+    own = (
+        () if ranks is None else parts[(ranks.process_group,)]
+    )  # the first key on every rank, so that all-reduces match
     for launch in launches:
         parts[launch.process_groups].append(launch.sum_of_squares())
     if ranks is not None and not own:
@@ -38,9 +39,12 @@ def sum_of_squares(launches: Sequence[Launch], ranks: NormRanks | None = None) -
 
 
 def sum_over_ranks(parts: Mapping[tuple[Any, ...], Sequence[Tensor]]) -> Tensor | None:
-    """Return the sum of 0-d tensors on any devices, each summed over the process groups that it is listed under too.
+    """Return the sum of 0-d tensors on any devices, or None without tensors.
 
-    It is written into the first of them, and others may be overwritten.
+    Overwrites the tensors; the first one holds the result.
+
+    Args:
+        parts: tensors by the process groups over which they are all-reduced.
     """
     total = None
     for process_groups, (part, *others) in parts.items():

@@ -1,4 +1,4 @@
-"""The launches of a step: which tensors share one, the tables they are reached by, and the kernel they go to."""
+"""Group tensors into kernel launches and keep the launches' address tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adax_triton.kernels.tables import SUM_COLUMNS, TENSOR_COLUMNS
 from adax_triton.update.coefficients import StepScalars
 
 from .backend import NATIVE, REFERENCE, TRITON, backend_of, is_fake, native_kernel
-from .cpu_kernel import CHUNK_SIZE, CpuKernel, CpuVariant
+from .cpu_kernel import CHUNK_SIZE, CpuKernel, KernelVariant
 from .device_tables import CAPTURE_NEEDS_WARM_UP, AddressTable, DeviceTable, PerStreamCache, is_capturing
 from .reference_steps import ReferenceLaunch
 from .scalars import DeviceScalars
@@ -31,34 +31,31 @@ _SKIP_UNCHANGED_V_BELOW = {"float32": 2.0**-27, "bfloat16": 2.0**-15, "8bit_v16"
 
 
 class LaunchKey(NamedTuple):
-    """What the tensors of one launch have in common: device, kernel, and the fields of `kernels.variants.StepVariant`.
+    """Tensors with equal keys share a launch.
 
-    `kernel` is one of `backend.TRITON`, `NATIVE` and `REFERENCE`.
+    device: device of the tensors.
+    kernel: `backend.TRITON`, `NATIVE` or `REFERENCE`.
+    variant: compile-time options of both kernels.
+    skip_unchanged_v, aligned: further options of the Triton kernel, see `kernels.variants.StepVariant`.
     """
 
     device: torch.device
     kernel: str
-    param_dtype: torch.dtype
-    grad_dtype: torch.dtype
-    states: str
-    master: str | None
-    stochastic: bool
+    variant: KernelVariant
     skip_unchanged_v: bool
-    telemetry: bool
     aligned: bool
-    param_is_copy: bool
 
 
 class TableLaunch:
-    """One launch that reaches its tensors by a table of addresses; kept between steps.
+    """A kernel launch with a table of tensor addresses, reused between steps.
 
     Args:
-        bucket: of all its tensors.
-        process_groups: over which the gradients of all its tensors are sharded.
+        key: key that all its tensors share.
+        process_groups: process groups that shard the gradients of all its tensors.
         chunk_size: elements per entry of the chunk table.
 
     Attributes:
-        revision: calls of `refresh`. A plan may reuse the tables as long as this stays the same.
+        revision: number of `refresh` calls. A plan may reuse the tables while this stays the same.
     """
 
     def __init__(self, key: LaunchKey, process_groups: tuple[Any, ...], chunk_size: int) -> None:
@@ -69,11 +66,11 @@ class TableLaunch:
         self._table = AddressTable(key.device, chunk_size)
 
     def refresh(self, steps: Sequence[TensorStep], addresses: Sequence[tuple[int, ...]]) -> None:
-        """Take up the tensors of a step, of which only the addresses are kept.
+        """Write the addresses of a step's tensors into the tables. The tensors are not kept alive.
 
         Args:
             steps: the tensors.
-            addresses: of each step's tensors, in the order of `kernels.tables.TENSOR_COLUMNS`; 0 for what there is not.
+            addresses: tensor addresses for each step, in the order of `kernels.tables.TENSOR_COLUMNS`; 0 if absent.
         """
         rows = [
             (*address, step.first_element, step.param.numel(), step.scalar_row)
@@ -83,28 +80,30 @@ class TableLaunch:
         self._table.refresh(rows, _numels(steps))
 
     def is_prepared_for(self, steps: Sequence[TensorStep]) -> bool:
-        """Return whether a capture can step these tensors: the last ones were as many, and as large."""
+        """Return whether the tables have the right sizes for a CUDA graph capture of these tensors."""
         return self._table.numels == _numels(steps)
 
     def refresh_gradients(self, addresses: array[int]) -> None:
-        """Take up the tensors of the last `refresh` with gradients that lie elsewhere."""
+        """Update only the gradient addresses, (n,) int64."""
         self._table.refresh_column(_GRAD_COLUMN, addresses)
 
 
 class TritonLaunch(TableLaunch):
-    """One launch of the Triton kernel."""
+    """A launch of the Triton kernel."""
 
     def __init__(self, key: LaunchKey, process_groups: tuple[Any, ...]) -> None:
         from adax_triton.kernels.launch import chunk_size
+        from adax_triton.kernels.variants import StepVariant
 
         super().__init__(key, process_groups, chunk_size())
+        self._variant = StepVariant(**key.variant._asdict(), skip_unchanged_v=key.skip_unchanged_v, aligned=key.aligned)
         self._partials = torch.empty(0, dtype=torch.float32, device=key.device)
         self._wide_partials = torch.empty(0, dtype=torch.float64, device=key.device)
         self._squares = torch.empty((), dtype=torch.float64, device=key.device)
         self._sums: DeviceSums | None = None
 
     def sum_of_squares(self) -> Tensor:
-        """Return the sum of the squared gradients, 0-d float64 on their device; always the same tensor."""
+        """Return the sum of squared gradients, 0-d float64 on their device. The next call overwrites it."""
         from adax_triton.kernels.grad_norm import grad_norm_partials, partial_count
 
         count = partial_count(self._table.chunks.numel())
@@ -112,59 +111,57 @@ class TritonLaunch(TableLaunch):
             self._partials = torch.empty(count, dtype=torch.float32, device=self.key.device)
             self._wide_partials = torch.empty(count, dtype=torch.float64, device=self.key.device)
         grad_norm_partials(
-            self._table.tensors, self._table.chunks, self._partials, self.key.grad_dtype, self.key.aligned
+            self._table.tensors, self._table.chunks, self._partials, self.key.variant.grad_dtype, self.key.aligned
         )
-        # Summed up in float64 as they are, float32 numbers would be converted into memory got for it at each step.
+        # torch.sum(dtype=float64) would allocate a float64 copy at each step.
         return torch.sum(self._wide_partials.copy_(self._partials), dim=0, out=self._squares)
 
     def run(self, scalars: Tensor, sums: Tensor | None) -> None:
-        """Step the tensors.
+        """Update the tensors.
 
         Args:
-            scalars: on the device, see `kernels.adax_step`.
-            sums: (n, 5) float32 on the device, written; the rows of `kernels.telemetry` of each tensor, or None.
+            scalars: (rows, 10) float32 on the device, see `kernels.tables.SCALAR_COLUMNS`.
+            sums: (n, 5) float32 on the device; receives telemetry sums, see `kernels.tables.SUM_COLUMNS`. None: none.
         """
         from adax_triton.kernels.adax_step import adax_step
-        from adax_triton.kernels.variants import StepVariant
 
-        variant = StepVariant(*self.key[2:])
         if sums is None:
-            adax_step(self._table.tensors, self._table.chunks, scalars, variant)
+            adax_step(self._table.tensors, self._table.chunks, scalars, self._variant)
         else:
             if self._sums is None:
                 from .telemetry import DeviceSums
 
                 self._sums = DeviceSums(self.key.device)
-            chunk_sums = self._sums.of_chunks(self._table.chunk_counts())
-            adax_step(self._table.tensors, self._table.chunks, scalars, variant, chunk_sums)
+            chunk_sums = self._sums.chunk_sums(self._table.chunk_counts())
+            adax_step(self._table.tensors, self._table.chunks, scalars, self._variant, chunk_sums)
             self._sums.add_up(sums)
 
 
 class NativeLaunch(TableLaunch):
-    """One call of the native CPU kernel.
+    """A call of the native CPU kernel.
 
     Args:
-        kernel: of the bucket's variant.
+        kernel: compiled kernel of `key.variant`.
     """
 
     def __init__(self, key: LaunchKey, process_groups: tuple[Any, ...], kernel: CpuKernel) -> None:
         super().__init__(key, process_groups, CHUNK_SIZE)
         self._kernel = kernel
-        self.is_float64 = key.param_dtype == torch.float64
+        self.is_float64 = key.variant.param_dtype == torch.float64
 
     def sum_of_squares(self) -> Tensor:
-        """Return the sum of the squared gradients, 0-d float64 on the CPU; the same bits with any number of threads."""
+        """Return the sum of squared gradients, 0-d float64 on the CPU. The thread count does not change its bits."""
         partials = torch.empty(self._table.chunks.numel(), dtype=torch.float64, device="cpu")
         self._kernel.sum_of_squares(self._table.tensors, self._table.chunks, partials)
         length = torch.tensor([partials.numel()], device="cpu")
         return torch.segment_reduce(partials, "sum", lengths=length, initial=0.0)[0]
 
     def run(self, scalars: Tensor, sums: Tensor | None) -> None:
-        """Step the tensors.
+        """Update the tensors.
 
         Args:
-            scalars: (rows, 10) on the CPU, see `kernels.tables.SCALAR_COLUMNS`.
-            sums: (n, 5) float32, written; see `kernels.tables.SUM_COLUMNS`. None for none.
+            scalars: (rows, 10) float32 or float64 on the CPU, see `kernels.tables.SCALAR_COLUMNS`.
+            sums: (n, 5) float32; receives telemetry sums, see `kernels.tables.SUM_COLUMNS`. None: none.
         """
         if sums is None:
             return self._kernel.step(self._table.tensors, self._table.chunks, scalars)
@@ -174,17 +171,16 @@ class NativeLaunch(TableLaunch):
         sums.copy_(torch.segment_reduce(chunk_sums.double(), "sum", lengths=counts, initial=0.0))
 
 
-# A launch, and the indices of its tensors among those of the step.
 Launch = TritonLaunch | NativeLaunch | ReferenceLaunch
-IndexedLaunch = tuple[Launch, list[int]]
+IndexedLaunch = tuple[Launch, list[int]]  # with the indices of its tensors in the step
 
 
 class LaunchCache:
-    """The tables on devices of all steps so far, by kind, first tensor and stream.
+    """Cache of launches and device tables, by launch key, first tensor and stream.
 
     Attributes:
-        device_scalars: of steps that a device counts.
-        host_scalars: tables on devices of scalars from the host.
+        device_scalars: scalars that a device computes, for device-counted parameters.
+        host_scalars: device tables of scalars that the host computes.
     """
 
     def __init__(self) -> None:
@@ -195,50 +191,50 @@ class LaunchCache:
     def launches(
         self, steps: Sequence[TensorStep], scalars: Sequence[StepScalars] | None, telemetry: bool
     ) -> list[IndexedLaunch]:
-        """Return the launches that step tensors, refreshed, each with the indices of its tensors.
+        """Group tensors into launches, update their tables, and return (launch, tensor indices) pairs.
 
         Args:
-            steps: dense tensors.
-            scalars: the rows of the steps, where the host counts those of the Triton kernel.
-            telemetry: whether sums are wanted.
+            steps: steps on dense tensors.
+            scalars: scalars of each row if the host counts the steps of Triton tensors, else None.
+            telemetry: whether kernels write telemetry sums.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured without a step of the same parameters before it; no launch has
-                changed then.
+            RuntimeError: a CUDA graph is being captured without a warm-up step of the same parameters. No launch has
+                changed.
         """
         all_addresses: list[tuple[int, ...]] = []
-        alike: dict[tuple[LaunchKey, tuple[Any, ...], int], list[int]] = defaultdict(list)
-        for index, (step, turn) in enumerate(zip(steps, _turns(steps), strict=True)):
+        indices_of_kind: dict[tuple[LaunchKey, tuple[Any, ...], int], list[int]] = defaultdict(list)
+        for index, (step, number) in enumerate(zip(steps, _launch_order(steps), strict=True)):
             weight = 1.0 if scalars is None else scalars[step.scalar_row].exp_avg_sq_weight
             key, addresses = _launch_key(step, weight, telemetry)
             all_addresses.append(addresses)
-            alike[key, step.process_groups, turn].append(index)
-        # ZeRO calls step() once per group, so several are live at once.
-        keys = {kind: (*kind, all_addresses[indices[0]][0]) for kind, indices in alike.items()}
-        for kind, indices in alike.items():
+            indices_of_kind[key, step.process_groups, number].append(index)
+        # The first address is part of the key: ZeRO calls step() once per group, with a launch each.
+        cache_keys = {kind: (*kind, all_addresses[indices[0]][0]) for kind, indices in indices_of_kind.items()}
+        for kind, indices in indices_of_kind.items():
             if is_capturing(kind[0].device):
-                prepared = self._launches.prepared(keys[kind])
-                if prepared is None or not prepared.is_prepared_for([steps[index] for index in indices]):
+                latest = self._launches.latest(cache_keys[kind])
+                if latest is None or not latest.is_prepared_for([steps[index] for index in indices]):
                     raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
         launches: list[IndexedLaunch] = []
-        for kind, indices in alike.items():
+        for kind, indices in indices_of_kind.items():
             key, process_groups, _ = kind
-            some = [steps[index] for index in indices]
+            members = [steps[index] for index in indices]
             table: TritonLaunch | NativeLaunch | None = None
             if key.kernel == TRITON:
                 make = functools.partial(TritonLaunch, key, process_groups)
-                table = self._launches.get(keys[kind], key.device, make)
-            elif key.kernel == NATIVE and (kernel := native_kernel(_cpu_variant(key))) is not None:
+                table = self._launches.get(cache_keys[kind], key.device, make)
+            elif key.kernel == NATIVE and (kernel := native_kernel(key.variant)) is not None:
                 table = NativeLaunch(key, process_groups, kernel)
             if table is not None:
-                table.refresh(some, [all_addresses[index] for index in indices])
-            launches.append((ReferenceLaunch(some, process_groups) if table is None else table, indices))
+                table.refresh(members, [all_addresses[index] for index in indices])
+            launches.append((ReferenceLaunch(members, process_groups) if table is None else table, indices))
         return launches
 
 
-def _turns(steps: Sequence[TensorStep]) -> list[int]:
-    """Return how many launches each tensor waits for: parameters that share memory are stepped one after the other."""
-    turns = [0] * len(steps)
+def _launch_order(steps: Sequence[TensorStep]) -> list[int]:
+    """Return a launch number for each tensor, so that parameters that share memory are updated one after another."""
+    order = [0] * len(steps)
     spans = sorted(
         (str(step.param.device), step.param.data_ptr(), step.param.nbytes, index)
         for index, step in enumerate(steps)
@@ -247,20 +243,16 @@ def _turns(steps: Sequence[TensorStep]) -> list[int]:
     device_before, end, sharing = "", 0, list[int]()
     for device, start, length, index in [*spans, ("", 0, 0, 0)]:
         if device != device_before or start >= end:
-            for turn, member in enumerate(sorted(sharing)):
-                turns[member] = turn
+            for number, member in enumerate(sorted(sharing)):
+                order[member] = number
             device_before, end, sharing = device, 0, []
         end = max(end, start + length)
         sharing.append(index)
-    return turns
-
-
-def _cpu_variant(key: LaunchKey) -> CpuVariant:
-    return CpuVariant(*(getattr(key, name) for name in CpuVariant._fields))
+    return order
 
 
 def skips_unchanged_v(states: str, exp_avg_sq_weight: float) -> bool:
-    """Whether so little of second moments still changes in a step that the kernel looks before it writes."""
+    """Return whether v changes so rarely that the kernel compares it before it stores it."""
     return exp_avg_sq_weight < _SKIP_UNCHANGED_V_BELOW[states]
 
 
@@ -269,10 +261,10 @@ def _numels(steps: Sequence[TensorStep]) -> list[int]:
 
 
 def _launch_key(step: TensorStep, exp_avg_sq_weight: float, telemetry: bool) -> tuple[LaunchKey, tuple[int, ...]]:
-    """Return what a launch of a step's tensors is for, and their addresses; 0 for what there is not."""
+    """Return a step's launch key and its tensor addresses, 0 if absent."""
     kernel = backend_of(step.param.device, step.param.dtype, step.param)
     if kernel == REFERENCE:
-        addresses: tuple[int, ...] = (id(step.param),)  # a fake tensor has no memory
+        addresses: tuple[int, ...] = (id(step.param),)  # a fake tensor has no address
     else:
         tensors = (*step.tensors, step.master, step.group_exponents)
         addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
@@ -280,17 +272,14 @@ def _launch_key(step: TensorStep, exp_avg_sq_weight: float, telemetry: bool) -> 
     if kernel == TRITON:
         for address in addresses[:-1]:
             misaligned |= address % ALIGNED_BYTES
-    key = LaunchKey(
-        step.param.device,
-        kernel,
+    variant = KernelVariant(
         step.param.dtype,
         step.grad.dtype,
         step.states,
         None if step.master is None else str(step.master.dtype).removeprefix("torch."),
         step.stochastic,
-        kernel == TRITON and skips_unchanged_v(step.states, exp_avg_sq_weight),
         telemetry,
-        misaligned == 0,
         step.param_is_copy,
     )
-    return key, addresses
+    skip_unchanged_v = kernel == TRITON and skips_unchanged_v(step.states, exp_avg_sq_weight)
+    return LaunchKey(step.param.device, kernel, variant, skip_unchanged_v, misaligned == 0), addresses

@@ -1,4 +1,4 @@
-"""Plan the launches of a step, run them, and reuse them while only gradient addresses and step counts change."""
+"""Plan, run and reuse the kernel launches of a step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .launch import (
     TritonLaunch,
     skips_unchanged_v,
 )
-from .reuse_check import ReuseCheck, is_plain
+from .reuse_check import ReuseCheck, has_plain_tensors
 from .scalars import DeviceRow, DeviceScalars, HostScalars, count_on_device
 from .telemetry import StepSums, TelemetryRow
 from .tensor_step import TensorStep, with_matching_strides
@@ -38,9 +38,10 @@ from .tensor_step import TensorStep, with_matching_strides
 class StepResult(NamedTuple):
     """The outcome of a step.
 
-    taken: whether the parameters that the host counts were stepped.
-    skipped: 0-d on a device, not 0 if the parameters that it counts were not stepped; None without any.
-    grad_norm: of all gradients, 0-d float32 on a device that has some, until the next step; None unless measured.
+    taken: whether the host-counted parameters were updated.
+    skipped: 0-d float32 on a device: 1 if the device-counted parameters were skipped, else 0. None without such
+        parameters.
+    grad_norm: norm of all gradients, 0-d float32. The next step overwrites it. None if the norm was not measured.
     """
 
     taken: bool
@@ -49,25 +50,28 @@ class StepResult(NamedTuple):
 
 
 class StepPlan:
-    """The launches of a step, and what they were made for.
+    """The launches of one step.
+
+    Later steps reuse them while only gradient addresses and step counts change. The step count of a host-counted
+    parameter is an int. That of a device-counted one is a tensor on its device; a kernel advances it.
 
     Args:
-        collected: the parameters, checked; they have their states.
-        host: the scalars of those whose steps the host counts, in order, computed.
-        param_groups: of the optimizer.
-        states: of all its parameters.
-        memory: tables of earlier steps.
-        telemetry: whether sums are wanted.
-        norm_process_group: over which the gradients of parameters that are no DTensors are sharded, or None.
-        is_whole: whether these are all parameters of the groups that have a gradient, each with its own.
+        collected: checked parameters. Their states exist.
+        host: computed scalars of the host-counted parameters, in their order.
+        param_groups: the optimizer's groups.
+        states: the optimizer's states.
+        launch_cache: launches and tables of earlier steps.
+        telemetry: whether kernels write telemetry sums. Default: False.
+        norm_process_group: process group that shards plain-tensor gradients. Default: None, they are not sharded.
+        covers_all_params: whether the step updates every parameter that has a `grad`. Default: True.
 
     Attributes:
-        host: as given.
-        device_rows: where the device finds the scalars of the parameters that it counts, by device.
-        is_reusable: whether `matches` may return True: tensors are stepped just as they lie.
+        host: see Args.
+        device_rows: for each device the step counts and groups of its device-counted parameters.
+        is_reusable: whether a later step can reuse the plan. It cannot if a tensor had to be copied.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured without a step of the same parameters before it.
+        RuntimeError: a CUDA graph is being captured without a warm-up step of the same parameters.
     """
 
     def __init__(
@@ -76,80 +80,85 @@ class StepPlan:
         host: HostScalars,
         param_groups: Sequence[Mapping[str, Any]],
         states: MutableMapping[Tensor, dict[str, Any]],
-        memory: LaunchCache,
+        launch_cache: LaunchCache,
         telemetry: bool = False,
         norm_process_group: Any = None,
-        is_whole: bool = True,
+        covers_all_params: bool = True,
     ) -> None:
         params = collected.params
         self.host = host
-        self._memory = memory
-        self._params = [one.param for one in params]
+        self._launch_cache = launch_cache
+        self._params = [item.param for item in params]
         self._is_fake = any(map(is_fake, self._params))
-        own_states = self._own_states = [states[one.param] for one in params]
-        counted_there = [collected.on_device and uses_triton(param) for param in self._params]
-        count_on_device(list(compress(own_states, counted_there)))
-        self._host_states = list(compress(own_states, [not there for there in counted_there]))
-        self.device_rows, rows = _rows(params, own_states, counted_there, host)
-        self._refuse_unprepared(param_groups)
+        param_states = self._param_states = [states[item.param] for item in params]
+        counted_on_device = [collected.counts_on_device and uses_triton(param) for param in self._params]
+        count_on_device(list(compress(param_states, counted_on_device)))
+        self._host_states = list(compress(param_states, [not on_device for on_device in counted_on_device]))
+        self.device_rows, rows = _rows(params, param_states, counted_on_device, host)
+        self._check_capture_warm_up(param_groups)
         steps = [
             step
-            for one, state, row in zip(params, own_states, rows, strict=True)
-            for step in tensor_steps(one, state, row, param_groups[one.group_index], norm_process_group)
+            for item, state, row in zip(params, param_states, rows, strict=True)
+            for step in tensor_steps(item, state, row, param_groups[item.group_index], norm_process_group)
         ]
-        host.needs_keys = any(step.draws_bits for step in steps)
-        self._copies: list[tuple[Tensor, Tensor]] = []
-        laid_out = [with_matching_strides(step, self._copies) for step in steps]
-        self._launches = memory.launches(laid_out, None if collected.on_device else host.rows, telemetry)
+        host.needs_keys = any(step.needs_random_bits for step in steps)
+        self._copies: list[tuple[Tensor, Tensor]] = []  # (original, copy that the kernel writes)
+        dense_steps = [with_matching_strides(step, self._copies) for step in steps]
+        host_rows = None if collected.counts_on_device else host.rows
+        self._launches = launch_cache.launches(dense_steps, host_rows, telemetry)
         self._triton = [launch for launch, _ in self._launches if isinstance(launch, TritonLaunch)]
-        self._others = [(launch, indices) for launch, indices in self._launches if not isinstance(launch, TritonLaunch)]
-        self._owners = _owners(params, [step.process_groups for step in steps], param_groups) if telemetry else []
+        self._host_launches = [
+            (launch, indices) for launch, indices in self._launches if not isinstance(launch, TritonLaunch)
+        ]
+        self._telemetry_rows = _telemetry_rows(params, steps, param_groups) if telemetry else []
         self._is_new = True
         tables = [launch for launch, _ in self._launches if isinstance(launch, TableLaunch)]
         self.is_reusable = (
             len(tables) == len(self._launches) > 0
-            and _lie_as_given(params, steps, laid_out)
-            and (not is_whole or _are_all(params, param_groups))
+            and _without_copies(params, steps, dense_steps)
+            and (not covers_all_params or _are_all_params(params, param_groups))
             and not any(map(is_capturing, {param.device for param in self._params}))
         )
-        # Tables hold addresses alone, also those of copies made for this step.
-        self._kept_alive = [] if self.is_reusable else laid_out
+        # The tables store only addresses, so the plan keeps copied tensors alive.
+        self._kept_alive = [] if self.is_reusable else dense_steps
         if not self.is_reusable:
             return
-        self._reuse_check = ReuseCheck(params, own_states, counted_there, param_groups, states, is_whole)
-        self._grad_addresses = array("q", [grad.data_ptr() for one in params for grad in one.grads])
-        self._may_move = is_whole or all(len(one.grads) == 1 for one in params)
+        self._reuse_check = ReuseCheck(params, param_states, counted_on_device, param_groups, states, covers_all_params)
+        self._grad_addresses = array("q", [grad.data_ptr() for item in params for grad in item.grads])
+        self._may_move = covers_all_params or all(len(item.grads) == 1 for item in params)
         self._aligned = any(launch.key.aligned for launch in self._triton)
         self._revisions = [launch.revision for launch in self._triton]
         self._devices = list({launch.device for launch in self._triton})
         self._streams = list(map(current_stream, self._devices))
-        of_host = [] if collected.on_device else [step for step in steps if uses_triton(step.param)]
-        self._kinds = sorted({(step.scalar_row, step.states) for step in of_host})
-        self._settled = self._settled_kinds()
+        host_steps = [] if collected.counts_on_device else [step for step in steps if uses_triton(step.param)]
+        self._row_states = sorted({(step.scalar_row, step.states) for step in host_steps})
+        self._skip_flags = self._find_skip_flags()
         self._param_names = _param_names(param_groups)
 
-    def matches(
+    def try_reuse(
         self,
         param_groups: Sequence[Mapping[str, Any]],
         states: Mapping[Tensor, dict[str, Any]],
         conditions: StepConditions,
         given: Sequence[ParamWithGrad] | None = None,
     ) -> bool:
-        """Prepare the next step, if only gradient addresses and step counts have changed; else return False.
+        """Prepare the next step. Return False if it needs a new plan.
+
+        It needs one if anything except gradient addresses and step counts changed.
 
         Args:
-            param_groups: of the optimizer.
-            states: of all its parameters.
-            control: of the step.
-            given: the parameters of a step that is not whole. Default: None, all that have gradients.
+            param_groups: the optimizer's groups.
+            states: the optimizer's states.
+            conditions: scaling, clipping and skipping of this step.
+            given: the parameters, if the plan does not cover all of them. Default: None, all that have a `grad`.
 
         Raises:
-            TypeError, ValueError: a hyper-parameter that is not a number.
+            TypeError, ValueError: a hyper-parameter is not a number.
         """
-        # The tables belong to one stream, and another step, even one that raised, may have filled them since.
+        # The tables belong to one stream. Another step may have overwritten them, even if it raised.
         if self._devices and not self._fits_devices(param_groups, conditions):
             return False
-        if self._owners and _param_names(param_groups) != self._param_names:
+        if self._telemetry_rows and _param_names(param_groups) != self._param_names:
             return False
         addresses = self._reuse_check.gradient_addresses(param_groups, states, given, self._grad_addresses)
         if addresses is None:
@@ -158,17 +167,17 @@ class StepPlan:
         if moved and (not self._may_move or (self._aligned and reduce(or_, addresses) % ALIGNED_BYTES)):
             return False
         if self._host_states:
-            if not self.host.follows(self._reuse_check.counts):
+            if not self.host.update_counts(self._reuse_check.counts):
                 return False
             self.host.compute(param_groups)
-            if self._kinds and self._settled_kinds() != self._settled:
+            if self._row_states and self._find_skip_flags() != self._skip_flags:
                 return False
         if moved:
-            self._grad_addresses = array("q")  # of no step, should a table not be refreshed
+            self._grad_addresses = array("q")  # invalid until all tables are refreshed
             for launch, indices in self._launches:
                 assert isinstance(launch, TableLaunch)
-                whole = len(indices) == len(addresses)
-                launch.refresh_gradients(addresses if whole else array("q", [addresses[index] for index in indices]))
+                has_all = len(indices) == len(addresses)
+                launch.refresh_gradients(addresses if has_all else array("q", [addresses[index] for index in indices]))
             self._grad_addresses = addresses
         return True
 
@@ -180,11 +189,11 @@ class StepPlan:
         return bool(self.device_rows) or (conditions.is_default and not any(map(needs_device, param_groups)))
 
     def belongs_to(self, states: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-        """Return whether an optimizer still has the states of all parameters."""
-        return all(map(is_, map(states.get, self._params), self._own_states))
+        """Return whether `states` still holds the state of each parameter of this plan."""
+        return all(map(is_, map(states.get, self._params), self._param_states))
 
-    def _settled_kinds(self) -> list[bool]:
-        return [skips_unchanged_v(states, self.host.rows[row].exp_avg_sq_weight) for row, states in self._kinds]
+    def _find_skip_flags(self) -> list[bool]:
+        return [skips_unchanged_v(states, self.host.rows[row].exp_avg_sq_weight) for row, states in self._row_states]
 
     def run(
         self,
@@ -193,45 +202,45 @@ class StepPlan:
         error_if_nonfinite: bool = False,
         sums: StepSums | None = None,
     ) -> StepResult:
-        """Update every tensor in place, and advance the counts of the parameters.
+        """Update every tensor in place and advance the step counts.
 
         Args:
-            param_groups: of the optimizer.
-            control: what may clip or skip the step, the same for all tensors.
-            error_if_nonfinite: raise instead of skipping when the norm is not finite; the host then waits for it.
-            sums: written for telemetry; None for none.
+            param_groups: the optimizer's groups.
+            conditions: scaling, clipping and skipping, the same for all tensors.
+            error_if_nonfinite: raise if the norm is not finite; the host waits for the norm. Default: False, skip.
+            sums: receives the telemetry. Default: None, no telemetry.
 
         Raises:
-            RuntimeError: the norm of the gradients is not finite, and an error was asked for. Nothing has changed.
+            RuntimeError: `error_if_nonfinite` is set and the gradient norm is not finite. Nothing has changed.
         """
         if sums is not None:
-            sums.begin(self._owners)
+            sums.begin(self._telemetry_rows)
         squares = None
         if conditions.max_grad_norm is not None:
             squares = sum_of_squares([launch for launch, _ in self._launches], conditions.norm_ranks)
             if error_if_nonfinite and not self._is_fake and squares is not None and not bool(squares.isfinite()):
                 raise RuntimeError(
-                    "The norm of the gradients is not finite, so they cannot be clipped; to skip such steps instead, "
-                    "set error_if_nonfinite=False"
+                    "The norm of the gradients is not finite, so the step cannot clip them; "
+                    "set error_if_nonfinite=False to skip such steps"
                 )
-        # A fake tensor has no value to decide by.
-        host_decides = not conditions.is_default and bool(self._others) and not self._is_fake
-        decision = conditions.read(squares) if host_decides else UNCHANGED_GRADIENTS
-        # Whatever may fail comes before the first write.
-        others = self._prepared(decision, sums) if self._others else []
+        # Fake tensors have no values to decide by.
+        host_decides = not conditions.is_default and bool(self._host_launches) and not self._is_fake
+        decision = conditions.decide(squares) if host_decides else UNCHANGED_GRADIENTS
+        # Do everything that can fail before the first write.
+        host_launches = self._prepare_host_launches(decision, sums) if self._host_launches else []
         launch_triton: Callable[[], Tensor | None] | None = None
         if self._triton:
             launch_triton = partial(self._launch_triton, param_groups, conditions, squares, sums)
-            if self._is_new and are_compiled(self._triton):
-                launch_triton = _held(launch_triton)
+            if self._is_new and need_compilation(self._triton):
+                launch_triton = _compile_first(launch_triton)
             self._is_new = False
         with DelayedInterrupt():
-            # Kernels write behind autograd's back; a backward that still needs the old values must fail.
+            # Autograd does not see kernel writes. Without this, a backward that needs the old values would not raise.
             torch.autograd.graph.increment_version(self._params)
-            for launch, arguments in others:
+            for launch, arguments in host_launches:
                 launch.run(*arguments)
             report = None if launch_triton is None else launch_triton()
-            # Of a skipped step the copies are what they were.
+            # After a skipped step the copies are unchanged.
             for original, copy in self._copies:
                 original.copy_(copy)
             if not decision.skip:
@@ -243,14 +252,14 @@ class StepPlan:
             grad_norm = conditions.norm(squares) if report is None else report[0]
         return StepResult(not decision.skip, None if report is None else report[2], grad_norm)
 
-    def _prepared(
+    def _prepare_host_launches(
         self, decision: Decision, sums: StepSums | None
     ) -> list[tuple[NativeLaunch | ReferenceLaunch, tuple[Any, ...]]]:
-        """Return the launches of all but the Triton kernel, with their arguments."""
+        """Return the native and reference launches with their arguments."""
         if decision.skip and sums is None:
             return []
         prepared: list[tuple[NativeLaunch | ReferenceLaunch, tuple[Any, ...]]] = []
-        for launch, indices in self._others:
+        for launch, indices in self._host_launches:
             rows = None if sums is None else sums.rows(launch.device, indices)
             if isinstance(launch, NativeLaunch):
                 prepared.append((launch, (self.host.on_cpu(launch.is_float64, decision), rows)))
@@ -270,77 +279,77 @@ class StepPlan:
         for device in dict.fromkeys(launch.device for launch in self._triton):
             if self.device_rows:
                 rows = self.device_rows[device]
-                prepared = self._memory.device_scalars.get(_key(device, rows), device, partial(DeviceScalars, device))
+                cache = self._launch_cache.device_scalars
+                device_scalars = cache.get(_key(device, rows), device, partial(DeviceScalars, device))
                 squares_here = None if squares is None else squares.to(device, non_blocking=True)
-                scalars[device] = prepared.prepare(rows, param_groups, conditions, squares_here)
-                report = prepared.report if report is None else report
+                scalars[device] = device_scalars.prepare(rows, param_groups, conditions, squares_here)
+                report = device_scalars.report if report is None else report
             else:
-                table = self._memory.host_scalars.get(device, device, partial(DeviceTable, device))
+                table = self._launch_cache.host_scalars.get(device, device, partial(DeviceTable, device))
                 scalars[device] = self.host.on_device(table, conditions.grad_factor)
         for launch, indices in self._launches:
             if isinstance(launch, TritonLaunch):
                 launch.run(scalars[launch.device], None if sums is None else sums.rows(launch.device, indices))
         return report
 
-    def _refuse_unprepared(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
+    def _check_capture_warm_up(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
         for device, rows in self.device_rows.items():
             if is_capturing(device):
-                prepared = self._memory.device_scalars.prepared(_key(device, rows))
-                if prepared is None or not prepared.is_prepared_for(rows, param_groups):
+                latest = self._launch_cache.device_scalars.latest(_key(device, rows))
+                if latest is None or not latest.is_prepared_for(rows, param_groups):
                     raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
 
 
 def _rows(
     params: Sequence[ParamWithGrad],
-    own_states: Sequence[Mapping[str, Any]],
-    counted_there: Sequence[bool],
+    param_states: Sequence[Mapping[str, Any]],
+    counted_on_device: Sequence[bool],
     host: HostScalars,
 ) -> tuple[dict[torch.device, list[DeviceRow]], list[int]]:
-    """Return the rows of scalars that devices fill, and the row of each parameter."""
-    of_device: dict[torch.device, list[DeviceRow]] = defaultdict(list)
-    of_host = iter(host.row_of_param)
+    """Return the scalar rows that each device computes, and the row index of each parameter."""
+    device_rows: dict[torch.device, list[DeviceRow]] = defaultdict(list)
+    host_rows = iter(host.row_of_param)
     rows = []
-    for one, state, there in zip(params, own_states, counted_there, strict=True):
-        if there:
-            rows.append(len(of_device[one.param.device]))
-            of_device[one.param.device].append(DeviceRow(state["step"], one.group_index))
+    for item, state, on_device in zip(params, param_states, counted_on_device, strict=True):
+        if on_device:
+            rows.append(len(device_rows[item.param.device]))
+            device_rows[item.param.device].append(DeviceRow(state["step"], item.group_index))
         else:
-            rows.append(next(of_host))
-    return dict(of_device), rows
+            rows.append(next(host_rows))
+    return dict(device_rows), rows
 
 
-def _lie_as_given(params: Sequence[ParamWithGrad], steps: Sequence[TensorStep], laid_out: Sequence[TensorStep]) -> bool:
-    """Return whether a step reads and writes its parameters and gradients themselves, and no copies of them."""
-    given = {grad.data_ptr() for one in params for grad in one.grads}
+def _without_copies(
+    params: Sequence[ParamWithGrad], steps: Sequence[TensorStep], dense_steps: Sequence[TensorStep]
+) -> bool:
+    """Return whether the step reads and writes the original tensors, not copies."""
+    given = {grad.data_ptr() for item in params for grad in item.grads}
     return (
-        all(map(is_plain, params))
-        and all(map(is_, laid_out, steps))
+        all(map(has_plain_tensors, params))
+        and all(map(is_, dense_steps, steps))
         and all(step.grad.data_ptr() in given for step in steps)
     )
 
 
-def _are_all(params: Sequence[ParamWithGrad], param_groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether these are all parameters with gradients, each named once, and the gradients their own."""
+def _are_all_params(params: Sequence[ParamWithGrad], param_groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether `params` are exactly the parameters with a `grad`, once each, with that gradient."""
     given = [param for group in param_groups for param in group["params"] if param.grad is not None]
-    return len(given) == len(params) and all(one.grads[0] is one.param.grad for one in params)
+    return len(given) == len(params) and all(item.grads[0] is item.param.grad for item in params)
 
 
-def _owners(
-    params: Sequence[ParamWithGrad],
-    process_groups: Sequence[tuple[Any, ...]],
-    param_groups: Sequence[Mapping[str, Any]],
+def _telemetry_rows(
+    params: Sequence[ParamWithGrad], steps: Sequence[TensorStep], param_groups: Sequence[Mapping[str, Any]]
 ) -> list[TelemetryRow]:
     names = {}
     for group_index, group in enumerate(param_groups):
         for position, param in enumerate(group["params"]):
             given = group.get("param_names")
             names[param] = given[position] if given else f"{group_index}.{position}"
-    return [
-        TelemetryRow(
-            one.group_index, names[one.param], one.param.numel() * (2 if one.param.is_complex() else 1), groups
-        )
-        for one, groups in zip(params, process_groups, strict=True)
-    ]
+    rows = []
+    for (param, group_index, *_), step in zip(params, steps, strict=True):
+        numel = param.numel() * (2 if param.is_complex() else 1)
+        rows.append(TelemetryRow(group_index, names[param], numel, step.process_groups))
+    return rows
 
 
 def _param_names(param_groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -351,21 +360,21 @@ def _key(device: torch.device, rows: Sequence[DeviceRow]) -> tuple[torch.device,
     return device, rows[0].step.data_ptr()
 
 
-def are_compiled(launches: Sequence[TritonLaunch]) -> bool:
-    """Return whether launches need their kernels compiled before the first of them runs."""
+def need_compilation(launches: Sequence[TritonLaunch]) -> bool:
+    """Return whether kernels must be compiled before the first launch."""
     return any(launch.device.type == "cuda" for launch in launches)
 
 
-def _held(launch: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
-    """Compile the kernels and fill the tables of launches; return what does the launches."""
+def _compile_first(launch: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
+    """Compile the kernels and fill the tables now. Return a function that runs the launches."""
     from adax_triton.kernels.launch import deferred_launches
 
-    with deferred_launches() as held:
+    with deferred_launches() as deferred:
         report = launch()
 
     def run() -> Tensor | None:
-        for one in held:
-            one()
+        for item in deferred:
+            item()
         return report
 
     return run

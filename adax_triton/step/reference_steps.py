@@ -1,4 +1,4 @@
-"""Steps by the reference formula: on devices without a kernel, and on a CPU without a compiler."""
+"""Update tensors with plain PyTorch where no kernel is available."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from adax_triton.update.reference import adax_update
 from .conditions import Decision
 from .tensor_step import TensorStep
 
-# Elements updated at a time: temporaries stay in cache and never reach the tensor's size. A multiple of GROUP.
+# Elements per update, a multiple of GROUP. Temporaries stay in the CPU cache and smaller than the tensor.
 CHUNK_SIZE = 65_536
 
 
 class ReferenceLaunch:
-    """Tensors of one device that the reference formula steps, one after another.
+    """Updates tensors of one device with the PyTorch reference, one after another.
 
     Args:
-        steps: on dense tensors.
-        process_groups: over which the gradients of all these tensors are sharded.
+        steps: steps on dense tensors.
+        process_groups: process groups that shard the gradients of all these tensors.
     """
 
     def __init__(self, steps: Sequence[TensorStep], process_groups: tuple[Any, ...]) -> None:
@@ -35,20 +35,20 @@ class ReferenceLaunch:
         self._steps = [step.flattened() for step in steps]
 
     def sum_of_squares(self) -> Tensor:
-        """Return the sum of the squared gradients, 0-d float64 on their device."""
+        """Return the sum of squared gradients, 0-d float64 on their device."""
         norms = torch._foreach_norm([step.grad for step in self._steps], 2, dtype=torch.float64)
         return torch.stack(norms).square().sum()
 
     def run(
         self, rows: Sequence[StepScalars], keys: Sequence[tuple[int, int]], decision: Decision, sums: Tensor | None
     ) -> None:
-        """Step the tensors.
+        """Update the tensors.
 
         Args:
-            rows: scalars, with the factor of the gradients.
-            keys: the random key of each row, see `rounding.random_key`.
-            decision: whether to skip.
-            sums: (n, 5) float32 on the device, written; the sums of `kernels.telemetry.tile_sums` of each tensor.
+            rows: scalars of each row, gradient factor included.
+            keys: random key of each row, see `rounding.random_key`.
+            decision: gradient factor and skip flag. Only the flag is used.
+            sums: (n, 5) float32 on the device; receives telemetry sums, see `kernels.tables.SUM_COLUMNS`. None: none.
         """
         for index, step in enumerate(self._steps):
             scalars, key = rows[step.scalar_row], keys[step.scalar_row]
@@ -90,7 +90,7 @@ def _update_quantized(part: TensorStep, scalars: StepScalars, key: tuple[int, in
 
 
 def _weights(part: TensorStep) -> Tensor:
-    """Return a copy of the weights in the dtype of the arithmetic."""
+    """Return a copy of the weights in float32, or in float64 for float64 parameters."""
     if part.param.dtype == torch.float64:
         return part.param.clone()
     return load_master(part.param, part.master, part.param_is_copy)

@@ -1,4 +1,4 @@
-"""Find out in bulk whether tensors and groups are those of an earlier step but for gradient addresses and counts."""
+"""Check quickly that only gradient addresses and step counts changed since a step."""
 
 from __future__ import annotations
 
@@ -22,53 +22,53 @@ _count = itemgetter("step")
 
 
 class ReuseCheck:
-    """What a step found of its parameters, to compare later steps with.
+    """Snapshot of a step's tensors and groups, to compare later steps with.
 
     Args:
-        params: of the step, plain tensors that are stepped just as they lie.
-        own_states: theirs.
-        counted_there: whether a device counts the steps of each.
-        param_groups: of the optimizer.
-        states: of all its parameters.
-        is_whole: whether these are all parameters of the groups that have a gradient.
+        params: parameters of the step, plain tensors that need no copies.
+        param_states: the state of each of them.
+        counted_on_device: whether each of them is device-counted.
+        param_groups: the optimizer's groups.
+        states: the optimizer's states.
+        covers_all_params: whether `params` are all parameters that have a `grad`.
 
     Attributes:
-        counts: by `gradient_addresses`, of the parameters whose steps the host counts.
+        counts: step counts of the host-counted parameters, set by `gradient_addresses`.
     """
 
     def __init__(
         self,
         params: Sequence[ParamWithGrad],
-        own_states: Sequence[dict[str, Any]],
-        counted_there: Sequence[bool],
+        param_states: Sequence[dict[str, Any]],
+        counted_on_device: Sequence[bool],
         param_groups: Sequence[Mapping[str, Any]],
         states: Mapping[Tensor, dict[str, Any]],
-        is_whole: bool,
+        covers_all_params: bool,
     ) -> None:
-        self._params = [one.param for one in params]
-        self._is_whole = is_whole
-        self._group_indices = [one.group_index for one in params]
-        self._grad_counts = [len(one.grads) for one in params]
-        self._images = [one.low_precision_copy for one in params if one.low_precision_copy is not None]
+        self._params = [item.param for item in params]
+        self._is_whole = covers_all_params
+        self._group_indices = [item.group_index for item in params]
+        self._grad_counts = [len(item.grads) for item in params]
+        self._copies = [item.low_precision_copy for item in params if item.low_precision_copy is not None]
         self._options = list(map(_options, param_groups))
-        if is_whole:
+        if covers_all_params:
             lists = list(map(_list_of_params, param_groups))
             self._group_sizes = list(map(len, lists))
             self._all_params = list(chain.from_iterable(lists))
             self._all_keys, self._all_states = list(states), list(states.values())
             self._has_grad = [param.grad is not None for param in self._all_params]
             self._grad_types = [type(param.grad) for param in self._all_params]
-        self._states = own_states
-        self._state_sizes = list(map(len, own_states))
-        counted_here = [not there for there in counted_there]
-        self._counting = list(compress(own_states, counted_here))
-        holders = {name: [state for state in own_states if name in state] for name in STATE_TENSORS}
-        holders["step"] = list(compress(own_states, counted_there))
-        self._holders = [(itemgetter(name), some) for name, some in holders.items() if some]
-        of_states = chain.from_iterable(map(name, holders) for name, holders in self._holders)
-        fixed = [*self._params, *self._images, *of_states]
+        self._states = param_states
+        self._state_sizes = list(map(len, param_states))
+        counted_on_host = [not on_device for on_device in counted_on_device]
+        self._host_counted = list(compress(param_states, counted_on_host))
+        states_with = {name: [state for state in param_states if name in state] for name in STATE_TENSORS}
+        states_with["step"] = list(compress(param_states, counted_on_device))
+        self._states_with = [(itemgetter(name), holders) for name, holders in states_with.items() if holders]
+        state_tensors = chain.from_iterable(map(get, holders) for get, holders in self._states_with)
+        fixed = [*self._params, *self._copies, *state_tensors]
         self._addresses = list(map(Tensor.data_ptr, fixed))
-        gradients = list(chain.from_iterable(one.grads for one in params))
+        gradients = list(chain.from_iterable(item.grads for item in params))
         self._guards = tensor_guards([*fixed, *gradients])
         self._grad_bytes = [grad.nbytes for grad in gradients]
         self.counts: list[Any] = []
@@ -80,37 +80,37 @@ class ReuseCheck:
         given: Sequence[ParamWithGrad] | None,
         known: array[int],
     ) -> array[int] | None:
-        """Return where gradients lie, or None if anything but that and step counts has changed.
+        """Return the gradient addresses, or None if anything except them and step counts changed.
 
         Args:
-            param_groups: of the optimizer.
-            states: of all its parameters.
-            given: the parameters of a step that is not whole.
-            known: where gradients lay in the last step.
+            param_groups: the optimizer's groups.
+            states: the optimizer's states.
+            given: the parameters; None if the step covers all parameters that have a `grad`.
+            known: gradient addresses of the last step.
         """
         if list(map(_options, param_groups)) != self._options:
             return None
-        gradients = self._whole_gradients(param_groups, states) if given is None else self._given(given, states)
+        gradients = self._all_gradients(param_groups, states) if given is None else self._given_gradients(given, states)
         if gradients is None or list(map(len, self._states)) != self._state_sizes:
             return None
-        fixed = [*self._params, *self._images]
+        fixed = [*self._params, *self._copies]
         try:
-            for name, holders in self._holders:
-                fixed += map(name, holders)
-            self.counts = list(map(_count, self._counting))
-        except KeyError:  # one is gone
+            for get, holders in self._states_with:
+                fixed += map(get, holders)
+            self.counts = list(map(_count, self._host_counted))
+        except KeyError:  # a state tensor was removed
             return None
-        # Types, dtypes, devices, sizes, strides, and whether they are sparse, conjugated, negated or fake.
+        # The guards compare type, dtype, device, sizes, strides, and sparse, conjugated, negated and fake kinds.
         if not self._guards.check(*fixed, *gradients) or list(map(Tensor.data_ptr, fixed)) != self._addresses:
             return None
         addresses = array("q", map(Tensor.data_ptr, gradients))
-        if addresses != known:  # others may have freed their memory
-            held = [grad.untyped_storage().nbytes() for grad in gradients]
-            if not all(map(ge, held, self._grad_bytes)):
+        if addresses != known:  # other code may have freed their storages
+            storage_bytes = [grad.untyped_storage().nbytes() for grad in gradients]
+            if not all(map(ge, storage_bytes, self._grad_bytes)):
                 return None
         return addresses
 
-    def _whole_gradients(
+    def _all_gradients(
         self, param_groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, dict[str, Any]]
     ) -> Sequence[Any] | None:
         lists = list(map(_list_of_params, param_groups))
@@ -126,27 +126,30 @@ class ReuseCheck:
             return gradients
         return list(compress(gradients, self._has_grad)) if list(map(type, gradients)) == self._grad_types else None
 
-    def _given(
+    def _given_gradients(
         self, given: Sequence[ParamWithGrad], states: Mapping[Tensor, dict[str, Any]]
     ) -> Sequence[Tensor] | None:
-        if self._is_whole or not _are_same([one.param for one in given], self._params):
+        if self._is_whole or not _are_same([item.param for item in given], self._params):
             return None
-        if [one.group_index for one in given] != self._group_indices:
+        if [item.group_index for item in given] != self._group_indices:
             return None
         if not _are_same([states.get(param) for param in self._params], self._states):
             return None
-        low_precision_copies = [one.low_precision_copy for one in given if one.low_precision_copy is not None]
-        same = _are_same(low_precision_copies, self._images) and [len(one.grads) for one in given] == self._grad_counts
-        return list(chain.from_iterable(one.grads for one in given)) if same else None
+        low_precision_copies = [item.low_precision_copy for item in given if item.low_precision_copy is not None]
+        if not _are_same(low_precision_copies, self._copies):
+            return None
+        if [len(item.grads) for item in given] != self._grad_counts:
+            return None
+        return list(chain.from_iterable(item.grads for item in given))
 
 
-def is_plain(one: ParamWithGrad) -> bool:
-    """Return whether a parameter and its gradients are tensors of no other class than torch's own."""
-    return type(one.param) in (Tensor, nn.Parameter) and all(type(grad) is Tensor for grad in one.grads)
+def has_plain_tensors(item: ParamWithGrad) -> bool:
+    """Return whether a parameter and its gradients are torch tensors, not of subclasses."""
+    return type(item.param) in (Tensor, nn.Parameter) and all(type(grad) is Tensor for grad in item.grads)
 
 
 def tensor_guards(tensors: Sequence[Any]) -> Any:
-    """Return PyTorch's own comparison of all that tensors are but where they lie, one call for all of them."""
+    """Return a torch guard that compares dtype, device, shape and strides of all tensors in one call."""
     make: Any = guards.TensorGuards
     return make(
         *tensors,

@@ -1,8 +1,4 @@
-"""The scalars of a step: from the host, or from the device where it counts the steps.
-
-`HostScalars` and `DeviceScalars` fill the table of scalars that launches read, and advance step counts. All else in a
-step is the same for both.
-"""
+"""Compute the scalars of a step and advance step counts, on the host or on the device."""
 
 from __future__ import annotations
 
@@ -25,54 +21,54 @@ from adax_triton.update.coefficients import (
 from adax_triton.update.rounding import random_key
 
 from .conditions import UNCHANGED_GRADIENTS, Decision, StepConditions
-from .device_tables import DeviceTable, on_device
+from .device_tables import DeviceTable, upload
 
 _GRAD_FACTOR = SCALAR_COLUMNS.index("grad_factor")
 
 
 class HostScalars:
-    """Scalars of parameters whose steps the host counts, one row per (group, step).
+    """Scalars of host-counted parameters, one row per (group, step).
 
     Args:
-        places: (group index, step to take) of each parameter, in order.
+        group_steps: (group index, next step number) of each parameter.
 
     Attributes:
-        row_of_param: the row of each parameter.
-        groups: the group index of each row.
-        steps: the step that each row is about to take.
-        rows: the scalars of each row, by `compute`.
-        needs_keys: whether a kernel draws random bits.
+        row_of_param: row index of each parameter.
+        groups: group index of each row.
+        steps: next step number of each row.
+        rows: scalars of each row, set by `compute`.
+        needs_keys: whether a kernel rounds stochastically and so needs random keys. Default: True.
     """
 
     def __init__(self, group_steps: Sequence[tuple[int, int]]) -> None:
-        row_of_place = {place: row for row, place in enumerate(dict.fromkeys(group_steps))}
-        self.row_of_param = [row_of_place[place] for place in group_steps]
-        self.groups = [group_index for group_index, _ in row_of_place]
-        self.steps = [step for _, step in row_of_place]
+        row_of = {group_step: row for row, group_step in enumerate(dict.fromkeys(group_steps))}
+        self.row_of_param = [row_of[group_step] for group_step in group_steps]
+        self.groups = [group_index for group_index, _ in row_of]
+        self.steps = [step for _, step in row_of]
         self.rows: list[StepScalars] = []
         self.needs_keys = True
         self._keys: list[tuple[int, int]] = []
         self._first_param = [self.row_of_param.index(row) for row in range(len(self.steps))]
         self._tables: dict[bool, tuple[bytearray, Tensor]] = {}
 
-    def follows(self, counts: list[Any]) -> bool:
-        """Take up the counts of all parameters, one after another; return False if the rows are other ones now."""
+    def update_counts(self, counts: list[Any]) -> bool:
+        """Set `steps` from the step count of each parameter. Return False if the rows no longer fit the counts."""
         if set(map(type, counts)) != {int}:
             return False
-        taken = [counts[first] for first in self._first_param]
-        if len(taken) == 1:
-            alike = counts.count(taken[0]) == len(counts)
+        row_counts = [counts[first] for first in self._first_param]
+        if len(row_counts) == 1:
+            fits = counts.count(row_counts[0]) == len(counts)
         else:
-            alike = counts == list(map(taken.__getitem__, self.row_of_param))
-            alike = alike and len(set(zip(self.groups, taken, strict=True))) == len(taken)
-        self.steps = [count + 1 for count in taken]
-        return alike and min(taken) >= 0
+            fits = counts == list(map(row_counts.__getitem__, self.row_of_param))
+            fits = fits and len(set(zip(self.groups, row_counts, strict=True))) == len(row_counts)
+        self.steps = [count + 1 for count in row_counts]
+        return fits and min(row_counts) >= 0
 
     def compute(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
-        """Find the scalars of each row's step.
+        """Compute the scalars and the random key of each row.
 
         Raises:
-            TypeError, ValueError: a hyper-parameter that is not a number.
+            TypeError, ValueError: a hyper-parameter is not a number.
         """
         self.rows, self._keys = [], []
         for index, step in zip(self.groups, self.steps, strict=True):
@@ -81,11 +77,11 @@ class HostScalars:
             self._keys.append(random_key(group["seed"], step) if self.needs_keys else (0, 0))
 
     def on_cpu(self, float64: bool, decision: Decision = UNCHANGED_GRADIENTS) -> Tensor:
-        """Return the table for tensors that no device counts, (rows, 10) on the CPU; the same memory each time.
+        """Return the (rows, 10) scalar table on the CPU. The next call overwrites it.
 
         Args:
-            float64: in float64, for parameters of that; else float32.
-            decision: the factor of all gradients, and whether to skip.
+            float64: True for float64 parameters: a float64 table. Otherwise it is float32.
+            decision: gradient factor and skip flag. Default: factor 1, no skip.
         """
         if float64 not in self._tables:
             memory = bytearray(self._packed(float64, decision))
@@ -96,11 +92,11 @@ class HostScalars:
         return table
 
     def on_device(self, table: DeviceTable, grad_factor: Tensor | None) -> Tensor:
-        """Return the table for tensors that a kernel steps on a device, (rows, 10) float32 there.
+        """Return the (rows, 10) float32 scalar table on a device.
 
         Args:
-            table: uploaded if it holds another step's.
-            grad_factor: of all gradients, 1 element on any device; the host does not wait for it. None for 1.
+            table: device table that receives the scalars.
+            grad_factor: factor of all gradients, 1 element on any device; the host does not wait for it. None means 1.
         """
         columns = len(SCALAR_COLUMNS)
         scalars = table.set(
@@ -112,11 +108,11 @@ class HostScalars:
         if grad_factor is not None:
             factor = grad_factor.detach().reshape(()).to(scalars.device, non_blocking=True)
             scalars[:, _GRAD_FACTOR].mul_(factor)
-            table.forget()
+            table.invalidate()
         return scalars
 
     def scaled(self, decision: Decision) -> tuple[list[StepScalars], list[tuple[int, int]]]:
-        """Return the scalars and the random key of each row, with the factor that was decided on."""
+        """Return the scalars, with the gradient factor applied, and the random key of each row."""
         factor = decision.grad_factor
         return [row._replace(grad_factor=row.grad_factor * factor) for row in self.rows], self._keys
 
@@ -128,7 +124,7 @@ class HostScalars:
         return packed[0] if len(packed) == 1 else b"".join(packed)
 
     def advance(self, states: Sequence[dict[str, Any]]) -> None:
-        """Count the step in the states of all parameters."""
+        """Write the new step counts into the states of the parameters."""
         if len(self.steps) == 1:
             (step,) = self.steps
             for state in states:
@@ -139,7 +135,7 @@ class HostScalars:
 
 
 def scalars_of(group: Mapping[str, Any], step: int) -> StepScalars:
-    """Return the scalars of step `step` of a parameter group."""
+    """Return the scalars of a parameter group at step number `step`, counted from 1."""
     beta1, beta2 = group["betas"]
     return step_scalars(
         step=step,
@@ -155,9 +151,9 @@ def scalars_of(group: Mapping[str, Any], step: int) -> StepScalars:
 
 
 class DeviceRow(NamedTuple):
-    """Where the scalars of a tensor come from: its step count, 0-d int64 on its device, and its parameter group."""
+    """A device-counted parameter's inputs to the scalars on the device."""
 
-    step: Tensor
+    step: Tensor  # 0-d int64 on the device, the step count
     group_index: int
 
 
@@ -165,10 +161,10 @@ class DeviceScalars:
     """Advances step counts and computes scalars on one device, in one small launch.
 
     Args:
-        device: of the tensors to step.
+        device: device of the parameters.
 
     Attributes:
-        report: (3,) float32: norm of the unscaled gradients, NaN unless asked for; clip factor; 1 if skipped, else 0.
+        report: (3,) float32: norm of the unscaled gradients, NaN without clipping; clip factor; 1 if skipped, else 0.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -187,32 +183,35 @@ class DeviceScalars:
         conditions: StepConditions,
         sum_of_squares: Tensor | None,
     ) -> Tensor:
-        """Advance the counts of `rows`, unless the step is to be skipped, and return the scalars of each row.
+        """Advance the step counts unless the step is skipped, and return the scalars of each row.
 
         Args:
-            rows: one per tensor. A list that was given before must be what it was, with the counts where they were.
+            rows: one per parameter. Do not modify a list that was passed before, nor replace its tensors' memory.
             groups: the parameter groups.
-            control: of this step.
-            sum_of_squares: of all gradients as they are, float64; None unless `conditions` clips.
+            conditions: scaling, skipping and clipping of this step.
+            sum_of_squares: of all scaled gradients, 0-d float64; None without clipping.
 
         Returns:
-            (n, 10) float32, see `kernels.adax_step`.
+            (n, 10) float32 on the device, see `kernels.tables.SCALAR_COLUMNS`.
 
         Raises:
-            TypeError: a learning rate on this device that is not float32.
+            TypeError: a learning rate on this device is not float32.
         """
         from adax_triton.kernels.coefficients import SCALAR_COLUMNS, prepare_step
 
         used = _used_groups(rows, groups)
         constants = [_constants(groups[index], self._device) for index in used]
         addresses = [lr_address(groups[index], self._device) for index in used]
-        place = {index: position for position, index in enumerate(used)}
+        positions = {index: position for position, index in enumerate(used)}
         columns = len(DeviceCoefficients._fields)
-        # A list that is the very one of the last step, whose counts lie where they lay, is not gone through again.
+        # Compare `rows` by identity, so that a steady step does not iterate over all parameters.
         row_table = self._rows.set(
-            (_Same(rows), addresses),
+            (_SameList(rows), addresses),
             lambda _: torch.tensor(
-                [(row.step.data_ptr(), place[row.group_index], addresses[place[row.group_index]]) for row in rows],
+                [
+                    (row.step.data_ptr(), positions[row.group_index], addresses[positions[row.group_index]])
+                    for row in rows
+                ],
                 dtype=torch.int64,
                 device="cpu",
             ).view(-1, 3),
@@ -227,7 +226,7 @@ class DeviceScalars:
         return scalars
 
     def is_prepared_for(self, rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether a capture can `prepare` these rows: the last ones were as many, of as many groups."""
+        """Return whether the tables have the right sizes for a CUDA graph capture of these rows."""
         counts = len(self._rows.tensor), len(self._groups.tensor)
         return counts == (len(rows), len(_used_groups(rows, groups)))
 
@@ -235,7 +234,7 @@ class DeviceScalars:
         given = (conditions.grad_scale, conditions.found_inf, sum_of_squares)
         present = tuple(value is not None for value in given)
         if present != self._written:
-            self._inputs.forget()
+            self._inputs.invalidate()  # restore the defaults of values that are absent now
             self._written = present
         limit = conditions.max_grad_norm or 0.0
         inputs = self._inputs.set(
@@ -251,14 +250,14 @@ def _used_groups(rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]])
     return sorted({row.group_index for row in rows}) if len(groups) > 1 else [0]
 
 
-class _Same:
-    """Equal to what holds the very same list."""
+class _SameList:
+    """Compares a list by identity."""
 
     def __init__(self, rows: Sequence[DeviceRow]) -> None:
         self.rows = rows
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.rows is self.rows
+        return isinstance(other, _SameList) and other.rows is self.rows
 
 
 def _constants(group: Mapping[str, Any], device: torch.device) -> DeviceCoefficients:
@@ -270,28 +269,28 @@ def _constants(group: Mapping[str, Any], device: torch.device) -> DeviceCoeffici
 
 
 def lr_address(group: Mapping[str, Any], device: torch.device) -> int:
-    """Return the address of a group's learning rate where that lies on a device, else 0.
+    """Return the address of a group's learning rate if it is a tensor on `device`, else 0.
 
     Raises:
-        TypeError: it is not float32.
+        TypeError: the tensor is not float32.
     """
     lr = group["lr"]
     if not isinstance(lr, Tensor) or lr.device != device:
         return 0
     if lr.dtype != torch.float32:
         raise TypeError(
-            f"Invalid type of lr: on {device} a tensor is read by the kernel, expected float32, got {lr.dtype}"
+            f"Invalid type of lr: expected a number or a float32 tensor on {device}, got a tensor of {lr.dtype}"
         )
     return lr.data_ptr()
 
 
 def count_on_device(states: Iterable[dict[str, Any]]) -> None:
-    """Move counts that are ints to the devices of their states, without the host waiting."""
-    alike: dict[torch.device, list[dict[str, Any]]] = defaultdict(list)
+    """Replace int step counts by tensors on the devices of their states. The host does not wait."""
+    by_device: dict[torch.device, list[dict[str, Any]]] = defaultdict(list)
     for state in states:
         if not isinstance(state["step"], Tensor):
-            alike[state["exp_avg"].device].append(state)
-    for device, some in alike.items():
-        counts = torch.tensor([state["step"] for state in some], dtype=torch.int64, device="cpu")
-        for state, count in zip(some, on_device(counts, device), strict=True):
+            by_device[state["exp_avg"].device].append(state)
+    for device, members in by_device.items():
+        counts = torch.tensor([state["step"] for state in members], dtype=torch.int64, device="cpu")
+        for state, count in zip(members, upload(counts, device), strict=True):
             state["step"] = count

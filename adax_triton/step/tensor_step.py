@@ -1,4 +1,4 @@
-"""One tensor's share of a step: what it reads and writes, in whatever memory it lies."""
+"""The tensors that one parameter's update reads and writes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from adax_triton.update.quantization import GROUP
 
 
 class TensorStep(NamedTuple):
-    """The tensors of one parameter, real and on one device.
+    """Tensors and options for the update of one parameter. The tensors are real and on one device.
 
-    param, grad, exp_avg, exp_avg_sq: as in the update; the moments as codes where `states` is `"8bit_v16"` or `"8bit"`.
-    scalar_row: the row of the step's scalars.
-    states: how the moments are kept, see `precision.STATES`.
-    master: what `param` lacks to be a float32 master weight, or the master copy; see `precision.Precision`.
-    group_exponents: of the codes.
-    stochastic: round the parameter itself stochastically.
-    first_element: its index in the whole parameter, of which this may be a shard.
-    param_is_copy: `master` holds the float32 weights, and `param` is only written, whatever it holds.
-    process_groups: over which the squares of the gradient are summed for its norm.
+    param, grad, exp_avg, exp_avg_sq: see `update.reference.adax_update`. Moments are quantized if `states` is
+        `"8bit_v16"` or `"8bit"`.
+    scalar_row: row index in the scalar table.
+    states: format of the moments, see `precision.STATES`. Default: `"float32"`.
+    master: remainder or float32 copy of the master weights, see `precision.Precision`. Default: None.
+    group_exponents: exponents of quantized moments, one per 32 elements. Default: None.
+    stochastic: whether to round the parameter stochastically. Default: False.
+    first_element: index of the first element in the full parameter, if this is a shard. Default: 0.
+    process_groups: groups of the all-reduce for the gradient norm. Default: none.
+    param_is_copy: whether `master` holds the float32 weights and `param` is only written. Default: False.
     """
 
     param: Tensor
@@ -44,33 +45,36 @@ class TensorStep(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four tensors that every update has, in the order of every update."""
+        """The tensors `(param, grad, exp_avg, exp_avg_sq)`."""
         return self.param, self.grad, self.exp_avg, self.exp_avg_sq
 
     @property
     def written(self) -> tuple[Tensor, ...]:
-        """The tensors that a step writes element by element: all of `mapped` but the gradient."""
+        """The tensors that `mapped` maps, without the gradient: the update writes them."""
         master = () if self.master is None else (self.master,)
         return self.param, self.exp_avg, self.exp_avg_sq, *master
 
     @property
-    def draws_bits(self) -> bool:
-        """Whether a step of these tensors rounds stochastically."""
+    def needs_random_bits(self) -> bool:
+        """Whether the update rounds stochastically."""
         return self.stochastic or self.states != "float32" or (self.master is not None and self.master.itemsize == 1)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the tensors are stored as they are computed with, but for the rounding of a cast."""
+        """Whether moments are float32, without master weights and stochastic rounding."""
         return self.states == "float32" and self.master is None and not self.stochastic
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> TensorStep:
-        """Return this step on what `function` makes of each tensor but the group exponents."""
+        """Apply `function` to every tensor except `group_exponents`."""
         param, grad, exp_avg, exp_avg_sq = map(function, self.tensors)
         master = None if self.master is None else function(self.master)
         return self._replace(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, master=master)
 
     def part(self, start: int, end: int) -> TensorStep:
-        """Return this step on a range of the elements of 1-D tensors; beside codes it starts with a group of them."""
+        """Return the step on elements `start` to `end` of 1-D tensors.
+
+        For quantized moments `start` must be a multiple of `GROUP`.
+        """
         exponents = self.group_exponents
         if exponents is not None:
             exponents = exponents.view(-1)[start // GROUP : -(-end // GROUP)]
@@ -78,25 +82,25 @@ class TensorStep(NamedTuple):
         return part._replace(first_element=self.first_element + start, group_exponents=exponents)
 
     def flattened(self) -> TensorStep:
-        """Return this step on 1-D views in the order of memory; the tensors must be laid out alike."""
+        """Return the step on 1-D views in memory order. The tensors must have equal strides."""
         return self.mapped(flat_view)
 
 
 def tensor_step(
     param: Tensor, grad: Tensor, state: Mapping[str, Any], scalar_row: int, group: Mapping[str, Any]
 ) -> TensorStep:
-    """Return one parameter's share of a step, on the tensors of this rank."""
-    numbers = local_state_tensors(state)
-    master = numbers.get("master")
+    """Return the update of one parameter on this rank's tensors."""
+    tensors = local_state_tensors(state)
+    master = tensors.get("master")
     step = TensorStep(
         local_tensor(param.detach()),
         local_gradient(grad, param),
-        numbers["exp_avg"],
-        numbers["exp_avg_sq"],
+        tensors["exp_avg"],
+        tensors["exp_avg_sq"],
         scalar_row,
         precision_of(state).states,
         master,
-        numbers.get("group_exponents"),
+        tensors.get("group_exponents"),
         group["weight_rounding"] == "stochastic" and master is None and param.dtype == torch.bfloat16,
         first_element(param),
         shard_process_groups(param),
@@ -105,11 +109,14 @@ def tensor_step(
 
 
 def with_matching_strides(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> TensorStep:
-    """Return the step on dense tensors in which elements of equal indices lie at equal distances from the start.
+    """Return the step on dense tensors with equal strides, with copies where needed.
 
-    Dense tensors of equal strides are so already. A gradient that is not is copied into the parameter's layout. For a
-    parameter with gaps, or of another layout than its states, contiguous copies of all take their places, and `copies`
-    gets the pairs to copy back. So does a tensor that is negated or conjugated only when it is read.
+    A gradient with other strides is copied into the parameter's layout. All tensors are replaced by contiguous copies
+    if the parameter has gaps or strides other than its states', or if a tensor is lazily negated or conjugated.
+
+    Args:
+        step: the tensors.
+        copies: receives (original, copy) for each copied tensor that the update writes.
     """
     tensors = (step.grad, *step.written)
     if any(tensor.is_neg() or tensor.is_conj() for tensor in tensors):

@@ -1,4 +1,4 @@
-"""Whatever changes between two steps, the next one is the reference update of the tensors as they are then."""
+"""Every change between two steps takes effect in the next. Oracle: the reference update."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 class Run:
-    """An optimizer whose every step is compared with the reference update of copies."""
+    """Compares every step of an optimizer with the reference update of copies."""
 
     def __init__(self, kind: str, device: torch.device) -> None:
         self.kind, self.number = kind, 0
@@ -66,7 +66,7 @@ class Run:
             factor = min(1.0, LIMIT / (norm.item() + 1e-6))
         for update in expected:
             update.apply(factor)
-        change = change_gradient if self.kind != "release" else lambda grad: grad  # autograd makes those
+        change = change_gradient if self.kind != "release" else lambda grad: grad  # autograd makes the gradients
         scale = SCALE if self.kind == "scaler" else 1.0
         self.step([change(grad * scale) for grad in gradients])
         for param, update in zip(self.params, expected, strict=True):
@@ -78,7 +78,7 @@ class Run:
 
 
 class Expected:
-    """What one parameter and its state are to be after a step."""
+    """The expected parameter and state after a step."""
 
     def __init__(self, param: Tensor, grad: Tensor, state: dict, group: dict) -> None:
         zeros = torch.zeros_like(param)
@@ -110,11 +110,11 @@ def moved(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     param.data = param.data.clone()
 
 
-def reshaped_where_it_lies(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def reshaped_in_place(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     with_states(optimizer, param, lambda tensor: tensor.view(tensor.shape[::-1]))
 
 
-def shorter_where_it_lies(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def shortened_in_place(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     with_states(optimizer, param, lambda tensor: tensor[:-1])
 
 
@@ -127,7 +127,7 @@ def grown_by_set(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
         state.set_(torch.cat([state, state]))
 
 
-def transposed_where_it_lies(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def transposed_in_place(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     with_states(optimizer, param, lambda tensor: tensor.t())
 
 
@@ -135,16 +135,16 @@ def transposed_without_its_states(optimizer: MomentOptimizer, param: nn.Paramete
     param.data = param.data.t().contiguous().t()
 
 
-def negated_when_read(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def lazily_negated(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     param.data = torch._neg_view(param.data)
 
 
-def double(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
-    if not optimizer.param_groups[0]["capturable"]:  # no kernel takes it
+def made_float64(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+    if not optimizer.param_groups[0]["capturable"]:  # capturable steps do not support float64
         with_states(optimizer, param, lambda tensor: tensor.double())
 
 
-def single_again(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def made_float32_again(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     with_states(optimizer, param, lambda tensor: tensor.float())
 
 
@@ -167,7 +167,7 @@ def state_strides_changed_in_place(optimizer: MomentOptimizer, param: nn.Paramet
     state.as_strided_((rows, columns), (1, rows))
 
 
-def state_negated_when_read(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def state_lazily_negated(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     optimizer.state[param]["exp_avg"] = torch._neg_view(optimizer.state[param]["exp_avg"])
 
 
@@ -177,27 +177,27 @@ def states_of_zeros(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     )
 
 
-def count_of_float32(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def count_in_float32(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     optimizer.state[param]["step"] = torch.tensor([float(optimizer.state[param]["step"])])
 
 
-def count_of_int32(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def count_in_int32(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     count = int(optimizer.state[param]["step"])
     optimizer.state[param]["step"] = torch.tensor(count, dtype=torch.int32, device=param.device)
 
 
-def count_of_another(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def count_shared_by_all(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     shared = torch.tensor(3.0)
     for other in optimizer.state.values():
         other["step"] = shared
 
 
-def frozen_and_not(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def frozen_and_unfrozen(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     param.requires_grad_(False)
     param.requires_grad_(True)
 
 
-def group_of_its_own(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def moved_to_a_new_group(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     optimizer.param_groups[1]["params"] = [other for other in optimizer.param_groups[1]["params"] if other is not param]
     optimizer.add_param_group({"params": [param], "lr": 0.03})
 
@@ -210,24 +210,31 @@ def rule_changed(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     optimizer.param_groups[1].update(betas=(0.8, 1e-3), weight_decay=0.3, eps=1e-6, maximize=True)
 
 
-def rate_in_a_tensor(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def lr_in_a_tensor(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     optimizer.param_groups[1]["lr"] = torch.tensor(0.05)
 
 
-def state_gone(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def state_deleted(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     del optimizer.state[param]
 
 
 CHANGES: list[Change] = [
-    *(moved, reshaped_where_it_lies, shorter_where_it_lies, grown_by_set, state_moved, state_data_moved),
-    *(state_with_gaps, states_of_zeros, count_of_float32, count_of_int32, count_of_another, frozen_and_not),
-    *(groups_replaced, rule_changed, rate_in_a_tensor, state_gone, state_strides_changed_in_place, group_of_its_own),
-    *(state_negated_when_read, double, single_again),
+    *(moved, reshaped_in_place, shortened_in_place, grown_by_set, state_moved, state_data_moved),
+    *(state_with_gaps, states_of_zeros, count_in_float32, count_in_int32, count_shared_by_all, frozen_and_unfrozen),
+    *(
+        groups_replaced,
+        rule_changed,
+        lr_in_a_tensor,
+        state_deleted,
+        state_strides_changed_in_place,
+        moved_to_a_new_group,
+    ),
+    *(state_lazily_negated, made_float64, made_float32_again),
 ]
-# External gradients are for contiguous float32 parameters.
-CHANGES_OF_LAYOUT: list[Change] = [transposed_where_it_lies, transposed_without_its_states, negated_when_read]
+# External gradients need contiguous float32 parameters.
+CHANGES_OF_LAYOUT: list[Change] = [transposed_in_place, transposed_without_its_states, lazily_negated]
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "negated when read": lambda grad: torch._neg_view(-grad),
+    "lazily negated": lambda grad: torch._neg_view(-grad),
     "transposed": lambda grad: grad if grad.ndim < 2 else grad.t().contiguous().t(),
     "with gaps": lambda grad: torch.stack([grad, grad], dim=-1)[..., 0],
     "sparse": lambda grad: grad.to_sparse(),
@@ -235,18 +242,18 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def test_each_change_is_seen_by_the_next_step(kind: str, device: torch.device) -> None:
+def test_each_change_takes_effect_in_the_next_step(kind: str, device: torch.device) -> None:
     run = Run(kind, device)
     run.check_step()
     for change in [*CHANGES, *([] if kind == "external" else CHANGES_OF_LAYOUT)]:
-        if kind == "external" and change is double:
+        if kind == "external" and change is made_float64:
             continue
-        run.check_step()  # with the tables of the last step, where these can be kept
+        run.check_step()  # reuses the plan if the last change allows it
         change(run.optimizer, run.params[1])
         run.check_step()
 
 
-def test_each_kind_of_gradient_is_read_as_what_it_says(kind: str, device: torch.device) -> None:
+def test_each_kind_of_gradient(kind: str, device: torch.device) -> None:
     run = Run(kind, device)
     run.check_step()
     for name, change in GRADIENTS.items():
@@ -256,52 +263,50 @@ def test_each_kind_of_gradient_is_read_as_what_it_says(kind: str, device: torch.
         run.check_step(change)
 
 
-def wrong_shape_of_gradient(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def gradient_of_another_shape(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     assert param.grad is not None
     param.grad.data = torch.zeros(1, device=param.device)
 
 
-def state_of_halves(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def state_in_float16(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     optimizer.state[param]["exp_avg"] = optimizer.state[param]["exp_avg"].half()
 
 
-def half_a_step(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def fractional_count(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     optimizer.state[param]["step"] = torch.tensor(2.5)
 
 
-def no_count(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def count_that_is_no_number(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     optimizer.state[param]["step"] = "two"
 
 
-def without_a_moment(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def moment_deleted(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     del optimizer.state[param]["exp_avg_sq"]
 
 
-def one_memory_for_all(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def expanded_weight(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     param.data = torch.zeros(1, device=param.device).expand(param.shape)
 
 
-def other_shape_than_its_state(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
+def flattened_weight(optimizer: MomentOptimizer, param: nn.Parameter) -> None:
     param.data = param.data.flatten()
     param.grad = torch.zeros_like(param)
 
 
-REFUSED: dict[Change, str] = {
-    wrong_shape_of_gradient: "grad",
-    state_of_halves: "exp_avg",
-    half_a_step: "step",
-    no_count: "step",
-    without_a_moment: "exp_avg_sq",
-    one_memory_for_all: "share memory",
-    other_shape_than_its_state: "shape",
+UNSUPPORTED: dict[Change, str] = {
+    gradient_of_another_shape: "grad",
+    state_in_float16: "exp_avg",
+    fractional_count: "step",
+    count_that_is_no_number: "step",
+    moment_deleted: "exp_avg_sq",
+    expanded_weight: "share memory",
+    flattened_weight: "shape",
 }
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("external", "release")], indirect=True)
-@pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
-def test_what_cannot_be_stepped_is_named_before_anything_changes(
-    kind: str, change: Change, device: torch.device
-) -> None:
+@pytest.mark.parametrize("change", UNSUPPORTED, ids=lambda change: change.__name__)
+def test_unsupported_changes_raise_before_anything_changes(kind: str, change: Change, device: torch.device) -> None:
     run = Run(kind, device)
     run.check_step()
     run.check_step()
@@ -310,7 +315,7 @@ def test_what_cannot_be_stepped_is_named_before_anything_changes(
     for param in run.params[::2]:
         param.grad = torch.ones_like(param)
     for _ in range(2):
-        with pytest.raises((TypeError, ValueError), match=REFUSED[change]):
+        with pytest.raises((TypeError, ValueError), match=UNSUPPORTED[change]):
             run.optimizer.step()
     for param, (weights, count) in zip(run.params[::2], before, strict=True):
         assert torch.equal(param, weights)

@@ -1,4 +1,4 @@
-"""The native CPU kernel: bit for bit the reference in every mode, whatever the sizes, the memory and the threads."""
+"""The native CPU kernel in every mode. Oracle: the PyTorch reference, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adax_triton.step import cpu_kernel as module
 from adax_triton.step.conditions import UNCHANGED_GRADIENTS
-from adax_triton.step.cpu_kernel import CHUNK_SIZE, CpuVariant, build_problem, cpu_kernel
+from adax_triton.step.cpu_kernel import CHUNK_SIZE, KernelVariant, build_problem, cpu_kernel
 from adax_triton.step.reference_steps import ReferenceLaunch
 from adax_triton.step.tensor_step import TensorStep
 from adax_triton.update import reference
@@ -26,26 +26,29 @@ from adax_triton.update.quantized_update import load_master
 pytestmark = pytest.mark.skipif(build_problem() is not None, reason="no C++ compiler")
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-PLAIN = CpuVariant(F32, F32)
-# Every dtype, every kind of states with every master, and both roundings; not the full product.
+PLAIN = KernelVariant(F32, F32)
+# Every dtype, every states and master pair, and both roundings; not the full product.
 VARIANTS = [
-    *(CpuVariant(param, grad) for param in (F32, F64) for grad in (F32, BF16, F16, F64)),
-    *(CpuVariant(BF16, grad) for grad in (BF16, F32, F64)),
-    *(CpuVariant(F16, grad) for grad in (F16, F32)),
-    *(CpuVariant(F32, F32, states) for states in ("bfloat16", "8bit_v16", "8bit")),
-    *(CpuVariant(BF16, BF16, states, stochastic=True) for states in ("float32", "bfloat16", "8bit_v16", "8bit")),
-    *(CpuVariant(BF16, BF16, states, "int16") for states in ("float32", "bfloat16", "8bit_v16", "8bit")),
-    *(CpuVariant(BF16, F32, states, "int8") for states in ("float32", "bfloat16", "8bit_v16", "8bit")),
-    *(CpuVariant(F16, F16, states, "float32") for states in ("float32", "bfloat16", "8bit_v16", "8bit")),
-    *(CpuVariant(param, BF16, "float32", "float32", param_is_copy=True) for param in (F32, BF16, F16)),
-    CpuVariant(BF16, BF16, "8bit", "float32", param_is_copy=True),
+    *(KernelVariant(param, grad) for param in (F32, F64) for grad in (F32, BF16, F16, F64)),
+    *(KernelVariant(BF16, grad) for grad in (BF16, F32, F64)),
+    *(KernelVariant(F16, grad) for grad in (F16, F32)),
+    *(KernelVariant(F32, F32, states) for states in ("bfloat16", "8bit_v16", "8bit")),
+    *(KernelVariant(BF16, BF16, states, stochastic=True) for states in ("float32", "bfloat16", "8bit_v16", "8bit")),
+    *(KernelVariant(BF16, BF16, states, "int16") for states in ("float32", "bfloat16", "8bit_v16", "8bit")),
+    *(KernelVariant(BF16, F32, states, "int8") for states in ("float32", "bfloat16", "8bit_v16", "8bit")),
+    *(KernelVariant(F16, F16, states, "float32") for states in ("float32", "bfloat16", "8bit_v16", "8bit")),
+    *(KernelVariant(param, BF16, "float32", "float32", param_is_copy=True) for param in (F32, BF16, F16)),
+    KernelVariant(BF16, BF16, "8bit", "float32", param_is_copy=True),
 ]
 WITH_TELEMETRY = [
     variant._replace(telemetry=True)
     for variant in (
-        *(CpuVariant(F32, F32), CpuVariant(F64, F32), CpuVariant(BF16, BF16, "bfloat16", stochastic=True)),
-        *(CpuVariant(BF16, BF16, "8bit", "int8"), CpuVariant(F16, F16, "8bit_v16", "float32")),
-        *(CpuVariant(BF16, BF16, "float32", "float32", param_is_copy=True), CpuVariant(BF16, F32, "8bit_v16", "int16")),
+        *(KernelVariant(F32, F32), KernelVariant(F64, F32), KernelVariant(BF16, BF16, "bfloat16", stochastic=True)),
+        *(KernelVariant(BF16, BF16, "8bit", "int8"), KernelVariant(F16, F16, "8bit_v16", "float32")),
+        *(
+            KernelVariant(BF16, BF16, "float32", "float32", param_is_copy=True),
+            KernelVariant(BF16, F32, "8bit_v16", "int16"),
+        ),
     )
 ]
 SIZES = (0, 1, 31, 32, 33, 511, 512, 1001, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 2 * CHUNK_SIZE + 77)
@@ -65,7 +68,7 @@ CANARY = 0xA5
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-command-line-argument")
 
 
-def variant_id(variant: CpuVariant) -> str:
+def variant_id(variant: KernelVariant) -> str:
     return "-".join(str(field).removeprefix("torch.") for field in variant)
 
 
@@ -75,7 +78,7 @@ each_telemetry = pytest.mark.parametrize("variant", WITH_TELEMETRY, ids=variant_
 
 @pytest.fixture(autouse=True)
 def restored_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # PyTorch's own root is one unit off here and there; the reference corrects it for float32 only.
+    # torch.sqrt is sometimes off by one ulp. The reference corrects that for float32 only.
     monkeypatch.setattr(reference, "_root", lambda values: torch.from_numpy(numpy.sqrt(values.numpy())))
     before = torch.get_num_threads()
     yield
@@ -83,7 +86,7 @@ def restored_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def mixed(numel: int, generator: torch.Generator) -> Tensor:
-    """Return float64 values over many orders of magnitude, every eighth of them special."""
+    """Return float64 values over many orders of magnitude; one in eight is a special value."""
     scale = 10 ** (8 * torch.rand(-(-numel // 32), 1, generator=generator) - 5)
     values = (torch.randn(scale.numel(), 32, generator=generator) * scale).flatten()[:numel].double()
     special = torch.tensor(SPECIAL, dtype=F64)[torch.randint(len(SPECIAL), (numel,), generator=generator)]
@@ -95,13 +98,13 @@ def words(numel: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     return torch.randint(info.min, info.max + 1, (numel,), generator=generator).to(dtype)
 
 
-def new_step(variant: CpuVariant, numel: int, index: int) -> TensorStep:
+def new_step(variant: KernelVariant, numel: int, index: int) -> TensorStep:
     generator = torch.Generator().manual_seed(numel + index)
     param = mixed(numel, generator).to(variant.param_dtype)
     exp_avg, exp_avg_sq = mixed(numel, generator) * 0.1, mixed(numel, generator).abs()
     exponents = master = None
     if variant.states in ("8bit_v16", "8bit"):
-        # Any bits at all, but for one group of which most tensors are made: codes that a step would write.
+        # Random bits, but most groups have exponents that a step would write.
         second, groups = (torch.int16, torch.uint8) if variant.states == "8bit_v16" else (torch.uint8, torch.int16)
         exp_avg, exp_avg_sq = words(numel, torch.int8, generator), words(numel, second, generator)
         exponents = words(-(-numel // 32), groups, generator)
@@ -127,7 +130,7 @@ def new_step(variant: CpuVariant, numel: int, index: int) -> TensorStep:
 
 
 class Placed(NamedTuple):
-    """A tensor's bytes at an address of any alignment, among canaries."""
+    """A copy of a tensor at any byte offset in a buffer of canaries."""
 
     memory: Tensor
     start: int
@@ -160,12 +163,17 @@ class Launched(NamedTuple):
     chunks: Tensor
 
 
-def launched(variant: CpuVariant, steps: list[TensorStep], shift: int = 0, skip: bool = False) -> Launched:
+def launched(variant: KernelVariant, steps: list[TensorStep], shift: int = 0, skip: bool = False) -> Launched:
     """Run the kernel on copies of the tensors of some steps, `shift` bytes past a multiple of 64."""
     copies = [[None if array is None else placed(array, shift) for array in arrays(step)] for step in steps]
     rows = [
-        [*(0 if copy is None else copy.address for copy in of_step), step.first_element, step.param.numel(), row]
-        for of_step, step, row in zip(copies, steps, (step.scalar_row for step in steps), strict=True)
+        [
+            *(0 if copy is None else copy.address for copy in tensors),
+            step.first_element,
+            step.param.numel(),
+            step.scalar_row,
+        ]
+        for tensors, step in zip(copies, steps, strict=True)
     ]
     chunks = torch.tensor(
         [index << 32 | k for index, step in enumerate(steps) for k in range(-(-step.param.numel() // CHUNK_SIZE))],
@@ -177,7 +185,7 @@ def launched(variant: CpuVariant, steps: list[TensorStep], shift: int = 0, skip:
     sums = torch.full((chunks.numel(), len(tables.SUM_COLUMNS)), float("nan"), dtype=scalars.dtype)
     table = torch.tensor(rows, dtype=torch.int64)
     cpu_kernel(variant).step(table, chunks, scalars, sums if variant.telemetry else None)
-    tensors = [[None if copy is None else copy.content() for copy in of_step] for of_step in copies]
+    tensors = [[None if copy is None else copy.content() for copy in row] for row in copies]
     return Launched(tensors, sums, chunks)
 
 
@@ -211,23 +219,23 @@ def assert_same_bits(actual: Tensor | None, expected: Tensor | None) -> None:
 
 def assert_is_reference(result: Launched, steps: list[TensorStep]) -> None:
     for actual, expected in zip(result.tensors, referenced(steps), strict=True):
-        for one, other in zip(actual, arrays(expected), strict=True):
-            assert_same_bits(one, other)
+        for found, wanted in zip(actual, arrays(expected), strict=True):
+            assert_same_bits(found, wanted)
 
 
-def steps_of(variant: CpuVariant, sizes: tuple[int, ...] = SIZES) -> list[TensorStep]:
+def steps_of(variant: KernelVariant, sizes: tuple[int, ...] = SIZES) -> list[TensorStep]:
     return [new_step(variant, numel, index) for index, numel in enumerate(sizes)]
 
 
 @each_variant
 @pytest.mark.parametrize("shift", [0, 1])
-def test_bits_of_the_reference(variant: CpuVariant, shift: int) -> None:
+def test_equals_the_reference_bit_for_bit(variant: KernelVariant, shift: int) -> None:
     steps = steps_of(variant)
     assert_is_reference(launched(variant, steps, shift), steps)
 
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], *WITH_TELEMETRY], ids=variant_id)
-def test_telemetry_and_threads_change_no_bits(variant: CpuVariant) -> None:
+def test_telemetry_and_threads_change_no_bits(variant: KernelVariant) -> None:
     steps = steps_of(variant, (*SIZES, 5 * CHUNK_SIZE + 3))
     results = []
     for count in (1, 2, 3, 5):
@@ -237,12 +245,12 @@ def test_telemetry_and_threads_change_no_bits(variant: CpuVariant) -> None:
     for result in results[1:]:
         assert_same_bits(result.sums, results[0].sums)
         for actual, expected in zip(result.tensors, results[0].tensors, strict=True):
-            for one, other in zip(actual, expected, strict=True):
-                assert_same_bits(one, other)
+            for found, wanted in zip(actual, expected, strict=True):
+                assert_same_bits(found, wanted)
 
 
-def finite_steps(variant: CpuVariant) -> list[TensorStep]:
-    """Return steps of moderate numbers, whose sums do not overflow."""
+def finite_steps(variant: KernelVariant) -> list[TensorStep]:
+    """Return steps on moderate numbers, so that their sums do not overflow."""
     steps = steps_of(variant)
     generator = torch.Generator().manual_seed(1)
     for step in steps:
@@ -261,7 +269,7 @@ def finite_steps(variant: CpuVariant) -> list[TensorStep]:
 
 
 def expected_sums(steps: list[TensorStep], after: list[TensorStep]) -> Tensor:
-    """Return (tensors, 5) float64."""
+    """Return the telemetry sums of each tensor, (tensors, 5) float64."""
     rows = []
     for old, new in zip(steps, after, strict=True):
         plain = old.param.dtype == F64
@@ -285,7 +293,7 @@ def per_tensor(result: Launched, count: int) -> Tensor:
 
 
 @each_telemetry
-def test_sums(variant: CpuVariant) -> None:
+def test_telemetry_sums(variant: KernelVariant) -> None:
     steps = finite_steps(variant)
     steps[-1].grad[5:8] = torch.tensor([float("inf"), float("nan"), float("-inf")])
     sums = per_tensor(launched(variant, steps), len(steps))
@@ -295,12 +303,12 @@ def test_sums(variant: CpuVariant) -> None:
 
 
 @each_telemetry
-def test_skip_writes_nothing_but_sums(variant: CpuVariant) -> None:
+def test_skip_writes_nothing_but_sums(variant: KernelVariant) -> None:
     steps = finite_steps(variant)
     result = launched(variant, steps, skip=True)
     for actual, step in zip(result.tensors, steps, strict=True):
-        for one, other in zip(actual, arrays(step), strict=True):
-            assert_same_bits(one, other)
+        for found, wanted in zip(actual, arrays(step), strict=True):
+            assert_same_bits(found, wanted)
     sums = per_tensor(result, len(steps))
     torch.testing.assert_close(sums, expected_sums(steps, steps), rtol=1e-5, atol=0)
     assert (sums[:, 1] == 0).all()
@@ -308,19 +316,19 @@ def test_skip_writes_nothing_but_sums(variant: CpuVariant) -> None:
 
 
 @each_variant
-def test_skip_without_telemetry_writes_nothing(variant: CpuVariant) -> None:
+def test_skip_without_telemetry_writes_nothing(variant: KernelVariant) -> None:
     steps = steps_of(variant, (0, 33, 2 * CHUNK_SIZE + 5))
     for actual, step in zip(launched(variant, steps, skip=True).tensors, steps, strict=True):
-        for one, other in zip(actual, arrays(step), strict=True):
-            assert_same_bits(one, other)
+        for found, wanted in zip(actual, arrays(step), strict=True):
+            assert_same_bits(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 def test_sum_of_squares(dtype: torch.dtype) -> None:
-    variant = CpuVariant(F64 if dtype == F64 else F32, dtype)
+    variant = KernelVariant(F64 if dtype == F64 else F32, dtype)
     grads = [torch.randn(numel, generator=torch.Generator().manual_seed(numel)).to(dtype) for numel in SIZES]
     if dtype != F16:
-        grads[-1][3] = 3e38  # its square is no float32
+        grads[-1][3] = 3e38  # its square overflows float32
     table = torch.tensor([[0, grad.data_ptr(), *[0] * 5, grad.numel(), 0] for grad in grads])
     chunks = torch.tensor(
         [index << 32 | k for index, grad in enumerate(grads) for k in range(-(-grad.numel() // CHUNK_SIZE))]
@@ -339,13 +347,13 @@ def test_sum_of_squares(dtype: torch.dtype) -> None:
     torch.testing.assert_close(results[0], expected, rtol=1e-14, atol=0)
 
 
-def one_step(variant: CpuVariant, param: Tensor, grad: Tensor, master: Tensor | None) -> list[Tensor | None]:
+def one_step(variant: KernelVariant, param: Tensor, grad: Tensor, master: Tensor | None) -> list[Tensor | None]:
     zeros = torch.zeros(param.numel())
     step = TensorStep(param, grad, zeros, zeros, 0, master=master, param_is_copy=variant.param_is_copy)
     copies = [None if array is None else placed(array, 0) for array in arrays(step)]
     addresses = [0 if copy is None else copy.address for copy in copies]
     table = torch.tensor([[*addresses, 0, param.numel(), 0]])
-    # m becomes the gradient; the weight stays as it is.
+    # These scalars set m to the gradient and leave the weight unchanged.
     row = tables.scalar_row((0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0))
     scalars = torch.frombuffer(bytearray(row), dtype=F32)
     cpu_kernel(variant).step(table, torch.arange(-(-param.numel() // CHUNK_SIZE)), scalars)
@@ -353,9 +361,9 @@ def one_step(variant: CpuVariant, param: Tensor, grad: Tensor, master: Tensor | 
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_all_words_of_16_bits(dtype: torch.dtype) -> None:
+def test_all_16_bit_gradients(dtype: torch.dtype) -> None:
     patterns = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
-    variant = CpuVariant(F32, dtype)
+    variant = KernelVariant(F32, dtype)
     exp_avg = one_step(variant, torch.ones(patterns.numel()), patterns, None)[2]
     assert exp_avg is not None
     assert_same_bits(exp_avg, torch.zeros(1) + (patterns.float() - 0.0) * 1.0)
@@ -369,7 +377,7 @@ def test_rounding_to_nearest_even(dtype: torch.dtype) -> None:
     ties = between.float()
     bits = torch.cat([words, ties, torch.tensor(SPECIAL, dtype=F32)]).view(torch.int32)
     weights = torch.cat([bits - 1, bits, bits + 1]).view(F32)
-    variant = CpuVariant(dtype, BF16, "float32", "float32", param_is_copy=True)
+    variant = KernelVariant(dtype, BF16, "float32", "float32", param_is_copy=True)
     zeros = torch.zeros(weights.numel())
     param = one_step(variant, zeros.to(dtype), zeros.bfloat16(), weights)[0]
     finite = weights.isfinite()  # the update of an infinite weight is NaN
@@ -380,20 +388,20 @@ def test_rounding_to_nearest_even(dtype: torch.dtype) -> None:
 
 
 @each_variant
-def test_several_steps_of_moderate_numbers(variant: CpuVariant) -> None:
+def test_several_steps_of_moderate_numbers(variant: KernelVariant) -> None:
     steps = finite_steps(variant)
     for _ in range(3):
         result = launched(variant, steps)
         assert_is_reference(result, steps)
         for step, tensors in zip(steps, result.tensors, strict=True):
-            for mine, updated in zip(arrays(step), tensors, strict=True):
-                if mine is not None and updated is not None:
-                    mine.copy_(updated)
+            for own, updated in zip(arrays(step), tensors, strict=True):
+                if own is not None and updated is not None:
+                    own.copy_(updated)
 
 
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="no Clang")
 def test_clang_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    variants = [*WITH_TELEMETRY, PLAIN, CpuVariant(F32, F32, "8bit"), CpuVariant(F32, BF16, "bfloat16")]
+    variants = [*WITH_TELEMETRY, PLAIN, KernelVariant(F32, F32, "8bit"), KernelVariant(F32, BF16, "bfloat16")]
     expected = [launched(variant, finite_steps(variant)).sums for variant in variants]
     module.cpu_kernel.cache_clear()
     monkeypatch.setenv("CXX", "clang++")
@@ -412,7 +420,9 @@ def test_compiles_without_warnings(compiler: str) -> None:
         pytest.skip(f"no {compiler}")
     for variant in (*VARIANTS, *WITH_TELEMETRY):
         definitions = [f"-D{name}={value}" for name, value in variant.definitions().items()]
-        depth = "-O0" if compiler.startswith("aarch64") else "-fsyntax-only"  # the others build all anyway
+        depth = (
+            "-O0" if compiler.startswith("aarch64") else "-fsyntax-only"
+        )  # the other compilers only need the syntax check: they build all variants elsewhere
         command = [compiler, *module._FLAGS, depth, *WARNINGS, *definitions]
         done = subprocess.run([*command, str(module._SOURCES[0]), "-o", os.devnull], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

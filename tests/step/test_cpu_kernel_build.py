@@ -1,4 +1,4 @@
-"""How the native CPU kernel is built and cached, whatever the compiler and the cache folder are like."""
+"""Build and cache of the native CPU kernel, with bad compilers and cache folders."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from adax_triton.step import cpu_kernel as module
-from adax_triton.step.cpu_kernel import CpuKernelError, CpuVariant, build_problem, cpu_kernel
+from adax_triton.step.cpu_kernel import CpuKernelError, KernelVariant, build_problem, cpu_kernel
 
-PLAIN = CpuVariant(torch.float32, torch.float32)
+PLAIN = KernelVariant(torch.float32, torch.float32)
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Forget all kernels, and return an empty cache folder."""
+    """Clear all caches and return an empty cache folder."""
     caches = (module.cpu_kernel, module.build_problem, module._cache_folder, module._private_folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for cache in caches:
@@ -55,7 +55,7 @@ def test_a_broken_file_is_built_again(fresh: Path, kept: float) -> None:
     assert broken.read_bytes() == content
 
 
-def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_replaced(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
     file = fresh.parent / "file"
     file.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, fresh:
     assert len(files(module._private_folder())) == 1
 
 
-def test_a_compiler_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     problem = build_problem()
     assert (
@@ -71,14 +71,14 @@ def test_a_compiler_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, fresh: 
     )
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+def test_without_a_compiler_the_error_names_cxx(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(fresh))
     with pytest.raises(CpuKernelError, match="CXX"):
         cpu_kernel(PLAIN)
 
 
-def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+def test_the_error_contains_the_compiler_output(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
     compiler = fresh.parent / "compiler"
     compiler.write_text("#!/bin/sh\necho out of order >&2\nexit 3\n")
     compiler.chmod(0o755)
@@ -89,7 +89,7 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> 
 
 
 @pytest.mark.parametrize(("value", "message"), [("g++ 'x", "No closing quotation"), ("/bin/true", "exit status 0")])
-def test_a_compiler_that_is_none(value: str, message: str, monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+def test_cxx_is_not_a_compiler(value: str, message: str, monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
     monkeypatch.setenv("CXX", value)
     with pytest.raises(CpuKernelError, match=message):
         cpu_kernel(PLAIN)
@@ -97,12 +97,12 @@ def test_a_compiler_that_is_none(value: str, message: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("value", ["", "  "])
-def test_a_blank_name_of_a_compiler_is_none(value: str, monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+def test_a_blank_cxx_is_ignored(value: str, monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
     monkeypatch.setenv("CXX", value)
     assert build_problem() is None
 
 
-def test_missing_sources_are_told(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+def test_missing_sources_raise(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
     monkeypatch.setattr(module, "_SOURCES", [fresh / "adax_step.cpp"])
     with pytest.raises(CpuKernelError, match=r"adax_step\.cpp"):
         cpu_kernel(PLAIN)
@@ -137,7 +137,7 @@ def test_a_fork_leaves_the_private_folder(monkeypatch: pytest.MonkeyPatch, fresh
     assert existed == "True" and not Path(folder).exists()
 
 
-def test_many_processes_build_at_once(fresh: Path) -> None:
+def test_concurrent_builds_leave_one_library(fresh: Path) -> None:
     program = "from adax_triton.step.cpu_kernel import build_problem; assert build_problem() is None"
     processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(4)]
     assert [process.wait(120) for process in processes] == [0] * 4

@@ -1,4 +1,4 @@
-"""The scalars found on the device. Oracles: schedule.step_scalars, rounding.random_key, torch's clip_grad_norm_."""
+"""Scalars computed on the device. Oracles: `step_scalars`, `random_key` and torch's `clip_grad_norm_`."""
 
 import math
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ CANARY = 1234.5
 
 
 class Prepared(NamedTuple):
-    """What one launch wrote, on the CPU."""
+    """The output of one launch, on the CPU."""
 
     counts: list[int]
     scalars: Tensor  # (n, 10)
@@ -60,7 +60,7 @@ def prepare(
     lr_addresses: Sequence[int] | None = None,
     inputs: Sequence[float] = (1.0, 0.0, 0.0, 0.0),
 ) -> Prepared:
-    """Have the scalars of the given steps written, from counts that stand one before them."""
+    """Run `prepare_step` with the counts `steps - 1`."""
     counts = torch.tensor([*steps, 8], dtype=torch.int64, device=device) - 1
     addresses = [counts.data_ptr() + 8 * index for index in range(len(steps))]
     table = [addresses, rows_of_groups or [0] * len(steps), lr_addresses or [0] * len(steps)]
@@ -75,12 +75,12 @@ def prepare(
         scalars[:-1],
         report,
     )
-    assert counts[-1] == 7 and torch.all(scalars[-1] == CANARY), "written behind the last row"
+    assert counts[-1] == 7 and torch.all(scalars[-1] == CANARY), "prepare_step wrote past the last row"
     return Prepared(counts[:-1].tolist(), scalars[:-1].cpu(), report.tolist())
 
 
 def units_apart(found: Tensor, expected: Tensor) -> Tensor:
-    """Return how many float32 numbers lie between two, 0 if they are equal in every bit."""
+    """Return the distance in float32 ulps; 2^32 if the signs differ."""
     words, others = (values.contiguous().view(torch.int32).to(torch.int64) for values in (found, expected))
     return torch.where((words < 0) == (others < 0), words - others, 2**32).abs()
 
@@ -91,7 +91,7 @@ def test_table_has_a_column_for_each_field() -> None:
 
 
 @pytest.mark.parametrize(("rule", "beta2", "placement"), [*ADAX, *ADAM, *ADAFACTOR])
-def test_scalars_are_those_of_the_host(device: torch.device, rule: str, beta2: float, placement: str) -> None:
+def test_scalars_equal_those_of_the_host(device: torch.device, rule: str, beta2: float, placement: str) -> None:
     group = {**GROUP, "betas": (0.9, beta2), "second_moment": rule, "eps_placement": placement}
     prepared = prepare(device, STEPS, [group])
     expected = torch.tensor([step_scalars(step=step, **group) for step in STEPS], dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_scalars_are_those_of_the_host(device: torch.device, rule: str, beta2: f
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9, 1 - 1e-12])
-def test_bias_correction_of_the_first_moment_is_that_of_the_host(device: torch.device, beta1: float) -> None:
+def test_bias_correction_of_the_first_moment_equals_that_of_the_host(device: torch.device, beta1: float) -> None:
     group = {**GROUP, "betas": (beta1, 0.999), "second_moment": "adam"}
     expected = torch.tensor([step_scalars(step=step, **group).step_size for step in STEPS], dtype=torch.float64)
     assert units_apart(prepare(device, STEPS, [group]).column("step_size"), expected.to(torch.float32)).max() <= 1
@@ -130,7 +130,7 @@ def test_each_tensor_has_the_scalars_of_its_group(device: torch.device) -> None:
     assert apart.max() <= 1
 
 
-def test_learning_rate_is_read_where_it_lies(device: torch.device) -> None:
+def test_a_device_learning_rate_is_read(device: torch.device) -> None:
     lrs = torch.tensor([0.1, 1e-30, 0.0], device=device)
     addresses = [lrs.data_ptr() + 4 * index for index in range(3)]
     groups = [{**GROUP, "betas": (0.9, 0.999), "second_moment": "adam"}, GROUP]
@@ -143,7 +143,7 @@ def test_learning_rate_is_read_where_it_lies(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 1])
-def test_random_key_is_that_of_the_host(device: torch.device, seed: int) -> None:
+def test_random_key_equals_that_of_the_host(device: torch.device, seed: int) -> None:
     steps = [*range(1, 300), *SPACED, *NEIGHBOURS, 2**32 + 5, 2**40 + 3]
     words = prepare(device, steps, [{**GROUP, "seed": seed}]).scalars[:, KEY : KEY + 2].contiguous().view(torch.int32)
     assert [(first & 0xFFFFFFFF, second & 0xFFFFFFFF) for first, second in words.tolist()] == [
@@ -163,7 +163,7 @@ def test_any_number_of_tensors(device: torch.device, n: int) -> None:
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("grad_scale", [1.0, 1024.0, 3e-5])
 @pytest.mark.parametrize("max_grad_norm", [1e-4, 1.0, 20.0, 1e6, math.inf])
-def test_clipping_is_that_of_torch(
+def test_clipping_equals_that_of_torch(
     device: torch.device, max_grad_norm: float, grad_scale: float, maximize: bool
 ) -> None:
     param = torch.nn.Parameter(torch.zeros(100, dtype=torch.float64))
@@ -180,7 +180,7 @@ def test_clipping_is_that_of_torch(
 
 
 @pytest.mark.parametrize("sum_of_squares", [0.0, 1e300, math.nan, math.inf])
-def test_without_clipping_the_sum_is_not_looked_at(device: torch.device, sum_of_squares: float) -> None:
+def test_without_clipping_the_sum_is_ignored(device: torch.device, sum_of_squares: float) -> None:
     prepared = prepare(device, [4], inputs=(8.0, 0.0, sum_of_squares, 0.0))
     assert math.isnan(prepared.report[0]) and prepared.report[1:] == [1.0, 0.0]
     assert prepared.scalars[0, FACTOR] == 0.125
@@ -231,6 +231,6 @@ def test_counts_advance_from_launch_to_launch(device: torch.device) -> None:
     assert weights[0] == 1.0 and weights[1] == weights[2] == pytest.approx(1e-4 / (1.0001**2 - 1), rel=1e-6)
 
 
-def test_unknown_rule_is_named() -> None:
+def test_an_unknown_rule_raises() -> None:
     with pytest.raises(ValueError, match="adagrad"):
         device_coefficients(**{**GROUP, "second_moment": "adagrad"}, seed=0)

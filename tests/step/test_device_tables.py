@@ -1,10 +1,10 @@
-"""Tables of launches: what they hold, and when they are uploaded."""
+"""Tables of launches: their content, and when they are uploaded. Oracle: plain loops."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from adax_triton.step.device_tables import AddressTable, DeviceTable, chunk_table, run_table
+from adax_triton.step.device_tables import AddressTable, DeviceTable, chunk_table, row_ranges
 
 
 @pytest.mark.parametrize("numels", [[], [0], [1], [8], [9], [7, 0, 8, 17, 1], [0, 0, 24]], ids=str)
@@ -50,7 +50,7 @@ def test_refreshed_tables_hold_rows_and_chunks() -> None:
     assert (table.tensors.tolist(), table.chunks.tolist()) == ([[3, 4, 17], [2**62, 6, 1]], [0, 1, 2, 2**32])
 
 
-def test_a_table_keeps_its_memory_until_its_shape_changes() -> None:
+def test_a_table_keeps_its_memory_while_its_shape_is_the_same() -> None:
     table = DeviceTable(torch.device("cpu"))
     first = table.set([1, 2], torch.tensor)
     address = first.data_ptr()
@@ -59,15 +59,15 @@ def test_a_table_keeps_its_memory_until_its_shape_changes() -> None:
     assert table.set([5], torch.tensor).tolist() == [5]
 
 
-def test_a_forgotten_table_is_filled_again() -> None:
+def test_an_invalidated_table_is_uploaded_again() -> None:
     table = DeviceTable(torch.device("cpu"))
     table.set([1, 2], torch.tensor)[0] = 7
     assert table.set([1, 2], torch.tensor).tolist() == [7, 2]
-    table.forget()
+    table.invalidate()
     assert table.set([1, 2], torch.tensor).tolist() == [1, 2]
 
 
-def test_memory_is_written_again_only_after_it_was_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinned_memory_is_reused_only_after_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     class Copied:
         done = True
 
@@ -83,16 +83,16 @@ def test_memory_is_written_again_only_after_it_was_copied(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "Event", Copied)
     monkeypatch.setattr(Tensor, "new_empty", unpinned)
     table = DeviceTable(torch.device("cpu"))
-    under_way = []
+    pending = []
     for _ in range(40):
         block, copied = table._free_block(torch.zeros(3))
         copied.done = False
-        under_way.append((block, copied))
-    assert len({block.data_ptr() for block, _ in under_way}) == 40
-    assert allocations == [True] * 6  # 2 and 2, 4, 8, 16, 32 blocks
-    for block, copied in under_way:
+        pending.append((block, copied))
+    assert len({block.data_ptr() for block, _ in pending}) == 40
+    assert allocations == [True] * 6  # of 2, 2, 4, 8, 16 and 32 blocks
+    for block, copied in pending:
         copied.done = True
-        for _ in range(64):  # the others are used first, then this one
+        for _ in range(64):  # blocks are reused in least recently used order
             again, event = table._free_block(torch.zeros(3))
             if again is block:
                 break
@@ -101,6 +101,6 @@ def test_memory_is_written_again_only_after_it_was_copied(monkeypatch: pytest.Mo
     assert len(allocations) == 6
 
 
-def test_run_table_says_where_runs_lie() -> None:
-    assert run_table([]).tolist() == []
-    assert run_table([2, 0, 5]).tolist() == [[0, 2], [2, 0], [2, 5]]
+def test_row_ranges() -> None:
+    assert row_ranges([]).tolist() == []
+    assert row_ranges([2, 0, 5]).tolist() == [[0, 2], [2, 0], [2, 5]]

@@ -1,4 +1,4 @@
-"""Steps from gradients that lie beside their parameters. Oracle: a cast, a product, a step of `grad` and a copy."""
+"""Steps with external gradients. Oracle: cast, scale, `step()` with `grad`, copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adax_triton import AdaX, AdaXW, ExternalGrads
 from adax_triton.step.backend import TRITON, backend_of
 
-SIZES = [1, 31, 700, 33, 3]  # pieces of a gradient: odd ones, of no whole groups of codes
+SIZES = [1, 31, 700, 33, 3]  # pieces of a gradient that split groups of 32 elements
 STEPS = 3
 
 
@@ -22,7 +22,7 @@ def pieces(sizes: list[int], dtype: torch.dtype, device: torch.device, seed: int
 
 def rounded(weights: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.bfloat16 and weights.device.type == "cpu" and backend_of(weights.device, dtype) == TRITON:
-        # What the interpreter makes of a conversion, which on a GPU rounds.
+        # The interpreter truncates; a GPU rounds.
         return (weights.view(torch.int32) & ~0xFFFF).view(torch.float32).to(dtype)
     return weights.to(dtype)
 
@@ -41,8 +41,8 @@ def step_both(
 ) -> None:
     optimizers[0].set_external_grads([ExternalGrads(params[0], grads, low_precision_copy)], factor)
     optimizers[0].step()
-    whole = torch.cat([grad.flatten() for grad in grads]).float()
-    params[1].grad = whole if factor is None else whole * factor
+    full = torch.cat([grad.flatten() for grad in grads]).float()
+    params[1].grad = full if factor is None else full * factor
     optimizers[1].step()
 
 
@@ -56,13 +56,13 @@ def assert_same(optimizers: tuple[AdaX, AdaX], params: tuple[nn.Parameter, nn.Pa
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("image_dtype", [torch.bfloat16, torch.float16, torch.float32, None], ids=str)
+@pytest.mark.parametrize("copy_dtype", [torch.bfloat16, torch.float16, torch.float32, None], ids=str)
 def test_equals_cast_scaling_step_and_copy(
-    backend: torch.device, image_dtype: torch.dtype | None, grad_dtype: torch.dtype
+    backend: torch.device, copy_dtype: torch.dtype | None, grad_dtype: torch.dtype
 ) -> None:
     params = pair(sum(SIZES), backend)
     optimizers = AdaXW([params[0]], lr=1e-2, weight_decay=0.1), AdaXW([params[1]], lr=1e-2, weight_decay=0.1)
-    low_precision_copy = None if image_dtype is None else torch.zeros(sum(SIZES), dtype=image_dtype, device=backend)
+    low_precision_copy = None if copy_dtype is None else torch.zeros(sum(SIZES), dtype=copy_dtype, device=backend)
     for step in range(STEPS):
         multiplier = None if step == 0 else torch.tensor(0.37 / step, device=backend)
         step_both(optimizers, params, pieces(SIZES, grad_dtype, backend, step), low_precision_copy, multiplier)
@@ -72,7 +72,7 @@ def test_equals_cast_scaling_step_and_copy(
 
 
 @pytest.mark.parametrize("states", ["bfloat16", "8bit_v16", "8bit"])
-def test_equals_them_with_low_memory_states(backend: torch.device, states: str) -> None:
+def test_equals_the_oracle_with_low_memory_states(backend: torch.device, states: str) -> None:
     sizes = [4096, 33, 77]
     params = pair(sum(sizes), backend)
     optimizers = AdaX([params[0]], lr=1e-2, states=states), AdaX([params[1]], lr=1e-2, states=states)
@@ -83,7 +83,7 @@ def test_equals_them_with_low_memory_states(backend: torch.device, states: str) 
     assert torch.equal(low_precision_copy, params[1].half())
 
 
-def test_large_and_small_pieces_are_stepped_alike(native_cpu: torch.device) -> None:
+def test_large_and_small_pieces_equal_the_oracle(native_cpu: torch.device) -> None:
     sizes = [32_773, 3, 9, 32_768]
     params = pair(sum(sizes), native_cpu)
     optimizers = AdaX([params[0]], lr=1e-2, weight_decay=0.1), AdaX([params[1]], lr=1e-2, weight_decay=0.1)
@@ -96,18 +96,18 @@ def test_large_and_small_pieces_are_stepped_alike(native_cpu: torch.device) -> N
     assert torch.equal(low_precision_copy, params[1].bfloat16())
 
 
-def test_pieces_that_follow_each_other_or_have_other_shapes_and_dtypes(backend: torch.device) -> None:
+def test_adjacent_pieces_and_pieces_of_other_shapes_and_dtypes(backend: torch.device) -> None:
     params = pair(40, backend)
     optimizers = AdaXW([params[0]], lr=1e-2), AdaXW([params[1]], lr=1e-2)
     for step in range(STEPS):
-        whole, tail = pieces([40, 8], torch.bfloat16, backend, step)
+        memory, tail = pieces([40, 8], torch.bfloat16, backend, step)
         transposed = tail.view(2, 4).t().float()
-        grads = [whole[:20], whole[20:28].view(2, 4), whole[4:8], transposed]
+        grads = [memory[:20], memory[20:28].view(2, 4), memory[4:8], transposed]
         step_both(optimizers, params, grads)
     assert_same(optimizers, params)
 
 
-def test_steady_steps_use_their_plan_again_and_moved_gradients_are_read(
+def test_steady_steps_reuse_their_plan_and_read_moved_gradients(
     backend: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = pair(48, backend)
@@ -120,14 +120,16 @@ def test_steady_steps_use_their_plan_again_and_moved_gradients_are_read(
     memory, low_precision_copy = torch.empty(96, device=backend), torch.empty(48, dtype=torch.float16, device=backend)
     for step in range(STEPS - 1):
         memory.copy_(pieces([96], torch.float32, backend, step)[0])
-        step_both(optimizers, params, [memory[:20], memory[20:48]], low_precision_copy)  # read as one
+        step_both(
+            optimizers, params, [memory[:20], memory[20:48]], low_precision_copy
+        )  # adjacent, so read as one piece
     assert len(planned) == 1
-    step_both(optimizers, params, [memory[:20], memory[60:88]], low_precision_copy)  # no longer one after the other
+    step_both(optimizers, params, [memory[:20], memory[60:88]], low_precision_copy)  # no longer adjacent
     assert len(planned) == 2
     assert_same(optimizers, params)
 
 
-def test_several_groups_and_other_gradients_stay_apart(backend: torch.device) -> None:
+def test_groups_and_other_gradients_are_independent(backend: torch.device) -> None:
     (first, expected_first), (second, expected_second), (third, _) = (pair(50, backend) for _ in range(3))
     third.grad = torch.ones_like(third)
     before = third.detach().clone()
@@ -135,7 +137,7 @@ def test_several_groups_and_other_gradients_stay_apart(backend: torch.device) ->
     optimizer = AdaXW(groups, lr=1e-2)
     oracle = AdaXW([{"params": [expected_first], "lr": 1e-3}, {"params": [expected_second], "weight_decay": 0.5}], 1e-2)
     grads = pieces([50, 20, 30], torch.float16, backend, 0)
-    factor = torch.tensor(0.1, dtype=torch.float64)  # on the CPU, of another dtype
+    factor = torch.tensor(0.1, dtype=torch.float64)  # on the CPU, with another dtype
     optimizer.set_external_grads([ExternalGrads(second, grads[1:]), ExternalGrads(first, grads[:1])], factor)
     optimizer.step()
     expected_first.grad = grads[0].float() * factor.float().to(backend)
@@ -144,7 +146,7 @@ def test_several_groups_and_other_gradients_stay_apart(backend: torch.device) ->
     assert torch.equal(first, expected_first)
     assert torch.equal(second, expected_second)
     assert torch.equal(third, before)
-    optimizer.step()  # what was laid beside served one step: this one is of `grad`
+    optimizer.step()  # external gradients apply to one step only; this step uses `grad`
     assert not torch.equal(third, before)
     assert optimizer.state[first]["step"] == 1
 
@@ -170,21 +172,21 @@ GRAD = torch.zeros(6)
     [
         ([ExternalGrads(nn.Parameter(GRAD.half()), [GRAD])], TypeError, "contiguous float32 tensor, got torch.float16"),
         ([ExternalGrads(nn.Parameter(torch.zeros(3, 2).t()), [GRAD])], TypeError, "contiguous float32 tensor"),
-        ([ExternalGrads(PARAM, [GRAD[:5]])], ValueError, "5 elements for a parameter of 6"),
-        ([ExternalGrads(PARAM, [])], ValueError, "0 elements for a parameter of 6"),
-        ([ExternalGrads(PARAM, [GRAD.int()])], TypeError, r"grads\[0\]: torch.int32"),
-        ([ExternalGrads(PARAM, [torch.zeros(6, device="meta")])], ValueError, "on meta for a parameter on cpu"),
-        ([ExternalGrads(PARAM, [GRAD], GRAD.double())], TypeError, "low_precision_copy: torch.float64"),
+        ([ExternalGrads(PARAM, [GRAD[:5]])], ValueError, "expected 6 elements in all, .* got 5"),
+        ([ExternalGrads(PARAM, [])], ValueError, "expected 6 elements in all, .* got 0"),
+        ([ExternalGrads(PARAM, [GRAD.int()])], TypeError, r"grads\[0\]: expected .* got torch.int32"),
+        ([ExternalGrads(PARAM, [torch.zeros(6, device="meta")])], ValueError, "expected a tensor on cpu, .* got meta"),
+        ([ExternalGrads(PARAM, [GRAD], GRAD.double())], TypeError, "low_precision_copy: expected .* got torch.float64"),
         ([ExternalGrads(PARAM, [GRAD], GRAD[:4])], ValueError, "contiguous tensor of 6 elements"),
-        ([ExternalGrads(PARAM, [GRAD]), ExternalGrads(PARAM, [GRAD])], ValueError, "given twice"),
+        ([ExternalGrads(PARAM, [GRAD]), ExternalGrads(PARAM, [GRAD])], ValueError, "occurs twice"),
     ],
 )
-def test_what_does_not_fit_is_refused(parts: list[ExternalGrads], error: type[Exception], message: str) -> None:
+def test_invalid_arguments_raise(parts: list[ExternalGrads], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         AdaX([PARAM]).set_external_grads(parts)
 
 
-def test_factor_of_several_elements_is_refused() -> None:
+def test_a_factor_of_several_elements_raises() -> None:
     with pytest.raises(TypeError, match="grad_factor"):
         AdaX([PARAM]).set_external_grads([ExternalGrads(PARAM, [GRAD])], torch.ones(2))
 
@@ -195,12 +197,12 @@ def test_factor_of_several_elements_is_refused() -> None:
         ({"max_grad_norm": 1.0}, "max_grad_norm"),
         ({"telemetry": True}, "telemetry"),
         ({"capturable": True}, "counted on the device"),
-        ({"elsewhere": True}, "in none of the optimizer's groups"),
+        ({"in_no_group": True}, "in none of the optimizer's groups"),
     ],
 )
-def test_options_that_need_more_are_refused_before_anything_changes(options: dict[str, Any], message: str) -> None:
-    elsewhere = options.pop("elsewhere", False)
-    optimizer = AdaX([nn.Parameter(torch.zeros(6)) if elsewhere else PARAM], **options)
+def test_unsupported_options_raise_before_anything_changes(options: dict[str, Any], message: str) -> None:
+    in_no_group = options.pop("in_no_group", False)
+    optimizer = AdaX([nn.Parameter(torch.zeros(6)) if in_no_group else PARAM], **options)
     with pytest.raises(ValueError, match=message):
         optimizer.set_external_grads([ExternalGrads(PARAM, [GRAD + 1])])
         optimizer.step()

@@ -1,4 +1,4 @@
-"""The sums of squared gradients against float64: in Triton's interpreter without a GPU, unchanged with one."""
+"""The Triton gradient norm kernel, in the interpreter without a GPU. Oracles: float64, torch."""
 
 import itertools
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def random_grads(numels: Sequence[int], dtype: torch.dtype, device: torch.device
 
 
 def surrounded(grads: Sequence[Tensor], by: float, odd: bool) -> tuple[list[Tensor], Tensor]:
-    """Return copies of gradients, at odd or at aligned elements of one buffer filled with `by`, and that buffer."""
+    """Return copies of gradients in one buffer filled with `by`, at odd or aligned elements, and the buffer."""
     room = [-(-(grad.numel() + 2) // 64) * 64 for grad in grads]
     starts = [64 + odd + end for end in itertools.accumulate(room, initial=0)]
     buffer = grads[0].new_full((starts[-1] + 64,), by)
@@ -37,7 +37,7 @@ def surrounded(grads: Sequence[Tensor], by: float, odd: bool) -> tuple[list[Tens
 
 
 def launch(grads: Sequence[Tensor], count: int | None = None, aligned: bool = True) -> Tensor:
-    """Return the partial sums; what is not written stays CANARY."""
+    """Return the partial sums. Partials that are not written stay CANARY."""
     numels = [grad.numel() for grad in grads]
     chunks = chunk_table(numels, CHUNK).to(grads[0].device)
     rows = [(0, grad.data_ptr(), 0, 0, 0, 0, 0, grad.numel(), 0) for grad in grads]
@@ -47,7 +47,7 @@ def launch(grads: Sequence[Tensor], count: int | None = None, aligned: bool = Tr
 
 
 def assert_as_accurate_as_torch(partials: Tensor, grads: Sequence[Tensor]) -> None:
-    """Hold the sum to twice the error of torch's in float32, plus one unit in the last place; errors from float64."""
+    """Assert that the error from float64 is at most twice that of torch in float32, plus one ulp."""
     grad = torch.cat([grad.flatten() for grad in grads])
     exact = grad.double().square().sum()
     reference_error = (grad.float().square().sum().double() - exact).abs()
@@ -81,7 +81,7 @@ def test_each_partial_sums_every_kth_chunk(count: int, device: torch.device) -> 
 
 @pytest.mark.parametrize("count", [1, 16])
 @pytest.mark.parametrize("tensors", [0, 1, 2])
-def test_no_chunks_make_every_partial_zero(tensors: int, count: int, device: torch.device) -> None:
+def test_without_chunks_every_partial_is_zero(tensors: int, count: int, device: torch.device) -> None:
     partials = torch.full((count,), CANARY, device=device)
     tables = torch.zeros(tensors, 9, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     grad_norm_partials(*tables, partials, torch.float32, aligned=True)
@@ -90,10 +90,20 @@ def test_no_chunks_make_every_partial_zero(tensors: int, count: int, device: tor
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_gradient_that_is_not_finite_shows(dtype: str, value: float, device: torch.device) -> None:
+def test_a_nonfinite_gradient_makes_the_sum_nonfinite(dtype: str, value: float, device: torch.device) -> None:
     grads = random_grads([5, 3 * CHUNK + 6, 1, CHUNK], DTYPES[dtype], device)
-    places = [(0, 0), (0, 4), (1, 0), (1, CHUNK - 1), (1, CHUNK), (1, 3 * CHUNK), (1, 3 * CHUNK + 5), (2, 0), (3, -1)]
-    for tensor, element in places:
+    positions = [
+        (0, 0),
+        (0, 4),
+        (1, 0),
+        (1, CHUNK - 1),
+        (1, CHUNK),
+        (1, 3 * CHUNK),
+        (1, 3 * CHUNK + 5),
+        (2, 0),
+        (3, -1),
+    ]
+    for tensor, element in positions:
         kept = grads[tensor][element].clone()
         grads[tensor][element] = value
         assert not launch(grads, 3).sum().isfinite(), (tensor, element)
@@ -103,20 +113,20 @@ def test_one_gradient_that_is_not_finite_shows(dtype: str, value: float, device:
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("grad", [3e19, -3e38])
-def test_gradient_whose_square_is_past_float32_shows(grad: float, device: torch.device) -> None:
+def test_a_square_past_float32_makes_the_sum_infinite(grad: float, device: torch.device) -> None:
     assert launch([torch.tensor([1.0, grad, 2.0], device=device)]).tolist() == [float("inf")]
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_memory_between_gradients_does_not_count(dtype: str, odd: bool, device: torch.device) -> None:
+def test_memory_between_gradients_is_ignored(dtype: str, odd: bool, device: torch.device) -> None:
     given = random_grads(SIZES, DTYPES[dtype], device)
     grads, _ = surrounded(given, by=float("nan"), odd=odd)
     assert_as_accurate_as_torch(launch(grads, aligned=not odd), given)
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["aligned", "unaligned"])
-def test_nothing_but_the_partials_is_written(odd: bool, device: torch.device) -> None:
+def test_only_the_partials_are_written(odd: bool, device: torch.device) -> None:
     grads, buffer = surrounded(random_grads(SIZES, torch.bfloat16, device), by=CANARY, odd=odd)
     around = torch.full((48,), CANARY, device=device)
     rows = torch.tensor([(0, grad.data_ptr(), 0, 0, 0, 0, 0, grad.numel(), 0) for grad in grads], device=device)
@@ -139,7 +149,7 @@ def test_same_gradients_give_the_same_bits(dtype: str, device: torch.device) -> 
 def test_elements_past_a_power_of_two_are_addressed(exponent: int, dtype: str, device: torch.device) -> None:
     chunk = 2**exponent // CHUNK + 3
     (grad,) = random_grads([1001], DTYPES[dtype], device)
-    start = chunk * CHUNK  # of the only chunk launched; what lies below is never touched and need not exist
+    start = chunk * CHUNK  # of the only launched chunk; the kernel does not access lower addresses
     row = [0, grad.data_ptr() - start * grad.element_size(), 0, 0, 0, 0, 0, start + 1001, 0]
     partials = torch.full((2,), CANARY, device=device)
     tables = torch.tensor([[0] * 9, row], device=device), torch.tensor([(1 << 32) + chunk], device=device)
@@ -154,7 +164,7 @@ def test_partial_count_is_bounded() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_gradients_on_a_device_that_is_not_current_are_summed() -> None:
+def test_gradients_on_another_than_the_current_device_are_summed() -> None:
     grads = random_grads([CHUNK + 1], torch.float32, torch.device("cuda", 1))
     with torch.cuda.device(0):
         partials = launch(grads)

@@ -1,6 +1,6 @@
-"""What a step has the host do besides launching: nothing that waits for the device, no new memory.
+"""Steady steps neither synchronize nor allocate.
 
-The launches do nothing here, so what is seen is the host's; on a GPU, test_cuda_graphs.py has torch itself look.
+Launches do nothing here, so only the host's operations are recorded. test_cuda_graphs.py checks real steps on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from adax_triton import AdaXW
 from adax_triton.step import reuse_check
 
-compare = reuse_check.tensor_guards
+original_guards = reuse_check.tensor_guards
 SHAPES = ((5, 7), (4097,), ())
 SCALED = {"grad_scale": 1024.0, "found_inf": 0.0}
 MODES: dict[str, dict[str, Any]] = {
@@ -31,14 +31,14 @@ MODES: dict[str, dict[str, Any]] = {
     "capturable": {"capturable": True},
     "all": {"capturable": True, "telemetry": True, "max_grad_norm": 1.0, **SCALED},
 }
-# They write into memory that there is, or look at it in another way.
+# In-place operations and views.
 WRITING = {"copy_", "add_", "sum"}
-LOOKING = {"select", "slice", "view", "detach"}
+VIEWS = {"select", "slice", "view", "detach"}
 OF_TORCH = {"_record_function_enter_new", "_record_function_exit"}  # around every optimizer's step
 
 
 class Watch(TorchDispatchMode):
-    """The operations within a block, and which of them returned new memory."""
+    """Records the operations within a block, and those that return new memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,11 +80,11 @@ def nothing_is_launched(launchers: dict[str, str], monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(f"adax_triton.kernels.{module}.{name}", lambda *args: None)
 
 
-class Unwatched:
-    """The comparison of a plan's tensors, which takes a mode around the step for a difference."""
+class GuardsWithoutModes:
+    """Tensor guards without dispatch modes: the guards would reject tensors under `Watch`."""
 
     def __init__(self, tensors: Sequence[Any]) -> None:
-        self._guards = compare(tensors)
+        self._guards = original_guards(tensors)
 
     def check(self, *tensors: Any) -> bool:
         with _disable_current_modes():
@@ -93,23 +93,23 @@ class Unwatched:
 
 @pytest.fixture(autouse=True)
 def only_the_step_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reuse_check, "tensor_guards", Unwatched)
-    # On a CPU a count is read where it lies. On a GPU it is a copy that has arrived.
+    monkeypatch.setattr(reuse_check, "tensor_guards", GuardsWithoutModes)
+    # The frozen warning reads a CPU count directly. A GPU count would be a copy that has arrived.
     monkeypatch.setattr("adax_triton.step.frozen_warning._FIRST_READS", 0)
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ways to read a tensor that are no operations of their own; the others end in `_local_scalar_dense`."""
+    """Fail on tensor reads that do not dispatch. Other reads dispatch `_local_scalar_dense`."""
 
     def read(*args: Any) -> None:
-        raise AssertionError("a step read a tensor")
+        raise AssertionError("a step read a tensor on the host")
 
     for name in ("tolist", "numpy", "cpu"):
         monkeypatch.setattr(Tensor, name, read)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asked of torch's allocator there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, test_cuda_graphs.py asks torch's allocator")
 @pytest.mark.parametrize("gradients", ["same", "fresh"])
 @pytest.mark.parametrize("mode", MODES)
 def test_steady_steps_neither_read_nor_allocate(mode: str, gradients: str, device: torch.device) -> None:
@@ -123,12 +123,12 @@ def test_steady_steps_neither_read_nor_allocate(mode: str, gradients: str, devic
         give(params, sets[step % len(sets)])
         with watch:
             optimizer.step()
-    assert watch.operations <= WRITING | LOOKING | OF_TORCH
+    assert watch.operations <= WRITING | VIEWS | OF_TORCH
     assert watch.allocating == []
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_steps_of_other_tensors_do_not_read(mode: str, device: torch.device) -> None:
+def test_steps_of_changing_parameters_do_not_read(mode: str, device: torch.device) -> None:
     optimizer, params = build(device, **MODES[mode])
     watch = Watch()
     for step in range(4):

@@ -1,4 +1,4 @@
-"""Steps without a kernel: by the reference formula, in chunks. Oracle: the formula on whole tensors."""
+"""Steps without a kernel, in chunks. Oracle: `adax_update` on full tensors."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from adax_triton.update.reference import adax_update
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("numel", [0, 1, CHUNK_SIZE, 2 * CHUNK_SIZE + 5])
-def test_chunks_equal_the_whole_formula(numel: int, dtype: torch.dtype, reference_cpu: torch.device) -> None:
+def test_chunks_equal_one_full_update(numel: int, dtype: torch.dtype, reference_cpu: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     param = nn.Parameter(torch.randn(numel, generator=generator).to(dtype))
-    whole = param.detach().clone()
+    expected = param.detach().clone()
     exp_avg, exp_avg_sq = (torch.zeros(numel, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
     optimizer = AdaXW([param], lr=0.1)
     for step in (1, 2):
         param.grad = torch.randn(numel, generator=generator).to(dtype)
         optimizer.step()
-        adax_update(whole, param.grad, exp_avg, exp_avg_sq, **scalars_of(optimizer.param_groups[0], step)._asdict())
-    assert torch.equal(param, whole)
+        adax_update(expected, param.grad, exp_avg, exp_avg_sq, **scalars_of(optimizer.param_groups[0], step)._asdict())
+    assert torch.equal(param, expected)
     assert torch.equal(optimizer.state[param]["exp_avg_sq"], exp_avg_sq)
 
 
-def test_missing_compiler_is_told_once_and_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_warns_once_and_steps_continue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     program = (
@@ -49,5 +49,5 @@ def test_missing_compiler_is_told_once_and_steps_on(monkeypatch: pytest.MonkeyPa
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
     count, names_compiler, weight = done.stdout.split()
     assert (count, names_compiler) == ("1", "True")
-    # m of three equal gradients: 0.1, 0.19, 0.271; v is 1 throughout.
+    # m after one, two and three equal gradients: 0.1, 0.19, 0.271. v is always 1.
     assert float(weight) == pytest.approx(1 - 5e-3 * (0.1 + 0.19 + 0.271), rel=1e-6)

@@ -1,8 +1,7 @@
-"""Every kind of step: with replaced groups, on several streams, and after a refused capture.
+"""Every kind of step with replaced groups, on several streams, and after a failed capture.
 
-The functions that name the current stream and tell of a capture are replaced here; test_cuda_streams.py and
-test_cuda_graphs.py have real ones. Oracle: an equal optimizer that makes no plan, stays on one stream and sees no
-capture, bit for bit.
+Streams and captures are faked here; test_cuda_streams.py and test_cuda_graphs.py use real ones. Oracle: an equal
+optimizer without plans, on one stream and without captures, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,7 +21,9 @@ from adax_triton.gradient_release import GradientRelease
 from adax_triton.step import device_tables
 from adax_triton.step.device_tables import PerStreamCache
 
-played_on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has streams and graphs of its own")
+without_a_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU, tests/gpu_code uses real streams and graphs"
+)
 
 CPU = torch.device("cpu")
 SHAPES = ((5, 7), ())
@@ -36,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 KINDS = [
     *(("step", name) for name in OPTIONS),
-    *(("scaled", "plain"), ("scaled", "telemetry"), ("beside", "plain")),
+    *(("scaled", "plain"), ("scaled", "telemetry"), ("external", "plain")),
     *(("release", "plain"), ("release", "capturable")),
 ]
 each_kind = pytest.mark.parametrize(("kind", "options"), KINDS, ids=map(", ".join, KINDS))
@@ -45,7 +46,7 @@ Replace = Callable[[str, Callable[[torch.device], Any]], None]
 
 @pytest.fixture
 def replace(monkeypatch: pytest.MonkeyPatch) -> Replace:
-    """Replaces a function of device_tables in every module that imported it."""
+    """Replace a function of device_tables in every module that imported it."""
 
     def everywhere(name: str, replacement: Callable[[torch.device], Any]) -> None:
         original = getattr(device_tables, name)
@@ -57,11 +58,11 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Replace:
 
 
 class Training:
-    """An optimizer and the parameters of its two groups, the second of another dtype: two launches."""
+    """An optimizer with two groups of different dtypes, which need two launches."""
 
     def __init__(self, kind: str = "step", device: torch.device = CPU, **options: Any) -> None:
         generator = torch.Generator().manual_seed(0)
-        dtypes = (torch.float32, torch.float32 if kind == "beside" else torch.bfloat16)
+        dtypes = (torch.float32, torch.float32 if kind == "external" else torch.bfloat16)
         first, second = (
             [Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in SHAPES]
             for dtype in dtypes
@@ -71,7 +72,7 @@ class Training:
         self.optimizer = AdaXW([{"params": first}, {"params": second, "lr": 0.03}], **{"lr": 0.01, **options})
         self.params = first + second
         self.kind = kind
-        self.release = GradientRelease(self.optimizer) if kind == "release" else None
+        self.release = GradientRelease(self.optimizer, max_last_norm=1.0) if kind == "release" else None
 
     def step(self, number: int, frozen: Parameter | None = None) -> None:
         generator = torch.Generator().manual_seed(number)
@@ -84,7 +85,7 @@ class Training:
         if self.kind == "scaled":
             self.optimizer.grad_scale = torch.tensor(2.0, device=grads[0].device)
             self.optimizer.found_inf = torch.tensor(0.0, device=grads[0].device)
-        if self.kind == "beside":
+        if self.kind == "external":
             pairs = zip(self.params, grads, strict=True)
             self.optimizer.set_external_grads(
                 [ExternalGrads(param, [grad]) for param, grad in pairs], torch.tensor(0.5)
@@ -103,7 +104,7 @@ class Training:
         return found
 
     def report(self) -> list[Any]:
-        """Return what the last step says of itself."""
+        """Return the gradient norm and telemetry of the last step."""
         telemetry = self.optimizer.read_telemetry(per_parameter=True) if self.optimizer.options.telemetry else None
         return [self.optimizer.grad_norm, telemetry]
 
@@ -120,7 +121,7 @@ def assert_equal_step(training: Training, twin: Training, number: int) -> None:
 
 
 @each_kind
-def test_values_of_replaced_groups_count(kind: str, options: str, device: torch.device) -> None:
+def test_values_of_replaced_groups_take_effect(kind: str, options: str, device: torch.device) -> None:
     training, twin = Training(kind, device, **OPTIONS[options]), Training(kind, device, **OPTIONS[options])
     assert_equal_step(training, twin, 0)
     changes: list[dict[str, Any]] = [{"lr": 0.0}, RULES]
@@ -136,7 +137,7 @@ def test_values_of_replaced_groups_count(kind: str, options: str, device: torch.
 
 
 @each_kind
-def test_groups_may_change_places(kind: str, options: str, device: torch.device) -> None:
+def test_groups_may_be_reordered(kind: str, options: str, device: torch.device) -> None:
     training, twin = Training(kind, device, **OPTIONS[options]), Training(kind, device, **OPTIONS[options])
     assert_equal_step(training, twin, 0)
     training.optimizer.param_groups = training.optimizer.param_groups[::-1]
@@ -149,7 +150,7 @@ def test_groups_may_change_places(kind: str, options: str, device: torch.device)
         assert found.params["1.1"] == expected.params["0.1"] and found.params["0.0"] == expected.params["1.0"]
 
 
-def test_names_of_replaced_groups_are_those_of_telemetry(device: torch.device) -> None:
+def test_telemetry_uses_the_names_of_replaced_groups(device: torch.device) -> None:
     training = Training(device=device, telemetry=True)
     for number in range(2):
         training.step(number)
@@ -162,19 +163,20 @@ def test_names_of_replaced_groups_are_those_of_telemetry(device: torch.device) -
         names[1][1] = training.optimizer.param_groups[1]["param_names"][1] = "e"
 
 
-def test_release_leaves_parameters_that_are_in_no_group_any_more(device: torch.device) -> None:
+def test_release_ignores_parameters_of_removed_groups(device: torch.device) -> None:
     training = Training("release", device)
     training.step(0)
-    groups = training.optimizer.param_groups
+    groups, norm = training.optimizer.param_groups, training.release.grad_norm
     training.optimizer.param_groups = groups[:1]
     before = [bits(param) for param in training.params]
     training.step(1)
     assert [bits(param) == old for param, old in zip(training.params, before, strict=True)] == [False] * 2 + [True] * 2
     assert [param.grad is None for param in training.params] == [True] * 2 + [False] * 2
+    assert not torch.equal(training.release.grad_norm, norm)
+    norm = training.release.grad_norm
     training.optimizer.param_groups = []
-    before = [bits(param) for param in training.params]
     training.step(2)
-    assert [bits(param) for param in training.params] == before  # no parameter was stepped
+    assert torch.equal(training.release.grad_norm, norm)  # no parameter was updated
     training.optimizer.param_groups = groups
     for param in training.params:
         param.grad = None
@@ -185,7 +187,7 @@ def test_release_leaves_parameters_that_are_in_no_group_any_more(device: torch.d
 
 @pytest.fixture
 def launched(launchers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """All tensors that launches were given: the tables and buffers by which they reach the parameters."""
+    """Record all tensors that are passed to launches: tables and buffers."""
     found: list[Tensor] = []
 
     def recorded(launch: Callable[..., None]) -> Callable[..., None]:
@@ -196,17 +198,17 @@ def launched(launchers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list
         return record
 
     for module, name in launchers.items():
-        owner = pytest.importorskip(f"adax_triton.kernels.{module}")
-        monkeypatch.setattr(owner, name, recorded(getattr(owner, name)))
+        kernels_module = pytest.importorskip(f"adax_triton.kernels.{module}")
+        monkeypatch.setattr(kernels_module, name, recorded(getattr(kernels_module, name)))
     return found
 
 
-@played_on_a_cpu
+@without_a_gpu
 @each_kind
 def test_streams_share_no_memory(kind: str, options: str, replace: Replace, launched: list[Tensor]) -> None:
     training, twin = Training(kind, **OPTIONS[options]), Training(kind, **OPTIONS[options])
     replace("current_stream", lambda device: current)
-    tables: dict[int, list[Tensor]] = {1: [], 2: []}  # alive, or others might get their memory
+    tables: dict[int, list[Tensor]] = {1: [], 2: []}  # kept alive, or the allocator could reuse their memory
     for number, stream in enumerate([1, 1, 2, 1, 2]):
         launched.clear()
         current = stream
@@ -222,52 +224,57 @@ def test_streams_share_no_memory(kind: str, options: str, replace: Replace, laun
     assert len(first) > 2 and first.isdisjoint(second)
 
 
-@played_on_a_cpu
-def test_a_plan_serves_its_own_stream_alone(replace: Replace, monkeypatch: pytest.MonkeyPatch) -> None:
+@without_a_gpu
+def test_plans_are_per_stream(replace: Replace, monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training()
     replace("current_stream", lambda device: current)
-    original = training.optimizer._new_plan
-    assembled: list[int] = []
-    monkeypatch.setattr(training.optimizer, "_new_plan", lambda *given: assembled.append(current) or original(*given))
+    original = training.optimizer._planned
+    planned: list[int] = []
+    monkeypatch.setattr(training.optimizer, "_planned", lambda *given: planned.append(current) or original(*given))
     for number, stream in enumerate([1, 1, 1, 2, 2, 1, 1]):
         current = stream
         training.step(number)
-    assert assembled == [1, 2, 1]
+    assert planned == [1, 2, 1]
 
 
-@played_on_a_cpu
-def test_a_capture_takes_what_was_used_last_and_leaves_the_rest(replace: Replace) -> None:
+@without_a_gpu
+def test_a_capture_takes_the_latest_entry_only(replace: Replace) -> None:
     current, capturing = 1, False
     replace("current_stream", lambda device: current)
     replace("is_capturing", lambda device: capturing)
-    kept: PerStreamCache[list[int]] = PerStreamCache()
+    cache: PerStreamCache[list[int]] = PerStreamCache()
     made: dict[int, list[int]] = {}
     for current in (1, 2, 1):
-        made[current] = kept.get("key", CPU, list)
+        made[current] = cache.get("key", CPU, list)
     assert made[1] is not made[2]
     current, capturing = 3, True
-    assert kept.prepared("key") is made[1] and kept.get("key", CPU, list) is made[1]
-    assert kept.prepared("key") is made[2] and kept.get("key", CPU, list) is made[2]
-    assert kept.prepared("key") is None and kept.prepared("another") is None
+    assert cache.latest("key") is made[1] and cache.get("key", CPU, list) is made[1]
+    assert cache.latest("key") is made[2] and cache.get("key", CPU, list) is made[2]
+    assert cache.latest("key") is None and cache.latest("another") is None
     current, capturing = 1, False
-    assert kept.get("key", CPU, list) is not made[1]  # a graph's for good
+    assert cache.get("key", CPU, list) is not made[1]  # the graph keeps that entry
 
 
-def kept(training: Training) -> list[Any]:
-    """Return all owners of tables, with what tells whether they were touched, and the plan."""
-    memory, sums = training.optimizer._launch_cache, training.optimizer._sums
-    caches = [memory._launches, memory.device_scalars, memory.host_scalars]
+def cached_tables(training: Training) -> list[Any]:
+    """Return all cached tables with their revisions, and the plans."""
+    launch_cache, sums = training.optimizer._launch_cache, training.optimizer._sums
+    caches = [launch_cache._launches, launch_cache.device_scalars, launch_cache.host_scalars]
     caches += [] if sums is None else [sums._kept]
-    owners = [owner for cache in caches for of_streams in cache._kept.values() for owner in of_streams.values()]
-    revisions = [getattr(owner, "revision", None) for owner in owners]
-    return [list(map(id, owners)), revisions, [cache._captured for cache in caches], dict(training.optimizer._plans)]
+    entries = [entry for cache in caches for by_stream in cache._kept.values() for entry in by_stream.values()]
+    revisions = [getattr(entry, "revision", None) for entry in entries]
+    return [
+        list(map(id, entries)),
+        revisions,
+        [cache._captured for cache in caches],
+        dict(training.optimizer._plans),
+    ]
 
 
 def first_step(training: Training) -> None:
     pass
 
 
-def steps_that_the_host_counts(training: Training) -> None:
+def host_counted_steps(training: Training) -> None:
     limit, training.optimizer.max_grad_norm = training.optimizer.max_grad_norm, None
     for capturable in (False, True):
         for group in training.optimizer.param_groups:
@@ -278,12 +285,12 @@ def steps_that_the_host_counts(training: Training) -> None:
     training.optimizer.max_grad_norm = limit
 
 
-def fewer_of_the_second_launch(training: Training) -> None:
+def fewer_tensors_in_a_launch(training: Training) -> None:
     training.step(0)
     training.step(1, frozen=training.params[-1])
 
 
-def one_without_a_state(training: Training) -> None:
+def parameter_without_a_state(training: Training) -> None:
     for number in range(2):
         training.step(number, frozen=training.params[-1])
 
@@ -295,22 +302,22 @@ def other_groups(training: Training) -> None:
     training.optimizer.param_groups = [{**first, "params": training.params}]
 
 
-CAPTURES = [first_step, steps_that_the_host_counts, fewer_of_the_second_launch, one_without_a_state, other_groups]
+CAPTURES = [first_step, host_counted_steps, fewer_tensors_in_a_launch, parameter_without_a_state, other_groups]
 
 
-@played_on_a_cpu
+@without_a_gpu
 @pytest.mark.parametrize("options", ["capturable", "all"])
 @pytest.mark.parametrize("before", CAPTURES, ids=lambda before: before.__name__)
-def test_a_refused_capture_changes_nothing(before: Callable[[Training], None], options: str, replace: Replace) -> None:
+def test_a_failed_capture_changes_nothing(before: Callable[[Training], None], options: str, replace: Replace) -> None:
     training, twin = (Training(**{**OPTIONS[options], "capturable": True}) for _ in range(2))
     before(training)
     before(twin)
     capturing = True
     replace("is_capturing", lambda device: capturing)
-    owners, contents = kept(training), training.contents()
+    tables_before, contents = cached_tables(training), training.contents()
     with pytest.raises(RuntimeError, match="without a step of the same parameters"):
         training.step(7)
-    assert kept(training) == owners
+    assert cached_tables(training) == tables_before
     assert training.contents() == contents
     capturing = False
     for number in (8, 9):
@@ -320,19 +327,19 @@ def test_a_refused_capture_changes_nothing(before: Callable[[Training], None], o
         assert training.report() == twin.report()
 
 
-@played_on_a_cpu
+@without_a_gpu
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_capture_of_gradients_laid_beside_is_refused(steps: int, replace: Replace) -> None:
-    training, twin = Training("beside"), Training("beside")
+def test_a_capture_with_external_gradients_raises(steps: int, replace: Replace) -> None:
+    training, twin = Training("external"), Training("external")
     for number in range(steps):
         training.step(number)
         twin.step(number)
     capturing = True
     replace("is_capturing", lambda device: capturing)
-    owners, contents = kept(training), training.contents()
+    tables_before, contents = cached_tables(training), training.contents()
     with pytest.raises(RuntimeError, match=r"set_external_grads\(\) does not support"):
         training.step(7)
-    assert kept(training) == owners
+    assert cached_tables(training) == tables_before
     assert training.contents() == contents
     capturing = False
     training.step(8)
@@ -340,27 +347,29 @@ def test_a_capture_of_gradients_laid_beside_is_refused(steps: int, replace: Repl
     assert training.contents() == twin.contents()
 
 
-@played_on_a_cpu
+@without_a_gpu
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_refused_capture_of_a_backward_pass_changes_nothing(steps: int, replace: Replace) -> None:
+def test_a_failed_capture_of_a_backward_pass_changes_nothing(steps: int, replace: Replace) -> None:
     training, twin = Training("release", capturable=True), Training("release", capturable=True)
-    # Whole steps make the states, but no tables by which one parameter is stepped.
+    # step() makes the states, but neither the tables of single parameters nor the gradient scale of a release.
     for each in (training, twin):
         each.release.remove()
         each.kind = "step"
         for number in range(steps):
             each.step(number)
         each.kind = "release"
-        each.release = GradientRelease(each.optimizer)
+        each.release = GradientRelease(each.optimizer, max_last_norm=1.0)
     capturing = True
     replace("is_capturing", lambda device: capturing)
-    owners, contents = kept(training), training.contents()
+    tables_before, contents = cached_tables(training), training.contents()
     with pytest.raises(RuntimeError, match="without a step of the same parameters"):
         training.step(7)
-    assert kept(training) == owners
+    assert cached_tables(training) == tables_before
     assert training.contents() == contents
+    assert training.release._last_norm._grad_scales == {}
     capturing = False
     for number in (8, 9):
         training.step(number)
         twin.step(number)
         assert training.contents() == twin.contents()
+        assert torch.equal(training.release.grad_norm, twin.release.grad_norm)

@@ -1,4 +1,4 @@
-"""Steps that reuse the tables of the last one: when they may, and that whatever changed is noticed."""
+"""Reuse of a step's plan. Oracle: an equal optimizer that plans every step anew."""
 
 import copy
 import weakref
@@ -15,7 +15,7 @@ from adax_triton.step.backend import TRITON, backend_of
 
 Shapes = tuple[tuple[int, ...], ...]
 SHAPES = ((5,), (40,), (9, 4), (6, 6))
-# The second is of several chunks, and of enough elements for codes.
+# The second has several chunks, and enough elements to be quantized.
 LONG = ((5,), (4096,), (9, 4))
 MODES: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -30,7 +30,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 def skip_if_refused(mode: str, backend: torch.device) -> None:
     if mode == "capturable" and backend_of(backend, torch.float32) != TRITON:
-        pytest.skip("for the Triton kernel alone")
+        pytest.skip("needs the Triton kernel")
 
 
 def parameters(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> list[nn.Parameter]:
@@ -49,7 +49,7 @@ def give_gradients(params: list[nn.Parameter], step: int) -> None:
 
 
 class Pair:
-    """An optimizer, and a twin on equal parameters that forgets what it found out before each step."""
+    """An optimizer, and an equal twin whose plans are cleared before each step."""
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype = torch.float32, shapes: Shapes = SHAPES, **options: Any
@@ -62,7 +62,7 @@ class Pair:
         return AdaXW([{"params": params[:2]}, {"params": params[2:], "lr": 0.03}], lr=0.01, **options)
 
     def step(self, number: int, change: Callable[[MomentOptimizer, list[nn.Parameter]], None] | None = None) -> bool:
-        """Step both after an equal change; return whether the first one used its plan."""
+        """Step both after the same change. Return whether the first optimizer reused its plan."""
         self.twin._plans.clear()
         for optimizer, params in ((self.optimizer, self.params), (self.twin, self.twins)):
             give_gradients(params, number)
@@ -86,11 +86,11 @@ class Pair:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_steady_steps_are_planned_and_the_same(mode: str, backend: torch.device) -> None:
+def test_steady_steps_reuse_their_plan(mode: str, backend: torch.device) -> None:
     skip_if_refused(mode, backend)
     pair = Pair(backend, torch.bfloat16 if mode in ("masters", "stochastic") else torch.float32, LONG, **MODES[mode])
-    planned = [pair.step(number) for number in range(4)]
-    assert planned == [False, True, True, True]
+    reused = [pair.step(number) for number in range(4)]
+    assert reused == [False, True, True, True]
 
 
 def freeze(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
@@ -154,7 +154,7 @@ def clip(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
 
 def move_between_groups(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
     first, second = (group["params"] for group in optimizer.param_groups)
-    second.insert(0, first.pop())  # the order of all parameters stays as it was
+    second.insert(0, first.pop())  # keeps the order of all parameters
 
 
 def shorten_data(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
@@ -170,7 +170,7 @@ def count_in_a_tensor(optimizer: MomentOptimizer, params: list[nn.Parameter]) ->
     optimizer.state[params[2]]["step"] = torch.tensor(count, device=params[2].device)
 
 
-# What lasts comes last.
+# Changes with permanent effects come last.
 CHANGES = [
     *(freeze, move_data, replace_state, move_state_data, copy_state, load),
     *(transpose_gradient, make_sparse, misalign_gradient, move_between_groups),
@@ -178,21 +178,21 @@ CHANGES = [
 ]
 
 
-# The device counts from then on, so the last two are each for an optimizer of its own.
+# After each of the last two the device counts steps, so each has an optimizer of its own.
 @pytest.mark.parametrize("changes", [CHANGES, [clip], [count_in_a_tensor]], ids=["most", "clip", "count_in_a_tensor"])
-def test_each_change_is_noticed(changes: list[Callable[..., None]], backend: torch.device) -> None:
+def test_each_change_needs_a_new_plan(changes: list[Callable[..., None]], backend: torch.device) -> None:
     pair = Pair(backend)
     pair.step(0)
     assert pair.step(1)
-    # The native kernel reads any address, and the host clips for it.
-    served = [misalign_gradient, clip] if backend_of(backend, torch.float32) != TRITON else []
+    # The native kernel reads any address, and the host computes its clipping.
+    allowed = [misalign_gradient, clip] if backend_of(backend, torch.float32) != TRITON else []
     for number, change in enumerate(changes, 1):
-        assert pair.step(2 * number, change) == (change in served), change.__name__
-        # What comes back is a change, too.
+        assert pair.step(2 * number, change) == (change in allowed), change.__name__
+        # To revert a change is a change, too.
         assert pair.step(2 * number + 1) or pair.step(2 * number + 1), change.__name__
 
 
-def test_a_transposed_parameter_is_noticed(backend: torch.device) -> None:
+def test_a_transposed_parameter_needs_a_new_plan(backend: torch.device) -> None:
     def transpose(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
         params[3].data = params[3].data.T  # the same address and number of elements
 
@@ -201,7 +201,7 @@ def test_a_transposed_parameter_is_noticed(backend: torch.device) -> None:
     assert not pair.step(1, transpose)
 
 
-def test_counts_that_become_equal_are_noticed(backend: torch.device) -> None:
+def test_counts_that_become_equal_need_a_new_plan(backend: torch.device) -> None:
     def equalize(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
         for state in optimizer.state.values():
             state["step"] = 7
@@ -214,7 +214,7 @@ def test_counts_that_become_equal_are_noticed(backend: torch.device) -> None:
     assert pair.step(4)
 
 
-def test_a_count_that_is_set_within_one_group_is_noticed(backend: torch.device) -> None:
+def test_a_count_that_is_set_within_one_group_takes_effect(backend: torch.device) -> None:
     params = parameters(backend, torch.float32, SHAPES)
     optimizer = AdaXW(params, lr=0.01)
     for number in range(2):
@@ -226,18 +226,18 @@ def test_a_count_that_is_set_within_one_group_is_noticed(backend: torch.device) 
     assert [optimizer.state[param]["step"] for param in params] == [3, 51, 3, 3]
 
 
-def test_states_that_trade_places_are_noticed(backend: torch.device) -> None:
-    def trade(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+def test_swapped_states_need_a_new_plan(backend: torch.device) -> None:
+    def swap(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
         first, second = optimizer.state.pop(params[1]), optimizer.state.pop(params[2])
-        optimizer.state[params[2]], optimizer.state[params[1]] = first, second  # in the same order of values
+        optimizer.state[params[2]], optimizer.state[params[1]] = first, second  # keeps the order of the dict's values
 
     pair = Pair(backend, shapes=((9, 4), (6, 6), (6, 6)))
     pair.step(0)
     assert pair.step(1)
-    assert not pair.step(2, trade)
+    assert not pair.step(2, swap)
 
 
-def test_replaced_parameters_are_let_go(backend: torch.device) -> None:
+def test_replaced_parameters_are_freed(backend: torch.device) -> None:
     param = nn.Parameter(torch.zeros(5, device=backend))
     optimizer = AdaXW([param])
     replaced = []
@@ -251,10 +251,10 @@ def test_replaced_parameters_are_let_go(backend: torch.device) -> None:
         optimizer.param_groups[0]["params"][0] = param = other
     param.grad = torch.ones_like(param)
     optimizer.step()
-    assert [held() for held in replaced] == [None] * 4
+    assert [reference() for reference in replaced] == [None] * 4
 
 
-def test_a_negative_count_is_told(backend: torch.device) -> None:
+def test_a_negative_count_raises(backend: torch.device) -> None:
     param = nn.Parameter(torch.zeros(5, device=backend))
     optimizer = AdaXW([param])
     for _ in range(2):
@@ -274,7 +274,7 @@ def change_rule(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["float32", "stochastic", "clipped", "capturable"])
-def test_hyperparameters_are_read_at_planned_steps(mode: str, backend: torch.device) -> None:
+def test_reused_plans_read_hyperparameters(mode: str, backend: torch.device) -> None:
     skip_if_refused(mode, backend)
     pair = Pair(backend, torch.bfloat16 if mode == "stochastic" else torch.float32, **MODES[mode])
     pair.step(0)
@@ -282,7 +282,7 @@ def test_hyperparameters_are_read_at_planned_steps(mode: str, backend: torch.dev
         assert pair.step(number, change), change.__name__
 
 
-def test_another_way_of_rounding_is_noticed(backend: torch.device) -> None:
+def test_another_weight_rounding_needs_a_new_plan(backend: torch.device) -> None:
     def round_stochastically(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
         optimizer.param_groups[0]["weight_rounding"] = "stochastic"
 
@@ -291,7 +291,7 @@ def test_another_way_of_rounding_is_noticed(backend: torch.device) -> None:
     assert not pair.step(1, round_stochastically)
 
 
-def test_settling_second_moments_change_the_launch(device: torch.device) -> None:
+def test_rarely_changing_second_moments_need_another_kernel_variant(device: torch.device) -> None:
     def age(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
         for state in optimizer.state.values():
             state["step"] = 150_000
@@ -310,10 +310,10 @@ def test_settling_second_moments_change_the_launch(device: torch.device) -> None
     assert pair.step(3)
 
 
-def test_a_step_that_raised_leaves_no_tables_to_the_next(backend: torch.device) -> None:
+def test_tables_of_a_step_that_raised_are_not_reused(backend: torch.device) -> None:
     pair = Pair(backend, max_grad_norm=1.0, error_if_nonfinite=True)
     pair.step(0)
-    gradients = [param.grad for param in pair.params]  # where they lie during all the following steps
+    gradients = [param.grad for param in pair.params]  # keeps their memory during all following steps
     pair.params[0].grad, pair.params[1].grad = torch.full_like(pair.params[0], torch.inf), None
     with pytest.raises(RuntimeError, match="not finite"):
         pair.optimizer.step()  # its tables lack the second parameter
@@ -329,10 +329,10 @@ def test_gradients_are_not_kept_alive(backend: torch.device) -> None:
     optimizer = AdaX([param], telemetry=True, max_grad_norm=1.0)
     for _ in range(3):
         param.grad = torch.ones(100, device=backend)
-        held = weakref.ref(param.grad)
+        reference = weakref.ref(param.grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        assert held() is None
+        assert reference() is None
 
 
 def test_a_copied_optimizer_steps_its_own_parameters(backend: torch.device) -> None:

@@ -1,6 +1,6 @@
-"""Of a step that is interrupted or fails, all is taken or nothing. Oracle: the same steps undisturbed, bit for bit.
+"""An interrupted or failed step changes everything or nothing. Oracle: undisturbed steps, bit for bit.
 
-The native kernel fails to build as it does for want of a compiler or of room on the disk.
+Some tests let the build of the native kernel fail, as without a compiler or disk space.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adax_triton import AdaXW, GradientRelease
 from adax_triton.step import backend as backend_module
 from adax_triton.step.backend import uses_triton
-from adax_triton.step.cpu_kernel import CpuKernelError, CpuVariant
+from adax_triton.step.cpu_kernel import CpuKernelError, KernelVariant
 from adax_triton.step.external_grads import ExternalGrads
 from adax_triton.step.launch import NativeLaunch, TritonLaunch
 
 Sizes = tuple[tuple[int, torch.dtype], ...]
-# Of several chunks and of one.
+# Tensors of several chunks and of one.
 SIZES: Sizes = ((50_000, torch.float32), (40_001, torch.bfloat16), (10, torch.float32), (33_000, torch.float32))
-# Of what the interpreter steps.
+# Small enough for Triton's interpreter.
 SMALL = ((5_000, torch.float32), (401, torch.bfloat16), (10, torch.float32))
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -39,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "device": {"capturable": True},
     "telemetry": {"telemetry": True},
 }
-each_of_three = pytest.mark.parametrize("mode", ["plain", "8bit_v16", "telemetry"])
+each_mode = pytest.mark.parametrize("mode", ["plain", "8bit_v16", "telemetry"])
 
 
 def build(sizes: Sizes = SIZES, device: torch.device | str = "cpu", **options: Any) -> tuple[AdaXW, list[Parameter]]:
@@ -61,7 +61,7 @@ def tensors_of(optimizer: AdaXW, params: list[Parameter]) -> list[Tensor]:
 
 
 def trained(mode: str = "plain", sizes: Sizes = SIZES, device: torch.device | str = "cpu") -> list[list[Tensor]]:
-    """Return what there is after one step, and after two."""
+    """Return the tensors after one step and after two."""
     optimizer, params = build(sizes, device, **OPTIONS[mode])
     found = []
     for step in range(2):
@@ -71,7 +71,7 @@ def trained(mode: str = "plain", sizes: Sizes = SIZES, device: torch.device | st
     return found
 
 
-# Triton's kernel never steps `SIZES` on a CPU, and the native one never `SMALL`.
+# Cached by sizes: `SIZES` are for the native kernel, `SMALL` are for Triton's kernel.
 undisturbed = functools.cache(trained)
 
 
@@ -80,22 +80,22 @@ def equal(left: list[Tensor], right: list[Tensor]) -> bool:
 
 
 @pytest.fixture
-def fail_for_bfloat16(monkeypatch: pytest.MonkeyPatch, native_cpu: torch.device) -> None:
-    """Have no native kernel for bfloat16 parameters, and nothing warned of."""
+def failing_bfloat16_build(monkeypatch: pytest.MonkeyPatch, native_cpu: torch.device) -> None:
+    """Let the native build fail for bfloat16 parameters, and reset the warning."""
     original = backend_module.cpu_kernel
 
-    def fails(variant: CpuVariant) -> Any:
+    def fail(variant: KernelVariant) -> Any:
         if variant.param_dtype == torch.bfloat16:
             raise CpuKernelError("no space left")
         return original(variant)
 
     monkeypatch.setattr(backend_module, "_warned", [])
-    monkeypatch.setattr(backend_module, "cpu_kernel", fails)
+    monkeypatch.setattr(backend_module, "cpu_kernel", fail)
     monkeypatch.setattr(backend_module, "_failed", set())
 
 
 def second_call(function: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
-    """Return `function` with something that happens before its second call."""
+    """Wrap `function` so that `act` runs before its second call."""
     calls = []
 
     def replacement(*args: Any, **keywords: Any) -> Any:
@@ -113,14 +113,14 @@ def interrupt() -> None:
 
 @pytest.fixture(autouse=True)
 def interrupts_raise() -> Iterator[None]:
-    """A process in the background may ignore Ctrl-C."""
+    """Let SIGINT raise KeyboardInterrupt: a background process may ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@each_of_three
-def test_interrupt_waits_for_the_whole_step(mode: str, backend: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@each_mode
+def test_interrupt_waits_for_the_step(mode: str, backend: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, sizes = (TritonLaunch, SMALL) if uses_triton(torch.empty(1, device=backend)) else (NativeLaunch, SIZES)
     optimizer, params = build(sizes, backend, **OPTIONS[mode])
     give(params, 0)
@@ -136,7 +136,9 @@ def test_interrupt_waits_for_the_whole_step(mode: str, backend: torch.device, mo
     assert equal(tensors_of(optimizer, params), undisturbed(mode, sizes, backend)[1])
 
 
-def test_interrupt_waits_for_the_whole_step_beside(native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_waits_for_a_step_with_external_gradients(
+    native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     params = [Parameter(torch.ones(40_000)) for _ in range(2)]
     optimizer = AdaXW(params)
     low_precision_copies = None, torch.empty(40_000, dtype=torch.bfloat16)  # so that there are two launches
@@ -171,7 +173,7 @@ def test_interrupt_waits_for_the_step_of_a_released_gradient(
     assert float(param.detach()[0]) < 1.0 and optimizer.state[param]["step"] == 1
 
 
-def test_other_threads_and_ignored_interrupts_are_left_alone(native_cpu: torch.device) -> None:
+def test_other_threads_and_ignored_interrupts_are_unaffected(native_cpu: torch.device) -> None:
     def step() -> None:
         optimizer, params = build()
         give(params, 0)
@@ -188,23 +190,23 @@ def test_other_threads_and_ignored_interrupts_are_left_alone(native_cpu: torch.d
         signal.signal(signal.SIGINT, before)
 
 
-@each_of_three
-def test_kernel_that_is_not_built_for_the_second_dtype_costs_speed_alone(
+@each_mode
+def test_a_failed_build_for_one_dtype_falls_back_to_the_same_bits(
     mode: str, native_cpu: torch.device, request: pytest.FixtureRequest
 ) -> None:
     expected = undisturbed(mode)
-    request.getfixturevalue("fail_for_bfloat16")
+    request.getfixturevalue("failing_bfloat16_build")
     with pytest.warns(UserWarning, match="no space left") as caught:
         found = trained(mode)
-    assert len([one for one in caught if "adax_triton" in str(one.message)]) == 1
+    assert len([warning for warning in caught if "adax_triton" in str(warning.message)]) == 1
     assert all(map(equal, found, expected))
 
 
-def test_warning_that_is_an_error_comes_before_the_first_write(
+def test_a_warning_raised_as_error_comes_before_the_first_write(
     native_cpu: torch.device, request: pytest.FixtureRequest
 ) -> None:
     expected = undisturbed()
-    request.getfixturevalue("fail_for_bfloat16")
+    request.getfixturevalue("failing_bfloat16_build")
     optimizer, params = build()
     give(params, 0)
     weights = [param.detach().clone() for param in params]
@@ -225,18 +227,18 @@ class Log(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_modes_that_see_every_operation_get_the_same_bits(native_cpu: torch.device) -> None:
+def test_dispatch_modes_change_no_bits(native_cpu: torch.device) -> None:
     expected = undisturbed()
     with Log():
         found = trained()
     assert all(map(equal, found, expected))
 
 
-def test_code_that_another_thread_compiles_changes_no_bit(
+def test_compilation_in_another_thread_changes_no_bits(
     native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = undisturbed()
-    # One flag for all threads.
+    # torch has one such flag for all threads.
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert torch.compiler.is_compiling()
     assert all(map(equal, trained(), expected))
@@ -248,7 +250,7 @@ def test_code_that_another_thread_compiles_changes_no_bit(
 )
 @pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit_v16", "8bit"])
 @pytest.mark.parametrize("master_weights", [None, "24bit", "float32"])
-def test_fake_tensors_are_stepped_by_pytorch(device: str, states: str, master_weights: str | None) -> None:
+def test_pytorch_updates_fake_tensors(device: str, states: str, master_weights: str | None) -> None:
     options = {"states": states, "master_weights": master_weights, "telemetry": device == "cpu"}
     with FakeTensorMode(allow_non_fake_inputs=False):
         dtype = torch.bfloat16 if master_weights else torch.float32
@@ -268,12 +270,10 @@ def fail() -> None:
 
 
 @pytest.mark.parametrize("mode", ["plain", "device", "telemetry"])
-def test_kernel_that_fails_to_compile_leaves_nothing_stepped(
-    mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_compilation_changes_nothing(mode: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from adax_triton.kernels import adax_step
 
-    monkeypatch.setattr("adax_triton.step.plan.are_compiled", lambda launches: True)
+    monkeypatch.setattr("adax_triton.step.plan.need_compilation", lambda launches: True)
     optimizer, params = build(SMALL, device, **OPTIONS[mode])
     give(params, 0)
     weights = [param.detach().clone() for param in params]
@@ -291,7 +291,7 @@ def test_kernel_that_fails_to_compile_leaves_nothing_stepped(
 
 
 class FakeKernel:
-    """Counts what is compiled, loaded and launched, in order."""
+    """Records compilations, loads and launches in order."""
 
     def __init__(self, events: list[str]) -> None:
         self.fn = object()
@@ -306,7 +306,7 @@ class FakeKernel:
         return lambda *args, stream: self._events.append(f"launched {grid[0]} {args[1:]} on {stream}")
 
 
-def test_held_launches_are_compiled_and_loaded_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deferred_launches_are_compiled_and_loaded_first(monkeypatch: pytest.MonkeyPatch) -> None:
     from adax_triton.kernels import launch as launch_module
 
     driver = types.SimpleNamespace(active=types.SimpleNamespace(get_current_stream=lambda index: "s"))
@@ -325,12 +325,12 @@ def test_held_launches_are_compiled_and_loaded_first(monkeypatch: pytest.MonkeyP
         launch(9)
         raise RuntimeError
     assert events == ["compiled", "loaded"]
-    with launch_module.deferred_launches() as held:
+    with launch_module.deferred_launches() as deferred:
         launch(1)
         launch(2)
     assert events == ["compiled", *["loaded"] * 3]
-    for one in held:
-        one()
+    for run in deferred:
+        run()
     assert events[4:] == ["launched 1 (7, 4) on s", "launched 2 (7, 4) on s"]
     launch(3)
     assert events[6:] == ["loaded", "launched 3 (7, 4) on s"]
