@@ -1,4 +1,4 @@
-"""Choose the kernel: Triton on a GPU, native on a CPU, else PyTorch."""
+"""Choose the kernel: Triton (GPU), native (CPU) or plain PyTorch."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def uses_triton(param: Tensor) -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Return whether a tensor is a FakeTensor or a DTensor of fake tensors: it has no memory."""
+    """Return whether a tensor, or a DTensor's local tensor, is a FakeTensor."""
     return type(tensor) not in (Tensor, nn.Parameter) and fake_tensor.is_fake(tensor)
 
 
 def explain_backend(device: torch.device, param_dtype: torch.dtype) -> tuple[str, str]:
-    """Return `TRITON`, `NATIVE` or `REFERENCE` for a device and dtype, and the reason."""
+    """Return the backend for a device and dtype, and the reason."""
     backend = backend_of(device, param_dtype)
     if backend == TRITON:
         interpreted = ", in the interpreter because TRITON_INTERPRET is set" if device.type == "cpu" else ""
@@ -61,7 +61,7 @@ _warned: list[str] = []
 
 
 def native_kernel(variant: KernelVariant) -> CpuKernel | None:
-    """Return the native kernel, or None if the build fails. The first failure warns."""
+    """Return the native kernel. Warn once and return None without one."""
     if variant in _failed:
         return None
     try:

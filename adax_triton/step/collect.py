@@ -1,4 +1,4 @@
-"""Collect and check the parameters and gradients of a step, before anything changes."""
+"""Collect and check a step's parameters and gradients before anything changes."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def check_state(state: Mapping[str, Any], param: Tensor) -> None:
 
 
 def normalize_counts(params: Sequence[ParamWithGrad], states: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Convert the step counts of checked parameters to int, or to 0-d int64 on the device."""
+    """Convert step counts to int, or to 0-d int64 on the device."""
     addresses = set()
     for item in params:
         state = states.get(item.param, {})
@@ -153,5 +153,5 @@ def normalize_counts(params: Sequence[ParamWithGrad], states: Mapping[Tensor, di
 
 
 def needs_device(group: Mapping[str, Any]) -> bool:
-    """Return whether a group is capturable or its learning rate is a GPU tensor."""
+    """Return whether a group is capturable or its lr is on a GPU."""
     return group["capturable"] or (isinstance(group["lr"], torch.Tensor) and group["lr"].device.type != "cpu")

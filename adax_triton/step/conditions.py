@@ -14,14 +14,16 @@ NORM_EPS = 1e-6
 
 
 class NormRanks(NamedTuple):
-    """Ranks that share the gradient norm."""
+    """The ranks that share a gradient norm."""
 
     process_group: Any
     device: torch.device  # for the all-reduce on a rank without gradients
 
 
 class StepConditions(NamedTuple):
-    """Gradient scale, overflow flag and clipping of one step. Default: None for each.
+    """Gradient scale, overflow flag and clipping of one step.
+
+    Each field is None by default.
 
     grad_scale: AMP loss scale, 1 element; gradients are divided by it. `torch.amp.GradScaler` sets it.
     found_inf: overflow flag, 1 element; any value but 0 skips the step. `torch.amp.GradScaler` sets it.
@@ -42,10 +44,12 @@ class StepConditions(NamedTuple):
         return self is DEFAULT_CONDITIONS or all(value is None for value in self)
 
     def decide(self, sum_of_squares: Tensor | None) -> Decision:
-        """Return the gradient factor and skip flag for host-counted parameters. The host waits for the GPU.
+        """Return the gradient factor and skip flag of host-counted parameters.
+
+        The host waits for tensors on a GPU.
 
         Args:
-            sum_of_squares: of the scaled gradients, 0-d float64; required with `max_grad_norm`.
+            sum_of_squares: sum over all scaled gradients, 0-d float64; required with `max_grad_norm`.
         """
         if self.grad_factor is not None:
             return Decision(float(self.grad_factor), False)
@@ -70,7 +74,7 @@ DEFAULT_CONDITIONS = StepConditions()
 
 
 class OptimizerOptions(NamedTuple):
-    """Optimizer-wide options that the state dict does not save. See `AdaX` for each."""
+    """Optimizer-wide options outside the state dict; see `AdaX` for each."""
 
     keep_float32: Callable[[Tensor], bool] | None
     max_grad_norm: float | None
@@ -131,10 +135,10 @@ def check_max_grad_norm(max_grad_norm: Any, name: str = "max_grad_norm") -> floa
 
 
 def check_one_element(value: Any, name: str) -> Tensor | None:
-    """Check that a value is None or a tensor of one element, and return it.
+    """Return `value` if it is None or a one-element tensor.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is anything else.
     """
     if value is None or (isinstance(value, Tensor) and value.numel() == 1):
         return value

@@ -51,7 +51,7 @@ class CpuKernelError(RuntimeError):
 
 
 class KernelVariant(NamedTuple):
-    """Compile-time options of a step kernel. The Triton kernel has two more, see `launch.LaunchKey`.
+    """Compile-time options that the CPU and Triton kernels share.
 
     Args:
         param_dtype: float32, bfloat16, float16 or float64.
@@ -114,12 +114,12 @@ class CpuKernel:
             functions.use_openmp(*openmp)
 
     def step(self, tensors: Tensor, chunks: Tensor, scalars: Tensor, chunk_sums: Tensor | None = None) -> None:
-        """Apply one update in place to every tensor of a table; see `reference.adax_update`.
+        """Update every tensor of a table in place; see `reference.adax_update`.
 
         All arguments are contiguous CPU tensors.
 
         Args:
-            tensors: (n, 9) int64 addresses of contiguous CPU arrays, see `tables.TENSOR_COLUMNS`.
+            tensors: (n, 9) int64, see `tables.TENSOR_COLUMNS`. The addresses are of contiguous CPU arrays.
             chunks: (k,) int64, see `device_tables.chunk_table` with `CHUNK_SIZE`.
             scalars: (rows, 10) float32, or float64 for float64 parameters; see `tables.SCALAR_COLUMNS`.
             chunk_sums: (k, 5), same dtype as `scalars`; a variant with telemetry writes it, see `tables.SUM_COLUMNS`.
@@ -144,7 +144,7 @@ class CpuKernel:
 
 @functools.cache
 def cpu_kernel(variant: KernelVariant) -> CpuKernel:
-    """Return the kernel of a variant. Compile it at its first use on this machine.
+    """Return the kernel of a variant, compiled or from the cache.
 
     Raises:
         CpuKernelError: the build failed. The message contains the compiler's output.
@@ -174,7 +174,7 @@ def _load_cached(folder: Path, key: str) -> CpuKernel | None:
 
 @functools.cache
 def build_problem() -> str | None:
-    """Return why no kernel can be built here, or None. Builds a kernel unless it is cached."""
+    """Build a kernel unless one is cached; return the error or None."""
     try:
         cpu_kernel(KernelVariant(torch.float32, torch.float32))
     except CpuKernelError as error:

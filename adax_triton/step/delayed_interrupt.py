@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# `signal` converts each handler to an enum, which takes 4 us.
+# Not `signal`, which converts each handler to an enum: that takes 4 us.
 import _signal  # type: ignore[import-not-found]
 import threading
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 class DelayedInterrupt:
     """Context manager that defers SIGINT to the end of its block.
 
-    It does nothing on other threads than the main thread, because Python handles signals there. It also does nothing if
-    the program ignores SIGINT or has no Python handler.
+    Python handles signals on the main thread, so it does nothing on other threads. It also does nothing if the program
+    ignores SIGINT or has no Python handler.
     """
 
     _handler: Any = None

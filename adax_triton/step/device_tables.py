@@ -60,7 +60,7 @@ class DeviceTable:
         return self.tensor
 
     def invalidate(self) -> None:
-        """Force the next `set` to upload. Call this after a write to `tensor` on the device."""
+        """Force the next `set` to upload, after a write on the device."""
         self._content = None
 
     def _upload(self, host: Tensor, capturing: bool) -> None:
@@ -106,11 +106,11 @@ class PerStreamCache(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, dict[int, T]] = {}
+        self._entries: dict[Hashable, dict[int, T]] = {}
         self._captured: list[T] = []
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
-        """Return the entry of a key for the current stream, and make it if there is none.
+        """Return the key's entry for the current stream, made if missing.
 
         Args:
             key: must include the device, because stream handles of two devices can be equal.
@@ -118,21 +118,21 @@ class PerStreamCache(Generic[T]):
             make: makes an entry.
         """
         if is_capturing(device):
-            by_stream = self._kept.get(key)
+            by_stream = self._entries.get(key)
             self._captured.append(by_stream.popitem()[1] if by_stream else make())
             return self._captured[-1]
-        if key not in self._kept and len(self._kept) >= _MAX_CACHED:
+        if key not in self._entries and len(self._entries) >= _MAX_CACHED:
             # Keys contain addresses. Entries of tensors that have moved are never used again.
-            self._kept.clear()
+            self._entries.clear()
         stream = current_stream(device)
-        by_stream = self._kept.setdefault(key, {})
+        by_stream = self._entries.setdefault(key, {})
         entry = by_stream.pop(stream) if stream in by_stream else make()
         by_stream[stream] = entry  # now the most recently used
         return entry
 
     def latest(self, key: Hashable) -> T | None:
-        """Return the most recently used entry of a key, which a capture would take, or None."""
-        return next(reversed(self._kept.get(key, {}).values()), None)
+        """Return the key's most recently used entry, or None."""
+        return next(reversed(self._entries.get(key, {}).values()), None)
 
 
 def current_stream(device: torch.device) -> int:
@@ -142,7 +142,7 @@ def current_stream(device: torch.device) -> int:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Return whether the current stream of a device is capturing a CUDA graph."""
+    """Return whether a device's current stream is capturing a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -152,7 +152,7 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
 
 
 def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
-    """Return `tensor << 32 | chunk` for each chunk of `chunk_size` elements, (chunks,) int64 on the CPU.
+    """Return `tensor << 32 | chunk` per chunk, (chunks,) int64 CPU.
 
     Args:
         numels: element count of each tensor.
@@ -166,7 +166,7 @@ def chunk_table(numels: Sequence[int], chunk_size: int) -> Tensor:
 
 
 def row_ranges(lengths: Sequence[int]) -> Tensor:
-    """Return (first row, row count) of consecutive ranges of these lengths, (n, 2) int64 on the CPU."""
+    """Return (first row, length) of consecutive ranges, (n, 2) int64 CPU."""
     counts = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     return torch.stack([counts.cumsum(0) - counts, counts], dim=1)
 
@@ -195,25 +195,25 @@ class AddressTable:
         self.chunks = torch.empty(0, dtype=torch.int64, device=device)
 
     def refresh(self, rows: Sequence[tuple[int, ...]], numels: Sequence[int]) -> None:
-        """Upload the tables if they changed. During a capture `numels` must not change.
+        """Upload the tables if they changed.
 
         Args:
             rows: one tuple of integers per tensor.
-            numels: element count of each tensor.
+            numels: element count of each tensor. It must not change during a capture.
         """
         if numels != self.numels:
             # A new tensor, because a captured graph may still read the old one.
             self.chunks = upload(chunk_table(numels, self._chunk_size), self._device)
             self.numels = numels
-        self.tensors = self._tensors.set(rows, self._filled)
+        self.tensors = self._tensors.set(rows, self._build_rows)
         self._column = None
 
-    def _filled(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+    def _build_rows(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
         return self._rows.clone()
 
     def refresh_column(self, column: int, values: array[int]) -> None:
-        """Set one column to `values`, an int64 array; do not modify the array later."""
+        """Set one column to `values`, an int64 array not modified later."""
         if values != self._column:
             self._rows[:, column] = torch.frombuffer(values, dtype=torch.int64)
             self._column = values

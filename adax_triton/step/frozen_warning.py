@@ -20,7 +20,7 @@ _FIRST_READS, _READ_EVERY = 4, 1024
 
 
 class FrozenWarning:
-    """Warns once when the second moments of a group are frozen. The host does not wait for a device."""
+    """Warns once when a group's second moments freeze, without waiting for devices."""
 
     def __init__(self) -> None:
         self._warned = False
@@ -30,7 +30,12 @@ class FrozenWarning:
     def after_host_step(
         self, counts: Iterable[tuple[int, int]], param_groups: Sequence[Mapping[str, Any]]
     ) -> str | None:
-        """Return the warning if a (group index, step) pair is the first frozen one, else None."""
+        """Return the warning when a first group freezes, else None.
+
+        Args:
+            counts: (group index, step number) pairs of the step.
+            param_groups: the optimizer's groups.
+        """
         if self._warned:
             return None
         messages = (_message(step, index, param_groups) for index, step in counts)
@@ -52,7 +57,7 @@ class FrozenWarning:
         if known:
             self._copies.clear()
         if self._steps <= _FIRST_READS or self._steps % _READ_EVERY == 0:
-            first = {row.group_index: row.step for some in rows.values() for row in reversed(some)}
+            first = {row.group_index: row.step for device_rows in rows.values() for row in reversed(device_rows)}
             known += [(index, int(step)) for index, step in first.items() if step.device.type == "cpu"]
             self._copies = [_copy(index, step) for index, step in first.items() if step.device.type != "cpu"]
         return self.after_host_step(known, param_groups)

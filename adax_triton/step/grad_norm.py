@@ -22,15 +22,14 @@ def sum_of_squares(launches: Sequence[Launch], ranks: NormRanks | None = None) -
 
     Args:
         launches: launches with tables of this step.
-        ranks: ranks that take part in the all-reduce, even without gradients. Default: None, no such ranks.
+        ranks: ranks that take part in the all-reduce, even without gradients. Default: None.
 
     Returns:
         0-d float64 on the device of the first tensor. It is not finite if a gradient is not.
     """
     parts: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-    own = (
-        () if ranks is None else parts[(ranks.process_group,)]
-    )  # the first key on every rank, so that all-reduces match
+    # Every rank adds this key first, so that the all-reduces match.
+    own = () if ranks is None else parts[(ranks.process_group,)]
     for launch in launches:
         parts[launch.process_groups].append(launch.sum_of_squares())
     if ranks is not None and not own:
@@ -39,7 +38,7 @@ def sum_of_squares(launches: Sequence[Launch], ranks: NormRanks | None = None) -
 
 
 def sum_over_ranks(parts: Mapping[tuple[Any, ...], Sequence[Tensor]]) -> Tensor | None:
-    """Return the sum of 0-d tensors on any devices, or None without tensors.
+    """Return the sum of 0-d tensors over devices and ranks, or None.
 
     Overwrites the tensors; the first one holds the result.
 

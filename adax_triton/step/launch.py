@@ -31,16 +31,16 @@ _SKIP_UNCHANGED_V_BELOW = {"float32": 2.0**-27, "bfloat16": 2.0**-15, "8bit_v16"
 
 
 class LaunchKey(NamedTuple):
-    """Tensors with equal keys share a launch.
+    """Key of a launch: tensors with equal keys share it.
 
     device: device of the tensors.
-    kernel: `backend.TRITON`, `NATIVE` or `REFERENCE`.
-    variant: compile-time options of both kernels.
+    backend: `backend.TRITON`, `NATIVE` or `REFERENCE`.
+    variant: options of every kernel.
     skip_unchanged_v, aligned: further options of the Triton kernel, see `kernels.variants.StepVariant`.
     """
 
     device: torch.device
-    kernel: str
+    backend: str
     variant: KernelVariant
     skip_unchanged_v: bool
     aligned: bool
@@ -66,7 +66,9 @@ class TableLaunch:
         self._table = AddressTable(key.device, chunk_size)
 
     def refresh(self, steps: Sequence[TensorStep], addresses: Sequence[tuple[int, ...]]) -> None:
-        """Write the addresses of a step's tensors into the tables. The tensors are not kept alive.
+        """Write the addresses of a step's tensors into the tables.
+
+        This does not keep the tensors alive.
 
         Args:
             steps: the tensors.
@@ -80,7 +82,7 @@ class TableLaunch:
         self._table.refresh(rows, _numels(steps))
 
     def is_prepared_for(self, steps: Sequence[TensorStep]) -> bool:
-        """Return whether the tables have the right sizes for a CUDA graph capture of these tensors."""
+        """Return whether a capture of these tensors can use the tables."""
         return self._table.numels == _numels(steps)
 
     def refresh_gradients(self, addresses: array[int]) -> None:
@@ -98,23 +100,23 @@ class TritonLaunch(TableLaunch):
         super().__init__(key, process_groups, chunk_size())
         self._variant = StepVariant(**key.variant._asdict(), skip_unchanged_v=key.skip_unchanged_v, aligned=key.aligned)
         self._partials = torch.empty(0, dtype=torch.float32, device=key.device)
-        self._wide_partials = torch.empty(0, dtype=torch.float64, device=key.device)
+        self._float64_partials = torch.empty(0, dtype=torch.float64, device=key.device)
         self._squares = torch.empty((), dtype=torch.float64, device=key.device)
         self._sums: DeviceSums | None = None
 
     def sum_of_squares(self) -> Tensor:
-        """Return the sum of squared gradients, 0-d float64 on their device. The next call overwrites it."""
+        """Return the sum of squared gradients, 0-d float64, until the next call."""
         from adax_triton.kernels.grad_norm import grad_norm_partials, partial_count
 
         count = partial_count(self._table.chunks.numel())
         if self._partials.numel() != count:
             self._partials = torch.empty(count, dtype=torch.float32, device=self.key.device)
-            self._wide_partials = torch.empty(count, dtype=torch.float64, device=self.key.device)
+            self._float64_partials = torch.empty(count, dtype=torch.float64, device=self.key.device)
         grad_norm_partials(
             self._table.tensors, self._table.chunks, self._partials, self.key.variant.grad_dtype, self.key.aligned
         )
         # torch.sum(dtype=float64) would allocate a float64 copy at each step.
-        return torch.sum(self._wide_partials.copy_(self._partials), dim=0, out=self._squares)
+        return torch.sum(self._float64_partials.copy_(self._partials), dim=0, out=self._squares)
 
     def run(self, scalars: Tensor, sums: Tensor | None) -> None:
         """Update the tensors.
@@ -150,7 +152,7 @@ class NativeLaunch(TableLaunch):
         self.is_float64 = key.variant.param_dtype == torch.float64
 
     def sum_of_squares(self) -> Tensor:
-        """Return the sum of squared gradients, 0-d float64 on the CPU. The thread count does not change its bits."""
+        """Return the sum of squared gradients, 0-d float64 on the CPU."""
         partials = torch.empty(self._table.chunks.numel(), dtype=torch.float64, device="cpu")
         self._kernel.sum_of_squares(self._table.tensors, self._table.chunks, partials)
         length = torch.tensor([partials.numel()], device="cpu")
@@ -172,11 +174,11 @@ class NativeLaunch(TableLaunch):
 
 
 Launch = TritonLaunch | NativeLaunch | ReferenceLaunch
-IndexedLaunch = tuple[Launch, list[int]]  # with the indices of its tensors in the step
+IndexedLaunch = tuple[Launch, list[int]]  # a launch and the indices of its tensors in the step
 
 
 class LaunchCache:
-    """Cache of launches and device tables, by launch key, first tensor and stream.
+    """Launches and device tables of earlier steps, by key and stream.
 
     Attributes:
         device_scalars: scalars that a device computes, for device-counted parameters.
@@ -191,12 +193,15 @@ class LaunchCache:
     def launches(
         self, steps: Sequence[TensorStep], scalars: Sequence[StepScalars] | None, telemetry: bool
     ) -> list[IndexedLaunch]:
-        """Group tensors into launches, update their tables, and return (launch, tensor indices) pairs.
+        """Group tensors into launches, update their tables and return them.
 
         Args:
             steps: steps on dense tensors.
             scalars: scalars of each row if the host counts the steps of Triton tensors, else None.
             telemetry: whether kernels write telemetry sums.
+
+        Returns:
+            Launches, each with the indices of its tensors in `steps`.
 
         Raises:
             RuntimeError: a CUDA graph is being captured without a warm-up step of the same parameters. No launch has
@@ -221,10 +226,10 @@ class LaunchCache:
             key, process_groups, _ = kind
             members = [steps[index] for index in indices]
             table: TritonLaunch | NativeLaunch | None = None
-            if key.kernel == TRITON:
+            if key.backend == TRITON:
                 make = functools.partial(TritonLaunch, key, process_groups)
                 table = self._launches.get(cache_keys[kind], key.device, make)
-            elif key.kernel == NATIVE and (kernel := native_kernel(key.variant)) is not None:
+            elif key.backend == NATIVE and (kernel := native_kernel(key.variant)) is not None:
                 table = NativeLaunch(key, process_groups, kernel)
             if table is not None:
                 table.refresh(members, [all_addresses[index] for index in indices])
@@ -233,7 +238,7 @@ class LaunchCache:
 
 
 def _launch_order(steps: Sequence[TensorStep]) -> list[int]:
-    """Return a launch number for each tensor, so that parameters that share memory are updated one after another."""
+    """Number each tensor's launch so that overlapping parameters run in order."""
     order = [0] * len(steps)
     spans = sorted(
         (str(step.param.device), step.param.data_ptr(), step.param.nbytes, index)
@@ -252,7 +257,7 @@ def _launch_order(steps: Sequence[TensorStep]) -> list[int]:
 
 
 def skips_unchanged_v(states: str, exp_avg_sq_weight: float) -> bool:
-    """Return whether v changes so rarely that the kernel compares it before it stores it."""
+    """Return whether the kernel stores v only where it changed."""
     return exp_avg_sq_weight < _SKIP_UNCHANGED_V_BELOW[states]
 
 
@@ -262,14 +267,14 @@ def _numels(steps: Sequence[TensorStep]) -> list[int]:
 
 def _launch_key(step: TensorStep, exp_avg_sq_weight: float, telemetry: bool) -> tuple[LaunchKey, tuple[int, ...]]:
     """Return a step's launch key and its tensor addresses, 0 if absent."""
-    kernel = backend_of(step.param.device, step.param.dtype, step.param)
-    if kernel == REFERENCE:
+    backend = backend_of(step.param.device, step.param.dtype, step.param)
+    if backend == REFERENCE:
         addresses: tuple[int, ...] = (id(step.param),)  # a fake tensor has no address
     else:
         tensors = (*step.tensors, step.master, step.group_exponents)
         addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
     misaligned = 0
-    if kernel == TRITON:
+    if backend == TRITON:
         for address in addresses[:-1]:
             misaligned |= address % ALIGNED_BYTES
     variant = KernelVariant(
@@ -281,5 +286,5 @@ def _launch_key(step: TensorStep, exp_avg_sq_weight: float, telemetry: bool) -> 
         telemetry,
         step.param_is_copy,
     )
-    skip_unchanged_v = kernel == TRITON and skips_unchanged_v(step.states, exp_avg_sq_weight)
-    return LaunchKey(step.param.device, kernel, variant, skip_unchanged_v, misaligned == 0), addresses
+    skip_unchanged_v = backend == TRITON and skips_unchanged_v(step.states, exp_avg_sq_weight)
+    return LaunchKey(step.param.device, backend, variant, skip_unchanged_v, misaligned == 0), addresses

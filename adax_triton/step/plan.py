@@ -189,7 +189,7 @@ class StepPlan:
         return bool(self.device_rows) or (conditions.is_default and not any(map(needs_device, param_groups)))
 
     def belongs_to(self, states: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-        """Return whether `states` still holds the state of each parameter of this plan."""
+        """Return whether `states` still holds the states of this plan's parameters."""
         return all(map(is_, map(states.get, self._params), self._param_states))
 
     def _find_skip_flags(self) -> list[bool]:
@@ -262,7 +262,7 @@ class StepPlan:
         for launch, indices in self._host_launches:
             rows = None if sums is None else sums.rows(launch.device, indices)
             if isinstance(launch, NativeLaunch):
-                prepared.append((launch, (self.host.on_cpu(launch.is_float64, decision), rows)))
+                prepared.append((launch, (self.host.cpu_table(launch.is_float64, decision), rows)))
             else:
                 prepared.append((launch, (*self.host.scaled(decision), decision, rows)))
         return prepared
@@ -286,7 +286,7 @@ class StepPlan:
                 report = device_scalars.report if report is None else report
             else:
                 table = self._launch_cache.host_scalars.get(device, device, partial(DeviceTable, device))
-                scalars[device] = self.host.on_device(table, conditions.grad_factor)
+                scalars[device] = self.host.device_table(table, conditions.grad_factor)
         for launch, indices in self._launches:
             if isinstance(launch, TritonLaunch):
                 launch.run(scalars[launch.device], None if sums is None else sums.rows(launch.device, indices))
@@ -306,7 +306,7 @@ def _rows(
     counted_on_device: Sequence[bool],
     host: HostScalars,
 ) -> tuple[dict[torch.device, list[DeviceRow]], list[int]]:
-    """Return the scalar rows that each device computes, and the row index of each parameter."""
+    """Return each device's scalar rows, and the row index of each parameter."""
     device_rows: dict[torch.device, list[DeviceRow]] = defaultdict(list)
     host_rows = iter(host.row_of_param)
     rows = []
@@ -332,7 +332,7 @@ def _without_copies(
 
 
 def _are_all_params(params: Sequence[ParamWithGrad], param_groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether `params` are exactly the parameters with a `grad`, once each, with that gradient."""
+    """Return whether `params` are all parameters with a `grad`, once each."""
     given = [param for group in param_groups for param in group["params"] if param.grad is not None]
     return len(given) == len(params) and all(item.grads[0] is item.param.grad for item in params)
 
@@ -366,7 +366,7 @@ def need_compilation(launches: Sequence[TritonLaunch]) -> bool:
 
 
 def _compile_first(launch: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
-    """Compile the kernels and fill the tables now. Return a function that runs the launches."""
+    """Compile kernels and fill tables now; return a function that launches."""
     from adax_triton.kernels.launch import deferred_launches
 
     with deferred_launches() as deferred:

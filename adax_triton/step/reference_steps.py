@@ -17,7 +17,7 @@ from adax_triton.update.reference import adax_update
 from .conditions import Decision
 from .tensor_step import TensorStep
 
-# Elements per update, a multiple of GROUP. Temporaries stay in the CPU cache and smaller than the tensor.
+# Elements per update, a multiple of GROUP: few enough that temporaries stay in the CPU cache.
 CHUNK_SIZE = 65_536
 
 
@@ -90,7 +90,7 @@ def _update_quantized(part: TensorStep, scalars: StepScalars, key: tuple[int, in
 
 
 def _weights(part: TensorStep) -> Tensor:
-    """Return a copy of the weights in float32, or in float64 for float64 parameters."""
+    """Return a float32 copy of the weights; float64 for float64 parameters."""
     if part.param.dtype == torch.float64:
         return part.param.clone()
     return load_master(part.param, part.master, part.param_is_copy)

@@ -1,4 +1,4 @@
-"""Check quickly that only gradient addresses and step counts changed since a step."""
+"""Check quickly that only gradient addresses and step counts changed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ReuseCheck:
         covers_all_params: bool,
     ) -> None:
         self._params = [item.param for item in params]
-        self._is_whole = covers_all_params
+        self._covers_all_params = covers_all_params
         self._group_indices = [item.group_index for item in params]
         self._grad_counts = [len(item.grads) for item in params]
         self._copies = [item.low_precision_copy for item in params if item.low_precision_copy is not None]
@@ -80,13 +80,15 @@ class ReuseCheck:
         given: Sequence[ParamWithGrad] | None,
         known: array[int],
     ) -> array[int] | None:
-        """Return the gradient addresses, or None if anything except them and step counts changed.
+        """Return the gradient addresses, or None if anything else changed.
+
+        Step counts may have changed, too.
 
         Args:
             param_groups: the optimizer's groups.
             states: the optimizer's states.
             given: the parameters; None if the step covers all parameters that have a `grad`.
-            known: gradient addresses of the last step.
+            known: gradient addresses of the previous step.
         """
         if list(map(_options, param_groups)) != self._options:
             return None
@@ -100,7 +102,7 @@ class ReuseCheck:
             self.counts = list(map(_count, self._host_counted))
         except KeyError:  # a state tensor was removed
             return None
-        # The guards compare type, dtype, device, sizes, strides, and sparse, conjugated, negated and fake kinds.
+        # The guards compare type, dtype, device, sizes, strides, and kinds such as sparse, lazily negated and fake.
         if not self._guards.check(*fixed, *gradients) or list(map(Tensor.data_ptr, fixed)) != self._addresses:
             return None
         addresses = array("q", map(Tensor.data_ptr, gradients))
@@ -114,7 +116,11 @@ class ReuseCheck:
         self, param_groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, dict[str, Any]]
     ) -> Sequence[Any] | None:
         lists = list(map(_list_of_params, param_groups))
-        if not self._is_whole or list(map(len, lists)) != self._group_sizes or len(states) != len(self._all_states):
+        if (
+            not self._covers_all_params
+            or list(map(len, lists)) != self._group_sizes
+            or len(states) != len(self._all_states)
+        ):
             return None
         params = lists[0] if len(lists) == 1 else list(chain.from_iterable(lists))
         if not all(map(is_, params, self._all_params)) or not all(map(is_, states, self._all_keys)):
@@ -129,7 +135,7 @@ class ReuseCheck:
     def _given_gradients(
         self, given: Sequence[ParamWithGrad], states: Mapping[Tensor, dict[str, Any]]
     ) -> Sequence[Tensor] | None:
-        if self._is_whole or not _are_same([item.param for item in given], self._params):
+        if self._covers_all_params or not _are_same([item.param for item in given], self._params):
             return None
         if [item.group_index for item in given] != self._group_indices:
             return None
@@ -144,12 +150,12 @@ class ReuseCheck:
 
 
 def has_plain_tensors(item: ParamWithGrad) -> bool:
-    """Return whether a parameter and its gradients are torch tensors, not of subclasses."""
+    """Return whether parameter and gradients are plain tensors, not of subclasses."""
     return type(item.param) in (Tensor, nn.Parameter) and all(type(grad) is Tensor for grad in item.grads)
 
 
 def tensor_guards(tensors: Sequence[Any]) -> Any:
-    """Return a torch guard that compares dtype, device, shape and strides of all tensors in one call."""
+    """Return a torch guard that compares all tensors in one call."""
     make: Any = guards.TensorGuards
     return make(
         *tensors,

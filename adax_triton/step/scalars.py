@@ -1,4 +1,4 @@
-"""Compute the scalars of a step and advance step counts, on the host or on the device."""
+"""Compute step scalars and advance step counts, on host or device."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class HostScalars:
         self._tables: dict[bool, tuple[bytearray, Tensor]] = {}
 
     def update_counts(self, counts: list[Any]) -> bool:
-        """Set `steps` from the step count of each parameter. Return False if the rows no longer fit the counts."""
+        """Set `steps` from step counts. Return False if rows no longer fit."""
         if set(map(type, counts)) != {int}:
             return False
         row_counts = [counts[first] for first in self._first_param]
@@ -76,8 +76,8 @@ class HostScalars:
             self.rows.append(scalars_of(group, step))
             self._keys.append(random_key(group["seed"], step) if self.needs_keys else (0, 0))
 
-    def on_cpu(self, float64: bool, decision: Decision = UNCHANGED_GRADIENTS) -> Tensor:
-        """Return the (rows, 10) scalar table on the CPU. The next call overwrites it.
+    def cpu_table(self, float64: bool, decision: Decision = UNCHANGED_GRADIENTS) -> Tensor:
+        """Return the CPU scalar table, (rows, 10), until the next call.
 
         Args:
             float64: True for float64 parameters: a float64 table. Otherwise it is float32.
@@ -91,8 +91,8 @@ class HostScalars:
         memory[:] = self._packed(float64, decision)
         return table
 
-    def on_device(self, table: DeviceTable, grad_factor: Tensor | None) -> Tensor:
-        """Return the (rows, 10) float32 scalar table on a device.
+    def device_table(self, table: DeviceTable, grad_factor: Tensor | None) -> Tensor:
+        """Return the device scalar table, (rows, 10) float32.
 
         Args:
             table: device table that receives the scalars.
@@ -112,7 +112,7 @@ class HostScalars:
         return scalars
 
     def scaled(self, decision: Decision) -> tuple[list[StepScalars], list[tuple[int, int]]]:
-        """Return the scalars, with the gradient factor applied, and the random key of each row."""
+        """Return each row's scalars with the gradient factor, and its random key."""
         factor = decision.grad_factor
         return [row._replace(grad_factor=row.grad_factor * factor) for row in self.rows], self._keys
 
@@ -135,7 +135,7 @@ class HostScalars:
 
 
 def scalars_of(group: Mapping[str, Any], step: int) -> StepScalars:
-    """Return the scalars of a parameter group at step number `step`, counted from 1."""
+    """Return a group's scalars at step number `step`, counted from 1."""
     beta1, beta2 = group["betas"]
     return step_scalars(
         step=step,
@@ -151,14 +151,14 @@ def scalars_of(group: Mapping[str, Any], step: int) -> StepScalars:
 
 
 class DeviceRow(NamedTuple):
-    """A device-counted parameter's inputs to the scalars on the device."""
+    """The inputs to a device-counted parameter's scalars."""
 
     step: Tensor  # 0-d int64 on the device, the step count
     group_index: int
 
 
 class DeviceScalars:
-    """Advances step counts and computes scalars on one device, in one small launch.
+    """Advances step counts and computes scalars in one launch on a device.
 
     Args:
         device: device of the parameters.
@@ -183,13 +183,13 @@ class DeviceScalars:
         conditions: StepConditions,
         sum_of_squares: Tensor | None,
     ) -> Tensor:
-        """Advance the step counts unless the step is skipped, and return the scalars of each row.
+        """Advance step counts unless the step is skipped, and return the scalars.
 
         Args:
-            rows: one per parameter. Do not modify a list that was passed before, nor replace its tensors' memory.
+            rows: one per parameter. Do not modify a list that was passed before; its counts must keep their addresses.
             groups: the parameter groups.
             conditions: scaling, skipping and clipping of this step.
-            sum_of_squares: of all scaled gradients, 0-d float64; None without clipping.
+            sum_of_squares: sum over all scaled gradients, 0-d float64; None without clipping.
 
         Returns:
             (n, 10) float32 on the device, see `kernels.tables.SCALAR_COLUMNS`.
@@ -222,15 +222,15 @@ class DeviceScalars:
         if self._scalars.shape[0] < len(rows):
             self._scalars = torch.empty(len(rows), SCALAR_COLUMNS, dtype=torch.float32, device=self._device)
         scalars = self._scalars[: len(rows)]
-        prepare_step(row_table, group_table, self._filled_inputs(conditions, sum_of_squares), scalars, self.report)
+        prepare_step(row_table, group_table, self._fill_inputs(conditions, sum_of_squares), scalars, self.report)
         return scalars
 
     def is_prepared_for(self, rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether the tables have the right sizes for a CUDA graph capture of these rows."""
+        """Return whether a capture of these rows can use the tables."""
         counts = len(self._rows.tensor), len(self._groups.tensor)
         return counts == (len(rows), len(_used_groups(rows, groups)))
 
-    def _filled_inputs(self, conditions: StepConditions, sum_of_squares: Tensor | None) -> Tensor:
+    def _fill_inputs(self, conditions: StepConditions, sum_of_squares: Tensor | None) -> Tensor:
         given = (conditions.grad_scale, conditions.found_inf, sum_of_squares)
         present = tuple(value is not None for value in given)
         if present != self._written:
@@ -269,7 +269,7 @@ def _constants(group: Mapping[str, Any], device: torch.device) -> DeviceCoeffici
 
 
 def lr_address(group: Mapping[str, Any], device: torch.device) -> int:
-    """Return the address of a group's learning rate if it is a tensor on `device`, else 0.
+    """Return the address of a learning rate on `device`, else 0.
 
     Raises:
         TypeError: the tensor is not float32.
@@ -285,7 +285,7 @@ def lr_address(group: Mapping[str, Any], device: torch.device) -> int:
 
 
 def count_on_device(states: Iterable[dict[str, Any]]) -> None:
-    """Replace int step counts by tensors on the devices of their states. The host does not wait."""
+    """Replace int step counts by device tensors. The host does not wait."""
     by_device: dict[torch.device, list[dict[str, Any]]] = defaultdict(list)
     for state in states:
         if not isinstance(state["step"], Tensor):

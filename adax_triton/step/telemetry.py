@@ -24,10 +24,10 @@ class Telemetry(NamedTuple):
     Sums are float32, so a norm above 1.8e19 is inf.
 
     grad_norm: 2-norm of the gradients, without the loss scale and before clipping.
-    update_norm: 2-norm of the change of the stored parameters, or of their master weights.
+    update_norm: 2-norm of the change of the stored parameters, master weights included.
     param_norm: 2-norm of the parameters after the step.
     update_ratio: `update_norm / param_norm`.
-    unchanged_share: fraction of elements that did not change, because of rounding or a zero gradient.
+    unchanged_share: fraction of elements that the step did not change, for example because of rounding.
     nonfinite_grads: number of gradient elements that are NaN or infinite.
     """
 
@@ -59,11 +59,11 @@ class TelemetryRow(NamedTuple):
     group_index: int
     name: str
     numel: int
-    process_groups: tuple[Any, ...]  # that shard it, if it is a DTensor
+    process_groups: tuple[Any, ...]  # that shard the parameter
 
 
 class DeviceSums:
-    """Reduces the sums of one launch's programs to sums per tensor, in a fixed order.
+    """Adds up a launch's sums per tensor, in a fixed order.
 
     Args:
         device: device of the launch. The buffers take 20 bytes per program.
@@ -75,7 +75,7 @@ class DeviceSums:
         self._stages: list[tuple[Tensor, Tensor]] = []
 
     def chunk_sums(self, counts: Sequence[int]) -> Tensor:
-        """Return the (programs, 5) float32 buffer for a launch; `counts` are the chunks of each tensor."""
+        """Return a launch's (programs, 5) float32 output; `counts`: chunks per tensor."""
         if counts != self._counts or not self._stages:
             self._stages = list(self._plan(counts))
             self._counts = counts
@@ -100,16 +100,19 @@ class DeviceSums:
         from adax_triton.kernels.telemetry import add_rows
 
         targets = [*(rows for rows, _ in self._stages[1:]), sums]
-        for (rows, runs), target in zip(self._stages, targets, strict=True):
-            add_rows(rows, runs, target)
+        for (rows, ranges), target in zip(self._stages, targets, strict=True):
+            add_rows(rows, ranges, target)
 
 
 class StepSums:
-    """The sums of the last step: one row of five per parameter, one buffer per device and stream."""
+    """The sums of the last step, five for each parameter.
+
+    Each device and stream has a buffer of its own.
+    """
 
     def __init__(self) -> None:
         self._telemetry_rows: Sequence[TelemetryRow] = ()
-        self._kept: PerStreamCache[Tensor] = PerStreamCache()
+        self._buffers: PerStreamCache[Tensor] = PerStreamCache()
         self._captured: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         # By device: the buffer of the step, and the parameter index of each row.
         self._written: dict[torch.device, tuple[Tensor, list[int]]] = {}
@@ -121,7 +124,7 @@ class StepSums:
         self._telemetry_rows, self._written, self._skip = telemetry_rows, {}, None
 
     def rows(self, device: torch.device, indices: Sequence[int]) -> Tensor:
-        """Return the (n, 5) float32 output rows on a device for parameters of these indices."""
+        """Return the (n, 5) float32 output rows of these parameters."""
         if device not in self._written:
             self._written[device] = self._buffer(device, (len(self._telemetry_rows), _COLUMNS), torch.float32), []
         buffer, order = self._written[device]
@@ -133,7 +136,7 @@ class StepSums:
         key = device, shape
         if key in self._captured:  # graph replays write this buffer, so other steps must too
             return self._captured[key]
-        buffer = self._kept.get(key, device, functools.partial(torch.zeros, shape, dtype=dtype, device=device))
+        buffer = self._buffers.get(key, device, functools.partial(torch.zeros, shape, dtype=dtype, device=device))
         if is_capturing(device):
             self._captured[key] = buffer
         return buffer
@@ -148,9 +151,9 @@ class StepSums:
         self._skip = skip
 
     def read(self, group_count: int, per_parameter: bool) -> StepTelemetry:
-        """Return the telemetry of the last step. The host waits for the devices.
+        """Return the telemetry of the last step.
 
-        If parameters are sharded, all ranks must call this.
+        The host waits for the devices. If parameters are sharded, all ranks must call this.
 
         Args:
             group_count: number of parameter groups.

@@ -16,7 +16,9 @@ from adax_triton.update.quantization import GROUP
 
 
 class TensorStep(NamedTuple):
-    """Tensors and options for the update of one parameter. The tensors are real and on one device.
+    """Tensors and options for the update of one parameter.
+
+    The tensors are real and on one device.
 
     param, grad, exp_avg, exp_avg_sq: see `update.reference.adax_update`. Moments are quantized if `states` is
         `"8bit_v16"` or `"8bit"`.
@@ -50,7 +52,7 @@ class TensorStep(NamedTuple):
 
     @property
     def written(self) -> tuple[Tensor, ...]:
-        """The tensors that `mapped` maps, without the gradient: the update writes them."""
+        """The tensors of `mapped` except the gradient; the update writes them."""
         master = () if self.master is None else (self.master,)
         return self.param, self.exp_avg, self.exp_avg_sq, *master
 
@@ -82,7 +84,7 @@ class TensorStep(NamedTuple):
         return part._replace(first_element=self.first_element + start, group_exponents=exponents)
 
     def flattened(self) -> TensorStep:
-        """Return the step on 1-D views in memory order. The tensors must have equal strides."""
+        """Return the step on 1-D views in memory order; strides must match."""
         return self.mapped(flat_view)
 
 
@@ -109,7 +111,7 @@ def tensor_step(
 
 
 def with_matching_strides(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> TensorStep:
-    """Return the step on dense tensors with equal strides, with copies where needed.
+    """Return the step on dense tensors with equal strides; copy where needed.
 
     A gradient with other strides is copied into the parameter's layout. All tensors are replaced by contiguous copies
     if the parameter has gaps or strides other than its states', or if a tensor is lazily negated or conjugated.

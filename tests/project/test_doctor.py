@@ -48,7 +48,7 @@ def test_doctor_says_where_kernels_are_cached(monkeypatch: pytest.MonkeyPatch) -
     done = adax_triton("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "/proc/none/adax_triton cannot be written (" in done.stdout
-    assert "each process compiles anew; set XDG_CACHE_HOME" in done.stdout
+    assert "so each process compiles again; set XDG_CACHE_HOME" in done.stdout
 
 
 def test_doctor_needs_no_numpy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Every change between two steps takes effect in the next. Oracle: the reference update."""
+"""Changes between two steps take effect. Oracle: the reference update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native CPU kernel in every mode. Oracle: the PyTorch reference, bit for bit."""
+"""The native CPU kernel. Oracle: the PyTorch reference, bit for bit."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def restored_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def mixed(numel: int, generator: torch.Generator) -> Tensor:
-    """Return float64 values over many orders of magnitude; one in eight is a special value."""
+    """Return float64 values of many magnitudes; one in eight is special."""
     scale = 10 ** (8 * torch.rand(-(-numel // 32), 1, generator=generator) - 5)
     values = (torch.randn(scale.numel(), 32, generator=generator) * scale).flatten()[:numel].double()
     special = torch.tensor(SPECIAL, dtype=F64)[torch.randint(len(SPECIAL), (numel,), generator=generator)]
@@ -130,7 +130,7 @@ def new_step(variant: KernelVariant, numel: int, index: int) -> TensorStep:
 
 
 class Placed(NamedTuple):
-    """A copy of a tensor at any byte offset in a buffer of canaries."""
+    """A copy of a tensor at a byte offset among canaries."""
 
     memory: Tensor
     start: int
@@ -164,7 +164,7 @@ class Launched(NamedTuple):
 
 
 def launched(variant: KernelVariant, steps: list[TensorStep], shift: int = 0, skip: bool = False) -> Launched:
-    """Run the kernel on copies of the tensors of some steps, `shift` bytes past a multiple of 64."""
+    """Run the kernel on copies, `shift` bytes past a multiple of 64."""
     copies = [[None if array is None else placed(array, shift) for array in arrays(step)] for step in steps]
     rows = [
         [

@@ -1,4 +1,4 @@
-"""Build and cache of the native CPU kernel, with bad compilers and cache folders."""
+"""Build and cache of the native CPU kernel."""
 
 from __future__ import annotations
 

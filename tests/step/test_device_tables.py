@@ -1,4 +1,4 @@
-"""Tables of launches: their content, and when they are uploaded. Oracle: plain loops."""
+"""Content and uploads of launch tables. Oracle: plain loops."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Triton gradient norm kernel, in the interpreter without a GPU. Oracles: float64, torch."""
+"""The Triton kernel of the gradient norm. Oracles: float64 and torch."""
 
 import itertools
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def random_grads(numels: Sequence[int], dtype: torch.dtype, device: torch.device
 
 
 def surrounded(grads: Sequence[Tensor], by: float, odd: bool) -> tuple[list[Tensor], Tensor]:
-    """Return copies of gradients in one buffer filled with `by`, at odd or aligned elements, and the buffer."""
+    """Return copies of gradients in a buffer filled with `by`, and it."""
     room = [-(-(grad.numel() + 2) // 64) * 64 for grad in grads]
     starts = [64 + odd + end for end in itertools.accumulate(room, initial=0)]
     buffer = grads[0].new_full((starts[-1] + 64,), by)
@@ -47,7 +47,7 @@ def launch(grads: Sequence[Tensor], count: int | None = None, aligned: bool = Tr
 
 
 def assert_as_accurate_as_torch(partials: Tensor, grads: Sequence[Tensor]) -> None:
-    """Assert that the error from float64 is at most twice that of torch in float32, plus one ulp."""
+    """Assert error <= 2x torch's float32 error + 1 ulp; exact: float64."""
     grad = torch.cat([grad.flatten() for grad in grads])
     exact = grad.double().square().sum()
     reference_error = (grad.float().square().sum().double() - exact).abs()

@@ -1,4 +1,4 @@
-"""The Triton step kernel, in the interpreter without a GPU. Oracles: float64 and plain torch."""
+"""The Triton step kernel. Oracles: float64 and plain torch."""
 
 import itertools
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ def launch(
     rows: Sequence[int] | None = None,
     aligned: bool = True,
 ) -> None:
-    """Update all tensors in one launch; `rows` holds the scalar row of each."""
+    """Update all in one launch; `rows` holds the scalar row of each."""
     device = updates[0].param.device
     rows = [0] * len(updates) if rows is None else rows
     table = [
@@ -78,9 +78,9 @@ def launch(
 
 
 def assert_as_accurate_as_torch(found: UpdateTensors, before: UpdateTensors, scalars: StepScalars = SCALARS) -> None:
-    """Assert that the error is at most twice the error of `adax_update` in the same dtypes, plus one ulp.
+    """Assert error <= 2x the error of `adax_update` + 1 ulp.
 
-    An error is the largest difference from float64 over the tensor.
+    An error is the largest difference from `adax_update` in float64 over the tensor.
     """
     working, exact = before.clone(), UpdateTensors(*(tensor.double() for tensor in before.clone()))
     adax_update(*working, **scalars._asdict())
@@ -102,7 +102,7 @@ def assert_as_accurate_as_torch(found: UpdateTensors, before: UpdateTensors, sca
 
 
 def among_canaries(updates: Sequence[UpdateTensors], odd: bool) -> tuple[list[UpdateTensors], list[Tensor]]:
-    """Return copies of the tensors in one buffer per kind of tensor, and the buffers.
+    """Return copies in one buffer per kind of tensor, and the buffers.
 
     The copies start at odd or at aligned elements. The elements between them are CANARY.
     """

@@ -1,4 +1,4 @@
-"""Every kind of step with replaced groups, on several streams, and after a failed capture.
+"""Every kind of step: replaced groups, several streams, failed captures.
 
 Streams and captures are faked here; test_cuda_streams.py and test_cuda_graphs.py use real ones. Oracle: an equal
 optimizer without plans, on one stream and without captures, bit for bit.
@@ -259,8 +259,8 @@ def cached_tables(training: Training) -> list[Any]:
     """Return all cached tables with their revisions, and the plans."""
     launch_cache, sums = training.optimizer._launch_cache, training.optimizer._sums
     caches = [launch_cache._launches, launch_cache.device_scalars, launch_cache.host_scalars]
-    caches += [] if sums is None else [sums._kept]
-    entries = [entry for cache in caches for by_stream in cache._kept.values() for entry in by_stream.values()]
+    caches += [] if sums is None else [sums._buffers]
+    entries = [entry for cache in caches for by_stream in cache._entries.values() for entry in by_stream.values()]
     revisions = [getattr(entry, "revision", None) for entry in entries]
     return [
         list(map(id, entries)),

@@ -1,4 +1,4 @@
-"""Reuse of a step's plan. Oracle: an equal optimizer that plans every step anew."""
+"""Reuse of step plans. Oracle: an equal optimizer that never reuses one."""
 
 import copy
 import weakref
@@ -49,7 +49,7 @@ def give_gradients(params: list[nn.Parameter], step: int) -> None:
 
 
 class Pair:
-    """An optimizer, and an equal twin whose plans are cleared before each step."""
+    """An optimizer, and an equal twin that never reuses its plans."""
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype = torch.float32, shapes: Shapes = SHAPES, **options: Any
@@ -62,7 +62,7 @@ class Pair:
         return AdaXW([{"params": params[:2]}, {"params": params[2:], "lr": 0.03}], lr=0.01, **options)
 
     def step(self, number: int, change: Callable[[MomentOptimizer, list[nn.Parameter]], None] | None = None) -> bool:
-        """Step both after the same change. Return whether the first optimizer reused its plan."""
+        """Step both after a change. Return whether the first reused its plan."""
         self.twin._plans.clear()
         for optimizer, params in ((self.optimizer, self.params), (self.twin, self.twins)):
             give_gradients(params, number)

@@ -11,7 +11,7 @@ COUNTS = (0, 1, 511, 512, 513, 5000)
 
 
 def sum_rows(counts: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the rows, their sums by `add_rows`, and torch's sums, for ranges of `counts` rows each."""
+    """Return rows, their sums, and torch's sums, for ranges of `counts` rows."""
     from adax_triton.kernels.telemetry import add_rows
 
     from adax_triton.step.device_tables import row_ranges

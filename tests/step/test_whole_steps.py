@@ -1,5 +1,6 @@
-"""An interrupted or failed step changes everything or nothing. Oracle: undisturbed steps, bit for bit.
+"""Interrupted or failed steps change everything or nothing.
 
+Oracle: the same steps undisturbed, bit for bit.
 Some tests let the build of the native kernel fail, as without a compiler or disk space.
 """
 
