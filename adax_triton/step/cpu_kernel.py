@@ -153,20 +153,25 @@ def cpu_kernel(variant: KernelVariant) -> CpuKernel:
         compiler = _compiler()
         key = _key(compiler, variant)
     except OSError as error:
-        raise CpuKernelError(f"Cannot build the CPU kernel: {error}") from error
+        raise CpuKernelError(
+            f"Cannot build the CPU kernel: {error}. Check the compiler, or reinstall adax-triton."
+        ) from error
     problem: Exception | None = None
-    for find_folder in (_cache_folder, _private_folder):  # the second if the first is read-only or noexec
+    for find_folder in (_cache_folder, _private_folder):  # fall back if the first is read-only or noexec
         try:
             return _load_cached(find_folder(), key) or CpuKernel(_build(compiler, variant, find_folder(), key))
         except (OSError, AttributeError) as error:
             problem = error
-    raise CpuKernelError(f"Cannot build the CPU kernel with {compiler[0]}: {problem}") from problem
+    raise CpuKernelError(
+        f"Cannot build the CPU kernel with {compiler[0]}: {problem}. {_CXX_ADVICE}, or set XDG_CACHE_HOME to a folder "
+        "that allows writing and execution."
+    ) from problem
 
 
 def _load_cached(folder: Path, key: str) -> CpuKernel | None:
     for library in folder.glob(f"{key}-*.so"):
         with contextlib.suppress(OSError, AttributeError):  # a broken file is built again
-            # To load a truncated file can crash the process, so its name contains its size.
+            # A truncated file can crash the process when loaded, so its name contains its size.
             if library.name == _file_name(key, library):
                 return CpuKernel(library)
     return None
@@ -288,11 +293,11 @@ def _build(compiler: tuple[str, ...], variant: KernelVariant, folder: Path, key:
     try:
         os.close(handle)
         command = [*compiler, *_arguments(variant), str(_SOURCES[0]), "-o", building]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode != 0 or os.stat(building).st_size == 0:
-            output = " ".join((done.stderr + done.stdout).split())[:500] or "nothing"
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if result.returncode != 0 or os.stat(building).st_size == 0:
+            output = " ".join((result.stderr + result.stdout).split())[:500] or "nothing"
             raise CpuKernelError(
-                f"{shlex.join(compiler)} failed to build the CPU kernel, with exit status {done.returncode}. "
+                f"{shlex.join(compiler)} failed to build the CPU kernel, with exit status {result.returncode}. "
                 f"{_CXX_ADVICE}. Its output: {output}"
             )
         library = folder / _file_name(key, building)
@@ -305,8 +310,8 @@ def _build(compiler: tuple[str, ...], variant: KernelVariant, folder: Path, key:
 
 @functools.cache
 def _openmp() -> tuple[ctypes.c_void_p, ctypes.c_void_p] | None:
-    # Find GOMP_parallel and omp_get_thread_num in PyTorch's OpenMP runtime; libomp and libiomp export both. To link
-    # OpenMP could load a second runtime with its own threads.
+    # Find GOMP_parallel and omp_get_thread_num in PyTorch's OpenMP runtime; libomp and libiomp export both. Linking
+    # with OpenMP could load a second runtime with its own threads.
     for library in (None, torch._C.__file__):
         with contextlib.suppress(OSError, AttributeError):
             functions = ctypes.CDLL(library)

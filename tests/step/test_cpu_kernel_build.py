@@ -89,7 +89,9 @@ def test_the_error_contains_the_compiler_output(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize(("value", "message"), [("g++ 'x", "No closing quotation"), ("/bin/true", "exit status 0")])
-def test_cxx_is_not_a_compiler(value: str, message: str, monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+def test_a_cxx_that_is_no_compiler_raises(
+    value: str, message: str, monkeypatch: pytest.MonkeyPatch, fresh: Path
+) -> None:
     monkeypatch.setenv("CXX", value)
     with pytest.raises(CpuKernelError, match=message):
         cpu_kernel(PLAIN)

@@ -120,9 +120,8 @@ def test_steady_steps_reuse_their_plan_and_read_moved_gradients(
     memory, low_precision_copy = torch.empty(96, device=backend), torch.empty(48, dtype=torch.float16, device=backend)
     for step in range(STEPS - 1):
         memory.copy_(pieces([96], torch.float32, backend, step)[0])
-        step_both(
-            optimizers, params, [memory[:20], memory[20:48]], low_precision_copy
-        )  # adjacent, so read as one piece
+        # Adjacent pieces are read as one.
+        step_both(optimizers, params, [memory[:20], memory[20:48]], low_precision_copy)
     assert len(planned) == 1
     step_both(optimizers, params, [memory[:20], memory[60:88]], low_precision_copy)  # no longer adjacent
     assert len(planned) == 2

@@ -26,7 +26,7 @@ def random_grads(numels: Sequence[int], dtype: torch.dtype, device: torch.device
 
 
 def surrounded(grads: Sequence[Tensor], by: float, odd: bool) -> tuple[list[Tensor], Tensor]:
-    """Return copies of gradients in a buffer filled with `by`, and it."""
+    """Return copies of gradients inside a `by`-filled buffer, and the buffer."""
     room = [-(-(grad.numel() + 2) // 64) * 64 for grad in grads]
     starts = [64 + odd + end for end in itertools.accumulate(room, initial=0)]
     buffer = grads[0].new_full((starts[-1] + 64,), by)
@@ -47,7 +47,7 @@ def launch(grads: Sequence[Tensor], count: int | None = None, aligned: bool = Tr
 
 
 def assert_as_accurate_as_torch(partials: Tensor, grads: Sequence[Tensor]) -> None:
-    """Assert error <= 2x torch's float32 error + 1 ulp; exact: float64."""
+    """Assert error <= 2x torch's float32 error + 1 ulp, against float64."""
     grad = torch.cat([grad.flatten() for grad in grads])
     exact = grad.double().square().sum()
     reference_error = (grad.float().square().sum().double() - exact).abs()
