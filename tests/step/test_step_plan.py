@@ -347,3 +347,11 @@ def test_a_copied_optimizer_steps_its_own_parameters(backend: torch.device) -> N
     assert pair.step(5)
     for param, copied in zip(pair.params, twin[1], strict=True):
         assert torch.equal(param, copied)
+
+
+def test_loading_keeps_the_tables_that_captured_graphs_read(backend: torch.device) -> None:
+    pair = Pair(backend)
+    pair.step(0)
+    cache = pair.optimizer._launch_cache
+    load(pair.optimizer, pair.params)
+    assert pair.optimizer._launch_cache is cache
