@@ -43,7 +43,7 @@ class StepConditions(NamedTuple):
         """Whether the step neither scales, skips nor clips."""
         return self is DEFAULT_CONDITIONS or all(value is None for value in self)
 
-    def decide(self, sum_of_squares: Tensor | None) -> Decision:
+    def decide(self, sum_of_squares: Tensor | None) -> StepDecision:
         """Return the gradient factor and skip flag of host-counted parameters.
 
         The host waits for tensors on a GPU.
@@ -52,17 +52,17 @@ class StepConditions(NamedTuple):
             sum_of_squares: sum over all scaled gradients, 0-d float64; required with `max_grad_norm`.
         """
         if self.grad_factor is not None:
-            return Decision(float(self.grad_factor), False)
+            return StepDecision(float(self.grad_factor), False)
         scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
         if self.found_inf is not None and bool(self.found_inf != 0):
-            return Decision(1.0, True)
+            return StepDecision(1.0, True)
         if scale == 0.0:  # 1 / 0 is inf in the kernel
-            return Decision(math.inf, self.max_grad_norm is not None)
+            return StepDecision(math.inf, self.max_grad_norm is not None)
         if self.max_grad_norm is None or sum_of_squares is None:
-            return Decision(1.0 / scale, False)
+            return StepDecision(1.0 / scale, False)
         norm = math.sqrt(float(sum_of_squares)) / scale
         clip = min(1.0, self.max_grad_norm / (norm + NORM_EPS))
-        return Decision(clip / scale, not math.isfinite(norm))
+        return StepDecision(clip / scale, not math.isfinite(norm))
 
     def norm(self, sum_of_squares: Tensor) -> Tensor:
         """Return the norm of the unscaled gradients, 0-d float32."""
@@ -104,14 +104,14 @@ class OptimizerOptions(NamedTuple):
             )
 
 
-class Decision(NamedTuple):
+class StepDecision(NamedTuple):
     """Gradient factor and skip flag of one step."""
 
     grad_factor: float
     skip: bool
 
 
-UNCHANGED_GRADIENTS = Decision(1.0, False)
+UNCHANGED_GRADIENTS = StepDecision(1.0, False)
 
 
 def check_max_grad_norm(max_grad_norm: Any, name: str = "max_grad_norm") -> float | None:

@@ -79,7 +79,7 @@ def checked_external_grads(parts: Sequence[ExternalGrads], grad_factor: Tensor |
                 )
             problem = storage_problem(tensor)
             if problem is not None:
-                raise ValueError(f"parts[{index}].{name}: {problem}")
+                raise ValueError(f"parts[{index}].{name} {problem}")
             if tensor.device != param.device:
                 raise ValueError(
                     f"parts[{index}].{name}: expected a tensor on {param.device}, as the parameter, got {tensor.device}"
@@ -135,7 +135,7 @@ def collect_external(
             check_state(state, part.param)
         problem = why_not_writable(part.param)
         if problem is not None:
-            raise ValueError(f"parts[{index}].param: {problem}")
+            raise ValueError(f"parts[{index}].param {problem}")
     return Collected(params_with_external_grads(parts, group_of), False)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backend import is_fake, uses_triton
 from .collect import Collected, ParamWithGrad, needs_device
-from .conditions import UNCHANGED_GRADIENTS, Decision, StepConditions
+from .conditions import UNCHANGED_GRADIENTS, StepConditions, StepDecision
 from .delayed_interrupt import DelayedInterrupt
 from .device_tables import CAPTURE_NEEDS_WARM_UP, DeviceTable, current_stream, is_capturing
 from .external_grads import tensor_steps
@@ -52,8 +52,7 @@ class StepResult(NamedTuple):
 class StepPlan:
     """The launches of one step.
 
-    Later steps reuse them while only gradient addresses and step counts change. The step count of a host-counted
-    parameter is an int. That of a device-counted one is a tensor on its device; a kernel advances it.
+    Later steps reuse them while only gradient addresses and step counts change.
 
     Args:
         collected: checked parameters. Their states exist.
@@ -253,7 +252,7 @@ class StepPlan:
         return StepResult(not decision.skip, None if report is None else report[2], grad_norm)
 
     def _prepare_host_launches(
-        self, decision: Decision, sums: StepSums | None
+        self, decision: StepDecision, sums: StepSums | None
     ) -> list[tuple[NativeLaunch | ReferenceLaunch, tuple[Any, ...]]]:
         """Return the native and reference launches with their arguments."""
         if decision.skip and sums is None:

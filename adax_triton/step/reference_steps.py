@@ -14,7 +14,7 @@ from adax_triton.update.quantization import GROUP
 from adax_triton.update.quantized_update import load_master, quantized_update
 from adax_triton.update.reference import adax_update
 
-from .conditions import Decision
+from .conditions import StepDecision
 from .tensor_step import TensorStep
 
 # Elements per update, a multiple of GROUP: few enough that temporaries stay in the CPU cache.
@@ -40,7 +40,7 @@ class ReferenceLaunch:
         return torch.stack(norms).square().sum()
 
     def run(
-        self, rows: Sequence[StepScalars], keys: Sequence[tuple[int, int]], decision: Decision, sums: Tensor | None
+        self, rows: Sequence[StepScalars], keys: Sequence[tuple[int, int]], decision: StepDecision, sums: Tensor | None
     ) -> None:
         """Update the tensors.
 

@@ -20,7 +20,7 @@ from adax_triton.update.coefficients import (
 )
 from adax_triton.update.rounding import random_key
 
-from .conditions import UNCHANGED_GRADIENTS, Decision, StepConditions
+from .conditions import UNCHANGED_GRADIENTS, StepConditions, StepDecision
 from .device_tables import DeviceTable, upload
 
 _GRAD_FACTOR = SCALAR_COLUMNS.index("grad_factor")
@@ -76,7 +76,7 @@ class HostScalars:
             self.rows.append(scalars_of(group, step))
             self._keys.append(random_key(group["seed"], step) if self.needs_keys else (0, 0))
 
-    def cpu_table(self, float64: bool, decision: Decision = UNCHANGED_GRADIENTS) -> Tensor:
+    def cpu_table(self, float64: bool, decision: StepDecision = UNCHANGED_GRADIENTS) -> Tensor:
         """Return the CPU scalar table, (rows, 10), until the next call.
 
         Args:
@@ -111,12 +111,12 @@ class HostScalars:
             table.invalidate()
         return scalars
 
-    def scaled(self, decision: Decision) -> tuple[list[StepScalars], list[tuple[int, int]]]:
+    def scaled(self, decision: StepDecision) -> tuple[list[StepScalars], list[tuple[int, int]]]:
         """Return each row's scalars with the gradient factor, and its random key."""
         factor = decision.grad_factor
         return [row._replace(grad_factor=row.grad_factor * factor) for row in self.rows], self._keys
 
-    def _packed(self, float64: bool, decision: Decision) -> bytes:
+    def _packed(self, float64: bool, decision: StepDecision) -> bytes:
         packed = []
         rows = self.rows if decision is UNCHANGED_GRADIENTS else self.scaled(decision)[0]
         for scalars, key in zip(rows, self._keys, strict=True):
