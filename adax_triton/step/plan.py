@@ -93,7 +93,7 @@ class StepPlan:
         counted_on_device = [collected.counts_on_device and uses_triton(param) for param in self._params]
         count_on_device(list(compress(param_states, counted_on_device)))
         self._host_states = list(compress(param_states, [not on_device for on_device in counted_on_device]))
-        self.device_rows, rows = _rows(params, param_states, counted_on_device, host)
+        self.device_rows, rows = _assign_rows(params, param_states, counted_on_device, host)
         self._check_capture_warm_up(param_groups)
         steps = [
             step
@@ -124,14 +124,14 @@ class StepPlan:
             return
         self._reuse_check = ReuseCheck(params, param_states, counted_on_device, param_groups, states, covers_all_params)
         self._grad_addresses = array("q", [grad.data_ptr() for item in params for grad in item.grads])
-        self._may_move = covers_all_params or all(len(item.grads) == 1 for item in params)
+        self._grads_may_move = covers_all_params or all(len(item.grads) == 1 for item in params)
         self._aligned = any(launch.key.aligned for launch in self._triton)
         self._revisions = [launch.revision for launch in self._triton]
         self._devices = list({launch.device for launch in self._triton})
         self._streams = list(map(current_stream, self._devices))
         host_steps = [] if collected.counts_on_device else [step for step in steps if uses_triton(step.param)]
         self._row_states = sorted({(step.scalar_row, step.states) for step in host_steps})
-        self._skip_flags = self._find_skip_flags()
+        self._skips_unchanged_v = self._find_skips()
         self._param_names = _param_names(param_groups)
 
     def try_reuse(
@@ -163,13 +163,13 @@ class StepPlan:
         if addresses is None:
             return False
         moved = addresses != self._grad_addresses
-        if moved and (not self._may_move or (self._aligned and reduce(or_, addresses) % ALIGNED_BYTES)):
+        if moved and (not self._grads_may_move or (self._aligned and reduce(or_, addresses) % ALIGNED_BYTES)):
             return False
         if self._host_states:
             if not self.host.update_counts(self._reuse_check.counts):
                 return False
             self.host.compute(param_groups)
-            if self._row_states and self._find_skip_flags() != self._skip_flags:
+            if self._row_states and self._find_skips() != self._skips_unchanged_v:
                 return False
         if moved:
             self._grad_addresses = array("q")  # invalid until all tables are refreshed
@@ -191,7 +191,8 @@ class StepPlan:
         """Return whether `states` still holds the states of this plan's parameters."""
         return all(map(is_, map(states.get, self._params), self._param_states))
 
-    def _find_skip_flags(self) -> list[bool]:
+    def _find_skips(self) -> list[bool]:
+        """Return for each of `_row_states` whether its kernel skips unchanged v."""
         return [skips_unchanged_v(states, self.host.rows[row].exp_avg_sq_weight) for row, states in self._row_states]
 
     def run(
@@ -279,7 +280,7 @@ class StepPlan:
             if self.device_rows:
                 rows = self.device_rows[device]
                 cache = self._launch_cache.device_scalars
-                device_scalars = cache.get(_key(device, rows), device, partial(DeviceScalars, device))
+                device_scalars = cache.get(_scalars_key(device, rows), device, partial(DeviceScalars, device))
                 squares_here = None if squares is None else squares.to(device, non_blocking=True)
                 scalars[device] = device_scalars.prepare(rows, param_groups, conditions, squares_here)
                 report = device_scalars.report if report is None else report
@@ -294,12 +295,12 @@ class StepPlan:
     def _check_capture_warm_up(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
         for device, rows in self.device_rows.items():
             if is_capturing(device):
-                latest = self._launch_cache.device_scalars.latest(_key(device, rows))
+                latest = self._launch_cache.device_scalars.latest(_scalars_key(device, rows))
                 if latest is None or not latest.is_prepared_for(rows, param_groups):
                     raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
 
 
-def _rows(
+def _assign_rows(
     params: Sequence[ParamWithGrad],
     param_states: Sequence[Mapping[str, Any]],
     counted_on_device: Sequence[bool],
@@ -355,7 +356,7 @@ def _param_names(param_groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [list(group.get("param_names") or ()) for group in param_groups]
 
 
-def _key(device: torch.device, rows: Sequence[DeviceRow]) -> tuple[torch.device, int]:
+def _scalars_key(device: torch.device, rows: Sequence[DeviceRow]) -> tuple[torch.device, int]:
     return device, rows[0].step.data_ptr()
 
 

@@ -77,11 +77,12 @@ class DeviceSums:
     def chunk_sums(self, counts: Sequence[int]) -> Tensor:
         """Return a launch's (programs, 5) float32 output; `counts`: chunks per tensor."""
         if counts != self._counts or not self._stages:
-            self._stages = list(self._plan(counts))
+            self._stages = list(self._make_stages(counts))
             self._counts = counts
         return self._stages[0][0]
 
-    def _plan(self, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _make_stages(self, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for each stage of the reduction its rows and the row range of each sum."""
         from adax_triton.kernels.telemetry import ROWS_PER_PROGRAM
 
         while True:
