@@ -49,7 +49,7 @@ def build(sizes: Sizes = SIZES, device: torch.device | str = "cpu", **options: A
     return AdaXW(params, lr=1e-2, **options), params
 
 
-def give(params: list[Parameter], step: int) -> None:
+def give_gradients(params: list[Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator).to(param.device, param.dtype)
@@ -66,7 +66,7 @@ def trained(mode: str = "plain", sizes: Sizes = SIZES, device: torch.device | st
     optimizer, params = build(sizes, device, **OPTIONS[mode])
     found = []
     for step in range(2):
-        give(params, step)
+        give_gradients(params, step)
         optimizer.step()
         found.append(tensors_of(optimizer, params))
     return found
@@ -95,7 +95,7 @@ def failing_bfloat16_build(monkeypatch: pytest.MonkeyPatch, native_cpu: torch.de
     monkeypatch.setattr(backend_module, "_failed", set())
 
 
-def second_call(function: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
+def act_before_second_call(function: Callable[..., Any], act: Callable[[], None]) -> Callable[..., Any]:
     """Wrap `function` so that `act` runs before its second call."""
     calls = []
 
@@ -124,15 +124,15 @@ def interrupts_raise() -> Iterator[None]:
 def test_interrupt_waits_for_the_step(mode: str, backend: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, sizes = (TritonLaunch, SMALL) if uses_triton(torch.empty(1, device=backend)) else (NativeLaunch, SIZES)
     optimizer, params = build(sizes, backend, **OPTIONS[mode])
-    give(params, 0)
+    give_gradients(params, 0)
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(owner, "run", second_call(owner.run, interrupt))
+        patch.setattr(owner, "run", act_before_second_call(owner.run, interrupt))
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
     assert signal.getsignal(signal.SIGINT) is before
     assert equal(tensors_of(optimizer, params), undisturbed(mode, sizes, backend)[0])
-    give(params, 1)
+    give_gradients(params, 1)
     optimizer.step()
     assert equal(tensors_of(optimizer, params), undisturbed(mode, sizes, backend)[1])
 
@@ -149,7 +149,7 @@ def test_interrupt_waits_for_a_step_with_external_gradients(
             for param, low_precision_copy in zip(params, low_precision_copies, strict=True)
         ]
     )
-    monkeypatch.setattr(NativeLaunch, "run", second_call(NativeLaunch.run, interrupt))
+    monkeypatch.setattr(NativeLaunch, "run", act_before_second_call(NativeLaunch.run, interrupt))
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert torch.equal(*params) and float(params[0].detach()[0]) < 1.0
@@ -177,7 +177,7 @@ def test_interrupt_waits_for_the_step_of_a_released_gradient(
 def test_other_threads_and_ignored_interrupts_are_unaffected(native_cpu: torch.device) -> None:
     def step() -> None:
         optimizer, params = build()
-        give(params, 0)
+        give_gradients(params, 0)
         optimizer.step()
 
     thread = threading.Thread(target=step)
@@ -209,7 +209,7 @@ def test_a_warning_raised_as_error_comes_before_the_first_write(
     expected = undisturbed()
     request.getfixturevalue("failing_bfloat16_build")
     optimizer, params = build()
-    give(params, 0)
+    give_gradients(params, 0)
     weights = [param.detach().clone() for param in params]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "adax_triton")
@@ -221,7 +221,7 @@ def test_a_warning_raised_as_error_comes_before_the_first_write(
     assert equal(tensors_of(optimizer, params), expected[0])
 
 
-class Log(TorchDispatchMode):
+class PassThroughMode(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -230,7 +230,7 @@ class Log(TorchDispatchMode):
 
 def test_dispatch_modes_change_no_bits(native_cpu: torch.device) -> None:
     expected = undisturbed()
-    with Log():
+    with PassThroughMode():
         found = trained()
     assert all(map(equal, found, expected))
 
@@ -276,16 +276,16 @@ def test_a_failed_compilation_changes_nothing(mode: str, device: torch.device, m
 
     monkeypatch.setattr("adax_triton.step.plan.need_compilation", lambda launches: True)
     optimizer, params = build(SMALL, device, **OPTIONS[mode])
-    give(params, 0)
+    give_gradients(params, 0)
     weights = [param.detach().clone() for param in params]
     with monkeypatch.context() as patch:
-        patch.setattr(adax_step, "launch", second_call(adax_step.launch, fail))
+        patch.setattr(adax_step, "launch", act_before_second_call(adax_step.launch, fail))
         with pytest.raises(RuntimeError, match="ptxas failed"):
             optimizer.step()
     assert equal(weights, [param.detach() for param in params])
     assert [int(optimizer.state[param]["step"]) for param in params] == [0] * len(params)
     optimizer.step()
-    give(params, 1)
+    give_gradients(params, 1)
     optimizer.step()
     monkeypatch.undo()
     assert equal(tensors_of(optimizer, params), undisturbed(mode, SMALL, device)[1])

@@ -43,12 +43,13 @@ VARIANTS = [
 WITH_TELEMETRY = [
     variant._replace(telemetry=True)
     for variant in (
-        *(KernelVariant(F32, F32), KernelVariant(F64, F32), KernelVariant(BF16, BF16, "bfloat16", stochastic=True)),
-        *(KernelVariant(BF16, BF16, "8bit", "int8"), KernelVariant(F16, F16, "8bit_v16", "float32")),
-        *(
-            KernelVariant(BF16, BF16, "float32", "float32", param_is_copy=True),
-            KernelVariant(BF16, F32, "8bit_v16", "int16"),
-        ),
+        PLAIN,
+        KernelVariant(F64, F32),
+        KernelVariant(BF16, BF16, "bfloat16", stochastic=True),
+        KernelVariant(BF16, BF16, "8bit", "int8"),
+        KernelVariant(F16, F16, "8bit_v16", "float32"),
+        KernelVariant(BF16, BF16, "float32", "float32", param_is_copy=True),
+        KernelVariant(BF16, F32, "8bit_v16", "int16"),
     )
 ]
 SIZES = (0, 1, 31, 32, 33, 511, 512, 1001, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 2 * CHUNK_SIZE + 77)
@@ -77,7 +78,7 @@ each_telemetry = pytest.mark.parametrize("variant", WITH_TELEMETRY, ids=variant_
 
 
 @pytest.fixture(autouse=True)
-def restored_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def exact_roots_and_restored_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # torch.sqrt is sometimes off by one ulp. The reference corrects that for float32 only.
     monkeypatch.setattr(reference, "_root", lambda values: torch.from_numpy(numpy.sqrt(values.numpy())))
     before = torch.get_num_threads()
@@ -85,7 +86,7 @@ def restored_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def mixed(numel: int, generator: torch.Generator) -> Tensor:
+def mixed_values(numel: int, generator: torch.Generator) -> Tensor:
     """Return float64 values of many magnitudes; one in eight is special."""
     scale = 10 ** (8 * torch.rand(-(-numel // 32), 1, generator=generator) - 5)
     values = (torch.randn(scale.numel(), 32, generator=generator) * scale).flatten()[:numel].double()
@@ -93,21 +94,21 @@ def mixed(numel: int, generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(numel, generator=generator) < 0.125, special, values)
 
 
-def words(numel: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def random_words(numel: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     info = torch.iinfo(dtype)
     return torch.randint(info.min, info.max + 1, (numel,), generator=generator).to(dtype)
 
 
 def new_step(variant: KernelVariant, numel: int, index: int) -> TensorStep:
     generator = torch.Generator().manual_seed(numel + index)
-    param = mixed(numel, generator).to(variant.param_dtype)
-    exp_avg, exp_avg_sq = mixed(numel, generator) * 0.1, mixed(numel, generator).abs()
+    param = mixed_values(numel, generator).to(variant.param_dtype)
+    exp_avg, exp_avg_sq = mixed_values(numel, generator) * 0.1, mixed_values(numel, generator).abs()
     exponents = master = None
     if variant.states in ("8bit_v16", "8bit"):
         # Random bits, but most groups have exponents that a step would write.
         second, groups = (torch.int16, torch.uint8) if variant.states == "8bit_v16" else (torch.uint8, torch.int16)
-        exp_avg, exp_avg_sq = words(numel, torch.int8, generator), words(numel, second, generator)
-        exponents = words(-(-numel // 32), groups, generator)
+        exp_avg, exp_avg_sq = random_words(numel, torch.int8, generator), random_words(numel, second, generator)
+        exponents = random_words(-(-numel // 32), groups, generator)
         if groups == torch.int16:
             exponents = torch.where(torch.rand(exponents.shape, generator=generator) < 0.7, 0x487E, exponents)
             exponents = exponents.to(groups)
@@ -118,12 +119,12 @@ def new_step(variant: KernelVariant, numel: int, index: int) -> TensorStep:
         dtype = BF16 if variant.states == "bfloat16" else F64 if variant.param_dtype == F64 else F32
         exp_avg, exp_avg_sq = exp_avg.to(dtype), exp_avg_sq.to(dtype)
     if variant.master in ("int16", "int8"):
-        master = words(numel, getattr(torch, variant.master), generator)
+        master = random_words(numel, getattr(torch, variant.master), generator)
     elif variant.master == "float32":
         master = param.float()
         master *= 1 + 1e-4 * torch.randn(numel, generator=generator)  # some still round to the parameter
     return TensorStep(
-        *(param, mixed(numel, generator).to(variant.grad_dtype), exp_avg, exp_avg_sq, index % len(ROWS)),
+        *(param, mixed_values(numel, generator).to(variant.grad_dtype), exp_avg, exp_avg_sq, index % len(ROWS)),
         *(variant.states, master, exponents, variant.stochastic, FIRST_ELEMENTS[index % len(FIRST_ELEMENTS)]),
         param_is_copy=variant.param_is_copy,
     )

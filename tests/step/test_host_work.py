@@ -69,7 +69,7 @@ def build(device: torch.device, dtype: torch.dtype = torch.float32, **options: A
     return optimizer, params
 
 
-def give(params: Sequence[Parameter], gradients: Sequence[Tensor | None]) -> None:
+def give_gradients(params: Sequence[Parameter], gradients: Sequence[Tensor | None]) -> None:
     for param, gradient in zip(params, gradients, strict=True):
         param.grad = gradient
 
@@ -116,11 +116,11 @@ def test_steady_steps_neither_read_nor_allocate(mode: str, gradients: str, devic
     optimizer, params = build(device, **MODES[mode])
     sets = [[torch.ones_like(param) for param in params] for _ in range(2 if gradients == "fresh" else 1)]
     for step in range(2):
-        give(params, sets[step % len(sets)])
+        give_gradients(params, sets[step % len(sets)])
         optimizer.step()
     watch = Watch()
     for step in range(3):
-        give(params, sets[step % len(sets)])
+        give_gradients(params, sets[step % len(sets)])
         with watch:
             optimizer.step()
     assert watch.operations <= WRITING | VIEWS | OF_TORCH
@@ -132,7 +132,9 @@ def test_steps_of_changing_parameters_do_not_read(mode: str, device: torch.devic
     optimizer, params = build(device, **MODES[mode])
     watch = Watch()
     for step in range(4):
-        give(params, [torch.ones_like(param) if index != step else None for index, param in enumerate(params)])
+        give_gradients(
+            params, [torch.ones_like(param) if index != step else None for index, param in enumerate(params)]
+        )
         with watch:
             optimizer.step()
     assert not watch.operations & {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "item"}
