@@ -67,7 +67,7 @@ class StepPlan:
     Attributes:
         host: see Args.
         device_rows: for each device the step counts and groups of its device-counted parameters.
-        is_reusable: whether a later step can reuse the plan. It cannot if a tensor had to be copied.
+        is_reusable: whether a later step can reuse the plan. It cannot if, for example, a tensor had to be copied.
 
     Raises:
         RuntimeError: a CUDA graph is being captured without a warm-up step of the same parameters.

@@ -72,7 +72,7 @@ def trained(mode: str = "plain", sizes: Sizes = SIZES, device: torch.device | st
     return found
 
 
-# Cached by sizes: `SIZES` are for the native kernel, `SMALL` are for Triton's kernel.
+# On a CPU only the native kernel gets `SIZES`, and only Triton's kernel gets `SMALL`, so sizes identify the kernel.
 undisturbed = functools.cache(trained)
 
 
