@@ -36,7 +36,7 @@ _LAUNCHES = {
     "adax_step": "adax_step",
     "coefficients": "prepare_step",
     "grad_norm": "grad_norm_partials",
-    "telemetry": "add_rows",
+    "telemetry": "sum_rows",
 }
 _NUMEL = 64
 _MODES: dict[str, dict[str, Any]] = {

@@ -1,1 +1,1 @@
-"""Triton kernels. They take tensors of addresses and scalars, and import nothing from the rest of the package."""
+"""Triton and C++ kernels. They take tables of addresses and scalars, and import nothing else of the package."""

@@ -1,4 +1,4 @@
-"""The fused update: one launch for any number of tensors, reached by address.
+"""Fused AdaX update on the GPU: one launch updates every tensor of an address table.
 
 The tensor table has one int64 row per tensor; the chunk table has one int64 per program; the scalar table has one row
 of 32-bit words per (group, step). A program finds its chunk, its tensor's row and that row's scalars, loads each
@@ -14,8 +14,8 @@ import triton.language as tl
 from . import tables
 from .launch import current_backend, launch, launch_shape
 from .quantization import GROUP, dequantize_moments, quantize_moments
-from .rounding import differ, join_master, random_bits, round_to_bfloat16, split_master, to_float32
-from .telemetry import TELEMETRY_COLUMNS, tile_sums
+from .rounding import HALF_BFLOAT16, differ, join_master, random_bits, round_to_bfloat16, split_master, to_float32
+from .telemetry import TELEMETRY_COLUMNS, add_sums, tile_sums
 from .variants import StepVariant
 
 CHUNK_BITS = tl.constexpr(tables.CHUNK_BITS)
@@ -59,23 +59,23 @@ def _scalars(scalars_ptr):
 
 
 @triton.jit
-def _updated(param, grad, exp_avg, exp_avg_sq, scalars):
+def _update(param, grad, exp_avg, exp_avg_sq, scalars):
     step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor = scalars
     grad = grad * grad_factor + param * l2
     exp_avg += (grad - exp_avg) * one_minus_beta1
     exp_avg_sq += (grad * grad - exp_avg_sq) * exp_avg_sq_weight
-    # A reciprocal root takes 6 instructions less than a quotient. eps is 0 or at least 2^-63, so no square of this sum
-    # underflows; past the root of the largest float32 it overflows, and the update is 0.
+    # rsqrt takes 6 instructions less than a division. root * root cannot underflow, because eps is 0 or at least 2^-63.
+    # If it overflows, the update is 0.
     root = tl.sqrt(exp_avg_sq) + eps
     param -= param * decay + exp_avg * tl.rsqrt(root * root) * step_size
     return param, exp_avg, exp_avg_sq
 
 
 @triton.jit
-def _stored(param, master, MASTER_DTYPE: tl.constexpr):
-    if MASTER_DTYPE is None:
+def _stored_weight(param, master):
+    if master is None:
         return to_float32(param)
-    elif MASTER_DTYPE == tl.float32:
+    elif master.dtype == tl.float32:
         return master
     else:
         return join_master(param, master)
@@ -86,8 +86,8 @@ def _store_exponents(group_exponents_ptr, exponents, groups, end, LANES: tl.cons
     exponents = exponents.to(group_exponents_ptr.dtype.element_ty)
     stored = groups * GROUP < end
     if LANES > 0:
-        # A column for each thread that shares a group, all but the first masked: there the exponents are already. A
-        # single column would take them through shared memory.
+        # One column for each thread of a group, and only the first is stored. All threads of the group hold the
+        # exponents; a single column would take them through shared memory.
         columns = tl.arange(0, LANES)[None, :]
         groups = tl.max_contiguous(groups + columns, [1, LANES])
         exponents = tl.broadcast_to(exponents, groups.shape)
@@ -97,13 +97,8 @@ def _store_exponents(group_exponents_ptr, exponents, groups, end, LANES: tl.cons
 
 @triton.jit
 def _update_tile(
-    arrays,
-    scalars_ptr,
-    offsets,
-    groups,
-    end,
-    first_index,
-    PARAM_DTYPE: tl.constexpr,
+    chunk,
+    tile,
     STATES: tl.constexpr,
     MASTER_DTYPE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -113,7 +108,9 @@ def _update_tile(
     LANES: tl.constexpr,
 ):
     AXIS: tl.constexpr = 1 if LANES > 0 else 0
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr = arrays
+    pointers, scalars_ptr, first_index = chunk
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr = pointers
+    offsets, groups, end = tile
     mask = offsets < end
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     if not PARAM_IS_COPY:
@@ -132,10 +129,10 @@ def _update_tile(
         exp_avg, exp_avg_sq = to_float32(exp_avg_stored), to_float32(exp_avg_sq_stored)
     scalars, key0, key1 = _scalars(scalars_ptr)
 
-    given_grad, given_param = to_float32(grad), param
-    param, exp_avg, exp_avg_sq = _updated(param, given_grad, exp_avg, exp_avg_sq, scalars)
+    raw_grad, old_param = to_float32(grad), param
+    param, exp_avg, exp_avg_sq = _update(param, raw_grad, exp_avg, exp_avg_sq, scalars)
 
-    # The second moment is rounded by the upper of its element's random bits, the parameter by the lower.
+    # The upper 16 random bits round exp_avg_sq, the lower 16 the parameter.
     random = random_bits(first_index + offsets.to(tl.uint32), key0, key1)
     if MASTER_DTYPE == tl.float32:
         master = param
@@ -144,34 +141,34 @@ def _update_tile(
     elif STOCHASTIC:
         param = round_to_bfloat16(param, random & 0xFFFF)
 
-    # The flag comes last, and masks only the stores: loads would wait for it.
-    written_end = tl.where(tl.load(scalars_ptr + SKIP) == 0.0, end, 0)
-    written = offsets < written_end
-    # Parameters are stored first, to free their registers for the codes.
-    param = param.to(PARAM_DTYPE)
-    tl.store(param_ptr + offsets, param, mask=written)
+    # The skip flag is loaded last and masks only the stores, so that no other load waits for it.
+    store_end = tl.where(tl.load(scalars_ptr + SKIP) == 0.0, end, 0)
+    store_mask = offsets < store_end
+    # Parameters are stored first: that frees their registers for the quantization.
+    param = param.to(param_ptr.dtype.element_ty)
+    tl.store(param_ptr + offsets, param, mask=store_mask)
     if MASTER_DTYPE is not None:
-        tl.store(master_ptr + offsets, master, mask=written)
+        tl.store(master_ptr + offsets, master, mask=store_mask)
     if STATES == "8bit_v16" or STATES == "8bit":
         exp_avg, exp_avg_sq, exponents = quantize_moments(exp_avg, exp_avg_sq, random, STATES, AXIS)
-        _store_exponents(group_exponents_ptr, exponents, groups, written_end, LANES)
+        _store_exponents(group_exponents_ptr, exponents, groups, store_end, LANES)
     elif STATES == "bfloat16":
-        exp_avg, exp_avg_sq = round_to_bfloat16(exp_avg, 0x8000), round_to_bfloat16(exp_avg_sq, random >> 16)
-    tl.store(exp_avg_ptr + offsets, exp_avg, mask=written)
-    exp_avg_sq_written = written
+        exp_avg, exp_avg_sq = round_to_bfloat16(exp_avg, HALF_BFLOAT16), round_to_bfloat16(exp_avg_sq, random >> 16)
+    tl.store(exp_avg_ptr + offsets, exp_avg, mask=store_mask)
+    v_mask = store_mask
     if SKIP_UNCHANGED_V:
         changed = differ(exp_avg_sq, exp_avg_sq_stored).to(tl.int32)
-        exp_avg_sq_written = written & (tl.max(changed, axis=AXIS, keep_dims=True) > 0)
-    tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=exp_avg_sq_written)
+        v_mask = store_mask & (tl.max(changed, axis=AXIS, keep_dims=True) > 0)
+    tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=v_mask)
     if TELEMETRY:
-        stored_param = _stored(param, master, MASTER_DTYPE)
-        return tile_sums(given_grad, given_param, tl.where(written, stored_param, given_param), mask)
+        weight = tl.where(store_mask, _stored_weight(param, master), old_param)
+        return tile_sums(raw_grad, old_param, weight, mask)
     else:
         return 0.0, 0.0, 0.0, 0.0, 0.0
 
 
 @triton.jit
-def _array(address_ptr, DTYPE: tl.constexpr, start, ALIGNED: tl.constexpr):
+def _pointer(address_ptr, DTYPE: tl.constexpr, start, ALIGNED: tl.constexpr):
     pointer = tl.load(address_ptr).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -179,7 +176,7 @@ def _array(address_ptr, DTYPE: tl.constexpr, start, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _arrays(
+def _pointers(
     row_ptr,
     start,
     PARAM_DTYPE: tl.constexpr,
@@ -190,24 +187,24 @@ def _arrays(
     MASTER_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    param_ptr = _array(row_ptr + _PARAM, PARAM_DTYPE, start, ALIGNED)
-    grad_ptr = _array(row_ptr + GRAD, GRAD_DTYPE, start, ALIGNED)
-    exp_avg_ptr = _array(row_ptr + _EXP_AVG, EXP_AVG_DTYPE, start, ALIGNED)
-    exp_avg_sq_ptr = _array(row_ptr + _EXP_AVG_SQ, EXP_AVG_SQ_DTYPE, start, ALIGNED)
+    param_ptr = _pointer(row_ptr + _PARAM, PARAM_DTYPE, start, ALIGNED)
+    grad_ptr = _pointer(row_ptr + GRAD, GRAD_DTYPE, start, ALIGNED)
+    exp_avg_ptr = _pointer(row_ptr + _EXP_AVG, EXP_AVG_DTYPE, start, ALIGNED)
+    exp_avg_sq_ptr = _pointer(row_ptr + _EXP_AVG_SQ, EXP_AVG_SQ_DTYPE, start, ALIGNED)
     master_ptr = param_ptr
     if MASTER_DTYPE is not None:
-        master_ptr = _array(row_ptr + _MASTER, MASTER_DTYPE, start, ALIGNED)
+        master_ptr = _pointer(row_ptr + _MASTER, MASTER_DTYPE, start, ALIGNED)
     group_exponents_ptr = param_ptr
     if STATES == "8bit_v16":
-        group_exponents_ptr = _array(row_ptr + _GROUP_EXPONENTS, tl.uint8, start // GROUP, False)
+        group_exponents_ptr = _pointer(row_ptr + _GROUP_EXPONENTS, tl.uint8, start // GROUP, False)
     elif STATES == "8bit":
-        group_exponents_ptr = _array(row_ptr + _GROUP_EXPONENTS, tl.uint16, start // GROUP, False)
+        group_exponents_ptr = _pointer(row_ptr + _GROUP_EXPONENTS, tl.uint16, start // GROUP, False)
     return param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr
 
 
 @triton.jit
-def _block(SIZE: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr):
-    # max_contiguous caps the layout at VECTOR, else the widest stores need a trip through shared memory.
+def _tile_offsets(SIZE: tl.constexpr, VECTOR: tl.constexpr, GROUPED: tl.constexpr):
+    # max_contiguous limits the layout to VECTOR elements; wider stores would go through shared memory.
     if GROUPED:
         groups = tl.arange(0, SIZE // GROUP)[:, None]
         return groups, tl.max_contiguous(groups * GROUP + tl.arange(0, GROUP)[None, :], [1, VECTOR])
@@ -233,74 +230,43 @@ def adax_step_kernel(
     TELEMETRY: tl.constexpr,
     PARAM_IS_COPY: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
-    VECTOR: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements per 16-byte access of the widest dtype stored
     ALIGNED: tl.constexpr,
 ):
-    """Update one chunk of one tensor; see `StepVariant`.
-
-    `chunks_ptr[program] = tensor << 32 | chunk`. VECTOR is the elements of one 16-byte access of the widest dtype
-    stored.
-    """
-    chunk = tl.load(chunks_ptr + tl.program_id(0))
-    row_ptr = tensors_ptr + (chunk >> CHUNK_BITS) * TENSOR_COLUMNS
-    start = (chunk & CHUNK_MASK) * CHUNK_SIZE  # int64: a tensor may exceed 2^31 elements
-    arrays = _arrays(
+    """Update one chunk of one tensor; see `adax_step`, and `StepVariant` for the constants."""
+    entry = tl.load(chunks_ptr + tl.program_id(0))
+    row_ptr = tensors_ptr + (entry >> CHUNK_BITS) * TENSOR_COLUMNS
+    start = (entry & CHUNK_MASK) * CHUNK_SIZE  # int64: a tensor may exceed 2^31 elements
+    pointers = _pointers(
         row_ptr, start, PARAM_DTYPE, GRAD_DTYPE, STATES, EXP_AVG_DTYPE, EXP_AVG_SQ_DTYPE, MASTER_DTYPE, ALIGNED
     )
     first_index = (tl.load(row_ptr + _FIRST_ELEMENT) + start).to(tl.uint32)
     remaining = tl.minimum(tl.load(row_ptr + NUMEL) - start, CHUNK_SIZE).to(tl.int32)
     scalars_ptr += tl.load(row_ptr + _SCALAR_ROW) * SCALAR_COLUMNS
+    chunk = (pointers, scalars_ptr, first_index)
 
-    # A mask at an arbitrary element would split every access; this one falls on a vector or group, and the rest is one
-    # small tile.
+    # The tile ends at a whole vector or group, because a mask within one would split its accesses. The remaining
+    # elements are a small tile of their own.
     GROUPED: tl.constexpr = STATES == "8bit_v16" or STATES == "8bit" or SKIP_UNCHANGED_V
     UNIT: tl.constexpr = GROUP if GROUPED else VECTOR
-    groups, offsets = _block(CHUNK_SIZE, VECTOR, GROUPED)
-    tiles_end = tl.multiple_of(remaining & -UNIT, UNIT)
-    tail = tiles_end + tl.arange(0, UNIT)
-    grad_sum, update_sum, param_sum, unchanged, not_finite = _update_tile(
-        arrays,
-        scalars_ptr,
-        offsets,
-        groups,
-        tiles_end,
-        first_index,
-        PARAM_DTYPE,
-        STATES,
-        MASTER_DTYPE,
-        STOCHASTIC,
-        SKIP_UNCHANGED_V,
-        TELEMETRY,
-        PARAM_IS_COPY,
-        GROUP // VECTOR if GROUPED else 0,
+    LANES: tl.constexpr = GROUP // VECTOR if GROUPED else 0
+    groups, offsets = _tile_offsets(CHUNK_SIZE, VECTOR, GROUPED)
+    tile_end = tl.multiple_of(remaining & -UNIT, UNIT)
+    tile = (offsets, groups, tile_end)
+    sums = _update_tile(
+        chunk, tile, STATES, MASTER_DTYPE, STOCHASTIC, SKIP_UNCHANGED_V, TELEMETRY, PARAM_IS_COPY, LANES
     )
-    if tiles_end != remaining:
-        more = _update_tile(
-            arrays,
-            scalars_ptr,
-            tail,
-            tiles_end // GROUP + tl.arange(0, 1),
-            remaining,
-            first_index,
-            PARAM_DTYPE,
-            STATES,
-            MASTER_DTYPE,
-            STOCHASTIC,
-            SKIP_UNCHANGED_V,
-            TELEMETRY,
-            PARAM_IS_COPY,
-            0,
+    if tile_end != remaining:
+        tail = (tile_end + tl.arange(0, UNIT), tile_end // GROUP + tl.arange(0, 1), remaining)
+        tail_sums = _update_tile(
+            chunk, tail, STATES, MASTER_DTYPE, STOCHASTIC, SKIP_UNCHANGED_V, TELEMETRY, PARAM_IS_COPY, 0
         )
         if TELEMETRY:
-            grad_sum, update_sum, param_sum = grad_sum + more[0], update_sum + more[1], param_sum + more[2]
-            unchanged, not_finite = unchanged + more[3], not_finite + more[4]
+            sums = add_sums(sums, tail_sums)
     if TELEMETRY:
         chunk_sums_ptr += tl.program_id(0) * TELEMETRY_COLUMNS
-        tl.store(chunk_sums_ptr, grad_sum)
-        tl.store(chunk_sums_ptr + 1, update_sum)
-        tl.store(chunk_sums_ptr + 2, param_sum)
-        tl.store(chunk_sums_ptr + 3, unchanged)
-        tl.store(chunk_sums_ptr + 4, not_finite)
+        for column in tl.static_range(TELEMETRY_COLUMNS):
+            tl.store(chunk_sums_ptr + column, sums[column])
 
 
 def adax_step(
@@ -312,16 +278,16 @@ def adax_step(
 ) -> None:
     """Apply one update to every tensor of a table, in place and in one launch.
 
-    The update is that of `adax_triton.update.reference.adax_update`, in float32 arithmetic.
+    It is the update of `adax_triton.update.reference.adax_update`, in float32.
 
     Args:
-        tensors: (n, 9) int64, see `tables.TENSOR_COLUMNS`. The arrays are contiguous.
-        chunks: (programs,) int64: `tensor << 32 | chunk` for each run of `launch.chunk_size()` elements of each tensor.
+        tensors: (n, 9) int64, see `tables.TENSOR_COLUMNS`. Every address is that of a contiguous array.
+        chunks: (programs,) int64: `tensor << 32 | chunk` for each `launch.chunk_size()` elements of each tensor.
         scalars: (rows, 10) float32, see `tables.SCALAR_COLUMNS`.
-        variant: what all tensors of the table have in common.
+        variant: compile-time options, the same for all tensors of the table.
         chunk_sums: (programs, 5) float32, written by a variant with telemetry; see `tables.SUM_COLUMNS`.
 
-    The caller keeps every tensor behind an address alive until the launch is enqueued.
+    The caller keeps all tensors of the table alive until the launch is enqueued.
     """
     if chunks.numel() == 0:
         return

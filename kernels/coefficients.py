@@ -1,7 +1,7 @@
-"""The scalars of a step found on the device, so that a step can be skipped, or replayed from a graph, without the host.
+"""Compute the scalars of a step on the GPU, so that it can skip steps and CUDA graphs can replay them.
 
-One small launch before the update: each lane takes one tensor's step count to the row of scalars that `adax_step`
-reads. All is float64; `adax_triton/update/coefficients.py` has the closed forms, and their reasons.
+A small launch before the update: each thread computes one tensor's row of the scalar table from its step count, in
+float64. `adax_triton/update/coefficients.py` explains the closed forms.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .adax_step import (
 from .launch import launch
 from .rounding import from_bits, random_bits
 
-# Addresses of the step count and of the learning rate, with the row of the group between them.
+# Address of the step count, row of the group, address of the learning rate.
 ROW_COLUMNS = tl.constexpr(3)
 # The fields of DeviceCoefficients.
 COEFFICIENT_COLUMNS = tl.constexpr(14)
-# What torch.nn.utils.clip_grad_norm_ adds to the norm.
+# Added to the norm, as in torch.nn.utils.clip_grad_norm_.
 NORM_EPS = tl.constexpr(1e-6)
 # Tensors per program, one per thread.
 BLOCK_SIZE = 128
@@ -38,18 +38,16 @@ BLOCK_SIZE = 128
 
 @triton.jit
 def _one_minus_exp(x):
-    """Return `1 - exp(-x)` for x >= 0; the difference alone would lose as many digits as x is small."""
+    """Return `1 - exp(-x)` for x >= 0, without cancellation for small x."""
     series = x * (1.0 - x / 2.0 * (1.0 - x / 3.0 * (1.0 - x / 4.0)))
     return tl.where(x < 0.001, series, 1.0 - tl.exp(-x))
 
 
 @triton.jit
 def random_key(seed, step):
-    """Return the two words of `adax_triton.update.rounding.random_key`.
+    """Return the words of `update.rounding.random_key` for a uint32 seed and a step modulo 2^32.
 
-    Takes a uint32 seed and the lower 32 bits of the step.
-
-    With a key of zeros, `random_bits` is the plain mixer.
+    `random_bits` with the key (0, 0) is the hash that makes both words.
     """
     key0 = random_bits(seed ^ random_bits(step, 0, 0), 0, 0)
     key1 = random_bits((step + 0x9E3779B9) ^ random_bits(seed ^ 0xFFFFFFFF, 0, 0), 0, 0)
@@ -57,8 +55,8 @@ def random_key(seed, step):
 
 
 @triton.jit
-def _decide(inputs_ptr):
-    """Return the norm, clip factor and scale of the gradients, and whether the step is taken."""
+def _clip_and_skip(inputs_ptr):
+    """Return the gradients' norm, clip factor and scale, and whether the step is taken."""
     grad_scale = tl.load(inputs_ptr)
     found_inf = tl.load(inputs_ptr + 1)
     norm = tl.sqrt(tl.load(inputs_ptr + 2)) / grad_scale
@@ -72,16 +70,10 @@ def _decide(inputs_ptr):
 
 @triton.jit(do_not_specialize=["n"])
 def prepare_step_kernel(
-    rows_ptr,
-    groups_ptr,
-    inputs_ptr,
-    scalars_ptr,
-    report_ptr,
-    n: tl.int64,
-    BLOCK_SIZE: tl.constexpr,
+    rows_ptr, groups_ptr, inputs_ptr, scalars_ptr, report_ptr, n: tl.int64, BLOCK_SIZE: tl.constexpr
 ):
-    """Advance the step counts of one block of tensors, and write their scalars."""
-    norm, clip, grad_scale, taken = _decide(inputs_ptr)
+    """Advance the step counts of one block of tensors, and write their scalars; see `prepare_step`."""
+    norm, clip, grad_scale, taken = _clip_and_skip(inputs_ptr)
     skip = tl.where(taken, 0.0, 1.0)
     if tl.program_id(0) == 0:
         tl.store(report_ptr, norm.to(tl.float32))
@@ -95,7 +87,7 @@ def prepare_step_kernel(
     groups_ptr += tl.load(rows_ptr + 1, mask=mask, other=0) * COEFFICIENT_COLUMNS
     lr_address = tl.load(rows_ptr + 2, mask=mask, other=0)
 
-    # Ones keep the lanes without a tensor from dividing by 0.
+    # other=1.0 keeps threads without a tensor from dividing by 0.
     group_lr = tl.load(groups_ptr, mask=mask, other=1.0)
     bias_rate = tl.load(groups_ptr + 1, mask=mask, other=1.0)
     one_minus_beta1 = tl.load(groups_ptr + 2, mask=mask, other=1.0)
@@ -118,7 +110,7 @@ def prepare_step_kernel(
     t = step.to(tl.float64)
     weight = weight_factor * tl.exp(-weight_power * tl.log(t) - weight_decline * t) / _one_minus_exp(weight_rate * t)
     eps = tl.maximum(group_eps + raw_eps * tl.sqrt(weight), smallest_eps)
-    # float64 to an unsigned integer is not defined alike everywhere.
+    # By way of int64, because casts of float64 to uint32 differ between backends.
     key0, key1 = random_key(seed.to(tl.int64).to(tl.uint32), step.to(tl.uint32))
 
     scalars_ptr += tensors * SCALAR_COLUMNS
@@ -144,25 +136,28 @@ def prepare_step(
 ) -> None:
     """Decide whether a step is taken, advance step counts if it is, and write the scalars of each tensor.
 
-    A step is skipped where `found_inf` is not 0, or where gradients are clipped and their norm is not finite. All
-    tensors lie on one device and are contiguous.
+    A step is skipped if `found_inf` is not 0, or if gradients are clipped and their norm is not finite. All tensors are
+    on one device and contiguous.
 
     Args:
         rows: (n, 3) int64: the address of the tensor's step count, 0-d int64; the row of `groups`; the address of its
-            learning rate, float32, or 0 for that of the group. No two rows have the same count.
+            learning rate, float32, or 0 to use that of the group. No two rows have the same step count.
         groups: (k, 14) float64: the fields of `adax_triton.update.coefficients.DeviceCoefficients` in order.
-        inputs: (4,) float64: the scale that the gradients bear, 1 where there is none; `found_inf`, 0 where there is
-            none; the sum of squares of the gradients as they are; the norm to clip them to, inf to have it measured
-            only, 0 for neither, where the sum is not looked at.
-        scalars: (n, 10) float32, written: see `kernels.adax_step`, those of step t = count + 1. `grad_factor` also
-            divides by the scale and clips.
-        report: (3,) float32, written: the norm of the unscaled gradients, NaN where it is not asked for; what clips
-            them, `min(1, max_grad_norm / (norm + 1e-6))` as in `torch.nn.utils.clip_grad_norm_`, or 1; 1 if the step
-            is skipped, else 0.
+        inputs: (4,) float64:
+            [0] the scale of the gradients, 1 if there is none;
+            [1] `found_inf`, 0 if there is none;
+            [2] the sum of squares of the gradients, still scaled;
+            [3] the norm to clip to; inf only measures the norm; 0 does neither and ignores [2].
+        scalars: (n, 10) float32, written: see `tables.SCALAR_COLUMNS`, for step t = count + 1. `grad_factor` includes
+            the clip factor and one over the scale.
+        report: (3,) float32, written:
+            [0] the norm of the unscaled gradients, or NaN if it is not measured;
+            [1] the clip factor `min(1, max_grad_norm / (norm + 1e-6))` of `torch.nn.utils.clip_grad_norm_`, or 1;
+            [2] 1 if the step is skipped, else 0.
 
-    The caller keeps every tensor behind an address alive until the launch is enqueued.
+    The caller keeps all tensors of the table alive until the launch is enqueued.
     """
     n = rows.shape[0]
-    programs = max(1, triton.cdiv(n, BLOCK_SIZE))  # one for the report at least
+    programs = max(1, triton.cdiv(n, BLOCK_SIZE))  # at least one, which writes the report
     arguments = (rows, groups, inputs, scalars, report, n)
     launch(prepare_step_kernel, programs, arguments, None, lambda: {"BLOCK_SIZE": BLOCK_SIZE}, {})

@@ -1,4 +1,4 @@
-"""The sum of the squares of all gradients of a launch: one read, no atomics, the same bits every time."""
+"""Sum the squares of all gradients: one read, no atomics, the same bits at every run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .adax_step import CHUNK_BITS, CHUNK_MASK, GRAD, NUMEL, TENSOR_COLUMNS
 from .launch import current_backend, launch, launch_shape
 from .variants import TRITON_DTYPES
 
-# Programs, each of which writes one partial sum; all of them fit on a large GPU at once.
+# Programs at most. Each writes one partial sum, and all fit on a large GPU at once.
 MAX_PARTIALS = 1024
 
 
@@ -30,13 +30,13 @@ def grad_norm_kernel(
     tensors_ptr,
     chunks_ptr,
     partials_ptr,
-    chunk_count: tl.int64,  # with do_not_specialize, what makes one variant serve every count
+    chunk_count: tl.int64,  # typed and not specialized: one compiled kernel for every count
     GRAD_DTYPE: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Add up the chunks program, program + programs, ...; VECTOR is the elements of one access."""
-    # max_contiguous caps the layout at VECTOR.
+    """Sum the squares of chunks i, i + num_programs, ... in program i; VECTOR elements make one access."""
+    # max_contiguous limits the layout to VECTOR elements.
     offsets = tl.max_contiguous(tl.arange(0, CHUNK_SIZE), VECTOR)
     total = tl.zeros([CHUNK_SIZE], dtype=tl.float32)
     tail_total = tl.zeros([VECTOR], dtype=tl.float32)
@@ -46,10 +46,11 @@ def grad_norm_kernel(
         grad_ptr = address.to(tl.pointer_type(GRAD_DTYPE))
         if VECTOR > 1:
             grad_ptr = tl.multiple_of(grad_ptr, 16)
-        # A mask at an arbitrary element would split every access; the rest is one small tile.
+        # The tile ends at a whole vector, because a mask within one would split its accesses. The remaining elements
+        # are a small tile of their own.
         tile_end = (remaining // VECTOR) * VECTOR
         grad = tl.load(grad_ptr + offsets, mask=offsets < tile_end, other=0.0)
-        # Looked up here, the next chunk's address does not wait for these gradients.
+        # Look up the next chunk before the gradients are used, so that its address does not wait for them.
         index += tl.num_programs(0)
         next_address, next_remaining = _locate(tensors_ptr, chunks_ptr, index, chunk_count, GRAD_DTYPE, CHUNK_SIZE)
         grad = grad.to(tl.float32)
@@ -63,7 +64,7 @@ def grad_norm_kernel(
 
 
 def partial_count(chunks: int) -> int:
-    """Return how many partial sums `grad_norm_partials` is given for a table of `chunks` chunks."""
+    """Return the number of partial sums for a table of `chunks` chunks."""
     return max(1, min(chunks, MAX_PARTIALS))
 
 
@@ -76,23 +77,21 @@ def grad_norm_partials(
 ) -> None:
     """Write partial sums of the squares of all gradients of a table; their sum is the squared norm.
 
-    Gradients are converted to float32, and squared and added in float32, in an order that depends on the chunks and on
-    the number of partial sums alone. A gradient that is not finite, or whose square is not, makes its partial sum inf
-    or NaN.
+    Gradients are converted to float32, squared and added in float32. The order depends only on the chunks and the
+    number of partial sums. If a gradient or its square is not finite, its partial sum is inf or NaN.
 
     Args:
-        tensors: (n, 9) int64, the table of `adax_step`; read are the gradient's address and the number of elements.
-        chunks: (programs,) int64: `tensor << 32 | chunk` for each run of `launch.chunk_size()` elements of each
-            tensor. There may be none.
-        partials: (k,) float32, 1 <= k <= MAX_PARTIALS, all written; see `partial_count`.
-        grad_dtype: of all gradients: float32, bfloat16, float16 or float64.
-        aligned: every gradient's address is a multiple of 16 bytes.
+        tensors: (n, 9) int64, the table of `adax_step`; only the columns `grad` and `numel` are read.
+        chunks: (k,) int64, k >= 0: `tensor << 32 | chunk` for each `launch.chunk_size()` elements of each tensor.
+        partials: (m,) float32, 1 <= m <= MAX_PARTIALS, all written; see `partial_count`.
+        grad_dtype: dtype of all gradients: float32, bfloat16, float16 or float64.
+        aligned: whether every gradient's address is a multiple of 16 bytes.
 
-    The caller keeps every gradient alive until the launch is enqueued.
+    The caller keeps all gradients alive until the launch is enqueued.
     """
     shape = launch_shape(current_backend())
     dtype = TRITON_DTYPES[grad_dtype]
-    # 16 bytes is the widest access.
+    # The widest access is 16 bytes.
     vector = min(128 // dtype.primitive_bitwidth, shape.elements_per_thread) if aligned else 1
     launch(
         grad_norm_kernel,

@@ -1,4 +1,4 @@
-"""How a kernel is launched: elements per program, warps, and the width of its accesses."""
+"""Launch Triton kernels: launch shape, cache of compiled kernels, deferred launches."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from torch import Tensor
 
 
 class LaunchShape(NamedTuple):
-    """Elements per program, the warps that share them, and the elements each thread then has."""
+    """Elements per program, warps per program, elements per thread."""
 
     chunk_size: int
     num_warps: int
     elements_per_thread: int
 
 
-# 8 elements per thread at 32 threads per warp (NVIDIA) and 64 (AMD). On an H200 no other shape and no register cap is
-# more than 3 % faster in any mode (bench/results/nvidia-h200-variants.json). AMD's was never timed. Generated code has
-# no spills, no shared memory, and every data load before the first store (tests/gpu_code/test_code_audit.py).
+# 8 elements per thread, with 32 threads per warp (NVIDIA) or 64 (AMD). On an H200 the best other shape or register
+# limit gains at most 3 % in any mode (bench/results/nvidia-h200-variants.json); the AMD shape is not timed. The
+# generated code has no spills, no shared memory, and every data load before the first store
+# (tests/gpu_code/test_code_audit.py).
 _SHAPES = {"cuda": LaunchShape(2048, 8, 8), "hip": LaunchShape(2048, 4, 8)}
 
 
@@ -31,7 +32,7 @@ def launch_shape(backend: str) -> LaunchShape:
     """Return the launch shape for `"cuda"` or `"hip"`.
 
     Raises:
-        ValueError: no kernel has been audited for this backend.
+        ValueError: `backend` is not one of these.
     """
     if backend not in _SHAPES:
         raise ValueError(f"Invalid backend: {backend!r}; expected one of {sorted(_SHAPES)}")
@@ -39,42 +40,42 @@ def launch_shape(backend: str) -> LaunchShape:
 
 
 def current_backend() -> str:
-    """Return the backend this PyTorch was built for; the interpreter launches as on CUDA."""
+    """Return the backend of this PyTorch, `"cuda"` or `"hip"`; the interpreter uses the shape of CUDA."""
     return "hip" if torch.version.hip else "cuda"
 
 
 def chunk_size() -> int:
-    """Return the elements one program updates; chunk tables are built for it."""
+    """Return the number of elements per program, which is also the size of the chunks in chunk tables."""
     return launch_shape(current_backend()).chunk_size
 
 
 def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1` when Triton was imported)."""
+    """Return True if Triton interprets kernels on CPU tensors (`TRITON_INTERPRET=1` at its import)."""
     return bool(triton.knobs.runtime.interpret)
 
 
-# Triton's compiled kernels, with their compile-time arguments, by what they were compiled for.
+# (kernel, device, variant), alignment of the arguments -> (compiled kernel, compile-time arguments).
 _compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
 
-class _Held(threading.local):
+class _DeferredLaunches(threading.local):
     launches: list[Callable[[], object]] | None = None
 
 
-_held = _Held()
+_deferred = _DeferredLaunches()
 
 
 @contextlib.contextmanager
 def deferred_launches() -> Iterator[list[Callable[[], object]]]:
-    """Have this thread's launches compile their kernels and wait in a list; the caller calls each, in order.
+    """Collect this thread's launches in a list, with compiled kernels; the caller then calls each one, in order.
 
-    Compiling may fail, and so may allocations between launches. Nothing has been launched by then.
+    If a compilation fails, or an allocation between launches, nothing has been launched yet.
     """
-    launches = _held.launches = []
+    launches = _deferred.launches = []
     try:
         yield launches
     finally:
-        _held.launches = None
+        _deferred.launches = None
 
 
 def launch(
@@ -85,22 +86,23 @@ def launch(
     constants: Callable[[], dict[str, Any]],
     options: dict[str, int],
 ) -> None:
-    """Launch a kernel on the current stream of its arguments' device, or hold the launch, see `deferred_launches`.
+    """Launch a kernel on the current stream of its arguments' device, or defer it; see `deferred_launches`.
 
-    Triton looks at every argument at every launch to find the compiled kernel, which takes longer than the launch
-    itself. Here the first launch of a variant leaves the compiled kernel for the next ones.
+    The first launch of a variant caches the compiled kernel for the next ones. Triton itself inspects every argument at
+    every launch to find it, which takes longer than the launch.
 
     Args:
-        kernel: a function of `triton.jit`.
-        programs: how many run.
-        arguments: of the kernel, in order; the first is a tensor. Numbers must be typed and not specialized.
-        variant: names the compile-time arguments and options.
+        kernel: a function decorated with `triton.jit`.
+        programs: size of the grid.
+        arguments: run-time arguments of the kernel, in order; the first is a tensor. The kernel annotates each number
+            with its type and lists it in `do_not_specialize`.
+        variant: cache key of the compile-time arguments and options.
         constants: returns the compile-time arguments, by name and in order.
-        options: of the compiler, such as `num_warps`.
+        options: compiler options, such as `num_warps`.
     """
     device = arguments[0].device
     if device.type != "cuda":
-        _start(device, kernel[(programs,)], arguments, {**constants(), **options})
+        _run_or_defer(device, kernel[(programs,)], arguments, {**constants(), **options})
     elif device.index == torch.cuda.current_device():
         _launch(kernel, programs, arguments, (kernel.fn, device.index, variant), constants, options)
     else:
@@ -116,30 +118,30 @@ def _launch(
     constants: Callable[[], dict[str, Any]],
     options: dict[str, int],
 ) -> None:
-    # Code for addresses that are multiples of 16 would be wrong for others.
+    # Part of the cache key, because Triton compiles other code for addresses that are multiples of 16.
     aligned = tuple([argument.data_ptr() % 16 == 0 for argument in arguments if isinstance(argument, Tensor)])
     found = _compiled.get((key, aligned))
     if found is None:
-        values = constants()
-        found = kernel.warmup(*arguments, **values, **options, grid=(programs,)), tuple(values.values())
+        by_name = constants()
+        found = kernel.warmup(*arguments, **by_name, **options, grid=(programs,)), tuple(by_name.values())
         _compiled[key, aligned] = found
-    compiled, others = found
+    compiled, values = found
     stream = triton.runtime.driver.active.get_current_stream(key[1])
-    # To be subscribed loads the code onto the device, if it is not there yet.
+    # Indexing with the grid loads the code onto the device, if it is not there yet.
     run = compiled[(programs, 1, 1)]
-    if _held.launches is None:
-        run(*arguments, *others, stream=stream)
+    if _deferred.launches is None:
+        run(*arguments, *values, stream=stream)
     else:
-        _start(arguments[0].device, run, (*arguments, *others), {"stream": stream})
+        _run_or_defer(arguments[0].device, run, (*arguments, *values), {"stream": stream})
 
 
-def _start(
+def _run_or_defer(
     device: torch.device, run: Callable[..., object], arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> None:
-    if _held.launches is None:
+    if _deferred.launches is None:
         run(*arguments, **keywords)
     else:
-        _held.launches.append(functools.partial(_run_on, device, functools.partial(run, *arguments, **keywords)))
+        _deferred.launches.append(functools.partial(_run_on, device, functools.partial(run, *arguments, **keywords)))
 
 
 def _run_on(device: torch.device, run: Callable[[], object]) -> None:

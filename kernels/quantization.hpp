@@ -1,7 +1,8 @@
-// The codes of compact states; formats and reasons are in adax_triton/update/quantization.py. The twin of quantization.py.
+// Quantizes and dequantizes moments on the CPU, as quantization.py does on the GPU; the formats are described in
+// adax_triton/update/quantization.py. `direction` is u, the first moment over a power of two near the root of v.
 //
-// Groups are taken many at a time, and each stage for all of them before the next: what one group waits for, such as
-// its largest element, is then found while others are worked on.
+// Groups are processed in batches of 16, one stage after the other for the whole batch. While the maximum of one group
+// is found, the CPU works on the others.
 
 #pragma once
 
@@ -10,49 +11,65 @@
 namespace adax {
 
 constexpr int BATCH = 16;  // groups
+constexpr uint32_t MAX_DROPPED = EXPONENT_SHIFT - MIN_FRACTION_BITS, MAX_SCALE = MAX_STORED_SCALE;
+constexpr uint32_t FRACTION_MASK = (1u << (SCALE_SHIFT - FRACTION_SHIFT)) - 1;
+// Half a unit of a code with 7 bits: adding it raises the scale of a group whose largest u would round to 128.
+constexpr uint32_t HALF_CODE = 1u << (EXPONENT_SHIFT - 7);
+// 1.5 * 2^23: adding it rounds a float in (-2^22, 2^22) to an integer in the low bits of its pattern.
+constexpr float TO_INTEGER = 12582912.0f;
+// The bits of 2^-k are these minus the bits of 2^k.
+constexpr uint32_t RECIPROCAL_BITS = 2u * EXPONENT_BIAS << EXPONENT_SHIFT;
 
-// Moments of some groups, before and after the update, and the random bits of their elements.
+// Moments of a batch of groups, before and after the update, and the random bits of their elements.
 struct Moments {
     float exp_avg[BATCH][GROUP], exp_avg_sq[BATCH][GROUP];
     uint32_t random[BATCH][GROUP];
 };
 
-inline uint32_t code_start(uint32_t exponent, uint32_t fraction) {
-    return uint32_t(largest_of(int32_t((exponent + 1) << fraction) - 255, 0));
+inline uint32_t code_offset(uint32_t exponent, uint32_t fraction) {
+    return uint32_t(largest_of(int32_t((exponent + 1) << fraction) - MAX_V_CODE, 0));
 }
 
-// Codes of exp_avg_sq are unsigned: (code + start) << dropped are the bits of a float32.
-template <class SECOND>
-void decode_group(
-    const int8::word* first, const typename SECOND::word* second, uint32_t start, uint32_t dropped, uint32_t scale,
-    float* exp_avg, float* exp_avg_sq) {
+// The bits of exp_avg_sq are (code + offset) << dropped, with an unsigned code.
+template <class V_CODE>
+void dequantize_group(
+    const int8::word* exp_avg_codes, const typename V_CODE::word* exp_avg_sq_codes, uint32_t offset, uint32_t dropped,
+    uint32_t scale, float* exp_avg, float* exp_avg_sq) {
 #pragma omp simd
     for (int j = 0; j < GROUP; ++j) {
-        const uint32_t bits = (uint32_t(second[j]) + start) << dropped;
+        const uint32_t bits = (uint32_t(exp_avg_sq_codes[j]) + offset) << dropped;
         exp_avg_sq[j] = from_bits(bits);
-        exp_avg[j] = float(int32_t(first[j])) * from_bits((bits >> 1 & 0x7F800000) + (scale << 23));
+        const float unit = from_bits((bits >> 1 & INFINITY_BITS) + (scale << EXPONENT_SHIFT));
+        exp_avg[j] = float(int32_t(exp_avg_codes[j])) * unit;
     }
 }
 
-inline void decode(
-    const int8::word* first, const uint16::word* second, const uint8::word* exponents, int groups, Moments& m) {
+// "8bit_v16"
+inline void dequantize_moments(
+    const int8::word* exp_avg, const uint16::word* exp_avg_sq, const uint8::word* exponents, int groups, Moments& m) {
     for (int g = 0; g < groups; ++g) {
-        decode_group<uint16>(first + g * GROUP, second + g * GROUP, 0, 15, exponents[g], m.exp_avg[g], m.exp_avg_sq[g]);
+        dequantize_group<uint16>(
+            exp_avg + g * GROUP, exp_avg_sq + g * GROUP, 0, V16_DROPPED_BITS, exponents[g], m.exp_avg[g],
+            m.exp_avg_sq[g]);
     }
 }
 
-inline void decode(
-    const int8::word* first, const uint8::word* second, const uint16::word* exponents, int groups, Moments& m) {
+// "8bit"
+inline void dequantize_moments(
+    const int8::word* exp_avg, const uint8::word* exp_avg_sq, const uint16::word* exponents, int groups, Moments& m) {
     for (int g = 0; g < groups; ++g) {
-        const uint32_t word = exponents[g], fraction = (word >> 8 & 3) + 3;
-        const uint32_t start = code_start(word & 0xFF, fraction), scale = (word >> 10) + 48;
-        decode_group<uint8>(
-            first + g * GROUP, second + g * GROUP, start, 23 - fraction, scale, m.exp_avg[g], m.exp_avg_sq[g]);
+        const uint32_t word = exponents[g], fraction = (word >> FRACTION_SHIFT & FRACTION_MASK) + MIN_FRACTION_BITS;
+        const uint32_t offset = code_offset(word & 0xFF, fraction), scale = (word >> SCALE_SHIFT) + MIN_SCALE;
+        dequantize_group<uint8>(
+            exp_avg + g * GROUP, exp_avg_sq + g * GROUP, offset, EXPONENT_SHIFT - fraction, scale, m.exp_avg[g],
+            m.exp_avg_sq[g]);
     }
 }
 
-// What exp_avg is stored over: nearly the root of exp_avg_sq, of which these are the stored bits.
-inline float inverse_root(uint32_t stored_bits) { return from_bits(0x7F000000 - (stored_bits >> 1 & 0x7F800000)); }
+// Returns 2^-(E(v) // 2), which turns exp_avg into u, from the stored bits of v.
+inline float inverse_root(uint32_t stored_bits) {
+    return from_bits(RECIPROCAL_BITS - (stored_bits >> 1 & INFINITY_BITS));
+}
 
 inline int32_t largest_magnitude(const float* directions) {
     int32_t largest = 0;
@@ -64,19 +81,17 @@ inline int32_t largest_magnitude(const float* directions) {
     return largest;
 }
 
-// Stores exp_avg, over the root of exp_avg_sq by now, in the scales of the groups, and returns these.
-inline void encode_directions(
-    const Moments& m, const int32_t* largest, int groups, uint32_t origin, int8::word* first, uint32_t* scales) {
+// Quantizes u, which m.exp_avg holds, and writes the groups' scales.
+inline void quantize_directions(
+    const Moments& m, const int32_t* largest, int groups, uint32_t origin, int8::word* codes, uint32_t* scales) {
     for (int g = 0; g < groups; ++g) {
-        // The addend raises the scale where the largest would be rounded to 128.
-        scales[g] = largest_of((uint32_t(largest[g]) + 0x10000) >> 23, origin);
+        scales[g] = largest_of((uint32_t(largest[g]) + HALF_CODE) >> EXPONENT_SHIFT, origin);
     }
     for (int g = 0; g < groups; ++g) {
-        const float factor = from_bits((260 - scales[g]) << 23);
+        const float factor = from_bits((SCALE_ORIGIN + EXPONENT_BIAS - scales[g]) << EXPONENT_SHIFT);
 #pragma omp simd
         for (int j = 0; j < GROUP; ++j) {
-            // The addend leaves the nearest integer in the low bits of the pattern.
-            first[g * GROUP + j] = int8::word(bits_of(m.exp_avg[g][j] * factor + 12582912.0f));
+            codes[g * GROUP + j] = int8::word(bits_of(m.exp_avg[g][j] * factor + TO_INTEGER));
         }
         scales[g] -= origin;
     }
@@ -84,78 +99,86 @@ inline void encode_directions(
 
 inline bool is_normal(uint32_t bits) { return bits - SMALLEST_NORMAL < INFINITY_BITS - SMALLEST_NORMAL; }
 
-inline void encode(Moments& m, int groups, int8::word* first, uint16::word* second, uint8::word* exponents) {
+// "8bit_v16"
+inline void quantize_moments(
+    Moments& m, int groups, int8::word* exp_avg, uint16::word* exp_avg_sq, uint8::word* exponents) {
     int32_t largest[BATCH];
     uint32_t scales[BATCH];
     for (int g = 0; g < groups; ++g) {
 #pragma omp simd
         for (int j = 0; j < GROUP; ++j) {
             const uint32_t bits = smallest_of(bits_of(m.exp_avg_sq[g][j]), QUIET_NAN);
-            const uint32_t rounded = (bits + (m.random[g][j] >> 17)) >> 15;
-            second[g * GROUP + j] = uint16_t(rounded);
-            m.exp_avg[g][j] = (is_normal(bits) ? m.exp_avg[g][j] : 0.0f) * inverse_root(rounded << 15);
+            const uint32_t rounded = (bits + (m.random[g][j] >> (32 - V16_DROPPED_BITS))) >> V16_DROPPED_BITS;
+            exp_avg_sq[g * GROUP + j] = uint16_t(rounded);
+            m.exp_avg[g][j] = (is_normal(bits) ? m.exp_avg[g][j] : 0.0f) * inverse_root(rounded << V16_DROPPED_BITS);
         }
     }
     for (int g = 0; g < groups; ++g) largest[g] = largest_magnitude(m.exp_avg[g]);
-    encode_directions(m, largest, groups, 133, first, scales);
+    quantize_directions(m, largest, groups, SCALE_ORIGIN, exp_avg, scales);
     for (int g = 0; g < groups; ++g) exponents[g] = uint8_t(scales[g]);
 }
 
-// Finds the bits of exp_avg_sq, at most the largest finite one, and how many of them each group drops.
-inline void find_dropped(Moments& m, int groups, int32_t* largest, uint32_t* dropped) {
+// Finds each group's largest finite v, or infinity if there is none, and the number of low bits that its codes drop.
+inline void find_dropped_bits(Moments& m, int groups, int32_t* largest, uint32_t* dropped) {
     int32_t smallest[BATCH];
     for (int g = 0; g < groups; ++g) {
-        int32_t most = -1, least = INT32_MAX;
-#pragma omp simd reduction(max : most) reduction(min : least)
+        int32_t max_bits = -1, min_bits = INT32_MAX;
+#pragma omp simd reduction(max : max_bits) reduction(min : min_bits)
         for (int j = 0; j < GROUP; ++j) {
             const int32_t bits = int32_t(smallest_of(bits_of(m.exp_avg_sq[g][j]), QUIET_NAN));
-            most = largest_of(most, bits < int32_t(INFINITY_BITS) ? bits : -1);
-            least = smallest_of(least, bits);
+            max_bits = largest_of(max_bits, bits < int32_t(INFINITY_BITS) ? bits : -1);
+            min_bits = smallest_of(min_bits, bits);
         }
-        largest[g] = most, smallest[g] = least;
+        largest[g] = max_bits, smallest[g] = min_bits;
     }
     for (int g = 0; g < groups; ++g) {
         largest[g] = largest[g] < 0 ? int32_t(INFINITY_BITS) : largest[g];
-        const int32_t octaves = (largest[g] >> 23) - (smallest_of(smallest[g], largest[g]) >> 23);
-        dropped[g] = 20u - (octaves <= 13) - (octaves <= 5) - (octaves <= 1);
+        const int32_t range = (largest[g] >> EXPONENT_SHIFT) - (smallest_of(smallest[g], largest[g]) >> EXPONENT_SHIFT);
+        // Exponent ranges that leave room for 4, 5 and 6 fraction bits.
+        dropped[g] = MAX_DROPPED - (range <= 13) - (range <= 5) - (range <= 1);
     }
 }
 
-inline void encode(Moments& m, int groups, int8::word* first, uint8::word* second, uint16::word* exponents) {
+// "8bit"
+inline void quantize_moments(
+    Moments& m, int groups, int8::word* exp_avg, uint8::word* exp_avg_sq, uint16::word* exponents) {
     int32_t largest[BATCH];
-    uint32_t dropped[BATCH], top[BATCH], starts[BATCH], scales[BATCH];
-    find_dropped(m, groups, largest, dropped);
+    uint32_t dropped[BATCH], top_exponents[BATCH], offsets[BATCH], scales[BATCH];
+    find_dropped_bits(m, groups, largest, dropped);
     for (int g = 0; g < groups; ++g) {
         const uint32_t limit = uint32_t(largest[g]), low_bits = dropped[g];
-        int32_t most = 0;
-#pragma omp simd reduction(max : most)
+        int32_t max_rounded = 0;
+#pragma omp simd reduction(max : max_rounded)
         for (int j = 0; j < GROUP; ++j) {
             const uint32_t bits = bits_of(m.exp_avg_sq[g][j]);
             const uint32_t rounded = (smallest_of(bits, limit) + (m.random[g][j] >> (32 - low_bits))) >> low_bits;
             m.exp_avg[g][j] = is_normal(bits) ? m.exp_avg[g][j] : 0.0f;
-            m.random[g][j] = rounded;
-            most = largest_of(most, int32_t(rounded));
+            m.random[g][j] = rounded;  // in the memory of the random bits, which are used up
+            max_rounded = largest_of(max_rounded, int32_t(rounded));
         }
-        top[g] = uint32_t(most);
+        top_exponents[g] = uint32_t(max_rounded);
     }
     for (int g = 0; g < groups; ++g) {
-        top[g] >>= 23 - dropped[g];
-        starts[g] = code_start(top[g], 23 - dropped[g]);
+        top_exponents[g] >>= EXPONENT_SHIFT - dropped[g];
+        offsets[g] = code_offset(top_exponents[g], EXPONENT_SHIFT - dropped[g]);
     }
     for (int g = 0; g < groups; ++g) {
-        const int32_t start = int32_t(starts[g]);
+        const int32_t offset = int32_t(offsets[g]);
         const uint32_t low_bits = dropped[g];
 #pragma omp simd
         for (int j = 0; j < GROUP; ++j) {
-            const int32_t code = largest_of(int32_t(m.random[g][j]) - start, 1);  // 0 was written by no step
-            second[g * GROUP + j] = uint8_t(code);
-            m.exp_avg[g][j] *= inverse_root(uint32_t(code + start) << low_bits);
+            // Code 0 is reserved for moments that were never updated.
+            const int32_t code = largest_of(int32_t(m.random[g][j]) - offset, 1);
+            exp_avg_sq[g * GROUP + j] = uint8_t(code);
+            m.exp_avg[g][j] *= inverse_root(uint32_t(code + offset) << low_bits);
         }
     }
     for (int g = 0; g < groups; ++g) largest[g] = largest_magnitude(m.exp_avg[g]);
-    encode_directions(m, largest, groups, 133 + 48, first, scales);
+    quantize_directions(m, largest, groups, SCALE_ORIGIN + MIN_SCALE, exp_avg, scales);
     for (int g = 0; g < groups; ++g) {
-        exponents[g] = uint16_t(smallest_of(scales[g], 63u) << 10 | (20 - dropped[g]) << 8 | top[g]);
+        exponents[g] = uint16_t(
+            smallest_of(scales[g], MAX_SCALE) << SCALE_SHIFT | (MAX_DROPPED - dropped[g]) << FRACTION_SHIFT |
+            top_exponents[g]);
     }
 }
 

@@ -1,91 +1,112 @@
-"""Device functions: the codes of compact states; formats and reasons are in `adax_triton/update/quantization.py`.
+"""Quantize and dequantize moments to "8bit_v16" and "8bit", on the GPU.
 
-A tile has its groups of 32 elements along AXIS: the second of a block of groups, or the only one of a single group.
+`adax_triton/update/quantization.py` describes the formats. AXIS is the axis of a group's 32 elements: 1 in a tile of
+(groups, 32), 0 in a tile of one group. `direction` is u, the first moment over a power of two near the root of v.
 """
 
 import triton
 import triton.language as tl
 
 from . import tables
-from .rounding import bits_of, from_bits
+from .rounding import EXPONENT_BIAS, EXPONENT_SHIFT, INFINITY_BITS, QUIET_NAN, SMALLEST_NORMAL, bits_of, from_bits
 
 GROUP = tl.constexpr(tables.GROUP)
+V16_DROPPED_BITS = tl.constexpr(tables.V16_DROPPED_BITS)
+MIN_FRACTION_BITS = tl.constexpr(tables.MIN_FRACTION_BITS)
+FRACTION_MASK = tl.constexpr((1 << tables.SCALE_SHIFT - tables.FRACTION_SHIFT) - 1)
+MAX_V_CODE = tl.constexpr(tables.MAX_V_CODE)
+SCALE_ORIGIN = tl.constexpr(tables.SCALE_ORIGIN)
+MIN_SCALE = tl.constexpr(tables.MIN_SCALE)
+MAX_STORED_SCALE = tl.constexpr(tables.MAX_STORED_SCALE)
+FRACTION_SHIFT = tl.constexpr(tables.FRACTION_SHIFT)
+SCALE_SHIFT = tl.constexpr(tables.SCALE_SHIFT)
+# Pattern of the smallest normal number with one exponent more.
+NEXT_EXPONENT = tl.constexpr(2 * SMALLEST_NORMAL.value)
+LARGEST_FINITE = tl.constexpr(INFINITY_BITS.value - 1)
+# Half a unit of a code with 7 bits: adding it raises the scale of a group whose largest u would round to 128.
+HALF_CODE = tl.constexpr(1 << EXPONENT_SHIFT.value - 7)
+# 1.5 * 2^23: adding it rounds a float32 in (-2^22, 2^22) to an integer in the low bits of its pattern.
+TO_INTEGER = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _code_start(exponent, fraction):
-    return tl.maximum(((exponent + 1) << fraction).to(tl.int32) - 255, 0).to(tl.uint32)
+def _code_offset(exponent, fraction):
+    return tl.maximum(((exponent + 1) << fraction).to(tl.int32) - MAX_V_CODE, 0).to(tl.uint32)
 
 
 @triton.jit
 def _power_of_two(exponent):
-    # By way of a float: the compiler makes shifts of products with what it knows to be a power of two. Shifts share
-    # their units with most of this kernel's instructions, and a product takes a sum along.
-    return from_bits((exponent + 127) << 23).to(tl.uint32)
+    # As a float, or the compiler would turn products with it into shifts. Shifts share their units with most of this
+    # kernel's instructions, and a product fuses with the next sum.
+    return from_bits((exponent + EXPONENT_BIAS) << EXPONENT_SHIFT).to(tl.uint32)
 
 
 @triton.jit
 def dequantize_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
-    """Return float32 moments of the codes "8bit_v16" or "8bit" and their groups' uint32 exponents."""
+    """Dequantize "8bit_v16" or "8bit" codes and the uint32 exponent words of their groups to float32 moments."""
     code = exp_avg_sq.to(tl.uint32)
     if STATES == "8bit_v16":
-        bits = code << 15
-        half = (code << 14) + (exponents << 23)
+        bits = code << V16_DROPPED_BITS
+        root_bits = (code << V16_DROPPED_BITS - 1) + (exponents << EXPONENT_SHIFT)
     else:
-        fraction = ((exponents >> 8) & 3) + 3
-        start = _code_start(exponents & 0xFF, fraction)
-        unit = _power_of_two(22 - fraction)
-        bits = code * (unit + unit) + (start << (23 - fraction))
-        scale = (exponents >> 10) + 48
-        half = code * unit + ((start << (22 - fraction)) + (scale << 23))
-    return exp_avg.to(tl.float32) * from_bits(half & 0x7F800000), from_bits(bits)
+        fraction = ((exponents >> FRACTION_SHIFT) & FRACTION_MASK) + MIN_FRACTION_BITS
+        offset = _code_offset(exponents & 0xFF, fraction)
+        unit = _power_of_two(EXPONENT_SHIFT - 1 - fraction)
+        bits = code * (unit + unit) + (offset << (EXPONENT_SHIFT - fraction))
+        scale = (exponents >> SCALE_SHIFT) + MIN_SCALE
+        root_bits = code * unit + ((offset << (EXPONENT_SHIFT - 1 - fraction)) + (scale << EXPONENT_SHIFT))
+    return exp_avg.to(tl.float32) * from_bits(root_bits & INFINITY_BITS), from_bits(bits)
 
 
 @triton.jit
 def _fraction_bits(bits, largest, AXIS: tl.constexpr):
-    octaves = (largest >> 23) - (tl.min(bits, axis=AXIS, keep_dims=True) >> 23)
-    # One bit fewer for every doubling of octaves + 2.
-    doublings = (bits_of((octaves + 2).to(tl.float32)) >> 23).to(tl.int32) - 127
-    return tl.maximum(7 - doublings, 3).to(tl.uint32)
+    exponent_range = (largest >> EXPONENT_SHIFT) - (tl.min(bits, axis=AXIS, keep_dims=True) >> EXPONENT_SHIFT)
+    # 7 - floor(log2(exponent_range + 2)) fraction bits, and 3 at least.
+    log2 = (bits_of((exponent_range + 2).to(tl.float32)) >> EXPONENT_SHIFT).to(tl.int32) - EXPONENT_BIAS
+    return tl.maximum(7 - log2, MIN_FRACTION_BITS).to(tl.uint32)
 
 
 @triton.jit
 def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.constexpr):
-    """Return the codes of float32 moments, the second rounded by the upper random bits, and their groups' exponents."""
-    # 0x00800000 for a 0, from 0x01000000 on for normal numbers; infinities and NaNs wrap around, to less than a 0.
-    raised = (bits_of(exp_avg_sq) + 0x00800000).to(tl.int32, bitcast=True)
-    exp_avg = tl.where(raised >= 0x01000000, exp_avg, 0.0)
+    """Quantize float32 moments, v with the upper random bits, and return both codes and the groups' exponent words."""
+    # One exponent more: SMALLEST_NORMAL for 0, NEXT_EXPONENT or more for normal numbers, negative for inf and NaN.
+    wrapped = (bits_of(exp_avg_sq) + SMALLEST_NORMAL).to(tl.int32, bitcast=True)
+    exp_avg = tl.where(wrapped >= NEXT_EXPONENT, exp_avg, 0.0)
     if STATES == "8bit_v16":
-        # Makes NaNs of any payload and sign the quiet one: adding to all ones, a GPU's own, would carry over.
-        bits = tl.minimum(bits_of(exp_avg_sq), 0x7FC00000)
-        rounded = (bits + (random >> 17)) >> 15
-        direction, scale = _encode_direction(exp_avg, 0x7F7FFFFF - (rounded << 14), 133, AXIS)
+        # Every NaN becomes QUIET_NAN. A GPU's NaN is 0x7FFFFFFF: an addend would overflow it.
+        bits = tl.minimum(bits_of(exp_avg_sq), QUIET_NAN)
+        rounded = (bits + (random >> (32 - V16_DROPPED_BITS))) >> V16_DROPPED_BITS
+        inverse = LARGEST_FINITE - (rounded << V16_DROPPED_BITS - 1)
+        direction, scale = _quantize_direction(exp_avg, inverse, SCALE_ORIGIN, AXIS)
         return direction, rounded.to(tl.uint16), scale
     else:
-        # What is not finite is stored as the group's largest finite number, or as an infinity where it has none.
-        largest = (tl.max(raised, axis=AXIS, keep_dims=True) - 0x00800000).to(tl.uint32, bitcast=True)
-        largest = tl.minimum(largest, 0x7F800000)
+        # Infinities and NaNs become the group's largest finite v, or an infinity if it has none.
+        largest = (tl.max(wrapped, axis=AXIS, keep_dims=True) - SMALLEST_NORMAL).to(tl.uint32, bitcast=True)
+        largest = tl.minimum(largest, INFINITY_BITS)
         bits = tl.minimum(bits_of(exp_avg_sq), largest)
         fraction = _fraction_bits(bits, largest, AXIS)
-        dropped = 23 - fraction
+        dropped = EXPONENT_SHIFT - fraction
         rounded = tl.umulhi(bits + (random >> (32 - dropped)), _power_of_two(32 - dropped))
         exponent = tl.max(rounded, axis=AXIS, keep_dims=True) >> fraction
-        start = _code_start(exponent, fraction)
-        # 0 is a moment that no step has written
-        code = tl.maximum((rounded - start).to(tl.int32), 1).to(tl.uint32)
-        inverse = (0x7F7FFFFF - (start << (22 - fraction))) + code * (0 - _power_of_two(22 - fraction))
-        direction, scale = _encode_direction(exp_avg, inverse, 133 + 48, AXIS)
-        return direction, code.to(tl.uint8), (tl.minimum(scale, 63) << 10) | ((fraction - 3) << 8) | exponent
+        offset = _code_offset(exponent, fraction)
+        # Code 0 is reserved for moments that were never updated.
+        code = tl.maximum((rounded - offset).to(tl.int32), 1).to(tl.uint32)
+        inverse = (LARGEST_FINITE - (offset << (EXPONENT_SHIFT - 1 - fraction))) + code * (
+            0 - _power_of_two(EXPONENT_SHIFT - 1 - fraction)
+        )
+        direction, scale = _quantize_direction(exp_avg, inverse, SCALE_ORIGIN + MIN_SCALE, AXIS)
+        code = code.to(tl.uint8)
+        word = (tl.minimum(scale, MAX_STORED_SCALE) << SCALE_SHIFT) | ((fraction - MIN_FRACTION_BITS) << FRACTION_SHIFT)
+        return direction, code, word | exponent
 
 
 @triton.jit
-def _encode_direction(exp_avg, inverse, ORIGIN: tl.constexpr, AXIS: tl.constexpr):
-    # 0x7F7FFFFF less half the bits of v, whose exponent is that of 2^-(E(v) // 2): all ones below it, none is borrowed.
-    direction = exp_avg * from_bits(inverse & 0x7F800000)
-    # Without signs and raised by an exponent: infinities and NaNs wrap around, to less than a 0.
-    largest = tl.max((bits_of(direction) << 1) + 0x01000000, axis=AXIS, keep_dims=True) >> 1
-    # The addend raises the scale where the largest would be rounded to 128.
-    scale = tl.maximum((largest + 0x10000) >> 23, ORIGIN + 1)
-    # The second addend leaves the nearest integer in the low bits of the pattern.
-    code = direction * from_bits((261 - scale) << 23) + 12582912.0
+def _quantize_direction(exp_avg, inverse, ORIGIN: tl.constexpr, AXIS: tl.constexpr):
+    # `inverse` is LARGEST_FINITE minus half the bits of v, so its exponent is that of 2^-(E(v) // 2): the fraction bits
+    # of LARGEST_FINITE are all ones, so that nothing is borrowed from the exponent.
+    direction = exp_avg * from_bits(inverse & INFINITY_BITS)
+    # Without the sign and with one exponent more, infinities and NaNs wrap below 0 and lose the maximum.
+    largest = tl.max((bits_of(direction) << 1) + NEXT_EXPONENT, axis=AXIS, keep_dims=True) >> 1
+    scale = tl.maximum((largest + HALF_CODE) >> EXPONENT_SHIFT, ORIGIN + 1)
+    code = direction * from_bits((SCALE_ORIGIN + EXPONENT_BIAS + 1 - scale) << EXPONENT_SHIFT) + TO_INTEGER
     return bits_of(code).to(tl.uint8).to(tl.int8, bitcast=True), scale - (ORIGIN + 1)

@@ -1,10 +1,19 @@
-"""Device functions: random bits that depend on (seed, step, element) only, stochastic rounding, split master weights.
+"""Random bits of (seed, step, element), stochastic rounding and split master weights, on the GPU.
 
-`adax_triton/update/rounding.py` has the same in PyTorch, with the reasons; the two give the same bits.
+`adax_triton/update/rounding.py` explains the functions and implements them in PyTorch, bit for bit.
 """
 
 import triton
 import triton.language as tl
+
+# Bit patterns of float32.
+EXPONENT_SHIFT = tl.constexpr(23)  # the exponent is above the 23 fraction bits
+EXPONENT_BIAS = tl.constexpr(127)
+SMALLEST_NORMAL = tl.constexpr(0x00800000)
+INFINITY_BITS = tl.constexpr(0x7F800000)  # all exponent bits, too
+QUIET_NAN = tl.constexpr(0x7FC00000)
+# Half of the last place that bfloat16 keeps: adding it and dropping 16 bits rounds to nearest, ties away from zero.
+HALF_BFLOAT16 = tl.constexpr(0x8000)
 
 
 @triton.jit
@@ -23,7 +32,7 @@ def from_bits(bits):
 def to_float32(values):
     """Return values of any float dtype as float32."""
     if values.dtype == tl.bfloat16:
-        # The compiler's own takes an instruction more for every second value.
+        # Triton's own conversion takes one more instruction for every two values.
         return from_bits(values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
     else:
         return values.to(tl.float32)
@@ -40,9 +49,9 @@ def random_bits(index, key0: tl.uint32, key1: tl.uint32):
 
 
 @triton.jit
-def _quieted(values):
-    # Adding to a NaN of all ones, a GPU's own, would carry over into -0.
-    return tl.where(values != values, 0x7FC00000, bits_of(values))
+def _canonical_bits(values):
+    # Every NaN becomes QUIET_NAN. A GPU's NaN is 0x7FFFFFFF: an addend would overflow it into -0.
+    return tl.where(values != values, QUIET_NAN, bits_of(values))
 
 
 @triton.jit
@@ -52,47 +61,48 @@ def _top_half(bits):
 
 @triton.jit
 def round_to_bfloat16(values, addend):
-    """Round to bfloat16: stochastically with 16 random bits as addend, to nearest with 0x8000."""
-    return _top_half(_quieted(values) + addend)
+    """Round to bfloat16: stochastically with 16 random bits as addend, to nearest with HALF_BFLOAT16."""
+    return _top_half(_canonical_bits(values) + addend)
 
 
 @triton.jit
-def split_master(master, addend, REST: tl.constexpr):
-    """Return the nearest bfloat16, ties away, and what it lacks.
+def split_master(master, addend, REMAINDER_DTYPE: tl.constexpr):
+    """Split float32 weights into the nearest bfloat16, ties away from zero, and a remainder.
 
-    REST is int16, for the float32 bit by bit, or int8 for 24 bits of it, rounded with 8 random bits as addend.
+    REMAINDER_DTYPE is int16 to keep all 32 bits, or int8 to keep 24 bits, rounded with 8 random bits as addend.
     """
-    bits = _quieted(master)
-    if REST == tl.int16:
-        rest = bits.to(tl.uint16)
+    bits = _canonical_bits(master)
+    if REMAINDER_DTYPE == tl.int16:
+        remainder = bits.to(tl.uint16)
     else:
         bits += addend
-        rest = (bits >> 8).to(tl.uint8)
-    return _top_half(bits + 0x8000), rest.to(REST, bitcast=True)
+        remainder = (bits >> 8).to(tl.uint8)
+    return _top_half(bits + HALF_BFLOAT16), remainder.to(REMAINDER_DTYPE, bitcast=True)
 
 
 @triton.jit
-def join_master(param, rest):
-    """Return the float32 weights of parameters and their masters, where these still round to the parameters.
+def join_master(param, master):
+    """Return the float32 master weight if it still rounds to its parameter, else the parameter.
 
-    Elsewhere somebody has set the parameter, and it is the weight.
+    `master` is a float32 copy, or a remainder from `split_master`. If it does not round to the parameter, the user has
+    set the parameter.
     """
     weights = to_float32(param)
-    if rest.dtype == tl.float32:
-        return tl.where(rest.to(param.dtype) == param, rest, weights)
+    if master.dtype == tl.float32:
+        return tl.where(master.to(param.dtype) == param, master, weights)
     else:
-        low = rest.to(tl.int32).to(tl.uint32, bitcast=True)
-        if rest.dtype == tl.int8:
-            low = low << 8
-        joined = from_bits(bits_of(weights) + low)
-        # Any sum rounds to the parameter, except that it wraps around to a NaN next to a 0 or an infinity. Adding twice
-        # takes as many instructions as a choice between sums, fewer of them for integers.
-        return from_bits(bits_of(weights) + tl.where(joined != joined, 0, low))
+        low_bits = master.to(tl.int32).to(tl.uint32, bitcast=True)
+        if master.dtype == tl.int8:
+            low_bits = low_bits << 8
+        joined = from_bits(bits_of(weights) + low_bits)
+        # Next to a parameter of 0 or infinity the sum may wrap to a NaN; the parameter then is the weight. A second sum
+        # takes as many instructions as a choice between both values, and fewer integer ones.
+        return from_bits(bits_of(weights) + tl.where(joined != joined, 0, low_bits))
 
 
 @triton.jit
 def differ(left, right):
-    """Return where two stored values differ in any bit."""
+    """Return True for each pair of stored values that differ in any bit."""
     if left.dtype == tl.float32:
         return bits_of(left) != bits_of(right)
     elif left.dtype == tl.bfloat16:

@@ -1,4 +1,4 @@
-"""Sums for telemetry: taken by the step from what it has in registers, then added up per tensor."""
+"""Telemetry sums: the step kernel writes them per chunk, a second kernel adds them per tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .launch import launch
 from .tables import SUM_COLUMNS
 
 TELEMETRY_COLUMNS = tl.constexpr(len(SUM_COLUMNS))
-# Rows that one program adds up at a time.
+# Rows that one program adds at a time.
 ROWS_PER_PROGRAM = 512
 
 
@@ -33,11 +33,17 @@ def tile_sums(grad, param_before, param, mask):
 
 
 @triton.jit
-def add_rows_kernel(rows_ptr, runs_ptr, sums_ptr, ROWS: tl.constexpr):
-    """Add up one run of rows."""
-    run_ptr = runs_ptr + tl.program_id(0) * 2
-    start = tl.load(run_ptr)
-    end = start + tl.load(run_ptr + 1)
+def add_sums(left, right):
+    """Return the sums of two tiles together."""
+    return left[0] + right[0], left[1] + right[1], left[2] + right[2], left[3] + right[3], left[4] + right[4]
+
+
+@triton.jit
+def sum_rows_kernel(rows_ptr, ranges_ptr, sums_ptr, ROWS: tl.constexpr):
+    """Sum one range of rows; see `sum_rows`."""
+    range_ptr = ranges_ptr + tl.program_id(0) * 2
+    start = tl.load(range_ptr)
+    end = start + tl.load(range_ptr + 1)
     sums_ptr += tl.program_id(0) * TELEMETRY_COLUMNS
     columns = tl.arange(0, 8)[None, :]
     total = tl.zeros([ROWS, 8], dtype=tl.float32)
@@ -50,20 +56,20 @@ def add_rows_kernel(rows_ptr, runs_ptr, sums_ptr, ROWS: tl.constexpr):
     tl.store(sums_ptr + columns, tl.sum(total, axis=0), mask=columns < TELEMETRY_COLUMNS)
 
 
-def add_rows(rows: torch.Tensor, runs: torch.Tensor, sums: torch.Tensor) -> None:
-    """Write into each row of `sums` the sum of a run of `rows`.
+def sum_rows(rows: torch.Tensor, ranges: torch.Tensor, sums: torch.Tensor) -> None:
+    """Write the sum of each range of rows: `sums[i] = rows[start_i : start_i + count_i].sum(0)`.
 
     Args:
         rows: (n, 5) float32.
-        runs: (k, 2) int64: first row and number of rows of each run.
+        ranges: (k, 2) int64, the first row and the number of rows of each range.
         sums: (k, 5) float32, written.
     """
-    if runs.shape[0] == 0:
+    if ranges.shape[0] == 0:
         return
     launch(
-        add_rows_kernel,
-        runs.shape[0],
-        (rows, runs, sums),
+        sum_rows_kernel,
+        ranges.shape[0],
+        (rows, ranges, sums),
         None,
         lambda: {"ROWS": ROWS_PER_PROGRAM},
         {"num_warps": 8},

@@ -1,4 +1,4 @@
-"""The variants in which the step kernel is compiled: dtypes, kinds of states and masters."""
+"""Compile-time options of the step kernel: dtypes, precision of states and of master weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.float64: tl.float64,  # gradients only
 }
-# Of exp_avg and exp_avg_sq; 16-bit codes are unsigned words here.
+# (exp_avg, exp_avg_sq). Kernels see the int16 codes of "8bit_v16" as unsigned.
 STATE_DTYPES = {
     "float32": (tl.float32, tl.float32),
     "bfloat16": (tl.bfloat16, tl.bfloat16),
@@ -26,18 +26,18 @@ MASTER_DTYPES = {None: None, "int16": tl.int16, "int8": tl.int8, "float32": tl.f
 
 
 class StepVariant(NamedTuple):
-    """What one compiled kernel takes.
+    """Compile-time options of the step kernel.
 
     Args:
         param_dtype: float32, bfloat16 or float16.
-        grad_dtype: likewise, or float64.
+        grad_dtype: float32, bfloat16, float16 or float64.
         states: `"float32"`, `"bfloat16"`, `"8bit_v16"` or `"8bit"`.
-        master: None, `"int16"` or `"int8"` for the remainder of bfloat16 parameters, `"float32"` for a master copy.
-        stochastic: round the parameters themselves stochastically; bfloat16 without a master.
-        settled: write second moments only where one in a group of 32 has changed.
+        master: None; `"int16"` or `"int8"`, a remainder next to bfloat16 parameters; `"float32"`, a master copy.
+        stochastic: round the parameters themselves stochastically; only for bfloat16 without a master.
+        skip_unchanged_v: store second moments only in groups of 32 in which one has changed.
         telemetry: write the sums of each chunk, see `telemetry.tile_sums`.
         aligned: every address is a multiple of 16 bytes.
-        param_is_copy: the float32 master is the weight; the parameter is only written.
+        param_is_copy: the float32 master is the weight, and the kernel only writes the parameter.
     """
 
     param_dtype: torch.dtype
@@ -68,7 +68,7 @@ class StepVariant(NamedTuple):
             "TELEMETRY": self.telemetry,
             "PARAM_IS_COPY": self.param_is_copy,
             "CHUNK_SIZE": shape.chunk_size,
-            # 16 bytes is the widest access.
+            # The widest access is 16 bytes.
             "VECTOR": min(128 // widest, shape.elements_per_thread),
             "ALIGNED": self.aligned,
         }

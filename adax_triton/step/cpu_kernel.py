@@ -43,7 +43,7 @@ _DTYPES = {
     torch.float64: "float64",
 }
 _STATES = {"float32": "full", "bfloat16": "bfloat16_moments", "8bit_v16": "moments_8bit_v16", "8bit": "moments_8bit"}
-_MASTERS = {None: "no_master", "int16": "int16_rest", "int8": "int8_rest", "float32": "float32_copy"}
+_MASTERS = {None: "no_master", "int16": "int16_remainder", "int8": "int8_remainder", "float32": "float32_copy"}
 
 
 class CpuKernelError(RuntimeError):

@@ -1,1 +1,1 @@
-"""The mathematics of one tensor, in PyTorch."""
+"""The update of one tensor in PyTorch: formulas, rounding, quantized states."""

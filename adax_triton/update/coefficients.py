@@ -1,14 +1,14 @@
-"""The scalars of one step, in float64 Python floats.
+"""Scalars of one optimizer step, in float64 Python floats.
 
-Every rule is one recursion on the normalised second moment, `v += w_t (g^2 - v)` with `w_1 = 1`; they differ in `w_t`:
+Every rule is one recursion on the normalised second moment, `v += w_t (g^2 - v)` with `w_1 = 1`. The rules differ in
+`w_t`, and in what the step takes as m:
 
-    adax       w_t = b2 / ((1 + b2)^t - 1)      m as it is              Li et al. 2020, arXiv:2004.09740, algorithm 1
-    adam       w_t = (1 - b2) / (1 - b2^t)      m / (1 - b1^t)          Kingma & Ba 2015, arXiv:1412.6980
-    adafactor  w_t = t^-c, c = b2               m as it is              Shazeer & Stern 2018, arXiv:1804.04235, section
-    7.2
+    adax       w_t = b2 / ((1 + b2)^t - 1)   m               Li et al. 2020, arXiv:2004.09740, algorithm 1
+    adam       w_t = (1 - b2) / (1 - b2^t)   m / (1 - b1^t)  Kingma & Ba 2015, arXiv:1412.6980
+    adafactor  w_t = t^-c, c = b2            m               Shazeer & Stern 2018, arXiv:1804.04235, section 7.2
 
-The powers are taken as `expm1(t log1p(b2))`: a float32 power is wrong by 0.6 % after 350k steps, and the growing factor
-of AdaX leaves float32 at step 887k.
+The powers are computed as `expm1(t log1p(b2))`. A float32 power is wrong by 0.6 % after 350k steps, and the growing
+factor of AdaX overflows float32 at step 887k.
 """
 
 from __future__ import annotations
@@ -17,42 +17,41 @@ import math
 from typing import NamedTuple
 
 SECOND_MOMENTS = ("adax", "adam", "adafactor")
-# What `step_scalars` takes of a parameter group.
+# Keys of a parameter group that `step_scalars` takes.
 COEFFICIENT_KEYS = (
     *("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay"),
     *("second_moment", "eps_placement", "maximize"),
 )
 EPS_PLACEMENTS = ("normalized", "unnormalized")
 
-# Past this, exp(x) - 1 == exp(x) in float64, and a little further exp(x) overflows it.
+# From here on exp(x) - 1 == exp(x) in float64. exp(x) itself overflows from 710 on, exp(-x) never.
 _EXPM1_IS_EXP = 100.0
-# The root of float32's smallest normal number. Below it a GPU takes sqrt(v) for 0, and m / (0 + eps) with a smaller eps
-# would throw a weight far away, or with one that underflowed make a never-touched weight NaN.
+# Square root of float32's smallest normal number. GPUs flush a smaller sqrt(v) to 0: a smaller eps would then make
+# m / (0 + eps) huge, and one that underflows to 0 would make an untouched weight NaN.
 _SMALLEST_EPS = 2.0**-63
-# For `DeviceCoefficients`: with the first, 1 - exp(-rate t) is 1 to the last bit; with the second, as AdaX's b2, w_t
-# is 1/t.
-_AT_ONCE = 1024.0
+# For `DeviceCoefficients`: a rate with 1 - exp(-rate t) == 1 in float64, and a b2 for which AdaX's w_t is 1/t.
+_SATURATED_RATE = 1024.0
 _NO_GROWTH = 2.0**-1000
 
 
 class StepScalars(NamedTuple):
-    """What one step needs to know of a parameter group; the order is that of the kernel's scalar row.
+    """Scalars of one step of a parameter group, in the order of the kernel's scalar row.
 
     `m += one_minus_beta1 (g' - m)`, `v += exp_avg_sq_weight (g'^2 - v)`,
     `p -= decay p + step_size m / (sqrt(v) + eps)`, with `g' = grad_factor g + l2 p`.
     """
 
-    step_size: float  # lr, over 1 - b1^t where m is bias-corrected
+    step_size: float  # lr, or lr / (1 - b1^t) for adam
     one_minus_beta1: float
     exp_avg_sq_weight: float  # w_t
     eps: float
-    decay: float  # lr * weight_decay when decoupled, else 0
-    l2: float  # weight_decay when it is part of the gradient, else 0
+    decay: float  # lr * weight_decay if decoupled, else 0
+    l2: float  # weight_decay if it is part of the gradient, else 0
     grad_factor: float  # -1 to maximize, else 1
 
 
 class DeviceCoefficients(NamedTuple):
-    """What a device needs to know of a parameter group to find the scalars of any step; the order is that of its table.
+    """Constants of a parameter group from which a GPU computes the scalars of any step, in the order of its table.
 
     With `B(rate) = 1 - exp(-rate t)`, each field of `StepScalars` is one closed form of t for all rules:
 
@@ -62,20 +61,20 @@ class DeviceCoefficients(NamedTuple):
         decay              lr * decoupled_decay
     """
 
-    lr: float  # where the device has no learning rate of its own
-    bias_rate: float  # -log b1 where m is bias-corrected
+    lr: float  # used by tensors that have no learning rate on the device
+    bias_rate: float  # adam -log b1
     one_minus_beta1: float
     weight_factor: float  # adax b2, adam 1 - b2, adafactor 1
     weight_power: float  # adafactor c
     weight_decline: float  # adax log(1 + b2)
     weight_rate: float  # adax log(1 + b2), adam -log b2
-    eps: float  # normalized, else 0
-    raw_eps: float  # eps / sqrt(weight_factor) when unnormalized, else 0
-    smallest_eps: float  # 0 where the user's eps is
-    decoupled_decay: float  # weight_decay when decoupled, else 0
-    l2: float  # weight_decay when it is part of the gradient, else 0
+    eps: float  # eps if normalized, else 0
+    raw_eps: float  # eps / sqrt(weight_factor) if unnormalized, else 0
+    smallest_eps: float  # 0 if the user's eps is 0
+    decoupled_decay: float  # weight_decay if decoupled, else 0
+    l2: float  # weight_decay if it is part of the gradient, else 0
     grad_sign: float  # -1 to maximize, else 1
-    seed: float  # of the random key, exact
+    seed: float  # of the random bits; float64 holds it exactly
 
 
 def exp_avg_sq_weight(second_moment: str, beta2: float, step: int) -> float:
@@ -87,10 +86,10 @@ def exp_avg_sq_weight(second_moment: str, beta2: float, step: int) -> float:
         step: t, counted from 1.
 
     Returns:
-        `w_t` in [0, 1]; it underflows to 0 rather than overflowing on the way.
+        `w_t` in [0, 1]. It may underflow to 0; no intermediate value overflows.
 
     Raises:
-        ValueError: the rule is unknown, or `step < 1`.
+        ValueError: `second_moment` is unknown, or `step < 1`.
     """
     if step < 1:
         raise ValueError(f"Invalid step: {step}; steps are counted from 1")
@@ -118,11 +117,16 @@ def one_minus_power(beta: float, step: int) -> float:
 
 
 def effective_eps(eps: float, eps_placement: str, second_moment: str, beta2: float, step: int) -> float:
-    """Return the eps that stands beside the square root of the NORMALISED second moment.
+    """Return the eps that the step adds to the root of the normalised second moment.
 
     `"normalized"` is `sqrt(v) + eps`. `"unnormalized"` is the released AdaX program, which adds eps to the root of the
-    raw moment `V = v * factor_t` and divides after: `eps / sqrt(factor_t)`, with `factor_t = (1+b2)^t - 1` for AdaX and
-    `1 - b2^t` for Adam. An eps that is not 0 stays above 1.08e-19, float32's resolution of the root.
+    raw moment `V = v * factor_t` and then divides: `eps / sqrt(factor_t)`, with `factor_t = (1+b2)^t - 1` for AdaX and
+    `1 - b2^t` for Adam. An eps other than 0 is raised to at least 1.08e-19, float32's resolution of the root.
+
+    Args:
+        eps: as the user gave it.
+        eps_placement: `"normalized"` or `"unnormalized"`.
+        second_moment, beta2, step: see `exp_avg_sq_weight`.
     """
     if eps == 0.0:
         return 0.0
@@ -148,21 +152,21 @@ def step_scalars(
     eps_placement: str,
     maximize: bool,
 ) -> StepScalars:
-    """Return the scalars of step `step` of a group; see `StepScalars` for the update they enter.
+    """Return the scalars of one step of a parameter group; see `StepScalars` for their use.
 
     Args:
         step: t, counted from 1.
         lr: learning rate of this step.
-        betas: b1, and the parameter of the rule.
+        betas: b1, and b2 or the other parameter of the rule.
         eps: as the user gave it; see `effective_eps`.
         weight_decay: coefficient; `p -= lr * weight_decay * p` when decoupled, else added to the gradient as L2.
-        decoupled_weight_decay: which of the two.
+        decoupled_weight_decay: True for decoupled, False for L2.
         second_moment: the rule, see `exp_avg_sq_weight`.
         eps_placement: see `effective_eps`.
-        maximize: follow the gradient up.
+        maximize: ascend the gradient instead of descending.
 
     Raises:
-        ValueError: the rule is unknown, or `step < 1`.
+        ValueError: `second_moment` is unknown, or `step < 1`.
     """
     beta1, beta2 = betas
     return StepScalars(
@@ -188,28 +192,27 @@ def device_coefficients(
     maximize: bool,
     seed: int,
 ) -> DeviceCoefficients:
-    """Return what does not depend on the step of a group that `validate_group` has passed.
+    """Return the step-independent constants of a parameter group that `validate_group` has accepted.
 
     Args:
-        lr: learning rate, where the device has none of its own.
-        betas: b1, and the parameter of the rule.
+        lr: learning rate of tensors that have none on the device.
+        betas: b1, and b2 or the other parameter of the rule.
         eps: as the user gave it; see `effective_eps`.
-        weight_decay: see `step_scalars`.
-        decoupled_weight_decay: likewise.
+        weight_decay, decoupled_weight_decay: see `step_scalars`.
         second_moment: the rule, see `exp_avg_sq_weight`.
         eps_placement: see `effective_eps`.
-        maximize: follow the gradient up.
-        seed: of the group's random bits, in [0, 2^32).
+        maximize: ascend the gradient instead of descending.
+        seed: seed of the group's random bits, in [0, 2^32).
 
     Raises:
-        ValueError: the rule is unknown.
+        ValueError: `second_moment` is unknown.
     """
     beta1, beta2 = betas
     factor, power, decline, rate = _weight_terms(second_moment, beta2)
     normalized = eps_placement == "normalized"
     return DeviceCoefficients(
         lr=lr,
-        bias_rate=_decay_rate(beta1) if second_moment == "adam" else _AT_ONCE,
+        bias_rate=_decay_rate(beta1) if second_moment == "adam" else _SATURATED_RATE,
         one_minus_beta1=1.0 - beta1,
         weight_factor=factor,
         weight_power=power,
@@ -232,9 +235,9 @@ def _weight_terms(second_moment: str, beta2: float) -> tuple[float, float, float
     if second_moment == "adam":
         return 1.0 - beta2, 0.0, 0.0, _decay_rate(beta2)
     if second_moment == "adafactor":
-        return 1.0, beta2, 0.0, _AT_ONCE
+        return 1.0, beta2, 0.0, _SATURATED_RATE
     raise _unknown_rule(second_moment)
 
 
 def _decay_rate(beta: float) -> float:
-    return -math.log(beta) if beta > 0.0 else _AT_ONCE
+    return -math.log(beta) if beta > 0.0 else _SATURATED_RATE

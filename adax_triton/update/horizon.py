@@ -1,7 +1,7 @@
-"""How long AdaX's second moment keeps changing, and the growth rate that keeps it changing to the end of a run.
+"""Find when AdaX's second moment stops changing, and the growth rate that keeps it changing to the end of a run.
 
-In `v += w_t (g^2 - v)` the weight `w_t = b2 / ((1 + b2)^t - 1)` falls towards 0, and from some step on a float32 v
-stays as it is: the optimizer goes on with the step size of each weight fixed.
+In `v += w_t (g^2 - v)` the weight `w_t = b2 / ((1 + b2)^t - 1)` falls towards 0. From some step on a float32 v no
+longer changes, so the step size of each weight is fixed.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from numbers import Real
 
 from .coefficients import exp_avg_sq_weight
 
-# Below it, even a squared gradient 32 times its second moment leaves every bit of a float32 v as it is:
-# |w_t (g^2 / v - 1)| < 31 * 2^-30 < 2^-25, which is half a unit in the last place at the worst.
+# Below this w_t a float32 v does not change, even if g^2 is 32 v: |w_t (g^2 / v - 1)| < 31 * 2^-30 < 2^-25, and half a
+# unit in the last place of v is 2^-25 v or more.
 FROZEN_WEIGHT = 2.0**-30
 
 _PUBLISHED_BETA2 = 1e-4
 _LARGEST_BETA2 = 0.1
-# w_t <= 1/t whatever b2 is, with equality for b2 = 0, so at this step w_t has reached FROZEN_WEIGHT at the latest.
+# w_t <= 1/t for every b2, with equality for b2 = 0, so w_t reaches FROZEN_WEIGHT at this step or earlier.
 _LAST_STEP = 2**30
 
 
@@ -26,14 +26,13 @@ def steps_until_frozen(beta2: float) -> int:
 
         min { t : b2 / ((1 + b2)^t - 1) < 2^-30 },   close to   log(1 + b2 2^30) / log(1 + b2)
 
-    That holds for squared gradients up to 32 times their second moment; a larger one still counts for a while.
+    This holds for squared gradients up to 32 v. Larger ones still change v for some more steps.
 
     Args:
         beta2: AdaX's `betas[1]`, the growth rate per step, in [0, 0.1]; 0 is the limit `w_t = 1/t`.
 
     Returns:
-        A step, counted from 1: 115,847 for the published 1e-4, and 2^30 + 1 for 0. A float64 state, whose last place is
-        finer, changes for longer.
+        A step, counted from 1: 115,847 for the published 1e-4, and 2^30 + 1 for 0. float64 states change for longer.
 
     Raises:
         TypeError: `beta2` is not a number.
@@ -46,10 +45,10 @@ def steps_until_frozen(beta2: float) -> int:
     rate = float(beta2)
     if not 0.0 <= rate <= _LARGEST_BETA2:
         raise ValueError(
-            f"Invalid beta2: {beta2}; AdaX's betas[1] is the growth rate of its memory, 1e-4 by default and expected "
-            f"0 <= beta2 <= {_LARGEST_BETA2}"
+            f"Invalid beta2: {beta2}; expected 0 <= beta2 <= {_LARGEST_BETA2}. AdaX's betas[1] is the growth rate of "
+            f"its memory, 1e-4 by default"
         )
-    return 1 + bisect_left(range(1, _LAST_STEP + 1), True, key=lambda step: not _alive(rate, step))
+    return 1 + bisect_left(range(1, _LAST_STEP + 1), True, key=lambda step: not _still_changes(rate, step))
 
 
 def beta2_for_horizon(total_steps: int) -> float:
@@ -57,20 +56,19 @@ def beta2_for_horizon(total_steps: int) -> float:
 
         max { b2 <= 1e-4 : b2 / ((1 + b2)^T - 1) >= 2^-30 },   T = total_steps
 
-    What matters is `b2 * T` and not `b2`: the past is weighed by `(1 + b2)^t`, close to `exp(b2 t)`, so ten times as
-    many steps with a tenth of the rate have the same memory in proportion to their length. The result keeps `b2 * T`
-    below 11.6, and lower as T grows: 9.2 at a million steps, 6.6 at ten million.
+    Only `b2 * T` matters: a step weighs the past by `(1 + b2)^t`, about `exp(b2 t)`. So ten times as many steps with a
+    tenth of the rate have the same memory relative to their length. The result keeps `b2 * T` below 11.6, and lower as
+    T grows: 9.2 at a million steps, 6.6 at ten million.
 
-    For a short run it is no more than 1e-4, the rate of the paper: being alive at the end is no reason to raise it, and
-    a larger rate gives the newest squared gradients less weight at every step after the first. The project's own short
-    runs (400 steps, `examples/README.md`) have AdaX's default, 1e-4, as well.
+    For short runs it is 1e-4, the rate of the paper. A larger rate would give recent squared gradients less weight at
+    every step after the first.
 
     Args:
         total_steps: optimizer steps of the whole run, restarts included, >= 1.
 
     Returns:
-        A value for AdaX's `betas[1]`, such that `steps_until_frozen(value) > total_steps`: 1e-4 for 115,846 steps or
-        fewer, less for more, and 0.0, the plain average, from 2^30 steps on; past that no rate is alive.
+        A value for AdaX's `betas[1]` with `steps_until_frozen(value) > total_steps`: 1e-4 up to 115,846 steps, less for
+        more steps, and 0.0, the plain average, from 2^30 steps on. After 2^30 steps v is frozen for every rate.
 
     Raises:
         TypeError: `total_steps` is not an int.
@@ -82,18 +80,18 @@ def beta2_for_horizon(total_steps: int) -> float:
         raise TypeError(f"Invalid type of total_steps: expected an int, got {total_steps!r}")
     if total_steps < 1:
         raise ValueError(f"Invalid total_steps: {total_steps}; expected total_steps >= 1")
-    if _alive(_PUBLISHED_BETA2, total_steps):
+    if _still_changes(_PUBLISHED_BETA2, total_steps):
         return _PUBLISHED_BETA2
     if total_steps >= _LAST_STEP:
         return 0.0
-    alive, frozen = 0.0, _PUBLISHED_BETA2
-    while alive < (middle := 0.5 * (alive + frozen)) < frozen:
-        if _alive(middle, total_steps):
-            alive = middle
+    changes, frozen = 0.0, _PUBLISHED_BETA2
+    while changes < (middle := 0.5 * (changes + frozen)) < frozen:
+        if _still_changes(middle, total_steps):
+            changes = middle
         else:
             frozen = middle
-    return alive
+    return changes
 
 
-def _alive(beta2: float, step: int) -> bool:
+def _still_changes(beta2: float, step: int) -> bool:
     return exp_avg_sq_weight("adax", beta2, step) >= FROZEN_WEIGHT

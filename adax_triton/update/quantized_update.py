@@ -1,4 +1,4 @@
-"""The reference update on tensors as they are stored: decoded, updated in float32, rounded and encoded again."""
+"""Reference update of stored tensors: dequantize, update in float32, round and quantize."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .coefficients import StepScalars
 from .quantization import GROUP, dequantize_moments, quantize_moments
 from .reference import adax_update
 from .rounding import (
-    current_copy,
+    HALF_BFLOAT16,
     high_bits,
     join_master,
     low_bits,
@@ -17,29 +17,27 @@ from .rounding import (
     round_to_bfloat16,
     signed_word,
     split_master,
+    valid_master,
 )
-
-# Adding half of what is cut off rounds to the nearest, ties away from zero.
-_NEAREST = 0x8000
 
 
 def load_master(param: Tensor, master: Tensor | None, param_is_copy: bool = False) -> Tensor:
-    """Return the float32 weights that a step starts from; a new tensor.
+    """Return the float32 weights that a step starts from, as a new tensor.
 
-    A master counts only where it still rounds to the parameter. Elsewhere somebody has set the parameter, and it is the
-    weight.
+    The master is the weight if it still rounds to the parameter. Otherwise the user has set the parameter, and the
+    parameter is the weight.
 
     Args:
-        param: any float dtype; bfloat16 next to a remainder, float16 next to a copy.
+        param: any float dtype; bfloat16 if `master` is a remainder, float16 if it is a copy.
         master: int16 or int8 remainder, float32 copy, or None.
-        param_is_copy: the float32 `master` is the weight, and the parameter, of any dtype, is only written.
+        param_is_copy: always take the float32 `master`; `param`, of any float dtype, is a copy that is only written.
     """
     if master is None:
         return param.to(torch.float32, copy=True)
     if param_is_copy:
         return master.clone()
     if master.dtype == torch.float32:
-        return current_copy(param, master)
+        return valid_master(param, master)
     return join_master(param, master)
 
 
@@ -50,14 +48,14 @@ def store_master(
     random: Tensor | None,
     stochastic: bool,
 ) -> None:
-    """Round float32 weights into a parameter and its `master`.
+    """Round float32 weights into a parameter and its master.
 
     Args:
         weights: float32.
-        param: written; any float dtype, bfloat16 beside a remainder.
+        param: written; any float dtype, bfloat16 if `master` is a remainder.
         master: written; int16 or int8 remainder, float32 copy, or None.
         random: 32 random bits per element, for an int8 remainder and for `stochastic`; None to round to nearest.
-        stochastic: round a bfloat16 parameter that has no master stochastically.
+        stochastic: round stochastically if the parameter is bfloat16 and has no master.
     """
     if master is None:
         param.copy_(round_to_bfloat16(weights, low_bits(random, 16)) if stochastic else weights)
@@ -65,13 +63,13 @@ def store_master(
         param.copy_(weights)
         master.copy_(weights)
     else:
-        high, rest = split_master(weights, low_bits(random, 8) if master.dtype == torch.int8 else None)
+        high, remainder = split_master(weights, low_bits(random, 8) if master.dtype == torch.int8 else None)
         param.copy_(high)
-        master.copy_(rest)
+        master.copy_(remainder)
 
 
 def load_moments(exp_avg: Tensor, exp_avg_sq: Tensor, group_exponents: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the moments in float32, of the shape in which they are stored; codes have whole groups of elements."""
+    """Return the moments in float32, in their stored shape; quantized moments are padded to whole groups of 32."""
     if group_exponents is None:
         return exp_avg.to(torch.float32, copy=True), exp_avg_sq.to(torch.float32, copy=True)
     codes = (exp_avg.view(-1, GROUP), exp_avg_sq.view(-1, GROUP), group_exponents.view(-1))
@@ -86,7 +84,7 @@ def store_moments(
     group_exponents: Tensor | None,
     random: Tensor | None,
 ) -> None:
-    """Round float32 moments into their stored form; the second one stochastically, unless `random` is None."""
+    """Round float32 moments into their stored form, v stochastically unless `random` is None."""
     first, second = values
     if group_exponents is not None:
         codes = quantize_moments(
@@ -99,7 +97,7 @@ def store_moments(
         exp_avg_sq.copy_(codes[1].view(exp_avg_sq.shape))
         group_exponents.copy_(codes[2].view(group_exponents.shape))
     elif exp_avg_sq.dtype == torch.bfloat16:
-        exp_avg.copy_(round_to_bfloat16(first, _NEAREST))
+        exp_avg.copy_(round_to_bfloat16(first, HALF_BFLOAT16))
         exp_avg_sq.copy_(round_to_bfloat16(second, high_bits(random, 16)))
     else:
         exp_avg.copy_(first)
@@ -114,23 +112,23 @@ def quantized_update(
     master: Tensor | None,
     group_exponents: Tensor | None,
     scalars: StepScalars,
-    words: tuple[int, int, int],
+    random_words: tuple[int, int, int],
     stochastic: bool,
     param_is_copy: bool = False,
 ) -> None:
     """Apply one update to stored tensors, in place; see `reference.adax_update`.
 
     Args:
-        param, grad, exp_avg, exp_avg_sq, master: (n,) contiguous, or (n / 32, 32) beside codes, in the dtypes of
-            `precision.state_layouts`.
-        group_exponents: (n / 32,) beside codes; else None.
-        scalars: of this step.
-        words: the index of the first element in its parameter, modulo 2^32, and the words of `random_key`.
+        param, grad, exp_avg, exp_avg_sq, master: (n,) contiguous, or (n / 32, 32) if the moments are quantized, in the
+            dtypes of `precision.state_layouts`.
+        group_exponents: (n / 32,) if the moments are quantized, else None.
+        scalars: the scalars of this step.
+        random_words: the index of the first element in its parameter, modulo 2^32, and the two words of `random_key`.
         stochastic: round the parameter itself stochastically.
         param_is_copy: see `load_master`.
     """
     index = torch.arange(param.numel(), dtype=torch.int32, device=param.device).view(param.shape)
-    first_element, *key = map(signed_word, words)
+    first_element, *key = map(signed_word, random_words)
     random = random_bits(index + first_element, (key[0], key[1]))
     weights = load_master(param, master, param_is_copy)
     first, second = load_moments(exp_avg, exp_avg_sq, group_exponents)

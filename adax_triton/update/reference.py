@@ -1,4 +1,4 @@
-"""The update in plain PyTorch: the oracle of the tests, and the step where there is no kernel."""
+"""Reference update in PyTorch: the oracle of the tests, and the step of tensors without a kernel."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ def adax_update(
         v <- v + w_t (g'^2 - v)
         p <- p - decay p - step_size m / (sqrt(v) + eps)
 
-    The second moment is the normalised one: the paper's raw moment over its bias factor. Li et al. 2020,
-    arXiv:2004.09740, algorithm 1.
+    v is normalised: the paper's raw moment divided by its bias factor. Li et al. 2020, arXiv:2004.09740, algorithm 1.
 
     Args:
         param: any shape, any float dtype and device.
@@ -36,9 +35,9 @@ def adax_update(
         exp_avg: m; the shape of `param`, float.
         exp_avg_sq: v; the shape of `param`, float.
         step_size, one_minus_beta1, exp_avg_sq_weight, eps, decay, l2, grad_factor: the fields of
-            `schedule.StepScalars`, Python floats; all but the last two may be 0-d tensors.
+            `coefficients.StepScalars`, Python floats; all but the last two may be 0-d tensors.
 
-    Arithmetic is done in float32, or in float64 when `param` is float64.
+    The arithmetic is float32, or float64 if `param` is float64.
     """
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     p, g, m, v = (tensor.to(dtype) for tensor in (param, grad, exp_avg, exp_avg_sq))
@@ -57,5 +56,5 @@ def adax_update(
 def _root(values: Tensor) -> Tensor:
     if values.device.type != "cpu" or values.dtype == torch.float64:
         return values.sqrt()
-    # PyTorch's own float32 root on a CPU is one unit off here and there.
+    # PyTorch's float32 root on a CPU is sometimes off by one unit in the last place.
     return values.double().sqrt().float()

@@ -1,7 +1,7 @@
-"""Random bits that depend on nothing but (seed, step, element), and what is rounded with them, in PyTorch.
+"""Counter-based random bits of (seed, step, element), stochastic rounding and split master weights, in PyTorch.
 
-The kernels have their own writing of this in `kernels/rounding.py`; the two give the same bits. Words of 32 bits are
-held in int32, whose products and sums wrap around.
+`kernels/rounding.py` implements the same functions in Triton, bit for bit. 32-bit words are held in int32, whose sums
+and products wrap around.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ _WORD = 0xFFFFFFFF
 # The multipliers of lowbias32, https://github.com/skeeto/hash-prospector, a full-avalanche 32-bit mixer.
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - (1 << 32))
 QUIET_NAN = 0x7FC00000
+# Half of the last place that bfloat16 keeps: adding it and dropping 16 bits rounds to nearest, ties away from zero.
+HALF_BFLOAT16 = 0x8000
 _TOP_HALF = -0x10000
 
 
 def random_key(seed: int, step: int) -> tuple[int, int]:
-    """Return the two 32-bit words that choose the random bits of a step.
+    """Return the key of a step's random bits, two 32-bit words.
 
     Args:
         seed: in [0, 2^32).
@@ -48,7 +50,7 @@ def random_bits(index: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def mix_words(words: Tensor, key0: int | Tensor, key1: int | Tensor) -> Tensor:
-    """Return the random bits of int32 words under the two int32 words of a key, or of a key for each."""
+    """Hash int32 words with a key of two int32 words, the same for all or one per word."""
     words = words ^ key0
     words = (words ^ _shift_right(words, 16)) * _MULTIPLIERS[0]
     words = words + key1
@@ -57,7 +59,7 @@ def mix_words(words: Tensor, key0: int | Tensor, key1: int | Tensor) -> Tensor:
 
 
 def signed_word(word: int) -> int:
-    """Return an integer modulo 2^32 as the int32 of the same bits."""
+    """Return an integer modulo 2^32, as the int32 with the same bits."""
     word &= _WORD
     return word - (1 << 32) if word > 0x7FFFFFFF else word
 
@@ -73,12 +75,12 @@ def from_bits(bits: Tensor) -> Tensor:
 
 
 def low_bits(random: Tensor | None, bits: int) -> Tensor | int:
-    """Return the lowest random bits, or one half where there are none: adding either and cutting off rounds."""
+    """Return the addend that rounds off `bits` bits: the lowest random bits, or half their range for nearest."""
     return 1 << (bits - 1) if random is None else random & ((1 << bits) - 1)
 
 
 def high_bits(random: Tensor | None, bits: int) -> Tensor | int:
-    """Return the highest random bits moved to the lowest place, or one half."""
+    """Return the addend that rounds off `bits` bits: the highest random bits, or half their range for nearest."""
     return 1 << (bits - 1) if random is None else _shift_right(random, 32 - bits)
 
 
@@ -87,13 +89,13 @@ def round_to_bfloat16(values: Tensor, addend: Tensor | int) -> Tensor:
 
     Args:
         values: float32.
-        addend: 16 random bits per element, or 0x8000 for nearest.
+        addend: 16 random bits per element, or HALF_BFLOAT16 for nearest.
     """
-    return _top_half(_quieted(values) + addend)
+    return _top_half(_canonical_bits(values) + addend)
 
 
-def _quieted(values: Tensor) -> Tensor:
-    # Adding to a NaN of all ones would carry over.
+def _canonical_bits(values: Tensor) -> Tensor:
+    # Every NaN becomes QUIET_NAN: an addend would overflow a NaN of all ones.
     return torch.where(values != values, QUIET_NAN, bits_of(values))
 
 
@@ -101,49 +103,55 @@ def _top_half(bits: Tensor) -> Tensor:
     return from_bits(bits & _TOP_HALF).to(torch.bfloat16)
 
 
+def signed_half(words: Tensor) -> Tensor:
+    """Return the lower 16 bits of each word as a signed number."""
+    return ((words & 0xFFFF) ^ 0x8000) - 0x8000
+
+
 def signed_byte(words: Tensor) -> Tensor:
-    """Return the lowest byte of each word as a signed number; a cast to int8 may saturate where it is vectorised."""
+    """Return the lowest byte of each word as a signed number."""
+    # A cast to int8 may saturate in vectorized code.
     return ((words & 0xFF) ^ 0x80) - 0x80
 
 
 def split_master(master: Tensor, addend: Tensor | int | None) -> tuple[Tensor, Tensor]:
-    """Split float32 master weights into bfloat16 parameters and what they lack.
+    """Split float32 master weights into bfloat16 parameters and integer remainders.
 
-    The parameter is the nearest bfloat16, ties away from zero. The rest is the signed low half of the word, and
-    `join_master` gives the master back bit for bit; or with an addend its signed upper byte, and the master is rounded
-    to 24 bits first. A NaN becomes a quiet one.
+    The parameter is the nearest bfloat16, ties away from zero. Without an addend the remainder is the signed low half
+    of the word, and `join_master` is exact. With an addend the master is first rounded to 24 bits, and the remainder is
+    one signed byte. Every NaN becomes a quiet one.
 
     Args:
         master: float32.
-        addend: None for all 32 bits. For 24: 8 random bits per element, or 0x80 for nearest.
+        addend: None to keep all 32 bits. To keep 24: 8 random bits per element, or 0x80 for nearest.
 
     Returns:
-        The parameters, bfloat16, and the rest, int32 within the range of int16 or int8.
+        The parameters, bfloat16, and the remainders, int32 in the range of int16 or int8.
     """
-    bits = _quieted(master)
+    bits = _canonical_bits(master)
     if addend is None:
-        return _top_half(bits + 0x8000), ((bits & 0xFFFF) ^ 0x8000) - 0x8000
+        return _top_half(bits + HALF_BFLOAT16), signed_half(bits)
     bits = bits + addend
-    return _top_half(bits + 0x8000), signed_byte(bits >> 8)
+    return _top_half(bits + HALF_BFLOAT16), signed_byte(bits >> 8)
 
 
-def join_master(param: Tensor, rest: Tensor) -> Tensor:
-    """Return the float32 master weights of bfloat16 parameters and what they lack.
+def join_master(param: Tensor, remainder: Tensor) -> Tensor:
+    """Return the float32 master weights of bfloat16 parameters and their remainders.
 
-    Any sum of the two rounds to the parameter, except that it wraps around to a NaN where somebody has set a parameter
-    to 0 next to a negative rest, or to infinity next to a positive one: there the parameter is the weight.
+    The sum of both rounds to the parameter, unless the user has set the parameter to 0 or infinity: the sum may then
+    wrap to a NaN, and the parameter is the weight.
 
     Args:
         param: bfloat16.
-        rest: from `split_master`, int8 or int16.
+        remainder: from `split_master`, int8 or int16.
     """
-    words, weights = rest.to(torch.int32), param.to(torch.float32)
-    joined = from_bits(bits_of(weights) + (words << 8 if rest.dtype == torch.int8 else words))
+    words, weights = remainder.to(torch.int32), param.to(torch.float32)
+    joined = from_bits(bits_of(weights) + (words << 8 if remainder.dtype == torch.int8 else words))
     return torch.where(joined != joined, weights, joined)
 
 
-def current_copy(param: Tensor, master: Tensor) -> Tensor:
-    """Return float32 master weights where they round to their float16 parameters, which are the weights elsewhere.
+def valid_master(param: Tensor, master: Tensor) -> Tensor:
+    """Return each float32 master weight if it rounds to its float16 parameter, else the parameter in float32.
 
     Args:
         param: float16.

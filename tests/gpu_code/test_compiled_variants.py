@@ -32,7 +32,7 @@ KERNELS = {
     "plain": {"adax_step_kernel"},
     "8bit_v16": {"adax_step_kernel"},
     "scaled and clipped": {"adax_step_kernel", "prepare_step_kernel", "grad_norm_kernel"},
-    "capturable": {"adax_step_kernel", "prepare_step_kernel", "grad_norm_kernel", "add_rows_kernel"},
+    "capturable": {"adax_step_kernel", "prepare_step_kernel", "grad_norm_kernel", "sum_rows_kernel"},
 }
 
 

@@ -120,7 +120,7 @@ def test_exponential_and_logarithm_are_linked_in(schedule: Facts) -> None:
 def test_rows_of_all_sizes_share_one_variant_without_spills_and_atomics(
     audit: dict[str, dict[str, Any]], target: str
 ) -> None:
-    (facts,) = audit[target]["add_rows_kernel"]
+    (facts,) = audit[target]["sum_rows_kernel"]
     assert facts["launches"] == 5 and len(facts["keys"]) == 1
     assert (facts["spills"], facts["atomics"]) == (0, 0)
     assert facts["registers"] <= 64  # of 1024 threads an SM of 65536 then holds all

@@ -16,7 +16,7 @@ import torch
 from adax_triton.kernels import grad_norm as stats_module
 from adax_triton.kernels.coefficients import prepare_step, prepare_step_kernel
 from adax_triton.kernels.grad_norm import grad_norm_kernel, grad_norm_partials
-from adax_triton.kernels.telemetry import add_rows, add_rows_kernel
+from adax_triton.kernels.telemetry import sum_rows, sum_rows_kernel
 from code_audit import (
     GRAD_DTYPES,
     TARGETS,
@@ -55,7 +55,7 @@ def prepare_steps() -> None:
 
 def add_up_rows() -> None:
     for rows, runs in ((1, 1), (16, 1), (17, 2), (4096, 16), (5000, 128)):
-        add_rows(torch.zeros(rows, 5), torch.zeros(runs, 2, dtype=torch.int64), torch.zeros(runs, 5))
+        sum_rows(torch.zeros(rows, 5), torch.zeros(runs, 2, dtype=torch.int64), torch.zeros(runs, 5))
 
 
 def gradient_accesses(code: str) -> list[tuple[str, str, int]]:
@@ -80,7 +80,7 @@ def variants() -> list[tuple[Any, list[Launch], dict[str, Any]]]:
     return [
         *found,
         (prepare_step_kernel, recorded(prepare_steps), {}),
-        (add_rows_kernel, recorded(add_up_rows), {}),
+        (sum_rows_kernel, recorded(add_up_rows), {}),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Oracle: the closed forms in 60-digit decimal arithmetic."""
+"""Check the scalars of a step. Oracle: the closed forms in 60-digit decimal arithmetic."""
 
 import math
 from decimal import MAX_EMAX, MIN_EMIN, Decimal, getcontext
@@ -31,7 +31,7 @@ def test_weight_equals_closed_form(rule: str, beta2: float, step: int) -> None:
     if exact < Decimal("1e-300"):
         assert 0.0 <= weight < 1e-299
     else:
-        # t log1p(b2) is rounded before the exponential: its rounding error grows with itself.
+        # The exponential turns the rounding error of t log1p(b2) into a relative error, which grows with t.
         tolerance = Decimal(4e-16) * (1 + step * Decimal(math.log1p(beta2) if rule == "adax" else 0))
         assert abs(Decimal(weight) / exact - 1) < tolerance
 
@@ -63,12 +63,12 @@ def test_unnormalized_eps_is_eps_over_the_root_of_the_bias_factor(step: int) -> 
     assert effective_eps(1e-8, "unnormalized", "adam", 0.999, step) == pytest.approx(float(exact), rel=1e-13)
 
 
-def test_eps_stays_above_the_resolution_of_the_root_unless_it_was_zero() -> None:
+def test_eps_is_at_least_the_resolution_of_the_root_unless_it_is_zero() -> None:
     assert effective_eps(1e-12, "unnormalized", "adax", 1e-4, 10**9) == 2.0**-63
     assert effective_eps(0.0, "unnormalized", "adax", 1e-4, 10**9) == 0.0
 
 
-def test_step_scalars_place_the_weight_decay_where_it_belongs() -> None:
+def test_weight_decay_is_decoupled_or_part_of_the_gradient() -> None:
     common = {
         "step": 3,
         "lr": 0.5,
@@ -100,6 +100,6 @@ def test_only_adam_corrects_the_first_moment() -> None:
 
 
 @pytest.mark.parametrize(("step", "rule"), [(0, "adax"), (-3, "adam"), (5, "adagrad")])
-def test_bad_step_or_rule_is_named(step: int, rule: str) -> None:
+def test_error_names_the_bad_step_or_rule(step: int, rule: str) -> None:
     with pytest.raises(ValueError, match=str(step) if step < 1 else rule):
         exp_avg_sq_weight(rule, 1e-4, step)

@@ -1,4 +1,4 @@
-"""Oracles: the weights themselves, 60-digit decimal arithmetic, and the recursion in float32."""
+"""Check when v freezes. Oracles: the weights w_t, 60-digit decimal arithmetic, and the recursion in float32."""
 
 import math
 import random
@@ -20,39 +20,39 @@ HORIZONS += [int(10.0 ** RANDOM.uniform(5, 9)) for _ in range(50)]
 
 
 @pytest.mark.parametrize(("beta2", "step"), [(1e-4, 115_847), (0.0, 2**30 + 1), (0.1, 195)])
-def test_known_steps(beta2: float, step: int) -> None:
+def test_published_steps(beta2: float, step: int) -> None:
     assert steps_until_frozen(beta2) == step
 
 
 @pytest.mark.parametrize("beta2", [1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 0.1])
-def test_step_is_that_of_exact_arithmetic(beta2: float) -> None:
+def test_frozen_step_equals_exact_arithmetic(beta2: float) -> None:
     exact = (1 + Decimal(beta2) * 2**30).ln() / (1 + Decimal(beta2)).ln()
     assert steps_until_frozen(beta2) == math.floor(exact) + 1
 
 
-def test_step_is_the_very_first_one() -> None:
+def test_frozen_step_is_the_first_one_below_the_threshold() -> None:
     for beta2 in RATES:
         step = steps_until_frozen(beta2)
-        weight, weight_before = (exp_avg_sq_weight("adax", beta2, each) for each in (step, step - 1))
+        weight, weight_before = (exp_avg_sq_weight("adax", beta2, t) for t in (step, step - 1))
         assert weight < FROZEN_WEIGHT <= weight_before, beta2
 
 
-def test_faster_growth_freezes_no_later() -> None:
+def test_larger_beta2_freezes_no_later() -> None:
     steps = [steps_until_frozen(beta2) for beta2 in sorted(RATES)]
     assert steps == sorted(steps, reverse=True)
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 400, 100_000, 115_846])
-def test_short_runs_have_the_published_rate(total_steps: int) -> None:
+def test_short_runs_get_the_published_beta2(total_steps: int) -> None:
     assert beta2_for_horizon(total_steps) == 1e-4
 
 
 @pytest.mark.parametrize("total_steps", [2**30, 2**30 + 1, 10**12])
-def test_no_rate_outlives_the_plain_average(total_steps: int) -> None:
+def test_longest_runs_get_the_plain_average(total_steps: int) -> None:
     assert beta2_for_horizon(total_steps) == 0.0
 
 
-def test_rate_is_the_largest_that_is_alive_at_the_end() -> None:
+def test_beta2_is_the_largest_that_still_changes_v_at_the_end() -> None:
     for total_steps in HORIZONS:
         beta2 = beta2_for_horizon(total_steps)
         assert 0.0 <= beta2 <= 1e-4, total_steps
@@ -61,22 +61,22 @@ def test_rate_is_the_largest_that_is_alive_at_the_end() -> None:
             assert steps_until_frozen(beta2 * (1 + 1e-6)) <= total_steps
 
 
-def test_longer_runs_have_no_larger_rate() -> None:
+def test_longer_runs_get_no_larger_beta2() -> None:
     rates = [beta2_for_horizon(total_steps) for total_steps in sorted(HORIZONS)]
     assert rates == sorted(rates, reverse=True)
 
 
 @pytest.mark.parametrize(("total_steps", "product"), [(10**6, 9.2), (10**7, 6.6)])
-def test_products_named_in_the_docstring(total_steps: int, product: float) -> None:
+def test_products_of_the_docstring(total_steps: int, product: float) -> None:
     assert beta2_for_horizon(total_steps) * total_steps == pytest.approx(product, abs=0.05)
 
 
-def stepped(v: torch.Tensor, squares: torch.Tensor, weight: float) -> torch.Tensor:
+def update_v(v: torch.Tensor, squares: torch.Tensor, weight: float) -> torch.Tensor:
     return v + (squares - v) * weight
 
 
 @pytest.mark.parametrize("beta2", [1e-6, 1e-4, 1e-3, 0.1])
-def test_float32_moments_stand_still_from_there_on(beta2: float) -> None:
+def test_float32_v_is_constant_from_the_frozen_step_on(beta2: float) -> None:
     generator = torch.Generator().manual_seed(0)
     v = torch.cat(
         [
@@ -91,35 +91,35 @@ def test_float32_moments_stand_still_from_there_on(beta2: float) -> None:
     for step in (frozen, frozen + 1, 2 * frozen):
         weight = exp_avg_sq_weight("adax", beta2, step)
         for squares in (v * ratios, v * 32.0, torch.zeros_like(v)):
-            assert torch.equal(stepped(v, squares, weight), v)
+            assert torch.equal(update_v(v, squares, weight), v)
 
 
 @pytest.mark.parametrize("beta2", [1e-6, 1e-4, 1e-3, 0.1])
-def test_float32_moments_change_before(beta2: float) -> None:
+def test_float32_v_changes_before_the_frozen_step(beta2: float) -> None:
     v = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) + 0.01
     weight = exp_avg_sq_weight("adax", beta2, steps_until_frozen(beta2) // 2)
-    assert bool((stepped(v, v * 32.0, weight) != v).all())
+    assert bool((update_v(v, v * 32.0, weight) != v).all())
 
 
 @pytest.mark.parametrize("beta2", [None, "1e-4", True, 1e-4 + 0j, (0.9, 1e-4), torch.tensor(1e-4)], ids=repr)
-def test_rate_that_is_no_number_is_named(beta2: Any) -> None:
+def test_error_names_a_beta2_that_is_not_a_number(beta2: Any) -> None:
     with pytest.raises(TypeError, match="beta2"):
         steps_until_frozen(beta2)
 
 
 @pytest.mark.parametrize("beta2", [-1e-9, 0.11, 0.999, math.nan, math.inf])
-def test_rate_out_of_range_is_named(beta2: float) -> None:
+def test_error_names_a_beta2_out_of_range(beta2: float) -> None:
     with pytest.raises(ValueError, match=f"beta2: {beta2}"):
         steps_until_frozen(beta2)
 
 
 @pytest.mark.parametrize("total_steps", [None, "100", True, 1e5, 100.0], ids=repr)
-def test_horizon_that_is_no_int_is_named(total_steps: Any) -> None:
+def test_error_names_total_steps_that_are_not_an_int(total_steps: Any) -> None:
     with pytest.raises(TypeError, match="total_steps"):
         beta2_for_horizon(total_steps)
 
 
 @pytest.mark.parametrize("total_steps", [0, -5])
-def test_horizon_out_of_range_is_named(total_steps: int) -> None:
+def test_error_names_total_steps_out_of_range(total_steps: int) -> None:
     with pytest.raises(ValueError, match=f"total_steps: {total_steps}"):
         beta2_for_horizon(total_steps)

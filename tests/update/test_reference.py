@@ -1,4 +1,4 @@
-"""Oracle: the published programs' own loops, with the growing raw moment, written from the paper in float64 numpy."""
+"""Check the reference update. Oracle: the paper's algorithm with its growing raw moment, in float64 numpy."""
 
 import numpy as np
 import pytest
@@ -13,14 +13,17 @@ LR, BETA1, BETA2, EPS, DECAY = 1.5e-3, 0.9, 1e-4, 1e-12, 0.05
 
 def gradients() -> np.ndarray:
     random = np.random.default_rng(0)
-    # Weights of very different scale, and one whose gradient is always 0.
+    # Gradients of very different scales; those of weight 0 are always 0.
     scale = 10.0 ** random.uniform(-8, 2, SIZE)
     scale[0] = 0.0
     return random.standard_normal((STEPS, SIZE)) * scale
 
 
-def from_the_paper(placement: str, decoupled: bool) -> np.ndarray:
-    """AdaX of arXiv:2004.09740: v grows by (1 + b2) a step, and is divided by (1 + b2)^t - 1 before or after eps."""
+def paper_weights(placement: str, decoupled: bool) -> np.ndarray:
+    """Return the weights of arXiv:2004.09740: v grows by (1 + b2) per step and is divided by (1 + b2)^t - 1.
+
+    The division comes before eps is added (`"normalized"`) or after it (`"unnormalized"`).
+    """
     p = np.random.default_rng(1).standard_normal(SIZE)
     m, v = np.zeros(SIZE), np.zeros(SIZE)
     for t, g in enumerate(gradients(), start=1):
@@ -37,18 +40,18 @@ def from_the_paper(placement: str, decoupled: bool) -> np.ndarray:
 
 @pytest.mark.parametrize("decoupled", [False, True], ids=["AdaX", "AdaXW"])
 @pytest.mark.parametrize("placement", ["normalized", "unnormalized"])
-def test_optimizer_equals_the_published_program(placement: str, decoupled: bool) -> None:
+def test_optimizer_equals_the_paper(placement: str, decoupled: bool) -> None:
     param = torch.from_numpy(np.random.default_rng(1).standard_normal(SIZE)).requires_grad_()
     optimizer_class = AdaXW if decoupled else AdaX
     optimizer = optimizer_class([param], lr=LR, weight_decay=DECAY, eps_placement=placement)
     for grad in torch.from_numpy(gradients()):
         param.grad = grad
         optimizer.step()
-    np.testing.assert_allclose(param.detach().numpy(), from_the_paper(placement, decoupled), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(param.detach().numpy(), paper_weights(placement, decoupled), rtol=0, atol=1e-12)
 
 
 def test_eps_placement_matters() -> None:
-    difference = np.abs(from_the_paper("normalized", True) - from_the_paper("unnormalized", True)).max()
+    difference = np.abs(paper_weights("normalized", True) - paper_weights("unnormalized", True)).max()
     assert difference < 1e-3
     random = np.random.default_rng(2)
     tiny = torch.from_numpy(1e-12 * random.standard_normal(SIZE))
@@ -58,12 +61,12 @@ def test_eps_placement_matters() -> None:
         param.grad = tiny
         AdaX([param], eps_placement=placement).step()
         weights.append(param.detach())
-    # At t = 1 the effective eps of the released program is eps / sqrt(b2), a hundred times the article's.
+    # At t = 1 the effective eps of the released program is eps / sqrt(b2), a hundred times that of the paper.
     assert weights[0].abs().max() > 20 * weights[1].abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_first_update_is_a_tenth_of_lr_against_the_sign(dtype: torch.dtype) -> None:
+def test_first_update_is_one_minus_beta1_against_the_sign(dtype: torch.dtype) -> None:
     param = torch.zeros(5, dtype=dtype)
     grad = torch.tensor([-4.0, -0.5, 0.25, 1.0, 3.0], dtype=dtype)
     exp_avg, exp_avg_sq = (
@@ -75,7 +78,7 @@ def test_first_update_is_a_tenth_of_lr_against_the_sign(dtype: torch.dtype) -> N
     assert torch.equal(exp_avg_sq, grad.to(exp_avg_sq.dtype) ** 2)
 
 
-def test_raw_moment_would_overflow_where_the_normalised_one_does_not() -> None:
+def test_normalised_moment_does_not_overflow_where_the_raw_one_does() -> None:
     assert np.expm1(900_000 * np.log1p(BETA2)) > np.finfo(np.float32).max
     param = torch.ones(3, requires_grad=True)
     optimizer = AdaX([param], weight_decay=0.0)

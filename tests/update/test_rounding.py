@@ -1,4 +1,4 @@
-"""Random bits, stochastic rounding and split masters. Oracles: Python's integers, and PyTorch's own casts."""
+"""Check random bits, rounding and split masters. Oracles: Python's integers, and PyTorch's casts."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ from adax_triton.kernels import rounding as on_device
 WORD = 2**32
 INDEXES = [0, 1, 2, 31, 32, 65535, 65536, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 2, 2**32 - 1]
 SEEDS_AND_STEPS = [(0, 1), (0, 2), (1, 1), (2**31, 7), (2**32 - 1, 10**6), (5, 2**33 + 3)]
-ALL_ONES = 0x7FFFFFFF  # the NaN that NVIDIA's units make
+ALL_ONES = 0x7FFFFFFF  # the NaN that NVIDIA GPUs compute
 SPECIALS = [0, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7F800001, ALL_ONES, 1, 0x7FFFFF, 0x800000, 0x3F808000, 0x3F818000]
 BLOCK = tl.constexpr(4096)
 
 
 @triton.jit
 def random_bits_kernel(index_ptr, key_ptr, found_ptr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key0, key1 = tl.load(key_ptr).to(tl.uint32, bitcast=True), tl.load(key_ptr + 1).to(tl.uint32, bitcast=True)
-    found = on_device.random_bits(tl.load(index_ptr + at).to(tl.uint32, bitcast=True), key0, key1)
-    tl.store(found_ptr + at, found.to(tl.int32, bitcast=True))
+    found = on_device.random_bits(tl.load(index_ptr + offsets).to(tl.uint32, bitcast=True), key0, key1)
+    tl.store(found_ptr + offsets, found.to(tl.int32, bitcast=True))
 
 
 @triton.jit
 def round_kernel(values_ptr, addend_ptr, found_ptr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    addend = tl.load(addend_ptr + at).to(tl.uint32, bitcast=True)
-    tl.store(found_ptr + at, on_device.round_to_bfloat16(tl.load(values_ptr + at), addend))
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    addend = tl.load(addend_ptr + offsets).to(tl.uint32, bitcast=True)
+    tl.store(found_ptr + offsets, on_device.round_to_bfloat16(tl.load(values_ptr + offsets), addend))
 
 
 @triton.jit
-def split_kernel(master_ptr, addend_ptr, param_ptr, rest_ptr, joined_ptr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    addend = tl.load(addend_ptr + at).to(tl.uint32, bitcast=True)
-    param, rest = on_device.split_master(tl.load(master_ptr + at), addend, rest_ptr.dtype.element_ty)
-    tl.store(param_ptr + at, param)
-    tl.store(rest_ptr + at, rest)
-    tl.store(joined_ptr + at, on_device.join_master(param, rest))
+def split_kernel(master_ptr, addend_ptr, param_ptr, remainder_ptr, joined_ptr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    addend = tl.load(addend_ptr + offsets).to(tl.uint32, bitcast=True)
+    param, remainder = on_device.split_master(tl.load(master_ptr + offsets), addend, remainder_ptr.dtype.element_ty)
+    tl.store(param_ptr + offsets, param)
+    tl.store(remainder_ptr + offsets, remainder)
+    tl.store(joined_ptr + offsets, on_device.join_master(param, remainder))
 
 
 def floats(patterns: np.ndarray | list[int]) -> Tensor:
@@ -67,7 +67,7 @@ def patterns(values: Tensor) -> np.ndarray:
 
 
 def many_floats(count: int = 2**18) -> Tensor:
-    """Every exponent and sign with the fractions around every rounding, then random patterns, NaNs among both."""
+    """Return floats of every sign and exponent with fractions near rounding boundaries, then random bit patterns."""
     edges = [0, 1, 0x7F, 0x80, 0x81, 0xFF, 0x100, 0x7FFF, 0x8000, 0x8001, 0xFF7F, 0xFF80, 0xFFFF, 0x10000, 0x18000]
     edges += [0x7FFFFF - edge for edge in edges]
     grid = np.add.outer(np.arange(512, dtype=np.int64) << 23, edges).ravel()
@@ -82,15 +82,15 @@ def drawn_bits(count: int, bits: int) -> Tensor:
 
 
 def split(master: Tensor, addend: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return parameters and rests, these in the dtype in which states store them; no cast may change them."""
-    param, rest = split_master(master, addend)
+    """Return parameters and remainders, the remainders in their stored dtype; check that they fit it."""
+    param, remainder = split_master(master, addend)
     dtype = torch.int16 if addend is None else torch.int8
-    assert torch.equal(rest.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max), rest)
-    return param, rest.to(dtype)
+    assert torch.equal(remainder.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max), remainder)
+    return param, remainder.to(dtype)
 
 
 def assert_same_bits(found: Tensor, expected: Tensor) -> None:
-    """Check the bits of all but NaNs, of which PyTorch's own casts make one or another."""
+    """Check that the bits are equal, except in NaNs, because PyTorch's casts return various NaNs."""
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32}[found.itemsize]
     nan = expected.isnan()
     assert found.dtype == expected.dtype and torch.equal(found.cpu().isnan(), nan)
@@ -100,8 +100,8 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
 # Random bits
 
 
-def mixed(word: int) -> int:
-    """Return the finaliser lowbias32 of a word."""
+def lowbias32(word: int) -> int:
+    """Return the hash lowbias32 of a word."""
     word ^= word >> 16
     word = word * 0x7FEB352D % WORD
     word ^= word >> 15
@@ -109,9 +109,9 @@ def mixed(word: int) -> int:
     return word ^ word >> 16
 
 
-def bits_in_integers(index: int, seed: int, step: int) -> int:
-    first = mixed(seed ^ mixed(step % WORD))
-    second = mixed((step + 0x9E3779B9) % WORD ^ mixed(WORD - 1 - seed))
+def integer_random_bits(index: int, seed: int, step: int) -> int:
+    first = lowbias32(seed ^ lowbias32(step % WORD))
+    second = lowbias32((step + 0x9E3779B9) % WORD ^ lowbias32(WORD - 1 - seed))
     word = index ^ first
     word = (word ^ word >> 16) * 0x7FEB352D % WORD
     word = (word + second) % WORD
@@ -124,8 +124,8 @@ def bits(seed: int, step: int, count: int = 10**6) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("seed", "step"), SEEDS_AND_STEPS)
-def test_random_bits_equal_those_of_integers_everywhere(seed: int, step: int, device: torch.device) -> None:
-    expected = [bits_in_integers(index, seed, step) for index in INDEXES]
+def test_random_bits_equal_integer_arithmetic(seed: int, step: int, device: torch.device) -> None:
+    expected = [integer_random_bits(index, seed, step) for index in INDEXES]
     index = torch.zeros(BLOCK.value, dtype=torch.int32)
     index[: len(INDEXES)] = torch.tensor(INDEXES).to(torch.int32)
     key = torch.tensor(random_key(seed, step)).to(torch.int32)
@@ -154,7 +154,7 @@ def correlation_z(left: np.ndarray, right: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("mask_and_shift", [(0xFFFF, 0), (0xFFFF, 16), (1, 0), (1, 31)], ids=str)
-def test_random_bits_do_not_follow_from_others(mask_and_shift: tuple[int, int]) -> None:
+def test_random_bits_are_uncorrelated(mask_and_shift: tuple[int, int]) -> None:
     mask, shift = mask_and_shift
     words = bits(0, 1) >> shift & mask
     others = {f"element {lag} further": np.roll(words, lag) for lag in (1, 2, 32, 4096)}
@@ -180,7 +180,7 @@ def test_random_bits_of_one_element_are_uniform_over_the_steps(element: int) -> 
 def test_keys_of_seeds_and_steps_differ() -> None:
     keys = [random_key(seed, step) for seed in range(200) for step in range(1, 201)]
     assert len(set(keys)) == len(keys)
-    # A seed and a step that trade places are two different things.
+    # Swapping a seed and a step gives another key.
     assert random_key(3, 5) != random_key(5, 3)
 
 
@@ -190,7 +190,7 @@ def test_keys_of_seeds_and_steps_differ() -> None:
 @pytest.mark.parametrize(
     "pattern", [0x3F800001, 0x3F80FFFF, 0xC2345678, 0x00001234, 0x7F7F4000, 0x3F808000, 0x4015AAAA]
 )
-def test_every_share_of_draws_rounds_up_that_the_value_asks_for(pattern: int) -> None:
+def test_probability_of_rounding_up_is_the_dropped_fraction(pattern: int) -> None:
     found = round_to_bfloat16(floats([pattern]).expand(2**16), torch.arange(2**16, dtype=torch.int32))
     low, high = pattern >> 16, (pattern >> 16) + 1
     words = found.view(torch.int16).to(torch.int32) & 0xFFFF
@@ -208,7 +208,7 @@ def test_stochastic_rounding_of_one_value_is_unbiased_over_elements_and_steps() 
 
 
 @pytest.mark.parametrize("nearest", [False, True], ids=["stochastic", "nearest"])
-def test_rounding_equals_the_kernels_and_keeps_what_fits(nearest: bool, device: torch.device) -> None:
+def test_rounding_equals_the_kernel_and_keeps_bfloat16_values(nearest: bool, device: torch.device) -> None:
     values = many_floats()
     addend = torch.full((len(values),), 0x8000, dtype=torch.int32) if nearest else drawn_bits(len(values), 16)
     found = round_to_bfloat16(values, addend)
@@ -217,7 +217,7 @@ def test_rounding_equals_the_kernels_and_keeps_what_fits(nearest: bool, device: 
     assert_same_bits(by_kernel, found)
     assert torch.equal(found.isnan(), values.isnan())
     fits = ~values.isnan() & ((values.view(torch.int32) & 0xFFFF) == 0)
-    assert torch.equal(found[fits].float(), values[fits])  # infinities and both zeros among them
+    assert torch.equal(found[fits].float(), values[fits])  # includes infinities and both zeros
     if nearest:
         tie = (values.view(torch.int32) & 0xFFFF) == 0x8000
         by_torch = values.to(torch.bfloat16)
@@ -234,32 +234,32 @@ def test_rounding_equals_the_kernels_and_keeps_what_fits(nearest: bool, device: 
 # Split masters
 
 
-def test_split_of_32_bits_is_exact_and_its_parameter_the_nearest(device: torch.device) -> None:
+def test_split_of_32_bits_is_exact_and_rounds_the_parameter_to_nearest(device: torch.device) -> None:
     master = many_floats()
-    param, rest = split(master, None)
-    joined = join_master(param, rest)
+    param, remainder = split(master, None)
+    joined = join_master(param, remainder)
     nan = master.isnan()
     assert torch.equal(joined[~nan].view(torch.int32), master[~nan].view(torch.int32))
     assert bool(param[nan].isnan().all()) and bool(joined[nan].isnan().all())
     tie = (master.view(torch.int32) & 0xFFFF) == 0x8000
     assert torch.equal(param[~nan & ~tie], master.to(torch.bfloat16)[~nan & ~tie])
-    assert_kernel_splits_alike(master, torch.zeros(len(master), dtype=torch.int32), param, rest, joined, device)
+    assert_kernel_split_equals(master, torch.zeros(len(master), dtype=torch.int32), param, remainder, joined, device)
 
 
 @pytest.mark.parametrize("nearest", [False, True], ids=["stochastic", "nearest"])
-def test_split_of_24_bits_rounds_to_a_neighbour(nearest: bool, device: torch.device) -> None:
+def test_split_of_24_bits_rounds_to_an_adjacent_value(nearest: bool, device: torch.device) -> None:
     master = many_floats()
     addend = torch.full((len(master),), 0x80, dtype=torch.int32) if nearest else drawn_bits(len(master), 8)
-    param, rest = split(master, addend)
-    joined = join_master(param, rest)
+    param, remainder = split(master, addend)
+    joined = join_master(param, remainder)
     nan = master.isnan()
     assert bool(param[nan].isnan().all()) and bool(joined[nan].isnan().all())
-    was, now = patterns(master)[~nan.numpy()], patterns(joined)[~nan.numpy()]
-    up = (was % 256) + addend.numpy()[~nan.numpy()] >= 256
-    assert np.array_equal(now, was - was % 256 + 256 * up)
+    before, after = patterns(master)[~nan.numpy()], patterns(joined)[~nan.numpy()]
+    up = (before % 256) + addend.numpy()[~nan.numpy()] >= 256
+    assert np.array_equal(after, before - before % 256 + 256 * up)
     tie = (joined.view(torch.int32) & 0xFFFF) == 0x8000
     assert torch.equal(param[~nan & ~tie], joined.to(torch.bfloat16)[~nan & ~tie])
-    assert_kernel_splits_alike(master, addend, param, rest, joined, device)
+    assert_kernel_split_equals(master, addend, param, remainder, joined, device)
 
 
 def test_24_bit_rounding_is_unbiased_exactly() -> None:
@@ -268,10 +268,10 @@ def test_24_bit_rounding_is_unbiased_exactly() -> None:
     assert torch.equal(joined.double().mean(dim=1), master[:, 0].double())
 
 
-def assert_kernel_splits_alike(
-    master: Tensor, addend: Tensor, param: Tensor, rest: Tensor, joined: Tensor, device: torch.device
+def assert_kernel_split_equals(
+    master: Tensor, addend: Tensor, param: Tensor, remainder: Tensor, joined: Tensor, device: torch.device
 ) -> None:
-    found = [torch.empty_like(tensor, device=device) for tensor in (param, rest, joined)]
+    found = [torch.empty_like(tensor, device=device) for tensor in (param, remainder, joined)]
     split_kernel[(len(master) // BLOCK.value,)](master.to(device), addend.to(device), *found)
-    for tensor, expected in zip(found, (param, rest, joined), strict=True):
+    for tensor, expected in zip(found, (param, remainder, joined), strict=True):
         assert_same_bits(tensor, expected)
