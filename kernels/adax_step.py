@@ -253,11 +253,12 @@ def adax_step_kernel(
     groups, offsets = _tile_offsets(CHUNK_SIZE, VECTOR, GROUPED)
     tile_end = tl.multiple_of(remaining & -UNIT, UNIT)
     tile = (offsets, groups, tile_end)
+    tail_offsets = tile_end + tl.arange(0, UNIT)
     sums = _update_tile(
         chunk, tile, STATES, MASTER_DTYPE, STOCHASTIC, SKIP_UNCHANGED_V, TELEMETRY, PARAM_IS_COPY, LANES
     )
     if tile_end != remaining:
-        tail = (tile_end + tl.arange(0, UNIT), tile_end // GROUP + tl.arange(0, 1), remaining)
+        tail = (tail_offsets, tile_end // GROUP + tl.arange(0, 1), remaining)
         tail_sums = _update_tile(
             chunk, tail, STATES, MASTER_DTYPE, STOCHASTIC, SKIP_UNCHANGED_V, TELEMETRY, PARAM_IS_COPY, 0
         )

@@ -51,10 +51,13 @@ def dequantize_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
     else:
         fraction = ((exponents >> FRACTION_SHIFT) & FRACTION_MASK) + MIN_FRACTION_BITS
         offset = _code_offset(exponents & 0xFF, fraction)
-        unit = _power_of_two(EXPONENT_SHIFT - 1 - fraction)
-        bits = code * (unit + unit) + (offset << (EXPONENT_SHIFT - fraction))
+        root_shift = EXPONENT_SHIFT - 1 - fraction
+        unit = _power_of_two(root_shift)
+        bits = code * (unit + unit)
+        dropped = EXPONENT_SHIFT - fraction
+        bits += offset << dropped
         scale = (exponents >> SCALE_SHIFT) + MIN_SCALE
-        root_bits = code * unit + ((offset << (EXPONENT_SHIFT - 1 - fraction)) + (scale << EXPONENT_SHIFT))
+        root_bits = code * unit + ((offset << root_shift) + (scale << EXPONENT_SHIFT))
     return exp_avg.to(tl.float32) * from_bits(root_bits & INFINITY_BITS), from_bits(bits)
 
 
@@ -91,9 +94,8 @@ def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl
         offset = _code_offset(exponent, fraction)
         # Code 0 is reserved for moments that were never updated.
         code = tl.maximum((rounded - offset).to(tl.int32), 1).to(tl.uint32)
-        inverse = (LARGEST_FINITE - (offset << (EXPONENT_SHIFT - 1 - fraction))) + code * (
-            0 - _power_of_two(EXPONENT_SHIFT - 1 - fraction)
-        )
+        root_shift = EXPONENT_SHIFT - 1 - fraction
+        inverse = (LARGEST_FINITE - (offset << root_shift)) + code * (0 - _power_of_two(root_shift))
         direction, scale = _quantize_direction(exp_avg, inverse, SCALE_ORIGIN + MIN_SCALE, AXIS)
         code = code.to(tl.uint8)
         word = (tl.minimum(scale, MAX_STORED_SCALE) << SCALE_SHIFT) | ((fraction - MIN_FRACTION_BITS) << FRACTION_SHIFT)
@@ -108,5 +110,6 @@ def _quantize_direction(exp_avg, inverse, ORIGIN: tl.constexpr, AXIS: tl.constex
     # Without the sign and with one exponent more, infinities and NaNs wrap below 0 and lose the maximum.
     largest = tl.max((bits_of(direction) << 1) + NEXT_EXPONENT, axis=AXIS, keep_dims=True) >> 1
     scale = tl.maximum((largest + HALF_CODE) >> EXPONENT_SHIFT, ORIGIN + 1)
-    code = direction * from_bits((SCALE_ORIGIN + EXPONENT_BIAS + 1 - scale) << EXPONENT_SHIFT) + TO_INTEGER
+    factor_bits = (SCALE_ORIGIN + EXPONENT_BIAS + 1 - scale) << EXPONENT_SHIFT
+    code = direction * from_bits(factor_bits) + TO_INTEGER
     return bits_of(code).to(tl.uint8).to(tl.int8, bitcast=True), scale - (ORIGIN + 1)

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*NVIDIA, "gfx942")
 DATA = ("param", "grad", "exp_avg", "exp_avg_sq", "master")
-FLAGS = ("stochastic", "settled", "telemetry", "param_is_copy")
+FLAGS = ("stochastic", "skip_unchanged_v", "telemetry", "param_is_copy")
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 # Per thread, in triton 3.7.1. Gradients of the parameter's dtype, aligned, are the case to be fast: 40 registers leave
@@ -67,7 +67,7 @@ def variant_name(facts: Facts) -> str:
 
 def is_plain(facts: Facts) -> bool:
     return facts["states"] == "float32" and not any(
-        facts[name] for name in ("master", "stochastic", "settled", "telemetry")
+        facts[name] for name in ("master", "stochastic", "skip_unchanged_v", "telemetry")
     )
 
 
@@ -141,7 +141,7 @@ def test_every_variant_is_compiled(audit: dict[str, dict[str, Facts]]) -> None:
     masters = ("bf16-bf16", "int16"), ("bf16-bf16", "int8"), ("fp16-fp16", "float32")
     for states in ("float32", "bfloat16", "8bit_v16", "8bit"):
         for pair, master in (*kept, *masters):
-            endings = ("aligned", "unaligned", "settled-aligned")
+            endings = ("aligned", "unaligned", "skip_unchanged_v-aligned")
             expected |= {f"{pair}-{states}-{master}-{ending}" for ending in endings}
         for pair, master in (kept[0], kept[2], *masters[1:]):
             expected.add(f"{pair}-{states}-{master}-telemetry-aligned")
@@ -234,7 +234,7 @@ def test_code_stays_out_of_shared_memory(audit: dict[str, dict[str, Facts]], tar
         trips = has_codes(facts) and not facts["aligned"]
         assert facts["barriers"] == trips, name
         # AMD's reductions within a wave are ds_ operations.
-        reduces = target == "gfx942" and (has_codes(facts) or facts["settled"])
+        reduces = target == "gfx942" and (has_codes(facts) or facts["skip_unchanged_v"])
         assert facts["shared"] <= (130 if trips else 5 if reduces else 0), name
 
 

@@ -1,6 +1,7 @@
-"""How often Triton compiles in a thousand steps in which every number changes: by the keys of its own cache.
+"""Count how often Triton compiles in a thousand steps with changing numbers, by the keys of its cache.
 
-As a script, with TRITON_INTERPRET unset: python test_compiled_variants.py. It prints the keys of each case as JSON.
+Usage, with TRITON_INTERPRET unset: python test_compiled_variants.py
+Prints the number of keys of each case as JSON.
 """
 
 import json
@@ -18,9 +19,9 @@ from paths import SUPPORT
 
 pytest.importorskip("triton")
 
-# Of the case that launches every kernel; in the others every number stands in every place once at least.
+# Steps of the case that launches every kernel, and of the other cases; 224 cover each number in each argument.
 STEPS, FEWER_STEPS = 1000, 224
-# What Triton makes variants of their own for, where a number is not kept from it: 0, 1 and multiples of 16.
+# Triton specializes on 0, 1 and multiples of 16, unless an argument is listed in do_not_specialize.
 NUMBERS = (0, 1, 16, 1e-3, 48, 2, 1600, 0.5)
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -37,7 +38,7 @@ KERNELS = {
 
 
 def compiled(case: str) -> dict[str, list[int]]:
-    """Return how many variants of each kernel were asked for, before and after second moments settle."""
+    """Return how many variants of each kernel are compiled until v changes rarely, and in total afterwards."""
     import code_audit
     import triton
 
@@ -83,7 +84,7 @@ def change(optimizer: Any, params: list[torch.Tensor], step: int, scaled: bool) 
     if scaled:
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(float(number or 4)), torch.tensor(float(step % 2))
         optimizer.max_grad_norm = number or 8
-    # At times other tensors, and another number of them.
+    # Change the number of tensors with gradients.
     present = (17, 16, 1, 2)[step // 56 % 4]
     for index, param in enumerate(params):
         param.grad = torch.ones_like(param) if index < present else None
@@ -91,7 +92,7 @@ def change(optimizer: Any, params: list[torch.Tensor], step: int, scaled: bool) 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
-    """What `compiled` returns of each case, in a process where Triton is not interpreting."""
+    """Return `compiled` of each case, from a process in which Triton compiles instead of interpreting."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(SUPPORT)
     run = subprocess.run(
@@ -111,10 +112,10 @@ def test_changing_numbers_compile_each_kernel_once(case: str, found: dict[str, d
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_settled_second_moments_compile_the_step_once_more(case: str, found: dict[str, dict[str, list[int]]]) -> None:
-    known_to_the_host = case in ("plain", "8bit_v16")
+def test_skipping_unchanged_v_compiles_the_step_once_more(case: str, found: dict[str, dict[str, list[int]]]) -> None:
+    host_knows_step = case in ("plain", "8bit_v16")
     again = {name: counts[1] - counts[0] for name, counts in found[case].items()}
-    assert again == {name: int(known_to_the_host and name == "adax_step_kernel") for name in KERNELS[case]}
+    assert again == {name: int(host_knows_step and name == "adax_step_kernel") for name in KERNELS[case]}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Steps in CUDA graphs, and steps that neither wait nor allocate: on a GPU alone; test_capturable.py has a stand-in.
+"""Check steps in CUDA graphs, and that steps neither wait for the GPU nor allocate. Needs a GPU.
 
-Oracle of a graph: an optimizer of the same options that is stepped without one, bit for bit. Gradients are elementwise,
-so that no library chooses another algorithm while a graph is captured.
+Oracle of a graph: an optimizer with the same options, stepped without a graph, bit for bit. Gradients are elementwise,
+because a library might choose another algorithm during capture. test_capturable.py checks capturable steps on the CPU.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def training_step(optimizer: AdaX, params: Sequence[Tensor], x: Tensor) -> None:
 
 
 def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Run a step three times, on a stream of its own as PyTorch asks for, and capture it on another."""
+    """Run a step three times on a side stream, as PyTorch requires, and capture it on another stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -76,7 +76,7 @@ def test_replays_equal_steps_without_a_graph(options: dict[str, Any]) -> None:
     graph = captured(lambda: training_step(optimizer, params, x))
     for _ in range(3):
         training_step(twin, twins, x)
-    assert contents(optimizer) == contents(twin)  # a capture steps nothing
+    assert contents(optimizer) == contents(twin)  # the capture itself does not step
     for replay in range(5):
         x.fill_(0.5 + replay)
         for lr in lrs:
@@ -91,19 +91,19 @@ def test_replays_equal_steps_without_a_graph(options: dict[str, Any]) -> None:
 
 
 @each_option
-def test_steps_without_the_graph_go_between_replays(options: dict[str, Any]) -> None:
+def test_eager_steps_between_replays(options: dict[str, Any]) -> None:
     (optimizer, params), (twin, twins) = (build(**options, capturable=True) for _ in range(2))
     x = torch.ones((), device="cuda")
     graph = captured(lambda: training_step(optimizer, params, x))
-    gradients = [param.grad for param in params]  # the graph's, into which its replays write
+    gradients = [param.grad for param in params]  # replays write to these tensors
     for _ in range(3):
         training_step(twin, twins, x)
-    # One with fewer parameters, then one with all of them: other tables than the graph's.
+    # Eager steps with all, fewer and again all parameters use other tables than the graph.
     for frozen in (None, 1, None):
         graph.replay()
         training_step(twin, twins, x)
-        for own in (params, twins):
-            for index, param in enumerate(own):
+        for weights in (params, twins):
+            for index, param in enumerate(weights):
                 param.grad = None if index == frozen else torch.full_like(param, 0.25)
         optimizer.step()
         twin.step()
@@ -115,7 +115,7 @@ def test_steps_without_the_graph_go_between_replays(options: dict[str, Any]) -> 
 
 
 @each_option
-def test_state_dict_is_loaded_under_a_graph(options: dict[str, Any]) -> None:
+def test_graph_replays_with_a_loaded_state_dict(options: dict[str, Any]) -> None:
     (optimizer, params), (twin, twins) = (build(**options, capturable=True) for _ in range(2))
     x = torch.ones((), device="cuda")
     training_step(twin, twins, x)
@@ -133,16 +133,16 @@ def test_state_dict_is_loaded_under_a_graph(options: dict[str, Any]) -> None:
     assert [state["step"] for state in optimizer.state_dict()["state"].values()] == [4] * len(params)
 
 
-def test_replay_under_a_scaler_is_skipped_by_its_gradients() -> None:
+def test_replay_skips_the_step_if_a_scaled_gradient_is_infinite() -> None:
     (optimizer, params), (twin, twins) = (build(capturable=True) for _ in range(2))
     x, factor = torch.ones((), device="cuda"), torch.ones((), device="cuda")
     scalers = [torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=100) for _ in range(2)]
 
-    def scaled_step(scaler: torch.amp.GradScaler, each: AdaX, own: Sequence[Tensor]) -> None:
-        each.zero_grad(set_to_none=True)
-        losses = [(param.float() * x).square().sum() * factor for param in own]
+    def scaled_step(scaler: torch.amp.GradScaler, stepped: AdaX, weights: Sequence[Tensor]) -> None:
+        stepped.zero_grad(set_to_none=True)
+        losses = [(param.float() * x).square().sum() * factor for param in weights]
         scaler.scale(torch.stack(losses).sum()).backward()
-        scaler.step(each)
+        scaler.step(stepped)
         scaler.update()
 
     graph = captured(lambda: scaled_step(scalers[0], optimizer, params))
@@ -171,7 +171,7 @@ def test_capture_before_a_step_is_refused() -> None:
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="without a step of the same parameters"), torch.cuda.graph(graph):
         optimizer.step()
-    assert len(optimizer.state) == 0  # states made within a capture would never be filled
+    assert len(optimizer.state) == 0  # states allocated during the capture would never be filled
 
 
 @each_option
@@ -180,14 +180,14 @@ def test_steps_after_a_refused_capture(options: dict[str, Any], before: str) -> 
     (optimizer, params), (twin, twins) = (build(**options, capturable=True) for _ in range(2))
     x = torch.ones((), device="cuda")
     if before != "no step":
-        for each, own in ((optimizer, params), (twin, twins)):
-            training_step(each, own, x)
-            own[-1].grad = None
-            each.step()
-            each.step()
+        for stepped, weights in ((optimizer, params), (twin, twins)):
+            training_step(stepped, weights, x)
+            weights[-1].grad = None
+            stepped.step()
+            stepped.step()
     for param in params:
         param.grad = torch.ones_like(param)
-    # What a capture allocates comes from here, and is not 0 where it was never filled.
+    # Fill free GPU memory with NaN, so that memory which the capture allocates and nobody fills is not 0.
     torch.full((2**26,), torch.nan, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -205,21 +205,21 @@ def test_steps_after_a_refused_capture(options: dict[str, Any], before: str) -> 
     assert contents(optimizer) == contents(twin)
 
 
-def test_a_capture_leaves_no_parameter_to_the_host() -> None:
+def test_capture_with_a_parameter_that_is_not_capturable_is_refused() -> None:
     optimizer, params = build(capturable=True)
-    by_host = Parameter(torch.ones(3))
-    optimizer.add_param_group({"params": [by_host], "capturable": False})
-    for param in (*params, by_host):
+    cpu_param = Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [cpu_param], "capturable": False})
+    for param in (*params, cpu_param):
         param.grad = torch.ones_like(param)
     optimizer.step()
-    before = by_host.detach().clone()
+    before = cpu_param.detach().clone()
     graph = torch.cuda.CUDAGraph()
     with (
         pytest.raises(RuntimeError, match=r"param_groups\[1\] has capturable=False"),
         torch.cuda.graph(graph),
     ):
         optimizer.step()
-    assert torch.equal(by_host, before) and optimizer.state[by_host]["step"] == 1
+    assert torch.equal(cpu_param, before) and optimizer.state[cpu_param]["step"] == 1
 
 
 @each_option
@@ -254,7 +254,7 @@ def test_host_does_not_wait(options: dict[str, Any], scaled: bool, lr: str) -> N
     optimizer, params = build(0.01 if lr == "number" else torch.tensor(0.01, device="cuda"), **options)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
 
-    def act() -> None:
+    def step_once() -> None:
         if scaled:
             scaler.step(optimizer)
             scaler.update()
@@ -262,15 +262,15 @@ def test_host_does_not_wait(options: dict[str, Any], scaled: bool, lr: str) -> N
             optimizer.step()
 
     for step in range(4):
-        kept = [param.grad for param in params]  # so that the next ones lie elsewhere, and tables change
+        kept = [param.grad for param in params]  # so that new gradients get other addresses and the tables change
         for param in params:
             param.grad = torch.ones_like(param)
         if scaled:
             scaler.scale(torch.ones((), device="cuda"))
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step may prepare
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step may wait
         try:
-            act()
+            step_once()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         del kept

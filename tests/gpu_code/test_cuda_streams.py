@@ -1,7 +1,7 @@
-"""Steps on several CUDA streams, on a GPU alone; test_step_kinds.py has a stand-in.
+"""Check steps on several CUDA streams. Needs a GPU; test_step_kinds.py has checks that run on the CPU.
 
-Oracle: an optimizer of the same options whose steps are all on one stream, bit for bit. A kernel that waits goes before
-the steps of a stream, so that what another stream does too early comes first.
+Oracle: an optimizer with the same options, stepped on one stream, bit for bit. A sleeping kernel delays the steps of a
+stream, so that missing synchronization changes the result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "8bit": {"states": "8bit", "master_weights": "24bit", "dtype": torch.bfloat16},
 }
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-# Cycles of the GPU: about 30 ms, many times what the host needs to launch a step, and about 300 ms.
+# GPU cycles: about 30 ms, many times the launch time of a step, and about 300 ms.
 PAUSE, LONG_PAUSE = 50_000_000, 500_000_000
 
 
@@ -48,7 +48,7 @@ def build(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[AdaXW, li
 
 
 def set_gradients(params: Sequence[Tensor], number: int) -> None:
-    """Give new gradients, made on the current stream, where they lie until it has stepped them."""
+    """Set new gradients, computed on the current stream."""
     for index, param in enumerate(params):
         wave = torch.arange(param.numel(), device="cuda", dtype=torch.float32).add_(number + index).sin_()
         param.grad = wave.view(param.shape).to(param.dtype)
@@ -71,14 +71,14 @@ def test_steps_alternate_between_streams(options: dict[str, Any], order: Sequenc
     for number in range(8):
         stream = streams[order[number % len(order)]]
         for other in streams:
-            stream.wait_stream(other)  # it stepped the same weights
+            stream.wait_stream(other)  # the other stream updates the same weights
         with torch.cuda.stream(stream):
             torch.cuda._sleep(PAUSE)
             set_gradients(params, number)
             optimizer.step()
         set_gradients(twins, number)
         twin.step()
-        if "telemetry" in options:  # which waits, although this is another stream
+        if "telemetry" in options:  # reading waits for the step, although this is another stream
             assert optimizer.read_telemetry(per_parameter=True) == twin.read_telemetry(per_parameter=True)
     torch.cuda.synchronize()
     assert contents(optimizer, params) == contents(twin, twins)
@@ -87,32 +87,32 @@ def test_steps_alternate_between_streams(options: dict[str, Any], order: Sequenc
 
 
 @each_option
-def test_steps_of_other_parameters_need_not_wait(options: dict[str, Any]) -> None:
+def test_steps_of_different_parameters_need_not_wait(options: dict[str, Any]) -> None:
     (optimizer, _), (twin, _) = build(**options), build(**options)
     streams = [torch.cuda.Stream() for _ in range(2)]
     groups = list(zip(optimizer.param_groups, twin.param_groups, strict=True))
     for number in range(4):
-        # The second is stepped while the first still waits; with telemetry, what is read is of the second.
-        for stream, (group, other) in zip(streams, groups, strict=True):
-            optimizer.param_groups, twin.param_groups = [group], [other]
+        # The second group steps while the first still waits. Telemetry is that of the last step, of the second group.
+        for stream, (group, twin_group) in zip(streams, groups, strict=True):
+            optimizer.param_groups, twin.param_groups = [group], [twin_group]
             with torch.cuda.stream(stream):
                 if stream is streams[0]:
                     torch.cuda._sleep(PAUSE)
                 set_gradients(group["params"], number)
                 optimizer.step()
-            set_gradients(other["params"], number)
+            set_gradients(twin_group["params"], number)
             twin.step()
         torch.cuda.synchronize()
         if "telemetry" in options:
             assert optimizer.read_telemetry(per_parameter=True) == twin.read_telemetry(per_parameter=True)
         if "max_grad_norm" in options:
             assert torch.equal(optimizer.grad_norm, twin.grad_norm)
-        for group, other in groups:
-            assert contents(optimizer, group["params"]) == contents(twin, other["params"])
+        for group, twin_group in groups:
+            assert contents(optimizer, group["params"]) == contents(twin, twin_group["params"])
 
 
 @each_option
-def test_tables_are_memory_of_the_stream_that_reads_them(options: dict[str, Any]) -> None:
+def test_tables_are_allocated_on_the_stream_that_reads_them(options: dict[str, Any]) -> None:
     (optimizer, params), (twin, twins) = build(**options), build(**options)
     for number in range(3):
         set_gradients(twins, number)
@@ -124,12 +124,13 @@ def test_tables_are_memory_of_the_stream_that_reads_them(options: dict[str, Any]
             set_gradients(params, number)
             optimizer.step()
     first.synchronize()
-    states = list(optimizer.state.values())  # kept, as are the gradients: whoever frees them has to order that
+    states = list(optimizer.state.values())  # keep states and gradients alive: their memory is not part of this check
     with torch.cuda.stream(second):
         set_gradients(params, 2)
         torch.cuda._sleep(LONG_PAUSE)
         optimizer.step()
-    # Tables allocated on the first stream would now be its free memory. As zeros they reach no tensor.
+    # If tables were allocated on the first stream, the zeros would reuse their memory before the kernel reads them, and
+    # the kernel would update nothing.
     del optimizer
     gc.collect()
     with torch.cuda.stream(first):
