@@ -215,15 +215,16 @@ void update_groups(POINTERS a, const Scalars& s, uint32_t index, int64_t groups,
     }
 }
 
+// Copy of fewer than 32 elements, padded with zeros. It replaces the pointer, and `store` writes the copy back.
 template <class DTYPE> struct Padded {
     typedef typename DTYPE::word word;
     word* original;
     unsigned char copy[GROUP * sizeof(word)] = {};
 
-    Padded(word*& array, int64_t count) : original(array) {
-        if (array == nullptr) return;
-        memcpy(copy, array, size_t(count) * sizeof(word));
-        array = reinterpret_cast<word*>(copy);
+    Padded(word*& pointer, int64_t count) : original(pointer) {
+        if (pointer == nullptr) return;
+        memcpy(copy, pointer, size_t(count) * sizeof(word));
+        pointer = reinterpret_cast<word*>(copy);
     }
     void store(int64_t count) const {
         if (original != nullptr) memcpy(original, copy, size_t(count) * sizeof(word));
@@ -239,10 +240,10 @@ inline void add_sums(const Pointers& before, const Pointers& after, int64_t coun
     }
 }
 
-// Updates the last group of a tensor, of fewer than 32 elements, padded with zeros.
+// Updates the last group of a tensor if it has fewer than 32 elements: pads it with zeros.
 __attribute__((noinline)) void update_partial_group(
     Pointers a, const Scalars& s, uint32_t index, int64_t count, Sums& sums) {
-    const Pointers given = a;
+    const Pointers before = a;
     Padded<PARAM> param(a.param, count);
     Padded<exp_avg_dtype> exp_avg(a.exp_avg, count);
     Padded<exp_avg_sq_dtype> exp_avg_sq(a.exp_avg_sq, count);
@@ -252,7 +253,7 @@ __attribute__((noinline)) void update_partial_group(
     a.grad = reinterpret_cast<const GRAD::word*>(grad);
     Sums unused = {};
     update_groups(a, s, index, 1, unused);
-    if (TELEMETRY) add_sums(given, a, count, sums);
+    if (TELEMETRY) add_sums(before, a, count, sums);
     param.store(count), exp_avg.store(count), exp_avg_sq.store(count), master.store(count);
 }
 
