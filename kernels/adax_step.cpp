@@ -183,7 +183,7 @@ inline void update_group(const POINTERS a, const Scalars s, uint32_t index, Deco
         const uint32_t random = NEEDS_RANDOM_BITS ? random_bits(index + uint32_t(j), s.key0, s.key1) : 0;
         const compute_t stored = store_weight(a, j, weight, random, decoded.remainder[g * GROUP + j]);
         if constexpr (QUANTIZED) {
-            decoded.exp_avg[g][j] = exp_avg, decoded.exp_avg_sq[g][j] = exp_avg_sq, decoded.random[g][j] = random;
+            decoded.exp_avg[g][j] = exp_avg, decoded.exp_avg_sq[g][j] = exp_avg_sq, decoded.words[g][j] = random;
         } else if constexpr (STATE_FORMAT == bfloat16_moments) {
             a.exp_avg[j] = round_to_bfloat16(exp_avg, HALF_BFLOAT16);
             a.exp_avg_sq[j] = round_to_bfloat16(exp_avg_sq, random >> 16);

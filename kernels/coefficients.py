@@ -91,10 +91,10 @@ def prepare_step_kernel(
     group_lr = tl.load(groups_ptr, mask=mask, other=1.0)
     bias_rate = tl.load(groups_ptr + 1, mask=mask, other=1.0)
     one_minus_beta1 = tl.load(groups_ptr + 2, mask=mask, other=1.0)
-    weight_factor = tl.load(groups_ptr + 3, mask=mask, other=1.0)
-    weight_power = tl.load(groups_ptr + 4, mask=mask, other=1.0)
-    weight_decline = tl.load(groups_ptr + 5, mask=mask, other=1.0)
-    weight_rate = tl.load(groups_ptr + 6, mask=mask, other=1.0)
+    w_factor = tl.load(groups_ptr + 3, mask=mask, other=1.0)
+    w_power = tl.load(groups_ptr + 4, mask=mask, other=1.0)
+    w_exponent = tl.load(groups_ptr + 5, mask=mask, other=1.0)
+    w_rate = tl.load(groups_ptr + 6, mask=mask, other=1.0)
     group_eps = tl.load(groups_ptr + 7, mask=mask, other=1.0)
     raw_eps = tl.load(groups_ptr + 8, mask=mask, other=1.0)
     smallest_eps = tl.load(groups_ptr + 9, mask=mask, other=1.0)
@@ -108,7 +108,7 @@ def prepare_step_kernel(
     count = tl.load(count_ptr, mask=mask, other=0)
     step = count + 1
     t = step.to(tl.float64)
-    weight = weight_factor * tl.exp(-weight_power * tl.log(t) - weight_decline * t) / _one_minus_exp(weight_rate * t)
+    weight = w_factor * tl.exp(-w_power * tl.log(t) - w_exponent * t) / _one_minus_exp(w_rate * t)
     eps = tl.maximum(group_eps + raw_eps * tl.sqrt(weight), smallest_eps)
     # By way of int64, because casts of float64 to uint32 differ between backends.
     key0, key1 = random_key(seed.to(tl.int64).to(tl.uint32), step.to(tl.uint32))

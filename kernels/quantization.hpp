@@ -1,5 +1,5 @@
 // Quantizes and dequantizes moments on the CPU, as quantization.py does on the GPU; the formats are described in
-// adax_triton/update/quantization.py. `direction` is u, the first moment over a power of two near the root of v.
+// adax_triton/update/quantization.py. `direction` is u, the first moment divided by a power of two near sqrt(v).
 //
 // Groups are processed in batches of 16, one stage after the other for the whole batch. While the maximum of one group
 // is found, the CPU works on the others.
@@ -20,10 +20,10 @@ constexpr float TO_INTEGER = 12582912.0f;
 // The bits of 2^-k are these minus the bits of 2^k.
 constexpr uint32_t RECIPROCAL_BITS = 2u * EXPONENT_BIAS << EXPONENT_SHIFT;
 
-// Moments of a batch of groups, before and after the update, and the random bits of their elements.
+// Moments of a batch of groups, before and after the update.
 struct Moments {
     float exp_avg[BATCH][GROUP], exp_avg_sq[BATCH][GROUP];
-    uint32_t random[BATCH][GROUP];
+    uint32_t words[BATCH][GROUP];  // random bits, then the rounded bits of exp_avg_sq
 };
 
 inline uint32_t code_offset(uint32_t exponent, uint32_t fraction) {
@@ -108,7 +108,7 @@ inline void quantize_moments(
 #pragma omp simd
         for (int j = 0; j < GROUP; ++j) {
             const uint32_t bits = smallest_of(bits_of(m.exp_avg_sq[g][j]), QUIET_NAN);
-            const uint32_t rounded = (bits + (m.random[g][j] >> (32 - V16_DROPPED_BITS))) >> V16_DROPPED_BITS;
+            const uint32_t rounded = (bits + (m.words[g][j] >> (32 - V16_DROPPED_BITS))) >> V16_DROPPED_BITS;
             exp_avg_sq[g * GROUP + j] = uint16_t(rounded);
             m.exp_avg[g][j] = (is_normal(bits) ? m.exp_avg[g][j] : 0.0f) * inverse_root(rounded << V16_DROPPED_BITS);
         }
@@ -151,9 +151,9 @@ inline void quantize_moments(
 #pragma omp simd reduction(max : max_rounded)
         for (int j = 0; j < GROUP; ++j) {
             const uint32_t bits = bits_of(m.exp_avg_sq[g][j]);
-            const uint32_t rounded = (smallest_of(bits, limit) + (m.random[g][j] >> (32 - low_bits))) >> low_bits;
+            const uint32_t rounded = (smallest_of(bits, limit) + (m.words[g][j] >> (32 - low_bits))) >> low_bits;
             m.exp_avg[g][j] = is_normal(bits) ? m.exp_avg[g][j] : 0.0f;
-            m.random[g][j] = rounded;  // in the memory of the random bits, which are used up
+            m.words[g][j] = rounded;
             max_rounded = largest_of(max_rounded, int32_t(rounded));
         }
         top_exponents[g] = uint32_t(max_rounded);
@@ -168,7 +168,7 @@ inline void quantize_moments(
 #pragma omp simd
         for (int j = 0; j < GROUP; ++j) {
             // Code 0 is reserved for moments that were never updated.
-            const int32_t code = largest_of(int32_t(m.random[g][j]) - offset, 1);
+            const int32_t code = largest_of(int32_t(m.words[g][j]) - offset, 1);
             exp_avg_sq[g * GROUP + j] = uint8_t(code);
             m.exp_avg[g][j] *= inverse_root(uint32_t(code + offset) << low_bits);
         }

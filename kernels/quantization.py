@@ -1,7 +1,7 @@
 """Quantize and dequantize moments to "8bit_v16" and "8bit", on the GPU.
 
 `adax_triton/update/quantization.py` describes the formats. AXIS is the axis of a group's 32 elements: 1 in a tile of
-(groups, 32), 0 in a tile of one group. `direction` is u, the first moment over a power of two near the root of v.
+(groups, 32), 0 in a tile of one group. `direction` is u, the first moment divided by a power of two near sqrt(v).
 """
 
 import triton
@@ -20,7 +20,7 @@ MIN_SCALE = tl.constexpr(tables.MIN_SCALE)
 MAX_STORED_SCALE = tl.constexpr(tables.MAX_STORED_SCALE)
 FRACTION_SHIFT = tl.constexpr(tables.FRACTION_SHIFT)
 SCALE_SHIFT = tl.constexpr(tables.SCALE_SHIFT)
-# Pattern of the smallest normal number with one exponent more.
+# Bits of the smallest normal number, plus one exponent.
 NEXT_EXPONENT = tl.constexpr(2 * SMALLEST_NORMAL.value)
 LARGEST_FINITE = tl.constexpr(INFINITY_BITS.value - 1)
 # Half a unit of a code with 7 bits: adding it raises the scale of a group whose largest u would round to 128.

@@ -56,7 +56,7 @@ class DeviceCoefficients(NamedTuple):
     With `B(rate) = 1 - exp(-rate t)`, each field of `StepScalars` is one closed form of t for all rules:
 
         step_size          lr / B(bias_rate)
-        exp_avg_sq_weight  w_t = weight_factor t^-weight_power exp(-weight_decline t) / B(weight_rate)
+        exp_avg_sq_weight  w_t = w_factor t^-w_power exp(-w_exponent t) / B(w_rate)
         eps                max(eps + raw_eps sqrt(w_t), smallest_eps)
         decay              lr * decoupled_decay
     """
@@ -64,12 +64,12 @@ class DeviceCoefficients(NamedTuple):
     lr: float  # used by tensors that have no learning rate on the device
     bias_rate: float  # adam -log b1
     one_minus_beta1: float
-    weight_factor: float  # adax b2, adam 1 - b2, adafactor 1
-    weight_power: float  # adafactor c
-    weight_decline: float  # adax log(1 + b2)
-    weight_rate: float  # adax log(1 + b2), adam -log b2
+    w_factor: float  # adax b2, adam 1 - b2, adafactor 1
+    w_power: float  # adafactor c
+    w_exponent: float  # adax log(1 + b2)
+    w_rate: float  # adax log(1 + b2), adam -log b2
     eps: float  # eps if normalized, else 0
-    raw_eps: float  # eps / sqrt(weight_factor) if unnormalized, else 0
+    raw_eps: float  # eps / sqrt(w_factor) if unnormalized, else 0
     smallest_eps: float  # 0 if the user's eps is 0
     decoupled_decay: float  # weight_decay if decoupled, else 0
     l2: float  # weight_decay if it is part of the gradient, else 0
@@ -208,16 +208,16 @@ def device_coefficients(
         ValueError: `second_moment` is unknown.
     """
     beta1, beta2 = betas
-    factor, power, decline, rate = _weight_terms(second_moment, beta2)
+    factor, power, exponent, rate = _weight_terms(second_moment, beta2)
     normalized = eps_placement == "normalized"
     return DeviceCoefficients(
         lr=lr,
         bias_rate=_decay_rate(beta1) if second_moment == "adam" else _SATURATED_RATE,
         one_minus_beta1=1.0 - beta1,
-        weight_factor=factor,
-        weight_power=power,
-        weight_decline=decline,
-        weight_rate=rate,
+        w_factor=factor,
+        w_power=power,
+        w_exponent=exponent,
+        w_rate=rate,
         eps=eps if normalized else 0.0,
         raw_eps=0.0 if normalized else eps / math.sqrt(factor),
         smallest_eps=_SMALLEST_EPS if eps > 0.0 else 0.0,
