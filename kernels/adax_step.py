@@ -1,4 +1,6 @@
-"""Fused AdaX update on the GPU: one launch updates every tensor of an address table.
+"""Fused AdaX update on the GPU.
+
+One launch updates every tensor of an address table.
 
 The tensor table has one int64 row per tensor; the chunk table has one int64 per program; the scalar table has one row
 of 32-bit words per (group, step). A program finds its chunk, its tensor's row and that row's scalars, loads each
@@ -233,7 +235,7 @@ def adax_step_kernel(
     VECTOR: tl.constexpr,  # elements per 16-byte access of the widest dtype stored
     ALIGNED: tl.constexpr,
 ):
-    """Update one chunk of one tensor; see `adax_step`, and `StepVariant` for the constants."""
+    """Update one chunk of one tensor; see `adax_step` and `StepVariant`."""
     entry = tl.load(chunks_ptr + tl.program_id(0))
     row_ptr = tensors_ptr + (entry >> CHUNK_BITS) * TENSOR_COLUMNS
     start = (entry & CHUNK_MASK) * CHUNK_SIZE  # int64: a tensor may exceed 2^31 elements
@@ -277,7 +279,7 @@ def adax_step(
     variant: StepVariant,
     chunk_sums: torch.Tensor | None = None,
 ) -> None:
-    """Apply one update to every tensor of a table, in place and in one launch.
+    """Update every tensor of a table, in place, in one launch.
 
     It is the update of `adax_triton.update.reference.adax_update`, in float32.
 

@@ -1,4 +1,6 @@
-"""Compute the scalars of a step on the GPU, so that it can skip steps and CUDA graphs can replay them.
+"""Compute the scalars of a step on the GPU.
+
+The GPU can then skip steps, and CUDA graphs can replay them.
 
 A small launch before the update: each thread computes one tensor's row of the scalar table from its step count, in
 float64. `adax_triton/update/coefficients.py` explains the closed forms.
@@ -38,14 +40,16 @@ BLOCK_SIZE = 128
 
 @triton.jit
 def _one_minus_exp(x):
-    """Return `1 - exp(-x)` for x >= 0, without cancellation for small x."""
+    """Return `1 - exp(-x)` for x >= 0, without cancellation."""
     series = x * (1.0 - x / 2.0 * (1.0 - x / 3.0 * (1.0 - x / 4.0)))
     return tl.where(x < 0.001, series, 1.0 - tl.exp(-x))
 
 
 @triton.jit
 def random_key(seed, step):
-    """Return the words of `update.rounding.random_key` for a uint32 seed and a step modulo 2^32.
+    """Return the two words of `update.rounding.random_key`.
+
+    The seed is uint32, the step is taken modulo 2^32.
 
     `random_bits` with the key (0, 0) is the hash that makes both words.
     """
@@ -56,7 +60,7 @@ def random_key(seed, step):
 
 @triton.jit
 def _clip_and_skip(inputs_ptr):
-    """Return the gradients' norm, clip factor and scale, and whether the step is taken."""
+    """Return norm, clip factor and scale of the gradients, and `taken`."""
     grad_scale = tl.load(inputs_ptr)
     found_inf = tl.load(inputs_ptr + 1)
     norm = tl.sqrt(tl.load(inputs_ptr + 2)) / grad_scale
@@ -72,7 +76,7 @@ def _clip_and_skip(inputs_ptr):
 def prepare_step_kernel(
     rows_ptr, groups_ptr, inputs_ptr, scalars_ptr, report_ptr, n: tl.int64, BLOCK_SIZE: tl.constexpr
 ):
-    """Advance the step counts of one block of tensors, and write their scalars; see `prepare_step`."""
+    """Prepare the step of one block of tensors; see `prepare_step`."""
     norm, clip, grad_scale, taken = _clip_and_skip(inputs_ptr)
     skip = tl.where(taken, 0.0, 1.0)
     if tl.program_id(0) == 0:
@@ -134,7 +138,7 @@ def prepare_step(
     scalars: torch.Tensor,
     report: torch.Tensor,
 ) -> None:
-    """Decide whether a step is taken, advance step counts if it is, and write the scalars of each tensor.
+    """Take or skip a step: advance step counts and write scalars.
 
     A step is skipped if `found_inf` is not 0, or if gradients are clipped and their norm is not finite. All tensors are
     on one device and contiguous.

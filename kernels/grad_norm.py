@@ -1,4 +1,7 @@
-"""Sum the squares of all gradients: one read, no atomics, the same bits at every run."""
+"""Sum the squares of all gradients in one read, without atomics.
+
+The result has the same bits at every run.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ def grad_norm_kernel(
     CHUNK_SIZE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Sum the squares of chunks i, i + num_programs, ... in program i; VECTOR elements make one access."""
+    """Sum the squares of chunks i, i + num_programs, ... in program i.
+
+    VECTOR elements make one access.
+    """
     # max_contiguous limits the layout to VECTOR elements.
     offsets = tl.max_contiguous(tl.arange(0, CHUNK_SIZE), VECTOR)
     total = tl.zeros([CHUNK_SIZE], dtype=tl.float32)
@@ -75,7 +81,7 @@ def grad_norm_partials(
     grad_dtype: torch.dtype,
     aligned: bool,
 ) -> None:
-    """Write partial sums of the squares of all gradients of a table; their sum is the squared norm.
+    """Write partial sums of the squared norm of all gradients.
 
     Gradients are converted to float32, squared and added in float32. The order depends only on the chunks and the
     number of partial sums. If a gradient or its square is not finite, its partial sum is inf or NaN.

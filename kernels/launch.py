@@ -40,17 +40,17 @@ def launch_shape(backend: str) -> LaunchShape:
 
 
 def current_backend() -> str:
-    """Return the backend of this PyTorch, `"cuda"` or `"hip"`; the interpreter uses the shape of CUDA."""
+    """Return `"hip"` for PyTorch on ROCm, else `"cuda"`, also for the interpreter."""
     return "hip" if torch.version.hip else "cuda"
 
 
 def chunk_size() -> int:
-    """Return the number of elements per program, which is also the size of the chunks in chunk tables."""
+    """Return the number of elements per program and per table chunk."""
     return launch_shape(current_backend()).chunk_size
 
 
 def is_interpreted() -> bool:
-    """Return True if Triton interprets kernels on CPU tensors (`TRITON_INTERPRET=1` at its import)."""
+    """Return True if Triton was imported with `TRITON_INTERPRET=1`: kernels run on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -67,7 +67,9 @@ _deferred = _DeferredLaunches()
 
 @contextlib.contextmanager
 def deferred_launches() -> Iterator[list[Callable[[], object]]]:
-    """Collect this thread's launches in a list, with compiled kernels; the caller then calls each one, in order.
+    """Collect this thread's launches in a list that the caller runs, in order.
+
+    Kernels are compiled while they are collected.
 
     If a compilation fails, or an allocation between launches, nothing has been launched yet.
     """
@@ -86,7 +88,9 @@ def launch(
     constants: Callable[[], dict[str, Any]],
     options: dict[str, int],
 ) -> None:
-    """Launch a kernel on the current stream of its arguments' device, or defer it; see `deferred_launches`.
+    """Launch a kernel on the current stream, or defer it.
+
+    The device is that of the arguments; `deferred_launches` defers.
 
     The first launch of a variant caches the compiled kernel for the next ones. Triton itself inspects every argument at
     every launch to find it, which takes longer than the launch.

@@ -43,7 +43,7 @@ def _power_of_two(exponent):
 
 @triton.jit
 def dequantize_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
-    """Dequantize "8bit_v16" or "8bit" codes and the uint32 exponent words of their groups to float32 moments."""
+    """Dequantize codes and uint32 exponent words to float32 moments."""
     code = exp_avg_sq.to(tl.uint32)
     if STATES == "8bit_v16":
         bits = code << V16_DROPPED_BITS
@@ -71,7 +71,10 @@ def _fraction_bits(bits, largest, AXIS: tl.constexpr):
 
 @triton.jit
 def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.constexpr):
-    """Quantize float32 moments, v with the upper random bits, and return both codes and the groups' exponent words."""
+    """Quantize float32 moments to codes of m, codes of v and exponent words.
+
+    The upper random bits round v.
+    """
     # One exponent more: SMALLEST_NORMAL for 0, NEXT_EXPONENT or more for normal numbers, negative for inf and NaN.
     wrapped = (bits_of(exp_avg_sq) + SMALLEST_NORMAL).to(tl.int32, bitcast=True)
     exp_avg = tl.where(wrapped >= NEXT_EXPONENT, exp_avg, 0.0)

@@ -1,4 +1,4 @@
-"""Random bits of (seed, step, element), stochastic rounding and split master weights, on the GPU.
+"""Random bits, stochastic rounding and split master weights, on the GPU.
 
 `adax_triton/update/rounding.py` explains the functions and implements them in PyTorch, bit for bit.
 """
@@ -61,13 +61,18 @@ def _top_half(bits):
 
 @triton.jit
 def round_to_bfloat16(values, addend):
-    """Round to bfloat16: stochastically with 16 random bits as addend, to nearest with HALF_BFLOAT16."""
+    """Round float32 to bfloat16.
+
+    16 random bits as addend round stochastically, HALF_BFLOAT16 rounds to nearest.
+    """
     return _top_half(_canonical_bits(values) + addend)
 
 
 @triton.jit
 def split_master(master, addend, REMAINDER_DTYPE: tl.constexpr):
-    """Split float32 weights into the nearest bfloat16, ties away from zero, and a remainder.
+    """Split float32 weights into the nearest bfloat16 and a remainder.
+
+    Ties are rounded away from zero.
 
     REMAINDER_DTYPE is int16 to keep all 32 bits, or int8 to keep 24 bits, rounded with 8 random bits as addend.
     """
@@ -82,7 +87,7 @@ def split_master(master, addend, REMAINDER_DTYPE: tl.constexpr):
 
 @triton.jit
 def join_master(param, master):
-    """Return the float32 master weight if it still rounds to its parameter, else the parameter.
+    """Return the master weight if it rounds to its parameter, else the parameter.
 
     `master` is a float32 copy, or a remainder from `split_master`. If it does not round to the parameter, the user has
     set the parameter.
@@ -102,7 +107,7 @@ def join_master(param, master):
 
 @triton.jit
 def differ(left, right):
-    """Return True for each pair of stored values that differ in any bit."""
+    """Return which pairs of stored values differ in any bit."""
     if left.dtype == tl.float32:
         return bits_of(left) != bits_of(right)
     elif left.dtype == tl.bfloat16:

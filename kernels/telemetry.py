@@ -1,4 +1,7 @@
-"""Telemetry sums: the step kernel writes them per chunk, a second kernel adds them per tensor."""
+"""Telemetry sums of the step kernel.
+
+The step kernel writes them per chunk; `sum_rows_kernel` adds them per tensor.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def _sum(values, mask):
 
 @triton.jit
 def tile_sums(grad, param_before, param, mask):
-    """Return the sums over a tile of float32 values, in the order of `tables.SUM_COLUMNS`."""
+    """Return the sums over a tile, in the order of `tables.SUM_COLUMNS`."""
     update = param - param_before
     return (
         _sum(grad * grad, mask),
@@ -57,7 +60,7 @@ def sum_rows_kernel(rows_ptr, ranges_ptr, sums_ptr, ROWS: tl.constexpr):
 
 
 def sum_rows(rows: torch.Tensor, ranges: torch.Tensor, sums: torch.Tensor) -> None:
-    """Write the sum of each range of rows: `sums[i] = rows[start_i : start_i + count_i].sum(0)`.
+    """Write `sums[i] = rows[start_i : start_i + count_i].sum(0)` for each range.
 
     Args:
         rows: (n, 5) float32.

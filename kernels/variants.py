@@ -1,4 +1,4 @@
-"""Compile-time options of the step kernel: dtypes, precision of states and of master weights."""
+"""Compile-time options of the step kernel."""
 
 from __future__ import annotations
 

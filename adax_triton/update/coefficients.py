@@ -35,7 +35,7 @@ _NO_GROWTH = 2.0**-1000
 
 
 class StepScalars(NamedTuple):
-    """Scalars of one step of a parameter group, in the order of the kernel's scalar row.
+    """Scalars of one step, in the order of the kernel's scalar row.
 
     `m += one_minus_beta1 (g' - m)`, `v += exp_avg_sq_weight (g'^2 - v)`,
     `p -= decay p + step_size m / (sqrt(v) + eps)`, with `g' = grad_factor g + l2 p`.
@@ -51,7 +51,9 @@ class StepScalars(NamedTuple):
 
 
 class DeviceCoefficients(NamedTuple):
-    """Constants of a parameter group from which a GPU computes the scalars of any step, in the order of its table.
+    """Constants of a group from which a GPU computes any step's scalars.
+
+    The order is that of the kernel's table.
 
     With `B(rate) = 1 - exp(-rate t)`, each field of `StepScalars` is one closed form of t for all rules:
 
@@ -78,7 +80,7 @@ class DeviceCoefficients(NamedTuple):
 
 
 def exp_avg_sq_weight(second_moment: str, beta2: float, step: int) -> float:
-    """Return `w_t`, the weight of the newest squared gradient in the normalised second moment.
+    """Return `w_t`, the weight of the newest squared gradient in v.
 
     Args:
         second_moment: `"adax"`, `"adam"` or `"adafactor"`.
@@ -117,7 +119,7 @@ def one_minus_power(beta: float, step: int) -> float:
 
 
 def effective_eps(eps: float, eps_placement: str, second_moment: str, beta2: float, step: int) -> float:
-    """Return the eps that the step adds to the root of the normalised second moment.
+    """Return the eps added to the root of the normalised v.
 
     `"normalized"` is `sqrt(v) + eps`. `"unnormalized"` is the released AdaX program, which adds eps to the root of the
     raw moment `V = v * factor_t` and then divides: `eps / sqrt(factor_t)`, with `factor_t = (1+b2)^t - 1` for AdaX and
@@ -152,7 +154,7 @@ def step_scalars(
     eps_placement: str,
     maximize: bool,
 ) -> StepScalars:
-    """Return the scalars of one step of a parameter group; see `StepScalars` for their use.
+    """Return the scalars of one step of a parameter group.
 
     Args:
         step: t, counted from 1.

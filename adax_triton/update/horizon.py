@@ -1,4 +1,4 @@
-"""Find when AdaX's second moment stops changing, and the growth rate that keeps it changing to the end of a run.
+"""Find when AdaX's second moment freezes, and the beta2 that prevents it.
 
 In `v += w_t (g^2 - v)` the weight `w_t = b2 / ((1 + b2)^t - 1)` falls towards 0. From some step on a float32 v no
 longer changes, so the step size of each weight is fixed.
@@ -22,7 +22,7 @@ _LAST_STEP = 2**30
 
 
 def steps_until_frozen(beta2: float) -> int:
-    """Return the first step at which AdaX's second moment no longer changes in float32.
+    """Return the first step at which a float32 v no longer changes.
 
         min { t : b2 / ((1 + b2)^t - 1) < 2^-30 },   close to   log(1 + b2 2^30) / log(1 + b2)
 
@@ -52,7 +52,9 @@ def steps_until_frozen(beta2: float) -> int:
 
 
 def beta2_for_horizon(total_steps: int) -> float:
-    """Return the largest growth rate whose second moment still changes at the last step, at most the published 1e-4.
+    """Return the largest beta2 whose v still changes at the last step.
+
+    It is at most the published 1e-4.
 
         max { b2 <= 1e-4 : b2 / ((1 + b2)^T - 1) >= 2^-30 },   T = total_steps
 

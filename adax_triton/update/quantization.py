@@ -1,4 +1,4 @@
-"""Quantized states in PyTorch: 8-bit m, and v in 16 bits ("8bit_v16") or 8 bits ("8bit").
+"""Quantized states in PyTorch: 8-bit m, 16-bit or 8-bit v.
 
     v, "8bit_v16"  16 bits: the 8 exponent bits and the first 8 fraction bits of a float32, without the sign, which is 0
     v, "8bit"      8 bits: a float with 3 to 6 fraction bits, as many as the exponents in its group allow, counted down

@@ -22,7 +22,7 @@ from .rounding import (
 
 
 def load_master(param: Tensor, master: Tensor | None, param_is_copy: bool = False) -> Tensor:
-    """Return the float32 weights that a step starts from, as a new tensor.
+    """Return the float32 weights before a step, as a new tensor.
 
     The master is the weight if it still rounds to the parameter. Otherwise the user has set the parameter, and the
     parameter is the weight.
@@ -69,7 +69,10 @@ def store_master(
 
 
 def load_moments(exp_avg: Tensor, exp_avg_sq: Tensor, group_exponents: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the moments in float32, in their stored shape; quantized moments are padded to whole groups of 32."""
+    """Return the moments in float32, in their stored shape.
+
+    Quantized moments are padded to whole groups of 32.
+    """
     if group_exponents is None:
         return exp_avg.to(torch.float32, copy=True), exp_avg_sq.to(torch.float32, copy=True)
     codes = (exp_avg.view(-1, GROUP), exp_avg_sq.view(-1, GROUP), group_exponents.view(-1))
@@ -84,7 +87,10 @@ def store_moments(
     group_exponents: Tensor | None,
     random: Tensor | None,
 ) -> None:
-    """Round float32 moments into their stored form, v stochastically unless `random` is None."""
+    """Round float32 moments into their stored form.
+
+    v is rounded stochastically, or to nearest if `random` is None.
+    """
     first, second = values
     if group_exponents is not None:
         codes = quantize_moments(

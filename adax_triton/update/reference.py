@@ -1,4 +1,7 @@
-"""Reference update in PyTorch: the oracle of the tests, and the step of tensors without a kernel."""
+"""Reference update in PyTorch.
+
+It is the oracle of the tests, and the step of tensors without a kernel.
+"""
 
 from __future__ import annotations
 

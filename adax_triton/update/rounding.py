@@ -1,4 +1,6 @@
-"""Counter-based random bits of (seed, step, element), stochastic rounding and split master weights, in PyTorch.
+"""Random bits, stochastic rounding and split master weights, in PyTorch.
+
+The random bits are a hash of (seed, step, element).
 
 `kernels/rounding.py` implements the same functions in Triton, bit for bit. 32-bit words are held in int32, whose sums
 and products wrap around.
@@ -50,7 +52,10 @@ def random_bits(index: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def mix_words(words: Tensor, key0: int | Tensor, key1: int | Tensor) -> Tensor:
-    """Hash int32 words with a key of two int32 words, the same for all or one per word."""
+    """Hash int32 words with a key of two int32 words.
+
+    The key is the same for all words, or a tensor with one key per word.
+    """
     words = words ^ key0
     words = (words ^ _shift_right(words, 16)) * _MULTIPLIERS[0]
     words = words + key1
@@ -75,17 +80,25 @@ def from_bits(bits: Tensor) -> Tensor:
 
 
 def low_bits(random: Tensor | None, bits: int) -> Tensor | int:
-    """Return the addend that rounds off `bits` bits: the lowest random bits, or half their range for nearest."""
+    """Return the lowest random bits, an addend to round off `bits` bits.
+
+    Without random bits it is half their range, which rounds to nearest.
+    """
     return 1 << (bits - 1) if random is None else random & ((1 << bits) - 1)
 
 
 def high_bits(random: Tensor | None, bits: int) -> Tensor | int:
-    """Return the addend that rounds off `bits` bits: the highest random bits, or half their range for nearest."""
+    """Return the highest random bits, an addend to round off `bits` bits.
+
+    Without random bits it is half their range, which rounds to nearest.
+    """
     return 1 << (bits - 1) if random is None else _shift_right(random, 32 - bits)
 
 
 def round_to_bfloat16(values: Tensor, addend: Tensor | int) -> Tensor:
-    """Round float32 to bfloat16 stochastically, or to nearest with ties away from zero; NaN stays NaN.
+    """Round float32 to bfloat16, stochastically or to nearest; NaN stays NaN.
+
+    To nearest, ties are rounded away from zero.
 
     Args:
         values: float32.
@@ -151,7 +164,7 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
 
 
 def valid_master(param: Tensor, master: Tensor) -> Tensor:
-    """Return each float32 master weight if it rounds to its float16 parameter, else the parameter in float32.
+    """Return each master weight if it rounds to its parameter, else the parameter.
 
     Args:
         param: float16.

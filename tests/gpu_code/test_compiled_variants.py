@@ -1,4 +1,6 @@
-"""Count how often Triton compiles in a thousand steps with changing numbers, by the keys of its cache.
+"""Count how often Triton compiles in steps with changing numbers.
+
+Each key of its cache is one compilation.
 
 Usage, with TRITON_INTERPRET unset: python test_compiled_variants.py
 Prints the number of keys of each case as JSON.
@@ -38,7 +40,10 @@ KERNELS = {
 
 
 def compiled(case: str) -> dict[str, list[int]]:
-    """Return how many variants of each kernel are compiled until v changes rarely, and in total afterwards."""
+    """Return the number of compiled variants of each kernel.
+
+    The first number is that of steps in which v changes, the second that of all steps.
+    """
     import code_audit
     import triton
 
@@ -92,7 +97,7 @@ def change(optimizer: Any, params: list[torch.Tensor], step: int, scaled: bool) 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
-    """Return `compiled` of each case, from a process in which Triton compiles instead of interpreting."""
+    """Return `compiled` of each case, from a process that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(SUPPORT)
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""Check steps in CUDA graphs, and that steps neither wait for the GPU nor allocate. Needs a GPU.
+"""Check CUDA graphs, and that steps neither wait nor allocate. Needs a GPU.
 
 Oracle of a graph: an optimizer with the same options, stepped without a graph, bit for bit. Gradients are elementwise,
 because a library might choose another algorithm during capture. test_capturable.py checks capturable steps on the CPU.
@@ -55,7 +55,10 @@ def training_step(optimizer: AdaX, params: Sequence[Tensor], x: Tensor) -> None:
 
 
 def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Run a step three times on a side stream, as PyTorch requires, and capture it on another stream."""
+    """Run a step three times on a side stream, then capture it.
+
+    PyTorch requires the warm-up.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

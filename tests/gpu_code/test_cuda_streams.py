@@ -1,4 +1,6 @@
-"""Check steps on several CUDA streams. Needs a GPU; test_step_kinds.py has checks that run on the CPU.
+"""Check steps on several CUDA streams. Needs a GPU.
+
+test_step_kinds.py has checks that run on the CPU.
 
 Oracle: an optimizer with the same options, stepped on one stream, bit for bit. A sleeping kernel delays the steps of a
 stream, so that missing synchronization changes the result.

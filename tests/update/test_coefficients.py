@@ -1,4 +1,7 @@
-"""Check the scalars of a step. Oracle: the closed forms in 60-digit decimal arithmetic."""
+"""Check the scalars of a step.
+
+Oracle: the closed forms in 60-digit decimal arithmetic.
+"""
 
 import math
 from decimal import MAX_EMAX, MIN_EMIN, Decimal, getcontext

@@ -1,4 +1,7 @@
-"""Check when v freezes. Oracles: the weights w_t, 60-digit decimal arithmetic, and the recursion in float32."""
+"""Check when v freezes.
+
+Oracles: the weights w_t, 60-digit decimal arithmetic, and the recursion in float32.
+"""
 
 import math
 import random

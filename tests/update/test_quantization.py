@@ -1,4 +1,7 @@
-"""Check the quantized states. Oracles: the formats in float64, and the bits of PyTorch against those of Triton."""
+"""Check the quantized states.
+
+Oracles: the formats in float64, and the bits of PyTorch against those of Triton.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ WIDTH = tl.constexpr(32)
 
 @triton.jit
 def kernel(m_ptr, v_ptr, random_ptr, m_code_ptr, v_code_ptr, exponents_ptr, states: tl.constexpr):
-    """Quantize moments, write the codes, and overwrite the moments with the dequantized values."""
+    """Write the codes of moments, and their dequantized values over the moments."""
     groups = tl.program_id(0) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
     offsets = groups * WIDTH + tl.arange(0, WIDTH)[None, :]
     random = tl.load(random_ptr + offsets).to(tl.uint32, bitcast=True)
@@ -40,7 +43,10 @@ def kernel(m_ptr, v_ptr, random_ptr, m_code_ptr, v_code_ptr, exponents_ptr, stat
 
 
 def wide_moments(groups: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return moments of groups with random scales; v is within `spread` powers of two of its group's scale."""
+    """Return m and v of groups with random scales.
+
+    v is within `spread` powers of two of its group's scale.
+    """
     rng = np.random.default_rng(seed)
     scale = rng.uniform(-100, 100, (groups, 1))
     exponent = np.clip(scale + rng.uniform(-spread, spread, (groups, GROUP)), -124, 125)
@@ -50,7 +56,10 @@ def wide_moments(groups: int, spread: float, seed: int = 0) -> tuple[Tensor, Ten
 
 
 def awkward_moments(groups: int = 256) -> tuple[Tensor, Tensor]:
-    """Return moments, 10 % of them zeros, subnormals, the largest float, infinities and NaNs of both signs."""
+    """Return moments, 10 % of them special values.
+
+    The special values are zeros, subnormals, the largest float, infinities and NaNs of both signs.
+    """
     m, v = (torch.cat(parts) for parts in zip(*(wide_moments(groups // 4, 10.0**k, k) for k in range(4)), strict=True))
     generator = torch.Generator().manual_seed(0)
     specials = torch.tensor([0, 1, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0x7F800001])
@@ -86,7 +95,7 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
 
 
 def by_kernel(m: Tensor, v: Tensor, random: Tensor, v_8bit: bool, device: torch.device) -> list[Tensor]:
-    """Quantize and dequantize in the kernel; return the dequantized moments and the codes, on the CPU."""
+    """Return the kernel's dequantized moments and codes, on the CPU."""
     dtypes = (torch.int8, torch.uint8, torch.uint16) if v_8bit else (torch.int8, torch.uint16, torch.uint8)
     shapes = (m.shape, v.shape, m.shape[:1])
     codes = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
@@ -116,7 +125,10 @@ REPLACED = torch.arange(GROUP) == 9
 
 
 def moments_with_pattern(moment: int, pattern: int) -> tuple[Tensor, Tensor]:
-    """Return ordinary moments with the bits `pattern` in m (`moment` 0) or v (1) of one element per group."""
+    """Return moments with the bits `pattern` in one element per group.
+
+    `moment` is 0 to replace m, or 1 to replace v.
+    """
     moments = wide_moments(64, 3.0)
     moments[moment].view(torch.int32)[:, REPLACED] = pattern
     return moments
@@ -195,7 +207,10 @@ def test_group_without_a_normal_v_has_m_of_zero(pattern: int, v_8bit: bool, devi
 
 
 def fraction_bits(v: Tensor, v_8bit: bool) -> Tensor:
-    """Return the fraction bits of each group; those of "8bit" depend on the range of its exponents."""
+    """Return the fraction bits of each group.
+
+    Those of "8bit" depend on the range of exponents in the group.
+    """
     _, exponents = torch.frexp(v)
     exponent_range = exponents.amax(dim=1, keepdim=True) - exponents.amin(dim=1, keepdim=True)
     if v_8bit:
@@ -204,7 +219,7 @@ def fraction_bits(v: Tensor, v_8bit: bool) -> Tensor:
 
 
 def neighbours(v: Tensor, v_8bit: bool) -> tuple[Tensor, Tensor]:
-    """Return, in float64, the storable numbers just below and just above each normal number."""
+    """Return the storable numbers around each normal number, in float64."""
     fraction, exponent = torch.frexp(v.double())
     unit = torch.ldexp(torch.ones_like(fraction), exponent - 1 - fraction_bits(v, v_8bit))
     below = (v.double() / unit).floor() * unit

@@ -1,4 +1,7 @@
-"""Check the reference update. Oracle: the paper's algorithm with its growing raw moment, in float64 numpy."""
+"""Check the reference update.
+
+Oracle: the paper's algorithm with its growing raw moment, in float64 numpy.
+"""
 
 import numpy as np
 import pytest
@@ -20,7 +23,9 @@ def gradients() -> np.ndarray:
 
 
 def paper_weights(placement: str, decoupled: bool) -> np.ndarray:
-    """Return the weights of arXiv:2004.09740: v grows by (1 + b2) per step and is divided by (1 + b2)^t - 1.
+    """Return the weights after the algorithm of arXiv:2004.09740.
+
+    v grows by (1 + b2) per step and is divided by (1 + b2)^t - 1.
 
     The division comes before eps is added (`"normalized"`) or after it (`"unnormalized"`).
     """

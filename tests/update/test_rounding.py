@@ -1,4 +1,7 @@
-"""Check random bits, rounding and split masters. Oracles: Python's integers, and PyTorch's casts."""
+"""Check random bits, rounding and split masters.
+
+Oracles: Python's integers, and PyTorch's casts.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,10 @@ def patterns(values: Tensor) -> np.ndarray:
 
 
 def many_floats(count: int = 2**18) -> Tensor:
-    """Return floats of every sign and exponent with fractions near rounding boundaries, then random bit patterns."""
+    """Return floats near every rounding boundary, then random bit patterns.
+
+    The former have every sign and exponent.
+    """
     edges = [0, 1, 0x7F, 0x80, 0x81, 0xFF, 0x100, 0x7FFF, 0x8000, 0x8001, 0xFF7F, 0xFF80, 0xFFFF, 0x10000, 0x18000]
     edges += [0x7FFFFF - edge for edge in edges]
     grid = np.add.outer(np.arange(512, dtype=np.int64) << 23, edges).ravel()
@@ -82,7 +88,7 @@ def drawn_bits(count: int, bits: int) -> Tensor:
 
 
 def split(master: Tensor, addend: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return parameters and remainders, the remainders in their stored dtype; check that they fit it."""
+    """Return parameters and remainders, checked to fit their stored dtype."""
     param, remainder = split_master(master, addend)
     dtype = torch.int16 if addend is None else torch.int8
     assert torch.equal(remainder.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max), remainder)
@@ -90,7 +96,10 @@ def split(master: Tensor, addend: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def assert_same_bits(found: Tensor, expected: Tensor) -> None:
-    """Check that the bits are equal, except in NaNs, because PyTorch's casts return various NaNs."""
+    """Check that all bits are equal, except those of NaNs.
+
+    PyTorch's casts return various NaNs.
+    """
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32}[found.itemsize]
     nan = expected.isnan()
     assert found.dtype == expected.dtype and torch.equal(found.cpu().isnan(), nan)
