@@ -28,9 +28,9 @@ from .adax_step import (
 from .launch import launch
 from .rounding import from_bits, random_bits
 
-# Address of the step count, row of the group, address of the learning rate.
+# Columns: address of the step count, row of the group, address of the learning rate.
 ROW_COLUMNS = tl.constexpr(3)
-# The fields of DeviceCoefficients.
+# Number of fields of DeviceCoefficients.
 COEFFICIENT_COLUMNS = tl.constexpr(14)
 # Added to the norm, as in torch.nn.utils.clip_grad_norm_.
 NORM_EPS = tl.constexpr(1e-6)
@@ -145,15 +145,15 @@ def prepare_step(
 
     Args:
         rows: (n, 3) int64: the address of the tensor's step count, 0-d int64; the row of `groups`; the address of its
-            learning rate, float32, or 0 to use that of the group. No two rows have the same step count.
+            learning rate, float32, or 0 to use the group's. No two rows have the same step count.
         groups: (k, 14) float64: the fields of `adax_triton.update.coefficients.DeviceCoefficients` in order.
         inputs: (4,) float64:
             [0] the scale of the gradients, 1 if there is none;
             [1] `found_inf`, 0 if there is none;
             [2] the sum of squares of the gradients, still scaled;
             [3] the norm to clip to; inf only measures the norm; 0 does neither and ignores [2].
-        scalars: (n, 10) float32, written: see `tables.SCALAR_COLUMNS`, for step t = count + 1. `grad_factor` includes
-            the clip factor and one over the scale.
+        scalars: (n, 10) float32, written: see `tables.SCALAR_COLUMNS`, for step t = count + 1. `grad_factor` is
+            multiplied by the clip factor and divided by the scale.
         report: (3,) float32, written:
             [0] the norm of the unscaled gradients, or NaN if it is not measured;
             [1] the clip factor `min(1, max_grad_norm / (norm + 1e-6))` of `torch.nn.utils.clip_grad_norm_`, or 1;

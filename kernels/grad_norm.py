@@ -13,7 +13,7 @@ from .adax_step import CHUNK_BITS, CHUNK_MASK, GRAD, NUMEL, TENSOR_COLUMNS
 from .launch import current_backend, launch, launch_shape
 from .variants import TRITON_DTYPES
 
-# Programs at most. Each writes one partial sum, and all fit on a large GPU at once.
+# Maximum number of programs. Each writes one partial sum, and all fit on a large GPU at once.
 MAX_PARTIALS = 1024
 
 

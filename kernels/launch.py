@@ -32,7 +32,7 @@ def launch_shape(backend: str) -> LaunchShape:
     """Return the launch shape for `"cuda"` or `"hip"`.
 
     Raises:
-        ValueError: `backend` is not one of these.
+        ValueError: `backend` is unknown.
     """
     if backend not in _SHAPES:
         raise ValueError(f"Invalid backend: {backend!r}; expected one of {sorted(_SHAPES)}")
@@ -90,7 +90,7 @@ def launch(
 ) -> None:
     """Launch a kernel on the current stream, or defer it.
 
-    The device is that of the arguments; `deferred_launches` defers.
+    The stream is the current one of the arguments' device. See `deferred_launches`.
 
     The first launch of a variant caches the compiled kernel for the next ones. Triton itself inspects every argument at
     every launch to find it, which takes longer than the launch.

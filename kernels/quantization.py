@@ -75,7 +75,7 @@ def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl
 
     The upper random bits round v.
     """
-    # One exponent more: SMALLEST_NORMAL for 0, NEXT_EXPONENT or more for normal numbers, negative for inf and NaN.
+    # Plus one exponent: SMALLEST_NORMAL for 0, NEXT_EXPONENT or more for normal numbers, negative for inf and NaN.
     wrapped = (bits_of(exp_avg_sq) + SMALLEST_NORMAL).to(tl.int32, bitcast=True)
     exp_avg = tl.where(wrapped >= NEXT_EXPONENT, exp_avg, 0.0)
     if STATES == "8bit_v16":
@@ -107,10 +107,10 @@ def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl
 
 @triton.jit
 def _quantize_direction(exp_avg, inverse, ORIGIN: tl.constexpr, AXIS: tl.constexpr):
-    # `inverse` is LARGEST_FINITE minus half the bits of v, so its exponent is that of 2^-(E(v) // 2): the fraction bits
-    # of LARGEST_FINITE are all ones, so that nothing is borrowed from the exponent.
+    # `inverse` is LARGEST_FINITE minus half the bits of v. It has the exponent of 2^-(E(v) // 2), because the fraction
+    # bits of LARGEST_FINITE are all ones and the subtraction borrows nothing from the exponent.
     direction = exp_avg * from_bits(inverse & INFINITY_BITS)
-    # Without the sign and with one exponent more, infinities and NaNs wrap below 0 and lose the maximum.
+    # The shift drops the sign. Plus one exponent, infinities and NaNs wrap to small values and lose the maximum.
     largest = tl.max((bits_of(direction) << 1) + NEXT_EXPONENT, axis=AXIS, keep_dims=True) >> 1
     scale = tl.maximum((largest + HALF_CODE) >> EXPONENT_SHIFT, ORIGIN + 1)
     factor_bits = (SCALE_ORIGIN + EXPONENT_BIAS + 1 - scale) << EXPONENT_SHIFT

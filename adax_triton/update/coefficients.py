@@ -1,7 +1,7 @@
 """Scalars of one optimizer step, in float64 Python floats.
 
 Every rule is one recursion on the normalised second moment, `v += w_t (g^2 - v)` with `w_1 = 1`. The rules differ in
-`w_t`, and in what the step takes as m:
+`w_t`, and in the bias correction of m:
 
     adax       w_t = b2 / ((1 + b2)^t - 1)   m               Li et al. 2020, arXiv:2004.09740, algorithm 1
     adam       w_t = (1 - b2) / (1 - b2^t)   m / (1 - b1^t)  Kingma & Ba 2015, arXiv:1412.6980

@@ -38,7 +38,7 @@ def steps_until_frozen(beta2: float) -> int:
         TypeError: `beta2` is not a number.
         ValueError: `beta2` is out of range.
 
-    Source: `w_t` from Li et al. 2020, arXiv:2004.09740, algorithm 1; the threshold is that of float32.
+    Source: `w_t` from Li et al. 2020, arXiv:2004.09740, algorithm 1; the threshold follows from float32's 24 bits.
     """
     if not isinstance(beta2, Real) or isinstance(beta2, bool):
         raise TypeError(f"Invalid type of beta2: expected a number, got {beta2!r}")

@@ -21,7 +21,8 @@ from paths import SUPPORT
 
 pytest.importorskip("triton")
 
-# Steps of the case that launches every kernel, and of the other cases; 224 cover each number in each argument.
+# Steps of the case "capturable", which launches every kernel, and of the other cases: 224 steps pass every number in
+# every argument.
 STEPS, FEWER_STEPS = 1000, 224
 # Triton specializes on 0, 1 and multiples of 16, unless an argument is listed in do_not_specialize.
 NUMBERS = (0, 1, 16, 1e-3, 48, 2, 1600, 0.5)
@@ -42,7 +43,7 @@ KERNELS = {
 def compiled(case: str) -> dict[str, list[int]]:
     """Return the number of compiled variants of each kernel.
 
-    The first number is that of steps in which v changes, the second that of all steps.
+    The first number counts the steps in which every v changes, the second counts all steps.
     """
     import code_audit
     import triton

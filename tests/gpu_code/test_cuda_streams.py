@@ -94,7 +94,7 @@ def test_steps_of_different_parameters_need_not_wait(options: dict[str, Any]) ->
     streams = [torch.cuda.Stream() for _ in range(2)]
     groups = list(zip(optimizer.param_groups, twin.param_groups, strict=True))
     for number in range(4):
-        # The second group steps while the first still waits. Telemetry is that of the last step, of the second group.
+        # The second group steps while the first still waits. Telemetry belongs to the last step, of the second group.
         for stream, (group, twin_group) in zip(streams, groups, strict=True):
             optimizer.param_groups, twin.param_groups = [group], [twin_group]
             with torch.cuda.stream(stream):

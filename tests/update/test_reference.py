@@ -16,7 +16,7 @@ LR, BETA1, BETA2, EPS, DECAY = 1.5e-3, 0.9, 1e-4, 1e-12, 0.05
 
 def gradients() -> np.ndarray:
     random = np.random.default_rng(0)
-    # Gradients of very different scales; those of weight 0 are always 0.
+    # Gradients of very different scales; weight 0 always has a gradient of 0.
     scale = 10.0 ** random.uniform(-8, 2, SIZE)
     scale[0] = 0.0
     return random.standard_normal((STEPS, SIZE)) * scale
@@ -66,7 +66,7 @@ def test_eps_placement_matters() -> None:
         param.grad = tiny
         AdaX([param], eps_placement=placement).step()
         weights.append(param.detach())
-    # At t = 1 the effective eps of the released program is eps / sqrt(b2), a hundred times that of the paper.
+    # At t = 1 the effective eps of the released program is eps / sqrt(b2), a hundred times the paper's.
     assert weights[0].abs().max() > 20 * weights[1].abs().max()
 
 
