@@ -1,4 +1,4 @@
-"""What a loaded state dict must hold, and how its tensors reach the optimizer with their precision kept."""
+"""Check state dicts and load them without casting their tensors."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from adax_triton.update.quantization import GROUP
 from adax_triton.update.quantized_update import load_moments, store_moments
 
 from .allocation import MOMENTS, STATE_TENSORS, is_new, local_state_tensors
-from .dtensor import local_tensor, placed_like, splits_groups
+from .dtensor import local_tensor, placed_like, splits_code_groups
 from .precision import HALF_DTYPES, Layout, is_quantized, precision_of, state_layouts
 from .step_counts import checked_count, counts_as_ints
 from .validation import OLD_CHECKPOINT_DEFAULTS, validate_group, with_current_names
 
-# What an optimizer keeps of its own when it loads a checkpoint: how states and counts are kept is no part of what was
-# learned.
+# Options that loading a checkpoint does not overwrite: they choose storage formats and are not part of the training.
 KEPT_OPTIONS = ("states", "master_weights", "weight_rounding", "capturable")
 
 
 class OpaqueTensor:
-    """Carries a state tensor through `Optimizer.load_state_dict`, which would cast it to the parameter's dtype."""
+    """Hide a state tensor from `Optimizer.load_state_dict`, which casts tensors."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def with_int_counts(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict whose step counts are Python ints; the host waits for those that lie on a device."""
+    """Return a state dict with step counts as ints; counts on a GPU synchronize."""
     keys = list(_param_keys(state_dict["param_groups"]))
     return {**state_dict, "state": counts_as_ints(state_dict["state"], keys)}
 
@@ -42,11 +41,12 @@ def _param_keys(groups: Iterable[Mapping[str, Any]]) -> Iterable[Any]:
 
 
 def wrap_tensors(state_dict: Mapping[str, Any], own_states: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a shallow copy of a state dict with this package's tensors of its per-parameter states held.
+    """Return a shallow copy of a state dict with state tensors wrapped in `OpaqueTensor`.
 
     Args:
-        state_dict: to load.
-        own_states: of the optimizer that loads it. Tensors on their memory are copied, because loading writes there.
+        state_dict: the state dict to load.
+        own_states: states of the loading optimizer. Loading writes into them, so saved tensors that share their
+            memory are cloned.
     """
     own = {_address(value) for state in own_states.values() if isinstance(state, Mapping) for value in state.values()}
     states = dict(state_dict["state"])
@@ -65,40 +65,39 @@ def _address(value: Any) -> int | None:
     return local_tensor(value).untyped_storage().data_ptr() or None if isinstance(value, Tensor) else None
 
 
-def with_own_options(own_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a state dict's groups with the options that an optimizer's own groups keep."""
+def with_kept_options(own_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the saved groups with `KEPT_OPTIONS` from the optimizer's own groups."""
     groups = [dict(group) for group in state_dict["param_groups"]]
-    for saved, own in zip(groups, own_groups, strict=False):  # unequal numbers are refused later, in torch's words
+    for saved, own in zip(groups, own_groups, strict=False):  # torch raises later if their numbers differ
         saved.update({key: own[key] for key in KEPT_OPTIONS})
     return groups
 
 
 def keep_lr_tensors(groups: Sequence[dict[str, Any]], own_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Put loaded learning rates into the tensors that an optimizer's own groups had, which a CUDA graph reads."""
-    for group, own in zip(groups, own_groups, strict=False):  # there are none before an optimizer is unpickled
+    """Copy loaded learning rates into the existing lr tensors, which CUDA graphs read."""
+    for group, own in zip(groups, own_groups, strict=False):  # own_groups is empty while unpickling
         if isinstance(own["lr"], Tensor) and group["lr"] is not own["lr"]:
             own["lr"].copy_(torch.as_tensor(group["lr"]))
             group["lr"] = own["lr"]
 
 
 def check_state_dict(state_dict: Mapping[str, Any], param_groups: list[dict[str, Any]]) -> None:
-    """Check that a state dict fits the parameters, before anything is loaded.
+    """Check that a state dict matches the parameters, before anything is loaded.
 
     Args:
         state_dict: as given to `load_state_dict`.
         param_groups: the optimizer's own groups.
 
     Raises:
-        ValueError: keys or shapes that do not fit; a second moment of another rule, or of another package, whose
-            `exp_avg_sq` means something else.
-        TypeError: a state that is not a tensor, or a step that is no count.
+        ValueError: keys or shapes differ; `second_moment` differs, or is missing because another package saved it.
+        TypeError: a state is not a tensor, or a step is not a non-negative whole number.
     """
     for name in ("state", "param_groups"):
         if name not in state_dict:
             raise ValueError(f"state_dict has no {name!r}; its keys are {sorted(map(str, state_dict))}")
     saved_groups = state_dict["param_groups"]
     if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in param_groups]:
-        return  # load_state_dict itself refuses this, with its usual words
+        return  # torch's load_state_dict raises for this
     states = state_dict["state"]
     for index, (saved, own) in enumerate(zip(saved_groups, param_groups, strict=True)):
         _check_rule(saved.get("second_moment"), own["second_moment"], index)
@@ -111,36 +110,36 @@ def check_state_dict(state_dict: Mapping[str, Any], param_groups: list[dict[str,
 def _check_rule(saved: str | None, own: str, index: int) -> None:
     if saved is None:
         raise ValueError(
-            f"state_dict['param_groups'][{index}] has no 'second_moment': it was not saved by adax_triton, and its "
-            "exp_avg_sq is not known to be the normalised second moment; convert it first, by from_torch_adam or "
-            "from_released_adax"
+            f"state_dict['param_groups'][{index}] has no 'second_moment', so adax_triton did not save it and its "
+            "exp_avg_sq may be the raw moment; convert it first with from_torch_adam or from_released_adax"
         )
     if saved != own:
         raise ValueError(
-            f"state_dict['param_groups'][{index}]['second_moment'] is {saved!r}, but this optimizer runs {own!r}"
+            f"state_dict['param_groups'][{index}]['second_moment'] is {saved!r}, but this optimizer uses {own!r}; "
+            "load it into an optimizer with the saved rule, or convert it with adax_from_adam or adam_from_adax"
         )
 
 
 def _check_group(saved: Mapping[str, Any], own: Mapping[str, Any], index: int) -> None:
-    name = f"state_dict['param_groups'][{index}]"
+    where = f"state_dict['param_groups'][{index}]"
     missing = [key for key in COEFFICIENT_KEYS if key not in saved and key not in OLD_CHECKPOINT_DEFAULTS]
     if missing:
-        raise ValueError(f"{name} has no {', '.join(map(repr, missing))}")
+        raise ValueError(f"{where} has no {', '.join(map(repr, missing))}; its keys are {sorted(map(str, saved))}")
     try:
         validate_group({**own, **with_current_names(saved)})
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
+        raise type(error)(f"{where}: {error}") from None
 
 
 def _check_state(state: Mapping[str, Any], param: Tensor, key: int) -> None:
-    name = f"state_dict['state'][{key}]"
+    where = f"state_dict['state'][{key}]"
     if not {"step", *MOMENTS} <= set(state):
-        raise ValueError(f"{name} has keys {sorted(map(str, state))}; expected step, exp_avg, exp_avg_sq")
-    checked_count(state["step"], f"{name}['step']")
-    own = [part for part in STATE_TENSORS if part in state]
-    for part in own:
-        if not isinstance(state[part], Tensor):
-            raise TypeError(f"{name}[{part!r}] is a {type(state[part]).__name__}; expected a tensor")
+        raise ValueError(f"{where} has keys {sorted(map(str, state))}; expected step, exp_avg, exp_avg_sq")
+    checked_count(state["step"], f"{where}['step']")
+    names = [name for name in STATE_TENSORS if name in state]
+    for name in names:
+        if not isinstance(state[name], Tensor):
+            raise TypeError(f"{where}[{name!r}] is a {type(state[name]).__name__}; expected a tensor")
     master = state.get("master")
     if (
         master is not None
@@ -148,106 +147,107 @@ def _check_state(state: Mapping[str, Any], param: Tensor, key: int) -> None:
         and master.is_floating_point() != (param.dtype == torch.float16)
     ):
         raise ValueError(
-            f"{name}['master'] is {master.dtype}, that of another 16-bit dtype than its parameter's {param.dtype}; "
-            "carry weights over by master_state_dict and load_master_state_dict"
+            f"{where}['master'] is {master.dtype}, which does not belong to a {param.dtype} parameter; transfer the "
+            "weights with master_state_dict and load_master_state_dict"
         )
     precision = precision_of(state)
-    if is_quantized(precision.states) and splits_groups(param):  # a rank's part could not be decoded alone
+    if is_quantized(precision.states) and splits_code_groups(param):  # a rank cannot dequantize part of a group
         raise ValueError(
-            f"{name} holds states={precision.states!r}, in groups that are split by the sharding of its parameter, "
-            f"{getattr(param, 'placements', None)}; save it with states='float32' instead"
+            f"{where} holds states={precision.states!r} in groups of {GROUP} elements, which the placements "
+            f"{getattr(param, 'placements', None)} of the parameter split; save it with states='float32' instead"
         )
-    if param.dtype not in HALF_DTYPES and master is not None:  # its own master
+    if param.dtype not in HALF_DTYPES and master is not None:  # the saved master is not needed
         precision = precision._replace(master_weights=None)
-        own.remove("master")
+        names.remove("master")
     layouts = state_layouts(param, precision)
-    if own != list(layouts):
-        raise ValueError(f"{name} has keys {sorted(map(str, state))}; expected {['step', *layouts]}")
-    for part, layout in layouts.items():
-        _check_tensor(state[part], layout, f"{name}[{part!r}]", param)
+    if names != list(layouts):
+        raise ValueError(f"{where} has keys {sorted(map(str, state))}; expected {['step', *layouts]}")
+    for name, layout in layouts.items():
+        _check_tensor(state[name], layout, f"{where}[{name!r}]", param)
 
 
-def _check_tensor(tensor: Tensor, layout: Layout, name: str, param: Tensor) -> None:
+def _check_tensor(tensor: Tensor, layout: Layout, where: str, param: Tensor) -> None:
     if tuple(tensor.shape) != layout.stored_shape:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; expected {layout.stored_shape} for a parameter of shape "
+            f"{where} has shape {tuple(tensor.shape)}; expected {layout.stored_shape} for a parameter of shape "
             f"{tuple(param.shape)}"
         )
     if tensor.is_meta or tensor.layout != torch.strided:
-        raise ValueError(f"{name} is a {tensor.layout} tensor on {tensor.device}; expected a dense one with values")
+        raise ValueError(f"{where} is a {tensor.layout} tensor on {tensor.device}; expected a dense one with values")
     if layout.is_bytes != (tensor.dtype == torch.uint8) or tensor.is_complex() != layout.dtype.is_complex:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {layout.stored_dtype}")
+        raise TypeError(f"{where} has dtype {tensor.dtype}; expected {layout.stored_dtype}")
 
 
 def params_with_wrapped_tensors(state: Mapping[Any, Any]) -> Iterable[Tensor]:
-    """Yield the parameters whose loaded state is still held."""
+    """Yield the parameters with state tensors that are still wrapped."""
     for param, value in state.items():
         if isinstance(value, Mapping) and any(isinstance(item, OpaqueTensor) for item in value.values()):
             yield param
 
 
-def restore(held: Mapping[str, Any], into: dict[str, Any], param: Tensor) -> None:
-    """Copy a held state into the tensors of `into`, in their precision, and its step where it is kept.
+def copy_loaded_state(loaded: Mapping[str, Any], state: dict[str, Any], param: Tensor) -> None:
+    """Copy a loaded state into a parameter's state tensors, converting precision.
 
     Args:
-        held: the loaded state, with held tensors.
-        into: the state of the parameter.
-        param: the parameter, whose weights are not changed.
+        loaded: the loaded state, with tensors wrapped in `OpaqueTensor`.
+        state: the parameter's state; written in place.
+        param: the parameter; its weights do not change.
     """
-    saved = {name: value.tensor for name, value in held.items() if isinstance(value, OpaqueTensor)}
-    into.update({name: value for name, value in held.items() if name not in ("step", *saved)})  # of others
-    step = checked_count(held["step"], "state['step']")
-    if isinstance(into["step"], Tensor):
-        into["step"].fill_(step)  # a captured graph knows it by address
+    saved = {name: value.tensor for name, value in loaded.items() if isinstance(value, OpaqueTensor)}
+    other_keys = {name: value for name, value in loaded.items() if name not in ("step", *saved)}
+    state.update(other_keys)
+    step = checked_count(loaded["step"], "state['step']")
+    if isinstance(state["step"], Tensor):
+        state["step"].fill_(step)  # in place, because a CUDA graph reads this address
     else:
-        into["step"] = step
+        state["step"] = step
     with torch.no_grad():
         saved = {name: placed_like(tensor, param) for name, tensor in saved.items()}
-        if is_quantized(precision_of(saved).states) or is_quantized(precision_of(into).states):
-            _restore_codes(saved, into, param)
+        if is_quantized(precision_of(saved).states) or is_quantized(precision_of(state).states):
+            _copy_quantized(saved, state, param)
         else:
             for name in MOMENTS:
-                into[name].copy_(saved[name])
-        if "master" in into:
-            _restore_master(saved, into, param)
+                state[name].copy_(saved[name])
+        if "master" in state:
+            _copy_master(saved, state, param)
 
 
-def _restore_codes(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], param: Tensor) -> None:
-    if precision_of(saved).states == precision_of(into).states:
+def _copy_quantized(saved: Mapping[str, Tensor], state: Mapping[str, Tensor], param: Tensor) -> None:
+    if precision_of(saved).states == precision_of(state).states:
         for name in (*MOMENTS, "group_exponents"):
-            into[name].copy_(saved[name])
+            state[name].copy_(saved[name])
         return
     numel = local_tensor(param).numel()
-    moments = load_moments(*_runs(saved, param.device))
-    targets = _runs(into, param.device)
-    filler = 0 if targets[2] is None else -numel % GROUP
-    first, second = (torch.nn.functional.pad(moment[:numel], (0, filler)) for moment in moments)
-    # To nearest: once is not step by step, and freezes nothing.
+    moments = load_moments(*_flat_moments(saved, param.device))
+    targets = _flat_moments(state, param.device)
+    padding = 0 if targets[2] is None else -numel % GROUP
+    first, second = (torch.nn.functional.pad(moment[:numel], (0, padding)) for moment in moments)
+    # Round to nearest: one rounding cannot freeze v, as rounding at every step would.
     store_moments((first, second), *targets, random=None)
-    stored = local_state_tensors(into)
-    for name, run in zip(MOMENTS, targets[:2], strict=True):
-        stored[name].copy_(run[:numel].view(stored[name].shape))
+    tensors = local_state_tensors(state)
+    for name, target in zip(MOMENTS, targets[:2], strict=True):
+        tensors[name].copy_(target[:numel].view(tensors[name].shape))
     if targets[2] is not None:
-        stored["group_exponents"].copy_(targets[2].view(stored["group_exponents"].shape))
+        tensors["group_exponents"].copy_(targets[2].view(tensors["group_exponents"].shape))
 
 
-def _runs(state: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return 1-D copies of the moments in the order of indices; codes in whole groups."""
-    numbers = {name: tensor.to(device).flatten().clone() for name, tensor in local_state_tensors(state).items()}
-    exponents = numbers.get("group_exponents")
-    first, second = (numbers[name] for name in MOMENTS)
+def _flat_moments(state: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return flat copies of m, v and group exponents; codes are padded to full groups."""
+    flat = {name: tensor.to(device).flatten().clone() for name, tensor in local_state_tensors(state).items()}
+    exponents = flat.get("group_exponents")
+    first, second = (flat[name] for name in MOMENTS)
     if exponents is not None:
         first, second = (torch.nn.functional.pad(codes, (0, -codes.numel() % GROUP)) for codes in (first, second))
     return first, second, exponents
 
 
-def _restore_master(saved: Mapping[str, Tensor], into: Mapping[str, Tensor], param: Tensor) -> None:
-    given, own = local_state_tensors(saved).get("master"), local_state_tensors(into)["master"]
+def _copy_master(saved: Mapping[str, Tensor], state: Mapping[str, Tensor], param: Tensor) -> None:
+    given, own = local_state_tensors(saved).get("master"), local_state_tensors(state)["master"]
     if given is None:
         own.copy_(local_tensor(param.detach()) if own.is_floating_point() else torch.zeros_like(own))
     elif given.dtype == own.dtype:
         own.copy_(given)
     elif own.dtype == torch.int16:
         own.copy_(given.to(torch.int16) << 8)
-    else:  # to the nearest of those that leave the parameter as it is
+    else:  # round to the nearest int8, clamped so that the parameter's value does not change
         own.copy_(((given.to(torch.int32) + 0x80) >> 8).clamp(-128, 127))

@@ -1,4 +1,4 @@
-"""Export and import of the float32 weights that stand behind 16-bit parameters."""
+"""Export and load the float32 master weights of 16-bit parameters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .dtensor import local_tensor, placed_like, sharded_like
 
 
 def export(model: nn.Module, states: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Return a model's state dict with its weights in float32.
+    """Return a model's state dict with float32 weights.
 
     Args:
         model: the model.
-        states: an optimizer's, per parameter.
+        states: optimizer state of each parameter.
     """
     params = dict(model.named_parameters(remove_duplicate=False))
     exported = {}
@@ -38,26 +38,26 @@ def check(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Check that a state dict has the keys and shapes of a model.
 
     Raises:
-        ValueError: it has not.
+        ValueError: keys or shapes differ.
     """
     own = model.state_dict()
     if set(own) != set(state_dict):
         missing, unknown = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own))
-        raise ValueError(f"state_dict: does not fit the model; missing {missing}, unknown {unknown}")
+        raise ValueError(f"state_dict does not match the model: missing keys {missing}, unknown keys {unknown}")
     for name, tensor in own.items():
         if isinstance(tensor, Tensor) and tensor.shape != state_dict[name].shape:
             raise ValueError(
-                f"state_dict[{name!r}] has shape {tuple(state_dict[name].shape)}, the model's {tuple(tensor.shape)}"
+                f"state_dict[{name!r}] has shape {tuple(state_dict[name].shape)}; the model needs {tuple(tensor.shape)}"
             )
 
 
 def load(model: nn.Module, states: Mapping[Tensor, Mapping[str, Any]], state_dict: Mapping[str, Tensor]) -> None:
-    """Load float32 weights into a model and into its optimizer's masters; rounded to nearest where they must be.
+    """Load float32 weights into a model and its masters, rounded to nearest.
 
     Args:
         model: the model.
-        states: the optimizer's, per parameter.
-        state_dict: checked by `check`.
+        states: optimizer state of each parameter.
+        state_dict: float32 weights by name; checked by `check`.
     """
     own = model.state_dict()
     placed = {

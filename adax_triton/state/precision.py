@@ -1,4 +1,4 @@
-"""Which dtype each tensor of a step has, and the bytes that follow from it."""
+"""Dtypes, shapes and sizes of state tensors in each precision mode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 STATES = ("float32", "bfloat16", "8bit_v16", "8bit")
 MASTER_WEIGHTS = ("float32", "24bit")
 WEIGHT_ROUNDINGS = ("nearest", "stochastic")
-# Elements. A tensor with fewer keeps float32 states: biases and norms are a thousandth of a model, and sensitive.
+# In elements. Smaller tensors keep float32 states: biases and norms are sensitive, and a thousandth of a model.
 QUANTIZED_FROM_NUMEL = 4096
 
 _EXP_AVG_DTYPES = {
@@ -32,15 +32,16 @@ _EXP_AVG_SQ_DTYPES = {
     "8bit_v16": torch.int16,
     "8bit": torch.uint8,
 }
-_GROUP_DTYPES = {"8bit_v16": torch.uint8, "8bit": torch.int16}
+_EXPONENT_DTYPES = {"8bit_v16": torch.uint8, "8bit": torch.int16}
 
 
 class Precision(NamedTuple):
-    """How the states of one tensor are kept.
+    """Storage precision of one parameter's states.
 
-    `states` is one of `STATES`. `master_weights` is `"float32"` or `"24bit"` where `master` stands beside a 16-bit
-    parameter, and None where the parameter is all there is. `master` is what a bfloat16 parameter lacks, int16 or int8,
-    or a float32 copy beside a float16 one.
+    states: format of the moments, one of `STATES`.
+    master_weights: `"float32"` or `"24bit"` if the state has a `master`, else None. The master of a bfloat16 parameter
+        is the remainder of its float32 weights, int16 for `"float32"` and int8 for `"24bit"`. The master of a float16
+        parameter is a float32 copy.
     """
 
     states: str = "float32"
@@ -51,10 +52,10 @@ FLOAT32_STATES = Precision()
 
 
 class Layout(NamedTuple):
-    """Shape and dtype of the numbers in a state tensor.
+    """Shape and dtype of a state tensor's values.
 
-    Integers are stored as bytes, uint8 with the bytes of each number along one more dimension: a library that loads a
-    checkpoint in place cannot take them for floats, and NCCL and Gloo send them, which they do not do with int16.
+    Integers are stored as uint8, with the bytes of each integer along an extra last dimension. In-place checkpoint
+    loaders then cannot mistake them for floats of the same shape, and NCCL and Gloo can send them; they have no int16.
     """
 
     shape: tuple[int, ...]
@@ -62,38 +63,38 @@ class Layout(NamedTuple):
 
     @property
     def is_bytes(self) -> bool:
-        """Whether the numbers are stored as bytes."""
+        """Whether the values are integers, stored as bytes."""
         return not self.dtype.is_floating_point and not self.dtype.is_complex
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape of the tensor in the state."""
+        """Shape of the stored tensor."""
         return (*self.shape, self.dtype.itemsize) if self.is_bytes else self.shape
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype of the tensor in the state."""
+        """Dtype of the stored tensor."""
         return torch.uint8 if self.is_bytes else self.dtype
 
 
 def is_quantized(states: str) -> bool:
-    """Whether these states are codes in groups of `compact.GROUP` elements."""
-    return states in _GROUP_DTYPES
+    """Return whether these states are 8- or 16-bit codes in groups of 32."""
+    return states in _EXPONENT_DTYPES
 
 
 def precision_for(param: Tensor, group: Mapping[str, Any], keep_float32: Callable[[Tensor], bool] | None) -> Precision:
-    """Return the precision of a parameter's states under its group's choices.
+    """Return the precision for a new state, from the options of its group.
 
-    Tensors of less than `QUANTIZED_FROM_NUMEL` elements keep float32 states, and so do those that `keep_float32` names.
-    float64 and complex parameters follow their own dtype. A float32 parameter is its own master.
+    Tensors with fewer than `QUANTIZED_FROM_NUMEL` elements, float64 and complex tensors, and tensors for which
+    `keep_float32` returns True have `"float32"` states; see `state_dtype`. Only 16-bit parameters have a master.
     """
-    plain = param.numel() < QUANTIZED_FROM_NUMEL or param.is_complex() or param.dtype == torch.float64
-    states = "float32" if plain or (keep_float32 is not None and keep_float32(param)) else group["states"]
+    unquantized = param.numel() < QUANTIZED_FROM_NUMEL or param.is_complex() or param.dtype == torch.float64
+    states = "float32" if unquantized or (keep_float32 is not None and keep_float32(param)) else group["states"]
     return Precision(states, group["master_weights"] if param.dtype in HALF_DTYPES else None)
 
 
 def precision_of(state: Mapping[str, Tensor]) -> Precision:
-    """Return the precision in which a parameter's state is kept, from the dtypes and shapes of its tensors."""
+    """Return the precision of an existing state, from its dtypes and shapes."""
     first, second, master = state["exp_avg"], state["exp_avg_sq"], state.get("master")
     states = "float32"
     if first.dtype == torch.uint8 and second.dtype == torch.uint8:
@@ -107,17 +108,17 @@ def precision_of(state: Mapping[str, Tensor]) -> Precision:
 
 
 def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of float32 states: that, or float64 for float64 parameters; complex for complex."""
+    """Return the dtype of unquantized moments: float32 or float64, complex if the parameter is."""
     real = torch.float64 if param_dtype.to_real() == torch.float64 else torch.float32
     return real.to_complex() if param_dtype.is_complex else real
 
 
 def state_layouts(param: Tensor, precision: Precision) -> dict[str, Layout]:
-    """Return what the state of a parameter holds in addition to `step`.
+    """Return {name: layout} of a parameter's state tensors; `step` is not one.
 
-    Moments in floats and masters have the parameter's shape and strides. Codes have its shape and are contiguous: a
-    group is 32 elements in the order of indices, whatever the strides. A group's exponents stand in rows like the
-    parameter's, if whole groups make up a row; any sharding by rows then shards both alike.
+    Float moments and masters have the parameter's shape and strides. Codes have its shape and are contiguous: a group
+    is 32 elements in index order, for any strides of the parameter. `group_exponents` has shape (rows, groups per row)
+    if a row is a multiple of 32 elements, so that sharding along dim 0 fits both. Otherwise it has shape (groups,).
     """
     return _state_layouts(tuple(param.shape), param.dtype, precision)
 
@@ -128,11 +129,11 @@ def _state_layouts(shape: tuple[int, ...], param_dtype: torch.dtype, precision: 
     layouts = {}
     if is_quantized(states):
         row = math.prod(shape[1:])
-        whole_rows = len(shape) > 1 and row % GROUP == 0
-        groups = (shape[0], row // GROUP) if whole_rows else (-(-math.prod(shape) // GROUP),)
+        by_rows = len(shape) > 1 and row % GROUP == 0
+        groups = (shape[0], row // GROUP) if by_rows else (-(-math.prod(shape) // GROUP),)
         layouts["exp_avg"] = Layout(shape, _EXP_AVG_DTYPES[states])
         layouts["exp_avg_sq"] = Layout(shape, _EXP_AVG_SQ_DTYPES[states])
-        layouts["group_exponents"] = Layout(groups, _GROUP_DTYPES[states])
+        layouts["group_exponents"] = Layout(groups, _EXPONENT_DTYPES[states])
     else:
         dtype = state_dtype(param_dtype) if states == "float32" else torch.bfloat16
         layouts["exp_avg"] = layouts["exp_avg_sq"] = Layout(shape, dtype)
@@ -142,30 +143,36 @@ def _state_layouts(shape: tuple[int, ...], param_dtype: torch.dtype, precision: 
 
 
 def _master_dtype(param_dtype: torch.dtype, master_weights: str) -> torch.dtype:
-    if param_dtype == torch.float16:  # its exponents are too few for a remainder to make up for
+    if param_dtype == torch.float16:  # its exponent range is too small for a remainder
         return torch.float32
     return torch.int16 if master_weights == "float32" else torch.int8
 
 
 def bytes_by_state(param_dtype: torch.dtype, precision: Precision = FLOAT32_STATES) -> dict[str, float]:
-    """Return the bytes per element of each tensor in the state of a tensor large enough to be compact."""
+    """Return {state tensor: bytes per element} of a parameter large enough to be quantized."""
     layouts = _state_layouts((GROUP, GROUP), param_dtype, precision)
     return {name: layout.dtype.itemsize * math.prod(layout.shape) / GROUP**2 for name, layout in layouts.items()}
 
 
 def state_bytes(param_dtype: torch.dtype, precision: Precision = FLOAT32_STATES) -> float:
-    """Return the bytes of state per element, group exponents included, of a tensor large enough to be compact."""
+    """Return the state bytes per element of a parameter large enough to be quantized."""
     return sum(bytes_by_state(param_dtype, precision).values())
 
 
 def bytes_loaded(param_dtype: torch.dtype, grad_dtype: torch.dtype, precision: Precision = FLOAT32_STATES) -> float:
-    """Return the bytes a step reads per element: parameter, gradient and states."""
+    """Return the bytes that a step reads per element: parameter, gradient and states."""
     return param_dtype.itemsize + grad_dtype.itemsize + state_bytes(param_dtype, precision)
 
 
 def bytes_stored(
     param_dtype: torch.dtype, precision: Precision = FLOAT32_STATES, skip_unchanged_v: bool = False
 ) -> float:
-    """Return the bytes that a step writes per element: parameter and states, without v if it skips unchanged v."""
-    kept = bytes_by_state(param_dtype, precision)["exp_avg_sq"] if skip_unchanged_v else 0
-    return param_dtype.itemsize + state_bytes(param_dtype, precision) - kept
+    """Return the bytes that a step writes per element: parameter and states.
+
+    Args:
+        param_dtype: dtype of the parameter.
+        precision: precision of its states. Default: float32.
+        skip_unchanged_v: count none for v, as if no group of it changed. Default: False.
+    """
+    skipped = bytes_by_state(param_dtype, precision)["exp_avg_sq"] if skip_unchanged_v else 0
+    return param_dtype.itemsize + state_bytes(param_dtype, precision) - skipped

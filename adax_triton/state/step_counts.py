@@ -1,4 +1,4 @@
-"""Counts of the steps that parameters have taken: ints, or tensors on the device where a kernel advances them."""
+"""Step counts of parameters: Python ints, or tensors that a kernel increments."""
 
 from __future__ import annotations
 
@@ -11,60 +11,61 @@ from torch import Tensor
 
 
 def checked_count(step: Any, name: str) -> int:
-    """Return a count of steps as an int; one on a GPU makes the host wait.
+    """Check a step count and return it as an int; a GPU tensor synchronizes.
 
     Args:
-        step: an int, a whole float, or a tensor of one element with such a value, as torch's optimizers keep it.
-        name: of the value, for messages.
+        step: a non-negative int or integer-valued float, or a one-element tensor of either, as in torch's optimizers.
+        name: name of the value in error messages.
 
     Raises:
-        TypeError: it is no count.
+        TypeError: any other value.
     """
     count = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
-    whole = isinstance(count, (int, float)) and not isinstance(count, bool) and float(count).is_integer()
-    if not whole or count < 0:
-        raise TypeError(f"{name} is {step!r}; expected a count of steps")
+    is_integer = isinstance(count, (int, float)) and not isinstance(count, bool) and float(count).is_integer()
+    if not is_integer or count < 0:
+        raise TypeError(f"{name} is {step!r}; expected a count of steps: a non-negative whole number")
     return int(count)
 
 
 def is_on_device(step: Any, param: Tensor) -> bool:
-    """Whether a count is a tensor that a kernel can advance, or one on a GPU that can become such without the host."""
+    """Return whether a kernel can increment this count, maybe after a cast, without synchronizing."""
     if not isinstance(step, Tensor) or step.numel() != 1:
         return False
     return step.device.type == "cuda" or (step.device == param.device and step.ndim == 0 and step.dtype == torch.int64)
 
 
 def check_count(step: Any, param: Tensor) -> None:
-    """Check the count of a parameter, unless the host would have to wait for it.
+    """Check a parameter's step count, unless that would synchronize with a GPU.
 
     Raises:
-        TypeError: it is no count of steps.
+        TypeError: not a non-negative whole number.
     """
     if not is_on_device(step, param):
         checked_count(step, "state['step']")
 
 
-def normalized_count(step: Any, param: Tensor, on_kernel: bool) -> int | Tensor:
-    """Return a checked count as an int, or as 0-d int64 on the parameter's device if it is on one already.
+def normalized_count(step: Any, param: Tensor, uses_kernel: bool) -> int | Tensor:
+    """Return a checked count as an int or a 0-d int64 tensor on the parameter's device.
 
-    Others may have put it there in another form, such as the float32 tensor of torch's optimizers.
+    A count that is on a device stays there. Other code may have stored it in another form; torch's optimizers use a
+    float32 tensor.
 
     Args:
         step: the count.
-        param: whose steps it counts.
-        on_kernel: whether a kernel steps the parameter, and so can advance its count.
+        param: its parameter.
+        uses_kernel: whether a Triton kernel updates the parameter and can increment its count.
     """
-    if on_kernel and is_on_device(step, param):
+    if uses_kernel and is_on_device(step, param):
         return step.reshape(()).to(device=param.device, dtype=torch.int64)
     return checked_count(step, "state['step']")
 
 
 def counts_as_ints(states: Mapping[Any, Any], keys: Sequence[Any]) -> dict[Any, Any]:
-    """Return states whose counts are ints; the host waits once per device for those that are tensors.
+    """Return a copy of states with int counts; synchronizes once per device.
 
     Args:
-        states: of an optimizer; copied, not changed.
-        keys: of those that are a parameter's.
+        states: states of an optimizer.
+        keys: keys of per-parameter states. Other entries are kept as they are.
     """
     by_device: dict[torch.device, list[Any]] = defaultdict(list)
     for key in keys:
@@ -72,7 +73,7 @@ def counts_as_ints(states: Mapping[Any, Any], keys: Sequence[Any]) -> dict[Any, 
         if isinstance(step, Tensor) and step.numel() == 1:
             by_device[step.device].append(key)
     converted = dict(states)
-    for some in by_device.values():
-        counts = torch.stack([states[key]["step"].reshape(()).to(torch.int64) for key in some]).tolist()
-        converted |= {key: {**states[key], "step": count} for key, count in zip(some, counts, strict=True)}
+    for on_device in by_device.values():
+        counts = torch.stack([states[key]["step"].reshape(()).to(torch.int64) for key in on_device]).tolist()
+        converted |= {key: {**states[key], "step": count} for key, count in zip(on_device, counts, strict=True)}
     return converted

@@ -174,7 +174,7 @@ def test_codes_that_would_be_split_are_not_loaded(two: Results) -> None:
 @pytest.mark.parametrize("kind", ["plain gradient", "sharded gradient"])
 def test_gradient_that_is_sharded_unlike_its_parameter_is_refused(two: Results, kind: str) -> None:
     for result in two["refusals"]:
-        assert result[kind].startswith("TypeError: grad: a ")
+        assert result[kind].startswith("TypeError: grad is a ")
 
 
 @pytest.mark.parametrize("kind", ["partial", "replicated"])
