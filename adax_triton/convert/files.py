@@ -19,8 +19,8 @@ from adax_triton.optimizers import AdaX
 from adax_triton.state.precision import precision_of
 from adax_triton.state.validation import with_current_names
 
-from .moments import HYPERPARAMETERS
 from .state_dicts import (
+    HYPERPARAMETERS,
     adam_from_adax,
     adax_from_adam,
     from_released_adax,

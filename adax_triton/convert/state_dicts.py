@@ -1,15 +1,15 @@
-"""State dicts of other programs, as state dicts of this package and back.
+"""Convert state dicts between this package, torch's Adam and the released AdaX.
 
-    from_torch_adam      torch.optim.Adam, AdamW           to  Adam, AdamW
-    to_torch_adam        Adam, AdamW                       to  torch.optim.Adam, AdamW
-    from_released_adax   the paper's program, AdaX, AdaXW  to  AdaX, AdaXW
-    to_released_adax     AdaX, AdaXW                       to  the paper's program
-    adax_from_adam       Adam, AdamW                       to  AdaX, AdaXW: a start, not the same optimizer
-    adam_from_adax       AdaX, AdaXW                       to  Adam, AdamW: likewise
+    from_torch_adam      torch.optim.Adam, AdamW    ->  Adam, AdamW
+    to_torch_adam        Adam, AdamW                ->  torch.optim.Adam, AdamW
+    from_released_adax   the paper's AdaX, AdaXW    ->  AdaX, AdaXW
+    to_released_adax     AdaX, AdaXW                ->  the paper's AdaX, AdaXW
+    adax_from_adam       Adam, AdamW                ->  AdaX, AdaXW; a warm start, not the same optimizer
+    adam_from_adax       AdaX, AdaXW                ->  Adam, AdamW; a warm start, not the same optimizer
 
-This package keeps the second moment over its bias factor, the others keep it raw. Factors are taken in float64 and each
-moment is rounded once, to float32 or, where it was float64, to that. What is given is never changed, what is returned
-shares no memory with it, and everything is checked before anything is computed.
+This package stores exp_avg_sq divided by its bias factor; the others store the raw moment. Factors are computed in
+float64. Each moment is rounded once, to float64 if it was float64, else to float32. A conversion checks everything
+before it computes anything. It does not modify its input, and its output shares no memory with it.
 """
 
 from __future__ import annotations
@@ -17,27 +17,34 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from adax_triton.state.validation import as_float
+from adax_triton.state.step_counts import checked_count
+from adax_triton.state.validation import OLD_CHECKPOINT_DEFAULTS, as_float, validate_group
 from adax_triton.update.coefficients import one_minus_power
-
-from .moments import (
-    FOREIGN_KEYS,
-    NEEDED_KEYS,
-    TORCH_OPTIONS,
-    MomentConversion,
-    checked_group,
-    convert_state_dict,
-    other_keys,
-)
 
 _ADAM = {"second_moment": "adam", "eps_placement": "normalized"}
 _RELEASED_ADAX = {"second_moment": "adax", "eps_placement": "unnormalized"}
-_LARGEST_GROWTH = 709.0  # exp(x) overflows float64 a little further
+_SHARED_KEYS = ("lr", "betas", "eps", "weight_decay")  # in the groups of every optimizer
+_OWN_KEYS = (*_SHARED_KEYS, *_ADAM)  # in the groups of this package's optimizers
+HYPERPARAMETERS = (*_OWN_KEYS, *OLD_CHECKPOINT_DEFAULTS)
+_TORCH_FLAGS = {"amsgrad": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
+_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+_LARGEST_EXPONENT = 709.0  # exp() of this is finite in float64; exp(710) is not
+_ConvertGroup = Callable[[Mapping[str, Any], str], dict[str, Any]]  # (group, its name in messages) -> converted group
+
+
+class _MomentConversion(NamedTuple):
+    """How the moments of one state become those of another."""
+
+    factors: Callable[[float, float, int], tuple[float, float]]  # of (b1, b2, t), for exp_avg and exp_avg_sq
+    combine: Callable[[Any, Any], Any]  # truediv or mul
+    raw_adax: bool = False  # one side is AdaX's raw moment, which overflows
+    count: Callable[[int], Any] = int  # what the other program keeps as step
 
 
 def from_torch_adam(state_dict: Mapping[str, Any], *, decoupled_weight_decay: bool | None = None) -> dict[str, Any]:
@@ -77,10 +84,10 @@ def from_torch_adam(state_dict: Mapping[str, Any], *, decoupled_weight_decay: bo
             raise ValueError(f"{where}['bias_correction'] is False; without it moments have other factors")
         maximize = group.get("maximize", False)
         group = {key: value for key, value in group.items() if key != "bias_correction"}
-        return _own_group(group, where, {**_ADAM, "decoupled_weight_decay": own, "maximize": maximize})
+        return _group_of_this_package(group, where, {**_ADAM, "decoupled_weight_decay": own, "maximize": maximize})
 
-    return convert_state_dict(
-        state_dict, FOREIGN_KEYS, convert_group, MomentConversion(_adam_factors, operator.truediv)
+    return _convert_state_dict(
+        state_dict, _SHARED_KEYS, convert_group, _MomentConversion(_adam_factors, operator.truediv)
     )
 
 
@@ -104,14 +111,14 @@ def to_torch_adam(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        own = checked_group(group, where, _ADAM)
-        kept = (*FOREIGN_KEYS, "decoupled_weight_decay", "maximize")
-        return copy.deepcopy({**other_keys(group), **{key: own[key] for key in kept}, **TORCH_OPTIONS})
+        own = _validated_group(group, where, _ADAM)
+        kept = (*_SHARED_KEYS, "decoupled_weight_decay", "maximize")
+        return copy.deepcopy({**_extra_keys(group), **{key: own[key] for key in kept}, **_TORCH_FLAGS})
 
-    rule = MomentConversion(
+    rule = _MomentConversion(
         _adam_factors, operator.mul, count=lambda step: torch.tensor(float(step), dtype=torch.float32)
     )
-    return convert_state_dict(state_dict, NEEDED_KEYS, convert_group, rule)
+    return _convert_state_dict(state_dict, _OWN_KEYS, convert_group, rule)
 
 
 def from_released_adax(state_dict: Mapping[str, Any], *, decoupled_weight_decay: bool) -> dict[str, Any]:
@@ -136,10 +143,12 @@ def from_released_adax(state_dict: Mapping[str, Any], *, decoupled_weight_decay:
     """
 
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        return _own_group(group, where, {**_RELEASED_ADAX, "decoupled_weight_decay": decoupled_weight_decay})
+        return _group_of_this_package(
+            group, where, {**_RELEASED_ADAX, "decoupled_weight_decay": decoupled_weight_decay}
+        )
 
-    return convert_state_dict(
-        state_dict, FOREIGN_KEYS, convert_group, MomentConversion(_adax_factors, operator.truediv, raw_adax=True)
+    return _convert_state_dict(
+        state_dict, _SHARED_KEYS, convert_group, _MomentConversion(_adax_factors, operator.truediv, raw_adax=True)
     )
 
 
@@ -164,11 +173,11 @@ def to_released_adax(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        own = checked_group(group, where, {**_RELEASED_ADAX, "maximize": False})
-        return copy.deepcopy({**other_keys(group), **{key: own[key] for key in FOREIGN_KEYS}})
+        own = _validated_group(group, where, {**_RELEASED_ADAX, "maximize": False})
+        return copy.deepcopy({**_extra_keys(group), **{key: own[key] for key in _SHARED_KEYS}})
 
-    return convert_state_dict(
-        state_dict, NEEDED_KEYS, convert_group, MomentConversion(_adax_factors, operator.mul, raw_adax=True)
+    return _convert_state_dict(
+        state_dict, _OWN_KEYS, convert_group, _MomentConversion(_adax_factors, operator.mul, raw_adax=True)
     )
 
 
@@ -194,13 +203,13 @@ def adax_from_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e-4) -> dic
     """
 
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        own = checked_group(group, where, _ADAM)
+        own = _validated_group(group, where, _ADAM)
         betas = (as_float(own["betas"][0], "betas[0]"), as_float(beta2, "beta2"))
-        own = checked_group({**own, "betas": betas, "second_moment": "adax"}, f"beta2={beta2!r}", {})
-        return copy.deepcopy({**other_keys(group), **own})
+        own = _validated_group({**own, "betas": betas, "second_moment": "adax"}, f"beta2={beta2!r}", {})
+        return copy.deepcopy({**_extra_keys(group), **own})
 
-    rule = MomentConversion(lambda beta1, _, step: (one_minus_power(beta1, step), 1.0), operator.truediv)
-    return convert_state_dict(state_dict, NEEDED_KEYS, convert_group, rule)
+    rule = _MomentConversion(lambda beta1, _, step: (one_minus_power(beta1, step), 1.0), operator.truediv)
+    return _convert_state_dict(state_dict, _OWN_KEYS, convert_group, rule)
 
 
 def adam_from_adax(state_dict: Mapping[str, Any], *, beta2: float = 0.999) -> dict[str, Any]:
@@ -224,13 +233,108 @@ def adam_from_adax(state_dict: Mapping[str, Any], *, beta2: float = 0.999) -> di
     """
 
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        own = checked_group(group, where, {"second_moment": "adax"})
+        own = _validated_group(group, where, {"second_moment": "adax"})
         betas = (as_float(own["betas"][0], "betas[0]"), as_float(beta2, "beta2"))
-        own = checked_group({**own, "betas": betas, **_ADAM}, f"beta2={beta2!r}", {})
-        return copy.deepcopy({**other_keys(group), **own})
+        own = _validated_group({**own, "betas": betas, **_ADAM}, f"beta2={beta2!r}", {})
+        return copy.deepcopy({**_extra_keys(group), **own})
 
-    rule = MomentConversion(lambda beta1, _, step: (one_minus_power(beta1, step), 1.0), operator.mul)
-    return convert_state_dict(state_dict, NEEDED_KEYS, convert_group, rule)
+    rule = _MomentConversion(lambda beta1, _, step: (one_minus_power(beta1, step), 1.0), operator.mul)
+    return _convert_state_dict(state_dict, _OWN_KEYS, convert_group, rule)
+
+
+def _convert_state_dict(
+    state_dict: Mapping[str, Any], needed: tuple[str, ...], convert_group: _ConvertGroup, rule: _MomentConversion
+) -> dict[str, Any]:
+    """Return a state dict with other groups and moments; everything is checked before anything is computed.
+
+    Args:
+        state_dict: of any program.
+        needed: keys that each of its groups must have.
+        convert_group: returns a group of the result.
+        rule: by which moments are converted.
+
+    Raises:
+        ValueError, TypeError: it does not fit; see the functions of `conversion`.
+    """
+    _require_keys(state_dict, ("state", "param_groups"), "state_dict")
+    groups, betas_of = [], {}
+    for index, group in enumerate(state_dict["param_groups"]):
+        where = f"state_dict['param_groups'][{index}]"
+        _require_keys(group, ("params", *needed), where)
+        groups.append(convert_group(group, where))
+        betas_of.update(dict.fromkeys(group["params"], group["betas"]))
+    states = {key: (state, f"state_dict['state'][{key!r}]") for key, state in state_dict["state"].items()}
+    for key, (state, where) in states.items():
+        if key not in betas_of:
+            raise ValueError(f"{where} is of no parameter of state_dict['param_groups']")
+        _check_state(state, where, rule)
+    new_states = {key: _convert_state(*states[key], betas_of[key], rule) if states[key][0] else {} for key in states}
+    others = copy.deepcopy({key: state_dict[key] for key in state_dict if key not in ("state", "param_groups")})
+    return {**others, "state": new_states, "param_groups": groups}
+
+
+def _check_state(state: Any, where: str, rule: _MomentConversion) -> None:
+    if state == {}:  # a parameter that has had no gradient
+        return
+    _require_keys(state, _STATE_KEYS, where)
+    advice = "save it first from an optimizer with states='float32' and no master_weights"
+    if len(state) > len(_STATE_KEYS):
+        raise ValueError(f"{where} has keys {sorted(map(str, state))}; expected {list(_STATE_KEYS)}; {advice}")
+    checked_count(state["step"], f"{where}['step']")
+    for name in _STATE_KEYS[1:]:
+        if not isinstance(state[name], Tensor):
+            raise TypeError(f"{where}[{name!r}] is a {type(state[name]).__name__}; expected a tensor")
+        if not (state[name].is_floating_point() or state[name].is_complex()):
+            raise ValueError(f"{where}[{name!r}] is of {state[name].dtype}; {advice}")
+        if rule.raw_adax and state[name].is_complex():
+            raise ValueError(f"{where}[{name!r}] is complex, where the released program's moments mean something else")
+
+
+def _convert_state(state: Mapping[str, Any], where: str, betas: Any, rule: _MomentConversion) -> dict[str, Any]:
+    step = int(state["step"])
+    beta1, beta2 = (as_float(beta, "betas") for beta in betas)
+    # Moments of no step are zeros on both sides, and so is the bias factor.
+    factors = rule.factors(beta1, beta2, step) if step else (1.0, 1.0)
+    exp_avg = _scaled(state["exp_avg"], factors[0], rule.combine)
+    exp_avg_sq = _scaled(state["exp_avg_sq"], factors[1], rule.combine)
+    if rule.raw_adax and not (state["exp_avg_sq"].isfinite().all() and exp_avg_sq.isfinite().all()):
+        last = math.log(torch.finfo(exp_avg_sq.dtype).max) / math.log1p(beta2)
+        growth = f"it grows as (1 + {beta2})^t, which leaves {exp_avg_sq.dtype} at about step {last:.0f}"
+        raise ValueError(f"{where}['exp_avg_sq']: the raw moment of step {step} is not finite; {growth}")
+    return {"step": rule.count(step), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+def _scaled(moment: Tensor, factor: float, combine: Callable[[Any, Any], Any]) -> Tensor:
+    values = torch.view_as_real(moment.detach()) if moment.is_complex() else moment.detach()
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    scaled = combine(values.to(torch.float64), factor).to(dtype)
+    return torch.view_as_complex(scaled) if moment.is_complex() else scaled
+
+
+def _validated_group(group: Mapping[str, Any], where: str, only: dict[str, Any]) -> dict[str, Any]:
+    """Return the hyper-parameters of a group of this package; `only` is what the other side can express."""
+    own = {**OLD_CHECKPOINT_DEFAULTS, **{key: group[key] for key in HYPERPARAMETERS if key in group}}
+    try:
+        validate_group(own)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from None
+    for key, value in only.items():
+        if own[key] != value:
+            raise ValueError(f"{where}[{key!r}] is {own[key]!r}; this conversion is for {value!r} only")
+    return own
+
+
+def _extra_keys(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a group says beside hyper-parameters and torch's choices of implementation."""
+    return {key: value for key, value in group.items() if key not in HYPERPARAMETERS and key not in _TORCH_FLAGS}
+
+
+def _require_keys(given: Any, keys: tuple[str, ...], where: str) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{where} is a {type(given).__name__}; expected a dict")
+    missing = [key for key in keys if key not in given]
+    if missing:
+        raise ValueError(f"{where} has no {', '.join(map(repr, missing))}; its keys are {sorted(map(str, given))}")
 
 
 def _adam_factors(_: float, beta2: float, step: int) -> tuple[float, float]:
@@ -239,11 +343,11 @@ def _adam_factors(_: float, beta2: float, step: int) -> tuple[float, float]:
 
 def _adax_factors(_: float, beta2: float, step: int) -> tuple[float, float]:
     growth = step * math.log1p(beta2)
-    return 1.0, math.inf if growth > _LARGEST_GROWTH else math.expm1(growth)
+    return 1.0, math.inf if growth > _LARGEST_EXPONENT else math.expm1(growth)
 
 
-def _own_group(group: Mapping[str, Any], where: str, changes: dict[str, Any]) -> dict[str, Any]:
+def _group_of_this_package(group: Mapping[str, Any], where: str, changes: dict[str, Any]) -> dict[str, Any]:
     if "second_moment" in group:
         raise ValueError(f"{where}['second_moment'] is {group['second_moment']!r}: adax_triton has saved this")
-    own = checked_group({**{key: group[key] for key in FOREIGN_KEYS}, **changes}, where, {})
-    return copy.deepcopy({**other_keys(group), **own})
+    own = _validated_group({**{key: group[key] for key in _SHARED_KEYS}, **changes}, where, {})
+    return copy.deepcopy({**_extra_keys(group), **own})
