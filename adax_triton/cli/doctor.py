@@ -1,4 +1,4 @@
-"""`adax-triton doctor`: which kernel steps what on this machine and why, and whether its numbers are right."""
+"""Report the kernel used for each device and dtype, and check its results."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from adax_triton.update.reference import adax_update
 
 _CHECK_SIZES = (1, 1000, 4099)
 _CHECK_STEPS = 3
-# Three steps of lr 5e-3 on weights near 1, in float32.
+# Largest absolute error in float32 after three steps with lr 5e-3 on weights near 1.
 _CHECK_TOLERANCE = 1e-6
 
 
 def main() -> int:
-    """Print the findings; return 0 if all kernels' numbers are right and nothing that is installed is broken."""
+    """Print the report; return 0 if all checks pass, else 1."""
     print("versions")
     for name, version in versions().items():
         print(f"  {name:<12}{version or 'absent'}")
@@ -35,17 +35,18 @@ def main() -> int:
             backend, why = explain_backend(device, dtype)
             print(f"    {str(dtype).removeprefix('torch.'):<12}{backend:<10}{why}")
     print(f"cache of CPU kernels\n  {describe_cache()}")
-    # The native kernel before the interpreter is chosen, and that before DeepSpeed imports Triton.
+    # Keep this order: triton_check() sets TRITON_INTERPRET, which changes the kernel for CPU tensors, and must set it
+    # before DeepSpeed imports Triton.
     native_ok, native = native_check()
     triton_ok, triton = triton_check()
     print(f"self-check\n  {native}\n  {triton}")
-    deepspeed_ok, finding = deepspeed_finding()
-    print(f"DeepSpeed\n  {finding}")
+    deepspeed_ok, deepspeed = deepspeed_check()
+    print(f"DeepSpeed\n  {deepspeed}")
     return 0 if native_ok and triton_ok and deepspeed_ok else 1
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the packages that matter here; None for one that is absent."""
+    """Return {package: version}; None if it is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("adax-triton", "torch", "triton", "deepspeed"):
         try:
@@ -56,47 +57,47 @@ def versions() -> dict[str, str | None]:
 
 
 def devices() -> list[torch.device]:
-    """Return the CPU and every accelerator PyTorch sees."""
+    """Return the CPU and all accelerators that PyTorch finds."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count() if accelerator else 0
     return [torch.device("cpu"), *(torch.device(accelerator.type, index) for index in range(count) if accelerator)]
 
 
 def device_name(device: torch.device) -> str:
-    """Return a device's name for people."""
+    """Return a device's name for the report."""
     if device.type == "cuda":
         return f"{device}: {torch.cuda.get_device_name(device)}"
     return f"{device}: threads: {torch.get_num_threads()}" if device.type == "cpu" else str(device)
 
 
-def deepspeed_finding() -> tuple[bool, str]:
-    """Return False where DeepSpeed is installed but does not see AdaX, else True; and a sentence."""
+def deepspeed_check() -> tuple[bool, str]:
+    """Return (ok, message); not ok if DeepSpeed is installed but cannot find AdaX."""
     if versions()["deepspeed"] is None:
         return True, 'not installed; pip install "adax-triton[deepspeed]" adds it'
     try:
         from adax_triton.integrations import deepspeed  # noqa: F401
-    except Exception as error:  # whatever stops the import is the finding
-        return False, f"installed, but the adapter does not load: {type(error).__name__}: {error}"
-    if getattr(torch.optim, "adax", None) is not AdaX:  # where DeepSpeed looks a lower-cased type up
-        return False, 'installed, but "type": "AdaX" does not resolve'
+    except Exception as error:  # report any import error
+        return False, f"installed, but the adapter cannot be imported: {type(error).__name__}: {error}"
+    if getattr(torch.optim, "adax", None) is not AdaX:  # DeepSpeed looks up the lower-cased type in torch.optim
+        return False, 'installed, but "type": "AdaX" does not find this optimizer: torch.optim.adax is another class or missing'
     return True, '"optimizer": {"type": "AdaX"} works after `import adax_triton.integrations.deepspeed`'
 
 
 def native_check() -> tuple[bool, str]:
-    """Build the native CPU kernel if need be, and compare its steps with the reference in float64."""
+    """Build the native CPU kernel if necessary and compare it with the float64 reference."""
     problem = build_problem()
     if problem is not None:
-        return True, f"the reference steps CPU tensors, several times slower: {problem}"
+        return True, f"CPU tensors use the reference in PyTorch, several times slower: {problem}"
     return _check(torch.device("cpu"), f"the native kernel on cpu with {instruction_set()}")
 
 
 def triton_check() -> tuple[bool, str]:
-    """Step tensors on the first GPU, else in Triton's interpreter, and compare with the reference in float64."""
+    """Compare the Triton kernel with the float64 reference, interpreted without a GPU."""
     cuda = torch.cuda.is_available()
     if not cuda and importlib.util.find_spec("numpy") is None:
         return True, "the Triton kernel is not checked: without a GPU its interpreter needs numpy; pip install numpy"
     if not cuda:
-        # Only this process, and only before Triton is first imported.
+        # Takes effect only before Triton is first imported.
         os.environ["TRITON_INTERPRET"] = "1"
     device = torch.device("cuda" if cuda else "cpu")
     return _check(device, f"the Triton kernel on {device_name(device) if cuda else 'cpu, in the interpreter'}")
@@ -105,12 +106,12 @@ def triton_check() -> tuple[bool, str]:
 def _check(device: torch.device, kernel: str) -> tuple[bool, str]:
     start = time.perf_counter()
     try:
-        error = _largest_error(device)
-    except Exception as problem:  # whatever stops the kernel is the finding
-        return False, f"{kernel} does not run: {type(problem).__name__}: {problem}"
-    verdict = "agrees" if error <= _CHECK_TOLERANCE else "DISAGREES"
-    return error <= _CHECK_TOLERANCE, (
-        f"{kernel} {verdict} with the float64 reference: largest error {error:.1e} after {_CHECK_STEPS} steps, "
+        largest = _largest_error(device)
+    except Exception as error:  # report any kernel error
+        return False, f"{kernel} does not run: {type(error).__name__}: {error}"
+    verdict = "agrees" if largest <= _CHECK_TOLERANCE else "DISAGREES"
+    return largest <= _CHECK_TOLERANCE, (
+        f"{kernel} {verdict} with the float64 reference: largest error {largest:.1e} after {_CHECK_STEPS} steps, "
         f"tolerance {_CHECK_TOLERANCE:.0e}, checked in {time.perf_counter() - start:.1f} s"
     )
 

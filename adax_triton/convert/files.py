@@ -1,11 +1,13 @@
-"""State dicts in files, converted to another optimizer or precision without a model.
+"""Convert optimizer state dicts in files to another optimizer or precision.
 
-What a state dict is, its groups say: those of this package name their rule, those of torch's and DeepSpeed's Adam have
-`amsgrad` or `bias_correction`, and those of the program released with the paper have neither.
+The keys of the param_groups tell which optimizer saved a state dict. Groups of this package have `second_moment`.
+Groups of torch's or DeepSpeed's Adam have `amsgrad` or `bias_correction`. All others count as the paper's released
+code. No model is needed.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -17,7 +19,6 @@ from torch import nn
 
 from adax_triton.optimizers import AdaX
 from adax_triton.state.precision import precision_of
-from adax_triton.state.validation import with_current_names
 
 from .state_dicts import (
     HYPERPARAMETERS,
@@ -29,125 +30,176 @@ from .state_dicts import (
     to_torch_adam,
 )
 
-FORMS = ("adax", "adaxw", "adam", "adamw", "torch-adam", "torch-adamw", "released-adax", "released-adaxw")
+# Prefix: whose optimizer, this package's without one. Suffix w: decoupled weight decay.
+OPTIMIZER_KINDS = ("adax", "adaxw", "adam", "adamw", "torch-adam", "torch-adamw", "released-adax", "released-adaxw")
 
-# Of units of work and a label; yields what is called with units done and what is done now: `bench.progress.progress`.
+# (total units, label) -> context manager that yields advance(units, text); such as bench.harness.progress.progress.
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int, str], None]]]
+
+
+def convert_file(
+    source: Path, target: Path, key: str | None, convert: Callable[[dict[str, Any]], dict[str, Any]], progress: Progress
+) -> str:
+    """Convert a file and return a summary line.
+
+    Args:
+        source: file that `torch.load(weights_only=True)` reads.
+        target: file to write; appears when it is complete.
+        key: key of the state dict in the file's dictionary. None if the file holds the state dict itself.
+        convert: converts the state dict.
+        progress: shows the progress.
+
+    Raises:
+        ValueError: the file holds no state dict, or not under `key`.
+    """
+    with progress(3, "convert") as advance:
+        with reject_unsafe_pickles(source):
+            saved = torch.load(source, map_location="cpu", weights_only=True)
+        advance(1, "read")
+        state_dict = convert(_state_dict_of(saved, source, key))
+        advance(1, "converted")
+        part = target.with_name(f"{target.name}.part")
+        try:
+            torch.save(state_dict if key is None else {**saved, key: state_dict}, part)
+            os.rename(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+        advance(1, "written")
+    return f"{target}: {len(state_dict['state'])} states in {len(state_dict['param_groups'])} groups"
 
 
 @contextmanager
 def reject_unsafe_pickles(path: Path) -> Iterator[None]:
-    """Within the block, what `torch.load(weights_only=True)` cannot read is a ValueError that names the file."""
+    """Turn failures of `torch.load(weights_only=True)` into a ValueError that names the file."""
     try:
         yield
     except (pickle.UnpicklingError, RuntimeError, EOFError):
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors and plain values, which torch.load(weights_only=True) "
-            "does not read"
+            f"{path} cannot be loaded by torch.load(weights_only=True): it is damaged, or holds objects other than "
+            "tensors and plain values; save it again with tensors and plain values only"
         ) from None
 
 
-def convert_optimizer(
-    state_dict: Mapping[str, Any], form: str, *, beta2: float | None = None, lr: float | None = None
-) -> dict[str, Any]:
-    """Return a state dict as one of another optimizer; see `conversion` for what becomes of moments.
+def _state_dict_of(saved: Any, source: Path, key: str | None) -> dict[str, Any]:
+    if not isinstance(saved, dict):
+        raise ValueError(f"{source} holds a {type(saved).__name__}; expected a dictionary")
+    found = saved if key is None else saved.get(key)
+    if _is_state_dict(found):
+        return found
+    keys = [name for name, value in saved.items() if _is_state_dict(value)]
+    where = f"{source}[{key!r}]" if key is not None else str(source)
+    advice = f"give --key {' or '.join(map(str, keys))}" if keys else "no key of the file holds one either"
+    raise ValueError(f"{where} is not the state dict of an optimizer; {advice}")
 
-    Between Adam and AdaX it is a start, not the same optimizer, and the form's weight decay is taken, coupled or
-    decoupled. Otherwise the run goes on with the same numbers, and a form of other weight decay is refused.
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and {"state", "param_groups"} <= set(value)
+
+
+def convert_optimizer(
+    state_dict: Mapping[str, Any], kind: str, *, beta2: float | None = None, lr: float | None = None
+) -> dict[str, Any]:
+    """Convert a state dict to another optimizer; `state_dicts` has the formulas.
+
+    Between Adam and AdaX the result is a warm start, and its weight decay is coupled or decoupled as in `kind`. All
+    other conversions continue training with the same numbers, and `kind` must have the weight decay of the source.
 
     Args:
-        state_dict: of an optimizer of this package, of torch's Adam or AdamW, or of the paper's program.
-        form: one of `FORMS`: of this package, of torch, or of the paper's program; with a w, of decoupled weight decay.
+        state_dict: of this package, of torch's or DeepSpeed's Adam, or of the paper's released code.
+        kind: target optimizer, one of `OPTIMIZER_KINDS`.
         beta2: betas[1] of the result, if the rule changes. Default: 1e-4 for AdaX, 0.999 for Adam.
-        lr: learning rate of all groups of the result. Default: None, those of the state dict.
+        lr: learning rate of all groups of the result. Default: None, keep those of the state dict.
 
     Raises:
-        ValueError, TypeError: it does not fit the form.
+        ValueError, TypeError: the state dict cannot be converted to `kind`.
     """
-    decoupled, rule = form.endswith("w"), form.rstrip("w").rpartition("-")[2]
-    own = _as_own(state_dict, decoupled)
+    decoupled, rule = kind.endswith("w"), kind.rstrip("w").rpartition("-")[2]
+    own = _from_any_optimizer(state_dict, decoupled)
     if {group["second_moment"] for group in own["param_groups"]} != {rule}:
         convert = {"adax": adax_from_adam, "adam": adam_from_adax}[rule]
         own = convert(own) if beta2 is None else convert(own, beta2=beta2)
         for group in own["param_groups"]:
             group["decoupled_weight_decay"] = decoupled
     elif beta2 is not None:
-        raise ValueError(f"beta2={beta2}: the state dict is of the rule {rule!r} already, and keeps its betas")
+        raise ValueError(f"beta2={beta2} applies only if the rule changes, but the state dict has {rule!r}; omit beta2")
     for index, group in enumerate(own["param_groups"]):
         if group["decoupled_weight_decay"] != decoupled:
             raise ValueError(
-                f"param_groups[{index}] has decoupled_weight_decay={not decoupled}; convert it to the form "
-                f"{form.rstrip('w') if decoupled else form + 'w'!r}"
+                f"param_groups[{index}] has decoupled_weight_decay={not decoupled}; convert it to "
+                f"{kind.rstrip('w') if decoupled else kind + 'w'!r}"
             )
         if lr is not None:
             group["lr"] = lr
-    if form.startswith("torch-"):
+    if kind.startswith("torch-"):
         return to_torch_adam(own)
-    return to_released_adax(own) if form.startswith("released-") else own
+    return to_released_adax(own) if kind.startswith("released-") else own
 
 
-def _as_own(state_dict: Mapping[str, Any], decoupled: bool) -> dict[str, Any]:
+def _from_any_optimizer(state_dict: Mapping[str, Any], decoupled: bool) -> dict[str, Any]:
+    """Return a state dict of this package; `decoupled` is used if the groups lack that key."""
     groups = state_dict["param_groups"]
     if all("second_moment" in group for group in groups):
         return {**state_dict, "param_groups": [dict(group) for group in groups]}
     if all("amsgrad" in group or "bias_correction" in group for group in groups):
-        unsaid = any("decoupled_weight_decay" not in group for group in groups)
-        return from_torch_adam(state_dict, decoupled_weight_decay=decoupled if unsaid else None)
+        needs_argument = any("decoupled_weight_decay" not in group for group in groups)
+        return from_torch_adam(state_dict, decoupled_weight_decay=decoupled if needs_argument else None)
     return from_released_adax(state_dict, decoupled_weight_decay=decoupled)
 
 
 def convert_precision(
     state_dict: Mapping[str, Any], *, states: str | None = None, master_weights: str | None = None
 ) -> dict[str, Any]:
-    """Return a state dict of this package with its states or masters kept otherwise.
+    """Convert the states or masters of a state dict of this package to another precision.
 
-    As an optimizer of that precision would load it: exactly where the new form can hold the old, else to nearest.
+    Values are those that an optimizer of that precision would load: exact if the new format can represent them, else
+    rounded to nearest.
 
     Args:
         state_dict: of an optimizer of this package.
-        states: one of `precision.STATES`. Default: None, as they are.
-        master_weights: one of `precision.MASTER_WEIGHTS`, for a state dict that has masters; making and giving up
-            masters takes the weights themselves. Default: None, as they are.
+        states: one of `precision.STATES`. Default: None, keep the states.
+        master_weights: one of `precision.MASTER_WEIGHTS`, for a state dict that has masters. Adding or removing masters
+            needs the model's weights and is not supported. Default: None, keep the masters.
 
     Raises:
-        ValueError: it is of another program, or has no masters.
+        ValueError: another package saved the state dict, or `master_weights` is given and it has no masters.
     """
-    groups = [with_current_names(group) for group in state_dict["param_groups"]]
+    groups = state_dict["param_groups"]
     if not all("second_moment" in group for group in groups):
-        raise ValueError("only a state dict of adax_triton can be kept in another precision; convert it to one first")
+        raise ValueError("states and master_weights need a state dict of adax_triton; convert it to adax or adam first")
     if master_weights is not None and not all(group.get("master_weights") for group in groups):
         raise ValueError(
-            f"master_weights={master_weights!r}: the state dict has no masters, and making them takes the weights; "
-            "load it as it is into an optimizer with master_weights, which does that"
+            f"master_weights={master_weights!r}: the state dict has no masters, and adding them needs the model's "
+            "weights; load it into an optimizer with master_weights set"
         )
     changes = {"states": states, "master_weights": master_weights}
     changes = {key: value for key, value in changes.items() if value is not None}
     saved = state_dict["state"]
-    stand_ins = {key: _stand_in(saved.get(key) or {}) for group in groups for key in group["params"]}
+    dummies = {key: _dummy_param(saved.get(key) or {}) for group in groups for key in group["params"]}
     own_groups = []
     for group in groups:
         kept = {key: group[key] for key in HYPERPARAMETERS if key in group and key != "capturable"}
-        own_groups.append({**kept, **changes, "params": [stand_ins[key] for key in group["params"]]})
-    in_full = {
-        id(stand_ins[key]) for group in groups for key in group["params"] if _kept_in_full(saved.get(key), group)
+        own_groups.append({**kept, **changes, "params": [dummies[key] for key in group["params"]]})
+    exceptions = {
+        id(dummies[key]) for group in groups for key in group["params"] if _is_float32_exception(saved.get(key), group)
     }
-    optimizer = AdaX(own_groups, keep_float32=lambda param: id(param) in in_full)
-    optimizer.load_state_dict({"state": state_dict["state"], "param_groups": groups})
-    keys = list(stand_ins)
+    optimizer = AdaX(own_groups, keep_float32=lambda param: id(param) in exceptions)
+    optimizer.load_state_dict({"state": state_dict["state"], "param_groups": list(groups)})
+    keys = list(dummies)
     loaded = {keys[index]: state for index, state in optimizer.state_dict()["state"].items()}
     return {**state_dict, "state": loaded, "param_groups": [{**group, **changes} for group in groups]}
 
 
-def _kept_in_full(state: Mapping[str, Any] | None, group: Mapping[str, Any]) -> bool:
+def _is_float32_exception(state: Mapping[str, Any] | None, group: Mapping[str, Any]) -> bool:
+    """Return whether `keep_float32` or its size kept a state in float32, unlike its group."""
     if not state or group.get("states", "float32") == "float32":
         return False
-    return precision_of(state).states == "float32"  # by keep_float32, or because it is small
+    return precision_of(state).states == "float32"
 
 
-def _stand_in(state: Mapping[str, Any]) -> nn.Parameter:
-    """Return a parameter of zeros that a state fits."""
+def _dummy_param(state: Mapping[str, Any]) -> nn.Parameter:
+    """Return a zero parameter of the shape and dtype that match a state."""
     moment, master = state.get("exp_avg", torch.empty(0)), state.get("master")
-    if moment.dtype == torch.uint8:  # codes
+    if moment.dtype == torch.uint8:  # codes, with their bytes along the last dimension
         moment = moment[..., 0]
     dtype = moment.dtype
     if master is not None:

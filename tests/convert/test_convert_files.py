@@ -1,4 +1,7 @@
-"""`adax-triton convert` on files. Oracles: the functions of `conversion`, and an optimizer that loads the source."""
+"""Test `adax-triton convert` on files.
+
+Oracles: the functions of `convert.state_dicts`, and an optimizer of the target precision that loads the source.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from adax_triton.cli.main import main
 from adax_triton.convert.state_dicts import adam_from_adax, adax_from_adam, from_released_adax, from_torch_adam
 
 pytestmark = pytest.mark.usefixtures("native_cpu")
-SHAPES = ((64, 80), (7,), (5, 3))  # the first is large enough for codes
+SHAPES = ((64, 80), (7,), (5, 3))  # only the first is large enough to be quantized
 
 
 def trained(optimizer_class: type, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -30,8 +33,8 @@ def trained(optimizer_class: type, dtype: torch.dtype = torch.float32, **options
     return optimizer
 
 
-def run(tmp_path: Path, state_dict: Any, *options: str) -> Any:
-    """Return what the command makes of a file."""
+def convert_file(tmp_path: Path, state_dict: Any, *options: str) -> Any:
+    """Save a state dict, run the command and return the converted file's content."""
     source, target = tmp_path / "source.pt", tmp_path / "target.pt"
     torch.save(state_dict, source)
     before = source.read_bytes()
@@ -41,38 +44,38 @@ def run(tmp_path: Path, state_dict: Any, *options: str) -> Any:
     return torch.load(target, weights_only=True)
 
 
-def same(found: Any, expected: Any) -> bool:
+def equal(found: Any, expected: Any) -> bool:
     if isinstance(expected, Tensor):
         return found.dtype == expected.dtype and torch.equal(found, expected)
     if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+        return found.keys() == expected.keys() and all(equal(found[key], expected[key]) for key in expected)
     if isinstance(expected, (list, tuple)):
-        return len(found) == len(expected) and all(map(same, found, expected))
+        return len(found) == len(expected) and all(map(equal, found, expected))
     return bool(found == expected)
 
 
-def released(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict of this package with only what the released program has."""
+def as_released(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict with only the group keys of the paper's released code."""
     kept = ("params", "lr", "betas", "eps", "weight_decay")
     return {**state_dict, "param_groups": [{key: group[key] for key in kept} for group in state_dict["param_groups"]]}
 
 
-def test_every_form_is_that_of_the_conversion(tmp_path: Path) -> None:
-    theirs = trained(torch.optim.AdamW).state_dict()
-    raw = released(trained(AdaX, eps=1e-6).state_dict())
+def test_command_equals_the_functions(tmp_path: Path) -> None:
+    torch_adamw = trained(torch.optim.AdamW).state_dict()
+    released = as_released(trained(AdaX, eps=1e-6).state_dict())
     cases = [
-        (theirs, ["--to", "adamw"], from_torch_adam(theirs)),
-        (theirs, ["--to", "adaxw", "--beta2", "1e-3"], adax_from_adam(from_torch_adam(theirs), beta2=1e-3)),
-        (raw, ["--to", "adax"], from_released_adax(raw, decoupled_weight_decay=False)),
-        (raw, ["--to", "adam"], adam_from_adax(from_released_adax(raw, decoupled_weight_decay=False))),
+        (torch_adamw, ["--to", "adamw"], from_torch_adam(torch_adamw)),
+        (torch_adamw, ["--to", "adaxw", "--beta2", "1e-3"], adax_from_adam(from_torch_adam(torch_adamw), beta2=1e-3)),
+        (released, ["--to", "adax"], from_released_adax(released, decoupled_weight_decay=False)),
+        (released, ["--to", "adam"], adam_from_adax(from_released_adax(released, decoupled_weight_decay=False))),
     ]
     for index, (given, options, expected) in enumerate(cases):
         (folder := tmp_path / str(index)).mkdir()
-        assert same(run(folder, given, *options), expected)
+        assert equal(convert_file(folder, given, *options), expected)
 
 
 @pytest.mark.parametrize(
-    ("make", "there", "back"),
+    ("make", "kind", "source_kind"),
     [
         (lambda: trained(torch.optim.Adam, lr=0.01), "adax", "torch-adam"),
         (lambda: trained(torch.optim.AdamW, betas=(0.8, 0.999)), "adamw", "torch-adamw"),
@@ -81,63 +84,63 @@ def test_every_form_is_that_of_the_conversion(tmp_path: Path) -> None:
     ],
     ids=["torch-adam", "torch-adamw", "AdamW", "AdaX"],
 )
-def test_round_trip_is_within_one_ulp(tmp_path: Path, make: Any, there: str, back: str) -> None:
+def test_round_trip_is_within_one_ulp(tmp_path: Path, make: Any, kind: str, source_kind: str) -> None:
     given = make().state_dict()
     middle, end = tmp_path / "middle", tmp_path / "end"
     middle.mkdir(), end.mkdir()
-    found = run(end, run(middle, given, "--to", there), "--to", back)
+    found = convert_file(end, convert_file(middle, given, "--to", kind), "--to", source_kind)
     assert found["param_groups"] == given["param_groups"]
     for key, state in given["state"].items():
         assert float(found["state"][key]["step"]) == float(state["step"])
         for name in ("exp_avg", "exp_avg_sq"):
             value = found["state"][key][name]
             up, down = (
-                torch.nextafter(state[name], torch.full_like(state[name], far)) for far in (torch.inf, -torch.inf)
+                torch.nextafter(state[name], torch.full_like(state[name], limit)) for limit in (torch.inf, -torch.inf)
             )
             assert bool(((down <= value) & (value <= up)).all())
 
 
-def test_groups_of_deepspeeds_adam_are_taken_for_adams(tmp_path: Path) -> None:
+def test_groups_of_deepspeed_adam_are_accepted(tmp_path: Path) -> None:
     given = trained(torch.optim.AdamW).state_dict()
     expected = adax_from_adam(from_torch_adam(given))
-    for group in given["param_groups"]:  # deepspeed.ops.adam.FusedAdam has these keys
+    for group in given["param_groups"]:  # the keys of deepspeed.ops.adam.FusedAdam
         kept = {key: group[key] for key in ("params", "lr", "betas", "eps", "weight_decay")}
         group.clear()
         group.update(kept, bias_correction=True)
-    assert same(run(tmp_path, given, "--to", "adaxw"), expected)
+    assert equal(convert_file(tmp_path, given, "--to", "adaxw"), expected)
 
 
 @pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit_v16", "8bit"])
 @pytest.mark.parametrize("before", ["float32", "8bit_v16"])
-def test_states_are_those_that_an_optimizer_would_load(tmp_path: Path, before: str, states: str) -> None:
+def test_states_equal_those_an_optimizer_loads(tmp_path: Path, before: str, states: str) -> None:
     optimizer = trained(AdaXW, states=before)
-    found = run(tmp_path, optimizer.state_dict(), "--states", states)
+    found = convert_file(tmp_path, optimizer.state_dict(), "--states", states)
     loading = trained(AdaXW, states=states)
     loading.load_state_dict(optimizer.state_dict())
-    assert same(found, loading.state_dict())
+    assert equal(found, loading.state_dict())
 
 
-def test_masters_are_kept_otherwise(tmp_path: Path) -> None:
+def test_masters_equal_those_an_optimizer_loads(tmp_path: Path) -> None:
     optimizer = trained(AdaXW, torch.bfloat16, master_weights="float32", states="8bit_v16")
-    found = run(tmp_path, optimizer.state_dict(), "--master-weights", "24bit", "--states", "bfloat16")
+    found = convert_file(tmp_path, optimizer.state_dict(), "--master-weights", "24bit", "--states", "bfloat16")
     loading = trained(AdaXW, torch.bfloat16, master_weights="24bit", states="bfloat16")
     loading.load_state_dict(optimizer.state_dict())
-    assert same(found, loading.state_dict())
+    assert equal(found, loading.state_dict())
 
 
-def test_what_was_kept_in_float32_stays_so(tmp_path: Path) -> None:
+def test_float32_exceptions_are_kept(tmp_path: Path) -> None:
     optimizer = trained(AdaXW, states="8bit_v16", keep_float32=lambda param: True)
-    found = run(tmp_path, optimizer.state_dict(), "--states", "8bit")
-    assert same(found["state"], optimizer.state_dict()["state"])
+    found = convert_file(tmp_path, optimizer.state_dict(), "--states", "8bit")
+    assert equal(found["state"], optimizer.state_dict()["state"])
 
 
-def test_key_names_the_state_dict_in_a_checkpoint(tmp_path: Path) -> None:
+def test_key_selects_the_state_dict_in_a_file(tmp_path: Path) -> None:
     given = trained(torch.optim.Adam).state_dict()
-    found = run(tmp_path, {"step": 3, "optimizer": given}, "--to", "adam", "--key", "optimizer", "--lr", "0.5")
+    found = convert_file(tmp_path, {"step": 3, "optimizer": given}, "--to", "adam", "--key", "optimizer", "--lr", "0.5")
     expected = copy.deepcopy(from_torch_adam(given))
     for group in expected["param_groups"]:
         group["lr"] = 0.5
-    assert same(found, {"step": 3, "optimizer": expected})
+    assert equal(found, {"step": 3, "optimizer": expected})
 
 
 def adax() -> Any:
@@ -150,25 +153,25 @@ def without_bias_correction() -> Any:
     return state_dict
 
 
-REFUSALS: list[tuple[Any, list[str], list[str]]] = [
+BAD_INPUTS: list[tuple[Any, list[str], list[str]]] = [
     (adax, [], ["nothing to convert to", "--to"]),
     (adax, ["--to", "adaxw"], ["decoupled_weight_decay=False", "'adax'"]),
     (adax, ["--to", "adax", "--beta2", "0.9"], ["beta2=0.9", "'adax'"]),
     (adax, ["--to", "adam", "--beta2", "1e-4"], ["beta2=0.0001"]),
     (adax, ["--to", "released-adax"], ["eps_placement", "'unnormalized'"]),
     (adax, ["--master-weights", "24bit"], ["no masters", "weights"]),
-    (lambda: trained(torch.optim.Adam).state_dict(), ["--states", "8bit_v16"], ["only a state dict of adax_triton"]),
+    (lambda: trained(torch.optim.Adam).state_dict(), ["--states", "8bit_v16"], ["need a state dict of adax_triton"]),
     (without_bias_correction, ["--to", "adax"], ["param_groups'][1]['bias_correction'] is False"]),
     (lambda: trained(AdaX, states="8bit_v16").state_dict(), ["--to", "adam"], ["states='float32'"]),
     (lambda: {"model": 1, "optimizer": adax()}, ["--to", "adam"], ["give --key optimizer"]),
-    (lambda: {"model": 1}, ["--to", "adam"], ["nor has any of its keys"]),
+    (lambda: {"model": 1}, ["--to", "adam"], ["no key of the file holds one"]),
     (lambda: [1], ["--to", "adam"], ["holds a list"]),
     (lambda: {"state": {}, "param_groups": [], "more": Path}, ["--to", "adam"], ["weights_only=True"]),
 ]
 
 
-@pytest.mark.parametrize(("make", "options", "words"), REFUSALS)
-def test_what_does_not_fit_is_refused_in_one_sentence(
+@pytest.mark.parametrize(("make", "options", "words"), BAD_INPUTS)
+def test_bad_input_prints_one_line_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Any, options: list[str], words: list[str]
 ) -> None:
     source, target = tmp_path / "source.pt", tmp_path / "target.pt"
@@ -180,7 +183,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
     assert [path.name for path in tmp_path.iterdir()] == ["source.pt"]
 
 
-def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_target_and_missing_source_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "source.pt"
     torch.save(adax(), source)
     before = source.read_bytes()

@@ -39,7 +39,7 @@ def test_doctor_says_what_a_machine_without_a_compiler_does(monkeypatch: pytest.
     monkeypatch.setenv("CXX", "no-such-compiler")
     done = adax_triton("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the reference steps CPU tensors" in done.stdout
+    assert "CPU tensors use the reference in PyTorch" in done.stdout
     assert done.stdout.count("no-such-compiler") == 1
 
 
