@@ -1,4 +1,4 @@
-"""The command line, as a user runs it."""
+"""Test `adax-triton doctor` in a new process and its checks in this one."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def test_doctor_reports_and_passes() -> None:
         assert "interpreter agrees" in done.stdout
 
 
-def test_doctor_says_what_a_machine_without_a_compiler_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_the_fallback_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     done = adax_triton("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -43,7 +43,7 @@ def test_doctor_says_what_a_machine_without_a_compiler_does(monkeypatch: pytest.
     assert done.stdout.count("no-such-compiler") == 1
 
 
-def test_doctor_says_where_kernels_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_a_cache_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
     done = adax_triton("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -54,8 +54,8 @@ def test_doctor_says_where_kernels_are_cached(monkeypatch: pytest.MonkeyPatch) -
 def test_doctor_needs_no_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    good, finding = doctor.triton_check()
-    assert good and "pip install numpy" in finding
+    ok, message = doctor.triton_check()
+    assert ok and "pip install numpy" in message
 
 
 def test_doctor_fails_when_the_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -65,14 +65,14 @@ def test_doctor_fails_when_the_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_doctor_fails_when_the_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(device: torch.device) -> float:
+    def raise_error(device: torch.device) -> float:
         raise RuntimeError("no driver")
 
-    monkeypatch.setattr(doctor, "_largest_error", broken)
+    monkeypatch.setattr(doctor, "_largest_error", raise_error)
     for check in (doctor.native_check, doctor.triton_check):
-        good, finding = check()
-        assert not good
-        assert "does not run: RuntimeError: no driver" in finding
+        ok, message = check()
+        assert not ok
+        assert "does not run: RuntimeError: no driver" in message
 
 
 def test_unknown_command_is_refused() -> None:

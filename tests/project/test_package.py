@@ -1,4 +1,4 @@
-"""The wheel holds exactly the tree's modules, and installs and imports where nothing else is; names come when asked."""
+"""Test the wheel's content, that it imports alone, and that public names import lazily."""
 
 import subprocess
 import sys
@@ -24,15 +24,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_holds_exactly_the_modules_of_the_tree(wheel: Path) -> None:
+def test_wheel_holds_exactly_the_tracked_modules(wheel: Path) -> None:
     tracked = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", *FOLDERS], capture_output=True, text=True, check=True
     ).stdout.split()
     expected = {"adax_triton/py.typed"}
     for name in tracked:
-        folder, _, rest = name.partition("/")
-        if rest.endswith((".py", ".cpp", ".hpp")):
-            expected.add(f"{FOLDERS[folder]}/{rest}")
+        folder, _, path = name.partition("/")
+        if path.endswith((".py", ".cpp", ".hpp")):
+            expected.add(f"{FOLDERS[folder]}/{path}")
     assert expected > {
         "adax_triton/kernels/adax_step.cpp",
         "adax_triton/step/plan.py",
@@ -42,7 +42,7 @@ def test_wheel_holds_exactly_the_modules_of_the_tree(wheel: Path) -> None:
     assert packed == expected
 
 
-def test_wheel_states_its_licence_and_command(wheel: Path) -> None:
+def test_wheel_has_licence_and_command(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.endswith("licenses/LICENSE") for name in names)
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
@@ -58,12 +58,12 @@ def test_wheel_imports_without_triton_and_deepspeed(
     program = (
         "import sys\n"
         "absent = ('triton', 'deepspeed', 'matplotlib', 'tqdm')\n"
-        "class Without:\n"
+        "class BlockingFinder:\n"
         "    def __init__(self, finder):\n"
         "        self.finder = finder\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        return None if name.split('.')[0] in absent else self.finder.find_spec(name, path, target)\n"
-        "sys.meta_path[:] = map(Without, sys.meta_path)\n"
+        "sys.meta_path[:] = map(BlockingFinder, sys.meta_path)\n"
         f"sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "import torch, adax_triton\n"
         f"assert adax_triton.__file__.startswith({str(tmp_path)!r})\n"
@@ -85,7 +85,7 @@ def run_python(program: str) -> str:
 
 
 @pytest.mark.parametrize("words", [["--version"], ["--help"], ["bench", "--help"], ["bench", "stop"]], ids=" ".join)
-def test_command_that_needs_no_pytorch_does_not_wait_for_it(words: list[str]) -> None:
+def test_help_and_version_do_not_import_torch(words: list[str]) -> None:
     printed = run_python(
         "import sys\n"
         "from adax_triton.cli.main import main\n"
@@ -97,7 +97,7 @@ def test_command_that_needs_no_pytorch_does_not_wait_for_it(words: list[str]) ->
     assert printed.splitlines()[-1] == "False"
 
 
-def test_every_name_is_there_when_it_is_asked_for() -> None:
+def test_public_names_import_lazily() -> None:
     printed = run_python(
         "import adax_triton, sys\n"
         "assert 'torch' not in sys.modules and set(adax_triton.__all__) <= set(dir(adax_triton))\n"

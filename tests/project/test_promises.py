@@ -1,4 +1,7 @@
-"""Each sentence of the documentation that promises something of every case is listed with the tests that hold it."""
+"""Test that each documented guarantee is listed in promises.toml with its tests.
+
+A guarantee is a sentence of the documentation with "always", "every", "any" or "in all".
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from paths import ROOT, SUPPORT
 
 PAGES = ["README.md", "docs/deepspeed.md"]
 PROMISES: list[dict[str, Any]] = tomllib.loads((SUPPORT / "promises.toml").read_text())["promise"]
-OF_ALL = re.compile(r"\b(always|every|any|in all)\b", re.IGNORECASE)
+GUARANTEE = re.compile(r"\b(always|every|any|in all)\b", re.IGNORECASE)
 
 
 def sentences(page: str) -> list[str]:
@@ -24,14 +27,14 @@ def sentences(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_each_promise_is_listed(page: str) -> None:
-    promised = [sentence for sentence in sentences(page) if OF_ALL.search(sentence)]
-    missing = [sentence for sentence in promised if not any(promise["says"] in sentence for promise in PROMISES)]
-    assert promised and not missing
+def test_each_guarantee_is_listed(page: str) -> None:
+    guarantees = [sentence for sentence in sentences(page) if GUARANTEE.search(sentence)]
+    missing = [sentence for sentence in guarantees if not any(promise["says"] in sentence for promise in PROMISES)]
+    assert guarantees and not missing
 
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise["says"])
-def test_each_entry_is_of_a_sentence_and_of_tests_that_are_there(promise: dict[str, Any]) -> None:
+def test_each_entry_has_a_sentence_and_existing_tests(promise: dict[str, Any]) -> None:
     assert any(promise["says"] in sentence for page in PAGES for sentence in sentences(page))
     assert bool(promise["tests"]) != bool(promise.get("because"))
     for test in promise["tests"]:

@@ -1,7 +1,7 @@
-"""What the tests of several ranks stand on: a rank that fails is heard, and takes the others with it.
+"""Test the launcher of multi-rank tests: if a rank fails, the launch fails and the other ranks end.
 
-As a script, a rank: python test_ranks.py CASES.json RESULTS.json, where a case names the rank that raises, and whether
-the other one is then waiting for it.
+As a script this file is one rank: python test_ranks.py CASES.json RESULTS.json. A case names the rank that raises and
+says whether the other rank waits for it in a collective.
 """
 
 import json
@@ -17,7 +17,7 @@ from ranks import run_ranks
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.deepspeed
 
-ENDED_WITHIN_S = 60.0  # half of what a collective waits
+ENDED_WITHIN_S = 60.0  # half of the collective timeout
 
 
 def launch(folder: Path, *cases: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def launch(folder: Path, *cases: dict[str, Any]) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_failure_of_any_rank_is_that_of_the_case(tmp_path: Path) -> None:
+def test_failure_of_any_rank_fails_the_case(tmp_path: Path) -> None:
     cases = [{"name": str(rank), "fails": rank, "waits": False} for rank in (0, 1, None)]
     results = launch(tmp_path, *cases)
     assert "ArithmeticError: on rank 0" in results["0"]["failure"]
@@ -36,21 +36,21 @@ def test_failure_of_any_rank_is_that_of_the_case(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_failure_ends_a_rank_that_waits_for_it(tmp_path: Path, rank: int) -> None:
-    begun = time.monotonic()
+def test_failure_ends_a_waiting_rank(tmp_path: Path, rank: int) -> None:
+    start = time.monotonic()
     with pytest.raises(AssertionError, match=f"ArithmeticError: on rank {rank}"):
         launch(tmp_path, {"name": "case", "fails": rank, "waits": True, "patience": 1.0})
-    assert time.monotonic() - begun < ENDED_WITHIN_S
+    assert time.monotonic() - start < ENDED_WITHIN_S
 
 
-def test_rank_sees_its_environment_arguments_and_folder(tmp_path: Path) -> None:
+def test_ranks_get_environment_arguments_and_folder(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import os, sys; print(os.environ['RANK'], os.environ['OWN'], sys.argv[1:], os.getcwd())")
     run_ranks(script, ["given"], 2, tmp_path, {"TRITON_INTERPRET": "0", "OWN": "value"}, tmp_path / "log")
     assert sorted((tmp_path / "log").read_text().splitlines()) == [f"{i} value ['given'] {tmp_path}" for i in (0, 1)]
 
 
-def test_ranks_that_take_too_long_are_killed_with_what_they_have_started(tmp_path: Path) -> None:
+def test_timeout_kills_ranks_and_their_children(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import os, subprocess, sys, time\n"
