@@ -1,4 +1,7 @@
-"""Low-memory modes through the optimizers: agreement of kernel and CPU, accuracy, exact masters, reproducibility."""
+"""Test training in the low-memory modes.
+
+Oracles: the other backend, the float64 update within the error bounds of the formats, and float32 weights.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,8 @@ MODES = {
     "bf16 states, master": Mode(torch.bfloat16, "bfloat16", "float32"),
     "8bit_v16, master of float16": Mode(torch.float16, "8bit_v16", "float32"),
 }
-each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-each_states = pytest.mark.parametrize("states", STATES)
+every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+every_states = pytest.mark.parametrize("states", STATES)
 SHAPES: dict[str, Callable[[], Tensor]] = {
     "small": lambda: normal(7, 11),
     "4096": lambda: normal(4096),
@@ -59,11 +62,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def leaves(device: torch.device, dtype: torch.dtype, names: Iterable[str] = SHAPES) -> dict[str, Tensor]:
+def make_params(device: torch.device, dtype: torch.dtype, names: Iterable[str] = SHAPES) -> dict[str, Tensor]:
     found = {}
     for name in names:
         tensor = SHAPES[name]()
-        # .to() would close the gaps.
+        # .to() would make the tensor contiguous.
         placed = torch.empty_strided((tensor.stride(0) * len(tensor),), (1,), dtype=dtype, device=device)
         found[name] = tensor.to(device, dtype) if name != "gaps" else placed.as_strided(tensor.shape, tensor.stride())
         found[name] = found[name].copy_(tensor).requires_grad_()
@@ -71,7 +74,7 @@ def leaves(device: torch.device, dtype: torch.dtype, names: Iterable[str] = SHAP
 
 
 def gradient(name: str, step: int, param: Tensor) -> Tensor:
-    """Return a gradient of many scales, with zeros, that depends on the tensor's name and the step alone."""
+    """Return a gradient of many magnitudes, some 0; it depends only on name, step and shape."""
     seed = 1000 * step + list(SHAPES).index(name)
     scales = 10.0 ** (-3 * torch.rand(param.shape, generator=torch.Generator().manual_seed(len(name))))
     grad = normal(*param.shape, seed=seed) * scales
@@ -86,14 +89,14 @@ def train(optimizer: AdaX, params: dict[str, Tensor], steps: Iterable[int] = (1,
     return optimizer
 
 
-def run(device: torch.device, mode: Mode, names: Iterable[str] = SHAPES, **options: Any) -> tuple[dict, AdaX]:
-    params = leaves(device, mode.dtype, names)
+def train_new(device: torch.device, mode: Mode, names: Iterable[str] = SHAPES, **options: Any) -> tuple[dict, AdaX]:
+    params = make_params(device, mode.dtype, names)
     optimizer = AdaX(list(params.values()), lr=0.01, **{**mode.options(), **options})
     return params, train(optimizer, params)
 
 
-def stored(optimizer: AdaX, params: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """Return every bit that training has made, by name."""
+def all_tensors(optimizer: AdaX, params: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    """Return copies of all parameters and state tensors by (parameter name, tensor name)."""
     found = {(name, "param"): param.detach().cpu().clone() for name, param in params.items()}
     for name, param in params.items():
         state = optimizer.state[param]
@@ -109,35 +112,35 @@ def rows_of_32(tensor: Tensor) -> Tensor:
     return pad(tensor.detach().flatten(), (0, -tensor.numel() % 32)).view(-1, 32)
 
 
-def decoded(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def dequantized(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
     state = local_state_tensors(state)
     return load_moments(*(rows_of_32(state[name]) for name in ("exp_avg", "exp_avg_sq")), state.get("group_exponents"))
 
 
-@each_mode
+@every_mode
 def test_kernel_and_cpu_agree(mode: Mode, device: torch.device, request: pytest.FixtureRequest) -> None:
     names = ["small", "4096", "4097", "(41, 100)", "channels_last", "gaps"]
-    kernel_params, by_kernel = run(device, mode, names)
-    cpu_params, by_cpu = run(request.getfixturevalue("native_cpu"), mode, names)
-    left, right = stored(by_kernel, kernel_params), stored(by_cpu, cpu_params)
+    kernel_params, by_kernel = train_new(device, mode, names)
+    cpu_params, by_cpu = train_new(request.getfixturevalue("native_cpu"), mode, names)
+    left, right = all_tensors(by_kernel, kernel_params), all_tensors(by_cpu, cpu_params)
     assert left.keys() == right.keys()
-    for (name, key), one in left.items():
-        other = right[name, key]
-        assert one.dtype == other.dtype and one.stride() == other.stride()
+    for (name, key), found in left.items():
+        expected = right[name, key]
+        assert found.dtype == expected.dtype and found.stride() == expected.stride()
         if key in ("exp_avg", "exp_avg_sq", "group_exponents"):
-            # A root off by a unit now and then carries a stochastic rounding over to the other neighbour.
-            close = torch.isclose(one, other, rtol=1e-6) if one.dtype == torch.float32 else one == other
+            # A square root that is off by one unit may flip a stochastic rounding.
+            close = torch.isclose(found, expected, rtol=1e-6) if found.dtype == torch.float32 else found == expected
             assert (~close).double().mean() < 1e-3, (name, key)
     unit = 2.0**-7 if mode.dtype == torch.bfloat16 and mode.master_weights is None else 2.0**-15
     unit = 2.0**-21 if mode.master_weights == "float32" or mode.dtype == torch.float32 else unit
     for name, param in kernel_params.items():
         ours, theirs = weights(by_kernel, param).cpu(), weights(by_cpu, cpu_params[name])
-        far = ~torch.isclose(ours, theirs, rtol=unit, atol=1e-7)
+        differs = ~torch.isclose(ours, theirs, rtol=unit, atol=1e-7)
         if device.type == "cuda":
-            # It fuses multiply-adds and has a root of its own: other codes now and then, and from these other steps.
-            assert far.double().mean() < 1e-3 and torch.allclose(ours, theirs, rtol=unit, atol=0.01 / 4), name
+            # The GPU uses fused multiply-adds and another square root, so a few codes differ, and with them updates.
+            assert differs.double().mean() < 1e-3 and torch.allclose(ours, theirs, rtol=unit, atol=0.01 / 4), name
         else:
-            assert not far.any() and (ours != theirs).double().mean() < 0.05, name
+            assert not differs.any() and (ours != theirs).double().mean() < 0.05, name
 
 
 def first_moment_bound(states: str, m: Tensor, v_found: Tensor) -> Tensor:
@@ -149,20 +152,20 @@ def first_moment_bound(states: str, m: Tensor, v_found: Tensor) -> Tensor:
 
 def second_moment_bound(states: str, v: Tensor) -> Tensor:
     unit = {"float32": 0.0, "bfloat16": 2.0**-7, "8bit_v16": 2.0**-8, "8bit": 2.0**-3}[states]
-    floor = v.amax(dim=1, keepdim=True) * (2.0**-30 if states == "8bit" else 0.0)  # the range of a group's codes
+    floor = v.amax(dim=1, keepdim=True) * (2.0**-30 if states == "8bit" else 0.0)  # range of the codes of a group
     return torch.maximum(v * unit, floor)
 
 
-@each_mode
+@every_mode
 def test_step_is_as_accurate_as_its_formats(mode: Mode, backend: torch.device) -> None:
-    params, optimizer = run(backend, mode, ["small", "4097", "(41, 100)"])
-    units = {None: 2.0**-7, "24bit": 2.0**-15, "float32": 2.0**-23}  # stochastic, so a whole one
+    params, optimizer = train_new(backend, mode, ["small", "4097", "(41, 100)"])
+    units = {None: 2.0**-7, "24bit": 2.0**-15, "float32": 2.0**-23}  # one unit, as rounding is stochastic
     unit = 2.0**-23 if mode.dtype == torch.float32 else units[mode.master_weights]
     before = {}
     for name, param in params.items():
         param.grad = gradient(name, 3, param)
         values = (weights(optimizer, param), param.grad)
-        before[name] = [*map(rows_of_32, values), *decoded(optimizer.state[param])]
+        before[name] = [*map(rows_of_32, values), *dequantized(optimizer.state[param])]
     scalars = scalars_of(optimizer.param_groups[0], 3)._asdict()
     optimizer.step()
     for name, param in params.items():
@@ -170,7 +173,7 @@ def test_step_is_as_accurate_as_its_formats(mode: Mode, backend: torch.device) -
         exact, working = ([each.to(dtype) for each in before[name]] for dtype in (torch.float64, torch.float32))
         for quad in (exact, working):
             adax_update(*quad, **scalars)
-        found = [rows_of_32(weights(optimizer, param)), *decoded(optimizer.state[param])]
+        found = [rows_of_32(weights(optimizer, param)), *dequantized(optimizer.state[param])]
         bounds = [
             exact[0].abs() * unit,
             first_moment_bound(states, exact[2], found[2]),
@@ -183,12 +186,12 @@ def test_step_is_as_accurate_as_its_formats(mode: Mode, backend: torch.device) -
 
 
 def index_order(param: Tensor) -> Tensor:
-    """Return the indices of a tensor's elements in their own order, which is that of codes."""
+    """Return element indices in the order in which the kernel reads codes."""
     return torch.arange(param.numel(), device=param.device)
 
 
 def memory_order(param: Tensor) -> Tensor:
-    """Return the indices of a tensor's elements in the order in which they are stepped next to floats."""
+    """Return element indices in memory order, in which the kernel reads float states."""
     if not is_dense(param):
         return index_order(param)
     place = torch.empty_strided(param.shape, param.stride(), dtype=torch.int64, device=param.device)
@@ -197,28 +200,28 @@ def memory_order(param: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["8bit_v16", "stochastic", "8bit, 24bit", "8bit_v16, master of float16"])
-def test_any_layout_is_stepped_as_the_row_of_its_elements(name: str, backend: torch.device) -> None:
+def test_any_layout_equals_its_flat_copy(name: str, backend: torch.device) -> None:
     mode = MODES[name]
-    params = leaves(backend, mode.dtype, ["channels_last", "transposed", "gaps"])
+    params = make_params(backend, mode.dtype, ["channels_last", "transposed", "gaps"])
     order = index_order if mode.states in ("8bit_v16", "8bit") else memory_order
     orders = {name: order(param) for name, param in params.items()}
-    rows = {name: param.detach().flatten()[orders[name]].requires_grad_() for name, param in params.items()}
-    optimizers = [AdaX(list(each.values()), lr=0.01, **mode.options()) for each in (params, rows)]
+    flat = {name: param.detach().flatten()[orders[name]].requires_grad_() for name, param in params.items()}
+    optimizers = [AdaX(list(each.values()), lr=0.01, **mode.options()) for each in (params, flat)]
     for step in (1, 2):
         for each, param in params.items():
             param.grad = gradient(each, step, param)
-            rows[each].grad = param.grad.flatten()[orders[each]]
+            flat[each].grad = param.grad.flatten()[orders[each]]
         for optimizer in optimizers:
             optimizer.step()
     for each, param in params.items():
-        assert torch.equal(param.detach().flatten()[orders[each]], rows[each]), each
-        assert torch.equal(weights(optimizers[0], param).flatten()[orders[each]], weights(optimizers[1], rows[each]))
+        assert torch.equal(param.detach().flatten()[orders[each]], flat[each]), each
+        assert torch.equal(weights(optimizers[0], param).flatten()[orders[each]], weights(optimizers[1], flat[each]))
 
 
-@each_states
-def test_training_with_float32_masters_is_that_of_float32_weights(states: str, backend: torch.device) -> None:
+@every_states
+def test_float32_masters_equal_float32_weights(states: str, backend: torch.device) -> None:
     for dtype, steps in ((torch.bfloat16, 8), (torch.float16, 2)):
-        half = leaves(backend, dtype, ["4096"])
+        half = make_params(backend, dtype, ["4096"])
         full = {name: param.detach().float().requires_grad_() for name, param in half.items()}
         optimizers = [
             AdaXW(list(params.values()), states=states, master_weights=master, lr=0.01)
@@ -238,8 +241,8 @@ def test_training_with_float32_masters_is_that_of_float32_weights(states: str, b
                 assert torch.equal(optimizers[0].state[param][key], optimizers[1].state[full[name]][key])
 
 
-def test_many_small_masters_on_the_cpu_are_float32_weights_too(native_cpu: torch.device) -> None:
-    # No multiply-add may be fused.
+def test_many_small_float32_masters_equal_float32_weights(native_cpu: torch.device) -> None:
+    # Equal only if the compiler fuses no multiply-add.
     half = [normal(4000, seed=seed).bfloat16().requires_grad_() for seed in range(9)]
     full = [param.detach().float().requires_grad_() for param in half]
     for seed, (param, other) in enumerate(zip(half, full, strict=True)):
@@ -251,7 +254,7 @@ def test_many_small_masters_on_the_cpu_are_float32_weights_too(native_cpu: torch
     assert all(torch.equal(weights(optimizers[0], param), other) for param, other in zip(half, full, strict=True))
 
 
-@each_mode
+@every_mode
 def test_native_step_equals_the_reference(
     mode: Mode, native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,7 +275,7 @@ def test_native_step_equals_the_reference(
 
 
 @pytest.mark.parametrize("path", ["native_cpu", "reference_cpu"])
-def test_step_makes_no_temporary_of_the_tensors_size(path: str, request: pytest.FixtureRequest) -> None:
+def test_step_allocates_no_tensor_of_the_parameters_size(path: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(path)
     mode, numel = MODES["8bit, 24bit"], 16 * CHUNK_SIZE
     param = torch.ones(numel, dtype=mode.dtype, requires_grad=True)
@@ -285,9 +288,9 @@ def test_step_makes_no_temporary_of_the_tensors_size(path: str, request: pytest.
     assert largest <= (numel * 4 // 8 + 4096 if path == "reference_cpu" else 4096)
 
 
-@each_mode
-def test_states_have_the_bytes_that_are_promised(mode: Mode, native_cpu: torch.device) -> None:
-    params, optimizer = run(native_cpu, mode, ["4096", "(64, 96)"])
+@every_mode
+def test_states_have_the_documented_bytes(mode: Mode, native_cpu: torch.device) -> None:
+    params, optimizer = train_new(native_cpu, mode, ["4096", "(64, 96)"])
     for param in params.values():
         state = optimizer.state[param]
         found = sum(value.nbytes for value in state.values() if isinstance(value, Tensor)) / param.numel()

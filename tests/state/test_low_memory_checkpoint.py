@@ -1,4 +1,7 @@
-"""Low-memory states: the same bits whatever the way there, and loading across modes."""
+"""Test that low-memory training is reproducible and that states load into every other mode.
+
+Oracles: the bits of an uninterrupted run, and the moments before loading within the error bounds of the formats.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,13 @@ from adax_triton.update.quantized_update import load_master, load_moments
 from adax_triton.update.rounding import random_key
 
 Params = dict[str, Tensor]
-LOW: dict[str, dict[str, Any]] = {
+LOW_MEMORY: dict[str, dict[str, Any]] = {
     "8bit_v16, stochastic": {"states": "8bit_v16", "weight_rounding": "stochastic"},
     "8bit, 24bit": {"states": "8bit", "master_weights": "24bit"},
 }
-each_low = pytest.mark.parametrize("options", LOW.values(), ids=LOW)
+every_low_memory = pytest.mark.parametrize("options", LOW_MEMORY.values(), ids=LOW_MEMORY)
 PAIRS = list(itertools.product(STATES, (None, "24bit", "float32")))
-# From and to float32, and between the masters of one format of moments.
+# (source, target): from and to float32 without masters, and between master formats with equal states.
 CONVERSIONS = [
     (source, target)
     for source, target in itertools.product(PAIRS, repeat=2)
@@ -43,15 +46,15 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make(device: torch.device, shapes: dict[str, tuple[int, ...]]) -> Params:
+def make_params(device: torch.device, shapes: dict[str, tuple[int, ...]]) -> Params:
     return {
         name: normal(*shape, seed=len(name)).to(device, torch.bfloat16).requires_grad_()
         for name, shape in shapes.items()
     }
 
 
-def two(device: torch.device) -> Params:
-    return make(device, {"row": (4096,), "matrix": (65, 64)})
+def two_params(device: torch.device) -> Params:
+    return make_params(device, {"row": (4096,), "matrix": (65, 64)})
 
 
 def train(optimizer: AdaX, params: Params, steps: Iterable[int]) -> AdaX:
@@ -72,8 +75,8 @@ def bits(optimizer: AdaX, params: Params) -> dict[Any, bytes]:
     return found
 
 
-def in_order(optimizer: AdaX, params: Params) -> Params:
-    """Return the parameters of a copied optimizer by the names of the original's."""
+def renamed(optimizer: AdaX, params: Params) -> Params:
+    """Return the parameters of a copied optimizer by the names in `params`."""
     return dict(zip(params, optimizer.param_groups[0]["params"], strict=True))
 
 
@@ -97,35 +100,35 @@ COPIES: dict[str, Callable[[AdaX], AdaX]] = {
 }
 
 
-@each_low
-def test_bits_do_not_depend_on_the_way_there(options: dict[str, Any], backend: torch.device) -> None:
-    params = two(backend)
+@every_low_memory
+def test_bits_do_not_depend_on_copies_order_or_grouping(options: dict[str, Any], backend: torch.device) -> None:
+    params = two_params(backend)
     optimizer = train(AdaX(list(params.values()), seed=7, lr=0.01, **options), params, (1, 2))
-    twins = {way: copied(optimizer) for way, copied in COPIES.items()}
+    twins = {method: copied(optimizer) for method, copied in COPIES.items()}
     expected = bits(train(optimizer, params, (3, 4)), params)
-    for way, twin in twins.items():
-        twin_params = in_order(twin, params)
-        assert bits(train(twin, twin_params, (3, 4)), twin_params) == expected, way
-    # In the other order, in groups of their own, beside a third that shares a launch.
-    other = two(backend)
-    third = make(backend, {"third": (33,)})
+    for method, twin in twins.items():
+        twin_params = renamed(twin, params)
+        assert bits(train(twin, twin_params, (3, 4)), twin_params) == expected, method
+    # In reverse order, in two groups, with a third parameter in the same launch.
+    other = two_params(backend)
+    third = make_params(backend, {"third": (33,)})
     groups = [{"params": [other["matrix"], *third.values()], "lr": 0.01}, {"params": [other["row"]], "lr": 0.01}]
     assert bits(train(AdaX(groups, seed=7, **options), {**other, **third}, (1, 2, 3, 4)), other) == expected
 
 
-@each_low
-def test_bits_change_with_the_seed_and_with_nothing_but_it(options: dict[str, Any], native_cpu: torch.device) -> None:
-    runs = []
+@every_low_memory
+def test_bits_depend_only_on_the_seed(options: dict[str, Any], native_cpu: torch.device) -> None:
+    results = []
     for seed in (0, 0, 1, 2**32 - 1):
-        params = two(native_cpu)
-        runs.append(bits(train(AdaX(list(params.values()), seed=seed, **options), params, (1, 2)), params))
-    assert runs[0] == runs[1]
+        params = two_params(native_cpu)
+        results.append(bits(train(AdaX(list(params.values()), seed=seed, **options), params, (1, 2)), params))
+    assert results[0] == results[1]
     for left, right in ((0, 2), (0, 3), (2, 3)):
-        assert runs[left]["row", "exp_avg_sq"] != runs[right]["row", "exp_avg_sq"]
+        assert results[left]["row", "exp_avg_sq"] != results[right]["row", "exp_avg_sq"]
 
 
 @pytest.mark.parametrize("states", ["bfloat16", "8bit_v16", "8bit"])
-def test_part_of_a_parameter_is_stepped_as_it_is_within_the_whole(states: str, backend: torch.device) -> None:
+def test_part_of_a_parameter_equals_the_full_parameter(states: str, backend: torch.device) -> None:
     scalars = StepScalars(0.5, one_minus_beta1=0.1, exp_avg_sq_weight=0.3, eps=1e-3, decay=0.01, l2=0, grad_factor=1)
     options = {"states": states, "weight_rounding": "stochastic", "seed": 3}
     param = normal(6144).to(backend, torch.bfloat16).requires_grad_()
@@ -143,15 +146,15 @@ def test_part_of_a_parameter_is_stepped_as_it_is_within_the_whole(states: str, b
         launch.run(torch.frombuffer(row, dtype=torch.float32).view(1, -1).to(backend), None)
         found.append(step)
     for index in (0, 2, 3):
-        whole = found[0].tensors[index]
-        assert torch.equal(whole, torch.cat([found[1].tensors[index], found[2].tensors[index]]))
+        full = found[0].tensors[index]
+        assert torch.equal(full, torch.cat([found[1].tensors[index], found[2].tensors[index]]))
 
 
 # Loading across modes
 
 
-def leaves(device: torch.device) -> Params:
-    params = make(device, {"small": (40,), "row": (4099,), "matrix": (65, 64)})
+def make_strided_params(device: torch.device) -> Params:
+    params = make_params(device, {"small": (40,), "row": (4099,), "matrix": (65, 64)})
     layouts = {"transposed": normal(65, 70).t(), "gaps": normal(70, 120)[:, ::2], "filters": normal(8, 32, 4, 5)}
     layouts["filters"] = layouts["filters"].contiguous(memory_format=torch.channels_last)
     for name, tensor in layouts.items():
@@ -161,54 +164,54 @@ def leaves(device: torch.device) -> Params:
 
 
 @functools.cache
-def trained_in(states: str, master_weights: str | None, device: torch.device) -> tuple[Params, AdaX]:
-    params = leaves(device)
+def trained(states: str, master_weights: str | None, device: torch.device) -> tuple[Params, AdaX]:
+    params = make_strided_params(device)
     optimizer = AdaX(list(params.values()), lr=0.01, seed=11, states=states, master_weights=master_weights)
     return params, train(optimizer, params, (1, 2))
 
 
 def moments(state: dict[str, Any], param: Tensor) -> list[Tensor]:
-    """Return the moments in float64 in the order of indices, in groups of 32."""
-    numbers = local_state_tensors(state)
-    exponents = numbers.get("group_exponents")
-    runs = [numbers[name].flatten() for name in ("exp_avg", "exp_avg_sq")]
-    padded = [nn.functional.pad(run, (0, -len(run) % 32)) for run in runs]
+    """Return m and v, (numel / 32, 32) float64, in index order and padded with zeros."""
+    tensors = local_state_tensors(state)
+    exponents = tensors.get("group_exponents")
+    flat = [tensors[name].flatten() for name in ("exp_avg", "exp_avg_sq")]
+    padded = [nn.functional.pad(moment, (0, -len(moment) % 32)) for moment in flat]
     inside = (torch.arange(len(padded[0])) < param.numel()).view(-1, 32)
     return [moment.view(-1, 32).double() * inside for moment in load_moments(*padded, exponents)]
 
 
 def bounds(states: str, m: Tensor, v: Tensor, v_found: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how far nearest codes may be off; what a coarse v does to m's unit included."""
+    """Return error bounds of m and v rounded to nearest; the unit of m follows from the rounded v."""
     if states in ("float32", "bfloat16"):
-        share = 0.0 if states == "float32" else 2.0**-8
-        return m.abs() * share, v * share
+        relative = 0.0 if states == "float32" else 2.0**-8
+        return m.abs() * relative, v * relative
     root = torch.exp2(torch.floor((torch.frexp(v_found)[1] + 126).double() / 2))
-    of_m = (m / root).abs().amax(dim=1, keepdim=True) * root / 127.5 * 1.001
+    m_bound = (m / root).abs().amax(dim=1, keepdim=True) * root / 127.5 * 1.001
     if states == "8bit_v16":
-        return of_m, v * 2.0**-9
-    return of_m, torch.maximum(v * 2.0**-4, v.amax(dim=1, keepdim=True) * 2.0**-30)
+        return m_bound, v * 2.0**-9
+    return m_bound, torch.maximum(v * 2.0**-4, v.amax(dim=1, keepdim=True) * 2.0**-30)
 
 
 @pytest.mark.parametrize(("source", "target"), CONVERSIONS, ids=lambda pair: f"{pair[0]} {pair[1]}")
 def test_states_load_into_any_other_mode(
     source: tuple[str, str | None], target: tuple[str, str | None], native_cpu: torch.device
 ) -> None:
-    params, optimizer = trained_in(*source, native_cpu)
-    fitting = trained_in(*target, native_cpu)[1]
-    loaded = leaves(native_cpu)
+    params, optimizer = trained(*source, native_cpu)
+    native = trained(*target, native_cpu)[1]
+    loaded = make_strided_params(native_cpu)
     for name, param in loaded.items():
         param.detach().copy_(params[name].detach())
     twin = AdaX(list(loaded.values()), states=target[0], master_weights=target[1])
     twin.load_state_dict(optimizer.state_dict())
     group = twin.param_groups[0]
     assert (group["states"], group["master_weights"], group["seed"], group["lr"]) == (*target, 11, 0.01)
-    for (name, param), model in zip(loaded.items(), fitting.param_groups[0]["params"], strict=True):
+    for (name, param), native_param in zip(loaded.items(), native.param_groups[0]["params"], strict=True):
         before, after = optimizer.state[params[name]], twin.state[param]
-        assert after.keys() == fitting.state[model].keys() and after["step"] == 2
+        assert after.keys() == native.state[native_param].keys() and after["step"] == 2
         for key, value in after.items():
-            like = fitting.state[model][key]
+            expected = native.state[native_param][key]
             if key != "step":
-                assert (value.dtype, value.shape, value.stride()) == (like.dtype, like.shape, like.stride())
+                assert (value.dtype, value.shape, value.stride()) == (expected.dtype, expected.shape, expected.stride())
         (m, v), (m_found, v_found) = moments(before, params[name]), moments(after, param)
         states = target[0] if param.numel() >= 4096 and source[0] != target[0] else "float32"
         for found, exact, bound in zip((m_found, v_found), (m, v), bounds(states, m, v, v_found), strict=True):
@@ -225,12 +228,12 @@ def test_states_load_into_any_other_mode(
 
 
 @pytest.mark.parametrize("states", STATES)
-def test_checkpoint_from_before_the_modes_loads(states: str, native_cpu: torch.device) -> None:
-    params, optimizer = trained_in("float32", None, native_cpu)
+def test_checkpoint_without_precision_options_loads(states: str, native_cpu: torch.device) -> None:
+    params, optimizer = trained("float32", None, native_cpu)
     state_dict = copy.deepcopy(optimizer.state_dict())
     for key in ("states", "master_weights", "weight_rounding", "seed"):
         del state_dict["param_groups"][0][key]
-    loaded = leaves(native_cpu)
+    loaded = make_strided_params(native_cpu)
     twin = AdaX(list(loaded.values()), states=states, weight_rounding="stochastic")
     twin.load_state_dict(state_dict)
     group = twin.param_groups[0]
@@ -240,6 +243,6 @@ def test_checkpoint_from_before_the_modes_loads(states: str, native_cpu: torch.d
             moments(optimizer.state[params[name]], params[name]),
             moments(twin.state[param], param),
         )
-        of_m, of_v = bounds(states if param.numel() >= 4096 else "float32", m, v, v_found)
-        assert bool(((m_found - m).abs() <= of_m).all()) and bool(((v_found - v).abs() <= of_v).all())
+        m_bound, v_bound = bounds(states if param.numel() >= 4096 else "float32", m, v, v_found)
+        assert bool(((m_found - m).abs() <= m_bound).all()) and bool(((v_found - v).abs() <= v_bound).all())
     train(twin, loaded, [3])

@@ -1,4 +1,4 @@
-"""What may be kept how: refusals, exceptions and defaults; second moments that have settled, and frozen ones."""
+"""Test precision options: errors, exceptions and defaults; and second moments that rarely or never change."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from adax_triton.kernels.variants import StepVariant
 from adax_triton.step.device_tables import chunk_table
 
 every_class = pytest.mark.parametrize("optimizer_class", (AdaX, AdaXW, Adam, AdamW), ids=lambda each: each.__name__)
-HALF, WIDE = torch.float16, torch.float64
+FLOAT16, DOUBLE = torch.float16, torch.float64
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def blank(numel: int, dtype: torch.dtype = torch.float32) -> Parameter:
+def zeros(numel: int, dtype: torch.dtype = torch.float32) -> Parameter:
     return Parameter(torch.zeros(numel, dtype=dtype))
 
 
-# What is refused
+# Errors
 
 ARGUMENTS: list[tuple[dict[str, Any], type, list[str]]] = [
     ({"states": "float16"}, ValueError, ["states", "'float16'", "8bit"]),
@@ -59,58 +59,58 @@ ARGUMENTS: list[tuple[dict[str, Any], type, list[str]]] = [
 
 @every_class
 @pytest.mark.parametrize(("options", "error", "words"), ARGUMENTS, ids=[str(case[0]) for case in ARGUMENTS])
-def test_bad_option_is_named(optimizer_class: type, options: dict[str, Any], error: type, words: list[str]) -> None:
+def test_bad_option_raises(optimizer_class: type, options: dict[str, Any], error: type, words: list[str]) -> None:
     with pytest.raises(error) as caught:
-        optimizer_class([blank(2)], **options)
+        optimizer_class([zeros(2)], **options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 @every_class
-def test_bad_keep_float32_is_named(optimizer_class: type) -> None:
+def test_bad_keep_float32_raises(optimizer_class: type) -> None:
     with pytest.raises(TypeError, match=r"keep_float32.*'embed'"):
-        optimizer_class([blank(2)], keep_float32="embed")
+        optimizer_class([zeros(2)], keep_float32="embed")
 
 
 PARAMETERS: list[tuple[torch.dtype, dict[str, Any], list[str]]] = [
-    (HALF, {"master_weights": "24bit"}, ["params[0]", "24bit", "float16"]),
-    (HALF, {"weight_rounding": "stochastic"}, ["params[0]", "stochastic", "float16"]),
-    *((WIDE, {"states": states}, ["params[0]", states, "float64", "keep_float32"]) for states in STATES[1:]),
+    (FLOAT16, {"master_weights": "24bit"}, ["params[0]", "24bit", "float16"]),
+    (FLOAT16, {"weight_rounding": "stochastic"}, ["params[0]", "stochastic", "float16"]),
+    *((DOUBLE, {"states": states}, ["params[0]", states, "float64", "keep_float32"]) for states in STATES[1:]),
     *((torch.complex64, {"states": states}, ["params[0]", states, "complex64"]) for states in STATES[1:]),
 ]
 
 
 @pytest.mark.parametrize(("dtype", "options", "words"), PARAMETERS, ids=[str(case[:2]) for case in PARAMETERS])
-def test_parameter_that_cannot_be_kept_so_is_refused(
+def test_unsupported_precision_raises(
     dtype: torch.dtype, options: dict[str, Any], words: list[str], native_cpu: torch.device
 ) -> None:
-    param = blank(4096, dtype)
+    param = zeros(4096, dtype)
     with pytest.raises(ValueError) as caught:
         AdaX([param], **options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
-    optimizer = AdaX([blank(8)])
+    optimizer = AdaX([zeros(8)])
     with pytest.raises(ValueError, match=r"params\[0\]"):
         optimizer.add_param_group({"params": param, **options})
     assert len(optimizer.param_groups) == 1 and not optimizer.state
     if "states" in options:
         AdaX([param], keep_float32=lambda each: each is param, **options)
-        AdaX([blank(4095, dtype)], **options)
+        AdaX([zeros(4095, dtype)], **options)
 
 
-SPOILED: dict[str, Callable[[dict[str, Any], Tensor], Any]] = {
+BAD_STATES: dict[str, Callable[[dict[str, Any], Tensor], Any]] = {
     "exp_avg_sq": lambda state, _: state.update(exp_avg_sq=state["exp_avg_sq"][..., 0].long()),
     "group_exponents": lambda state, _: state.pop("group_exponents"),
     "master": lambda state, param: setattr(param, "data", param.data.float()),
 }
 
 
-@pytest.mark.parametrize("word", SPOILED)
-def test_step_on_states_that_do_not_fit_changes_nothing(word: str, native_cpu: torch.device) -> None:
+@pytest.mark.parametrize("word", BAD_STATES)
+def test_step_with_mismatched_state_changes_nothing(word: str, native_cpu: torch.device) -> None:
     params = [normal(4096, seed=seed).bfloat16().requires_grad_() for seed in range(2)]
     optimizer = AdaX(params, states="8bit_v16", master_weights="24bit")
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    SPOILED[word](optimizer.state[params[1]], params[1])
+    BAD_STATES[word](optimizer.state[params[1]], params[1])
     params[1].grad = None
     params[1].grad = torch.ones_like(params[1])
     before = [param.tolist() for param in params], [repr(state) for state in optimizer.state.values()]
@@ -119,17 +119,17 @@ def test_step_on_states_that_do_not_fit_changes_nothing(word: str, native_cpu: t
     assert ([param.tolist() for param in params], [repr(state) for state in optimizer.state.values()]) == before
 
 
-# Who is kept how
+# Precision of each parameter
 
 
-def test_groups_small_tensors_and_exceptions_are_kept_as_they_say(native_cpu: torch.device) -> None:
+def test_precision_of_groups_small_tensors_and_exceptions(native_cpu: torch.device) -> None:
     named = {
-        "8bit_v16": (blank(4096), (torch.uint8, (4096, 2))),
-        "small": (blank(4095), (torch.float32, (4095,))),
-        "kept": (blank(5000), (torch.float32, (5000,))),
-        "8bit": (blank(4096), (torch.uint8, (4096, 1))),
-        "bfloat16": (blank(4096), (torch.bfloat16, (4096,))),
-        "double": (blank(4096, WIDE), (torch.float64, (4096,))),
+        "8bit_v16": (zeros(4096), (torch.uint8, (4096, 2))),
+        "small": (zeros(4095), (torch.float32, (4095,))),
+        "kept": (zeros(5000), (torch.float32, (5000,))),
+        "8bit": (zeros(4096), (torch.uint8, (4096, 1))),
+        "bfloat16": (zeros(4096), (torch.bfloat16, (4096,))),
+        "double": (zeros(4096, DOUBLE), (torch.float64, (4096,))),
     }
     params = {name: param for name, (param, _) in named.items()}
     groups = [
@@ -147,14 +147,14 @@ def test_groups_small_tensors_and_exceptions_are_kept_as_they_say(native_cpu: to
     second = {name: optimizer.state[param]["exp_avg_sq"] for name, param in params.items()}
     found = {name: (moment.dtype, tuple(moment.shape)) for name, moment in second.items()}
     assert found == {name: layout for name, (_, layout) in named.items()}
-    # Parameters of 32 bits and more are their own masters.
+    # Only 16-bit parameters have masters.
     assert not any("master" in state for state in optimizer.state.values())
 
 
-# Second moments that hardly change any more
+# Second moments that rarely change
 
 SCALARS = StepScalars(0.01, one_minus_beta1=0.1, exp_avg_sq_weight=1e-9, eps=1e-8, decay=0.0, l2=0.0, grad_factor=1.0)
-KINDS = [
+FORMATS = [
     *((torch.float32, states, None) for states in STATES),
     (torch.bfloat16, "8bit_v16", "24bit"),
     (torch.bfloat16, "float32", "float32"),
@@ -174,7 +174,7 @@ def launch(param: Tensor, grad: Tensor, state: dict[str, Any], variant: StepVari
     )
 
 
-def stepped_once(dtype: torch.dtype, states: str, master: str | None, device: torch.device) -> tuple[Tensor, dict]:
+def after_first_step(dtype: torch.dtype, states: str, master: str | None, device: torch.device) -> tuple[Tensor, dict]:
     param = normal(NUMEL).to(device, dtype)
     state = local_state_tensors(allocate_states([param], [Precision(states, master)])[0])
     name = str(state["master"].dtype).removeprefix("torch.") if master else None
@@ -183,19 +183,21 @@ def stepped_once(dtype: torch.dtype, states: str, master: str | None, device: to
     return param, {**state, "variant": variant}
 
 
-@pytest.mark.parametrize(("dtype", "states", "master"), KINDS, ids=[f"{kind[0]} {kind[1]} {kind[2]}" for kind in KINDS])
-def test_settled_kernel_gives_the_same_bits(
+@pytest.mark.parametrize(
+    ("dtype", "states", "master"), FORMATS, ids=[f"{kind[0]} {kind[1]} {kind[2]}" for kind in FORMATS]
+)
+def test_skipping_unchanged_v_gives_the_same_bits(
     dtype: torch.dtype, states: str, master: str | None, device: torch.device
 ) -> None:
-    spikes = [5, 2100, NUMEL - 1]  # in the first group, a later one and the last, which is not full
-    falling = slice(512, 1024)
+    spikes = [5, 2100, NUMEL - 1]  # in the first, a middle and the last group; the last has fewer than 32 elements
+    zeroed = slice(512, 1024)
     for weight in (1e-9, 1e-3):
         found = []
         for skip_unchanged_v in (False, True):
-            param, state = stepped_once(dtype, states, master, device)
+            param, state = after_first_step(dtype, states, master, device)
             before = state["exp_avg_sq"].clone()
             grad = normal(NUMEL, seed=2).to(param)
-            grad[spikes], grad[falling] = 1e8, 0.0
+            grad[spikes], grad[zeroed] = 1e8, 0.0
             variant = state["variant"]._replace(skip_unchanged_v=skip_unchanged_v)
             launch(param, grad, state, variant, SCALARS._replace(exp_avg_sq_weight=weight))
             found.append([param, *(value for value in state.values() if isinstance(value, Tensor))])
@@ -207,19 +209,19 @@ def test_settled_kernel_gives_the_same_bits(
 
 @pytest.mark.skipif(not is_interpreted(), reason="reads the order of two stores to one address")
 @pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit"])
-def test_settled_kernel_writes_only_groups_that_have_changed(states: str, device: torch.device) -> None:
-    # Both moments in one place: the first is stored first, and stays where the second is not stored.
+def test_skipping_unchanged_v_writes_only_changed_groups(states: str, device: torch.device) -> None:
+    # Both moments share memory. The kernel stores m first, so m stays wherever v is not stored.
     spikes = {5: 0, 2100: 2100 // 32}
     for skip_unchanged_v in (False, True):
         param = torch.ones(NUMEL, device=device)
         state = local_state_tensors(allocate_states([torch.ones(NUMEL)], [Precision(states)])[0])
         variant = StepVariant(torch.float32, torch.float32, states, aligned=False)
         launch(param, torch.ones_like(param), state, variant, SCALARS._replace(exp_avg_sq_weight=1.0))
-        shared = state["exp_avg_sq"]  # the codes of 1, which a weight of 2^-40 does not change
+        shared = state["exp_avg_sq"]  # codes of v = 1, which a weight of 2^-40 does not change
         before = shared.clone()
         state["exp_avg"] = shared.view(torch.int8) if states == "8bit" else shared
         grad = normal(NUMEL, seed=2)
-        grad[[*spikes]] = 7e5  # to 1.45, of the same exponent, so that the other codes of the group stay
+        grad[[*spikes]] = 7e5  # raises v to 1.45; the group's exponent and its other codes stay the same
         scalars = SCALARS._replace(exp_avg_sq_weight=2.0**-40, one_minus_beta1=0.5)
         launch(param, grad, state, variant._replace(skip_unchanged_v=skip_unchanged_v), scalars)
         unchanged = (shared == before)[: NUMEL // 32 * 32].view(-1, 32)
@@ -228,7 +230,7 @@ def test_settled_kernel_writes_only_groups_that_have_changed(states: str, device
 
 
 @pytest.mark.parametrize("optimizer_class", [AdaX, AdaXW])
-def test_frozen_second_moments_are_told_once(optimizer_class: type, native_cpu: torch.device) -> None:
+def test_frozen_second_moments_warn_once(optimizer_class: type, native_cpu: torch.device) -> None:
     frozen = steps_until_frozen(0.1)
     param = Parameter(torch.ones(4))
     optimizer = optimizer_class([{"params": [param]}, {"params": [Parameter(torch.ones(2))]}], betas=(0.9, 0.1))
@@ -246,7 +248,7 @@ def test_frozen_second_moments_are_told_once(optimizer_class: type, native_cpu: 
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"capturable": True}, {"lr": "tensor"}], ids=str)
-def test_frozen_second_moments_are_told_whoever_counts_the_steps(options: dict[str, Any], device: torch.device) -> None:
+def test_frozen_second_moments_warn_with_any_step_counts(options: dict[str, Any], device: torch.device) -> None:
     options = {key: torch.tensor(0.01, device=device) if value == "tensor" else value for key, value in options.items()}
     param = Parameter(torch.ones(8, device=device))
     optimizer = AdaXW([param], **options)
@@ -264,7 +266,7 @@ def test_frozen_second_moments_are_told_whoever_counts_the_steps(options: dict[s
     assert "are frozen" in str(caught[0].message)
 
 
-def test_rules_that_do_not_freeze_tell_nothing(native_cpu: torch.device) -> None:
+def test_rules_that_do_not_freeze_do_not_warn(native_cpu: torch.device) -> None:
     optimizers = [
         Adam([Parameter(torch.ones(4))], betas=(0.9, 1 - 2**-31)),
         AdaX([Parameter(torch.ones(4))], second_moment="adafactor", betas=(0.9, 1.0)),
