@@ -1,4 +1,4 @@
-"""What is saved, copied or loaded continues bit for bit, keeps its precision, and shares no memory it should not."""
+"""Test that saved, copied and loaded optimizers continue bit for bit, keep precision and share no memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def assert_equal_runs(left: Optimizer, right: Optimizer) -> None:
         assert all(torch.equal(left.state[a][name], right.state[b][name]) for name in STATES)
 
 
-def test_loading_after_the_model_was_cast_makes_states_that_fit(backend: torch.device) -> None:
+def test_load_after_the_model_was_cast(backend: torch.device) -> None:
     optimizer = AdaX(parameters(backend))
     train(optimizer)
     state_dict = copy.deepcopy(optimizer.state_dict())
@@ -102,22 +102,22 @@ def test_copies_continue_bit_for_bit(optimizer_class: type, backend: torch.devic
         assert twin.param_groups[0]["lr"] == 0.01
 
 
-@pytest.mark.parametrize("way", COPIES)
-def test_copy_is_independent_of_the_original(way: str, device: torch.device) -> None:
+@pytest.mark.parametrize("method", COPIES)
+def test_copy_is_independent_of_the_original(method: str, device: torch.device) -> None:
     optimizer = AdaXW(parameters(device))
     train(optimizer)
-    twin = COPIES[way](optimizer)
-    frozen = copy.deepcopy(optimizer)
+    twin = COPIES[method](optimizer)
+    snapshot = copy.deepcopy(optimizer)
     train(twin)
-    assert_equal_runs(optimizer, frozen)
+    assert_equal_runs(optimizer, snapshot)
 
 
-@pytest.mark.parametrize("way", ["trained", "torch.save", "deepcopy"])
-def test_states_of_a_kind_lie_in_one_storage(way: str, device: torch.device) -> None:
+@pytest.mark.parametrize("method", ["trained", "torch.save", "deepcopy"])
+def test_states_of_a_kind_share_one_storage(method: str, device: torch.device) -> None:
     optimizer = AdaX(parameters(device))
     train(optimizer)
-    if way != "trained":
-        optimizer = COPIES[way](optimizer)
+    if method != "trained":
+        optimizer = COPIES[method](optimizer)
     for name in STATES:
         assert len({state.untyped_storage().data_ptr() for state in states_of(optimizer, name)}) == 1
 
@@ -141,7 +141,7 @@ def test_states_of_float32_parameters_load_into_bfloat16_ones(device: torch.devi
             assert loaded.dtype == torch.float32 and torch.equal(state, loaded)
 
 
-def test_load_copies_and_leaves_the_state_dict_alone(device: torch.device) -> None:
+def test_load_copies_the_state_dict(device: torch.device) -> None:
     optimizer, twin = (AdaXW(parameters(device)) for _ in range(2))
     train(optimizer)
     state_dict = copy.deepcopy(optimizer.state_dict())
@@ -152,7 +152,7 @@ def test_load_copies_and_leaves_the_state_dict_alone(device: torch.device) -> No
         assert all(torch.equal(state_dict["state"][key][name], state[name]) for name in STATES)
 
 
-def test_own_states_may_be_loaded_in_another_order(device: torch.device) -> None:
+def test_own_states_load_in_another_order(device: torch.device) -> None:
     optimizer = AdaXW([Parameter(torch.full((3,), value, device=device)) for value in (1.0, 2.0)])
     train(optimizer, [0])
     optimizer.state[params_of(optimizer)[1]]["exp_avg"].mul_(2)
@@ -163,18 +163,18 @@ def test_own_states_may_be_loaded_in_another_order(device: torch.device) -> None
     assert all(map(torch.equal, states_of(optimizer, "exp_avg"), before[::-1]))
 
 
-def test_load_writes_into_the_states_that_are_there(device: torch.device) -> None:
+def test_load_is_in_place(device: torch.device) -> None:
     optimizer, other = (AdaXW(parameters(device)) for _ in range(2))
     train(optimizer)
     train(other, range(3, 7))
-    held = {name: states_of(optimizer, name) for name in STATES}
+    before = {name: states_of(optimizer, name) for name in STATES}
     optimizer.load_state_dict(other.state_dict())
     for name in STATES:
-        for mine, now, loaded in zip(held[name], states_of(optimizer, name), states_of(other, name), strict=True):
-            assert mine.data_ptr() == now.data_ptr() and torch.equal(mine, loaded)
+        for tensor, after, loaded in zip(before[name], states_of(optimizer, name), states_of(other, name), strict=True):
+            assert tensor.data_ptr() == after.data_ptr() and torch.equal(tensor, loaded)
 
 
-def test_load_drops_the_states_a_checkpoint_does_not_have(device: torch.device) -> None:
+def test_load_drops_states_missing_in_the_checkpoint(device: torch.device) -> None:
     optimizer = AdaXW(parameters(device))
     fresh = copy.deepcopy(optimizer.state_dict())
     train(optimizer)
@@ -196,7 +196,7 @@ def test_step_is_loaded_as_an_int(step: Any, device: torch.device) -> None:
 
 
 @every_class
-def test_groups_are_restored_and_later_keys_get_their_default(optimizer_class: type, device: torch.device) -> None:
+def test_groups_are_restored_and_missing_keys_get_defaults(optimizer_class: type, device: torch.device) -> None:
     params = parameters(device)
     groups = [{"params": params[:1], "eps": 0.5}, {"params": params[1:], "lr": 0.25, "betas": (0.7, 0.05)}]
     state_dict = optimizer_class(groups).state_dict()
@@ -210,29 +210,29 @@ def test_groups_are_restored_and_later_keys_get_their_default(optimizer_class: t
 
 
 @pytest.mark.parametrize(("plain", "decoupled"), [(AdaX, AdaXW), (Adam, AdamW)])
-def test_class_decides_where_the_decay_goes(plain: type, decoupled: type, device: torch.device) -> None:
+def test_class_sets_decoupled_weight_decay(plain: type, decoupled: type, device: torch.device) -> None:
     params = parameters(device)
     into_plain, into_decoupled = plain(params), decoupled(params)
     into_decoupled.load_state_dict(plain(params).state_dict())
     into_plain.load_state_dict(decoupled(params).state_dict())
-    # As in torch: the W classes are always decoupled, the others do what the checkpoint says.
+    # As in torch: AdaXW and AdamW are always decoupled; AdaX and Adam follow the checkpoint.
     assert into_decoupled.param_groups[0]["decoupled_weight_decay"]
     assert into_plain.param_groups[0]["decoupled_weight_decay"]
 
 
-def test_hooks_see_and_replace_what_is_saved_and_loaded(device: torch.device) -> None:
+def test_hooks_see_and_replace_saved_and_loaded_state_dicts(device: torch.device) -> None:
     optimizer = AdaX(parameters(device))
     train(optimizer)
     optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "note": "kept"})
     state_dict = optimizer.state_dict()
     assert state_dict["note"] == "kept"
 
-    def doubled(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+    def double_exp_avg(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
         states = {key: {**state, "exp_avg": state["exp_avg"] * 2} for key, state in given["state"].items()}
         return {**given, "state": states}
 
     twin, seen = AdaX(parameters(device)), []
-    twin.register_load_state_dict_pre_hook(doubled)
+    twin.register_load_state_dict_pre_hook(double_exp_avg)
     twin.register_load_state_dict_post_hook(lambda each: seen.extend(states_of(each, "exp_avg")))
     twin.load_state_dict(state_dict)
     for state, loaded in zip(states_of(optimizer, "exp_avg"), seen, strict=True):

@@ -1,4 +1,4 @@
-"""Parameters that are not trained: of any dtype and kind, until they have a gradient."""
+"""Test that frozen and lazy parameters of any dtype are accepted until they have a gradient."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FROZEN: dict[str, tuple[Tensor, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_frozen_parameters_of_any_kind_are_left_alone(name: str, backend: torch.device) -> None:
+def test_frozen_parameters_of_any_dtype_are_ignored(name: str, backend: torch.device) -> None:
     tensor, options = FROZEN[name]
     frozen = nn.Parameter(tensor.clone().to(backend), requires_grad=False)
     trained = nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16, device=backend))
@@ -42,7 +42,7 @@ def test_frozen_parameters_of_any_kind_are_left_alone(name: str, backend: torch.
 
 
 @pytest.mark.parametrize("name", ["float16, 24bit", "float16, stochastic", "float64, 8bit_v16", "wrapper"])
-def test_a_parameter_that_cannot_be_stepped_is_refused_when_it_has_a_gradient(name: str, backend: torch.device) -> None:
+def test_unsupported_parameter_raises_once_it_has_a_gradient(name: str, backend: torch.device) -> None:
     tensor, options = FROZEN[name]
     frozen = nn.Parameter(tensor.clone().to(backend), requires_grad=False)
     trained = nn.Parameter(torch.zeros(8, device=backend))
@@ -54,7 +54,7 @@ def test_a_parameter_that_cannot_be_stepped_is_refused_when_it_has_a_gradient(na
     assert not optimizer.state and bool((trained == 0).all())
 
 
-def test_lazy_modules_may_be_given_before_they_have_seen_an_input(backend: torch.device) -> None:
+def test_lazy_modules_are_accepted_before_their_first_input(backend: torch.device) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.LazyLinear(96), nn.Linear(96, 4)).to(backend)
     optimizer = AdaXW(model.parameters(), states="8bit", lr=0.01)

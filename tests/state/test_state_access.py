@@ -1,4 +1,4 @@
-"""States that others read, write, keep keys in, save and load, as torch's own optimizers let them."""
+"""Test that other code can read, replace, extend, save and load states, as with torch's optimizers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from adax_triton import AdamW, AdaXW
 from adax_triton.moment_optimizer import MomentOptimizer
 from adax_triton.state.precision import STATES
 
-# Too few elements altogether to be worth compiling for.
 SHAPES = ((4096,), (41, 100), (3, 5), ())
 MODES = [(states, master_weights) for states in STATES for master_weights in (None, "24bit", "float32")]
-# Each format of moments and of masters, not each pair.
+# Each format of moments and each format of masters once, not all pairs.
 STEPPED_MODES = [("float32", None), ("bfloat16", "float32"), ("8bit_v16", "24bit"), ("8bit", None), ("8bit", "24bit")]
 
 
@@ -48,13 +47,11 @@ def assert_equal_steps(left: MomentOptimizer, right: MomentOptimizer) -> None:
     for optimizer in (left, right):
         train(optimizer, [7, 8])
     pairs = zip(left.param_groups[0]["params"], right.param_groups[0]["params"], strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs)
+    assert all(torch.equal(first, other) for first, other in pairs)
 
 
 @pytest.mark.parametrize(("states", "master_weights"), MODES)
-def test_a_state_dict_holds_the_tensors_of_the_state(
-    states: str, master_weights: str | None, native_cpu: torch.device
-) -> None:
+def test_state_dict_holds_the_state_tensors(states: str, master_weights: str | None, native_cpu: torch.device) -> None:
     params = parameters(shapes=(*SHAPES, (2, 32, 64), (2048, 2)))
     optimizer = AdaXW(params, states=states, master_weights=master_weights)
     train(optimizer, [1])
@@ -62,15 +59,13 @@ def test_a_state_dict_holds_the_tensors_of_the_state(
         assert state.keys() == saved.keys() and type(saved.pop("step")) is int
         for name, tensor in saved.items():
             assert tensor is state[name]
-            # What no collective sends, or a loader in place could take for floats of the same shape, is not there.
+            # Collectives cannot send int8 or int16, and in-place loaders could mistake them for floats.
             assert tensor.is_floating_point() or tensor.dtype == torch.uint8
             assert tensor.is_floating_point() or tensor.shape[-1] in (1, 2)
 
 
 @pytest.mark.parametrize(("states", "master_weights"), STEPPED_MODES)
-def test_states_may_be_put_back_as_they_were_saved(
-    states: str, master_weights: str | None, backend: torch.device
-) -> None:
+def test_saved_states_can_be_assigned(states: str, master_weights: str | None, backend: torch.device) -> None:
     optimizers = [
         AdaXW(parameters(device=backend), states=states, master_weights=master_weights, lr=0.01) for _ in range(2)
     ]
@@ -83,11 +78,11 @@ def test_states_may_be_put_back_as_they_were_saved(
     assert_equal_steps(left, right)
 
 
-def test_keys_of_others_are_kept_through_steps_and_checkpoints(backend: torch.device) -> None:
+def test_foreign_keys_are_kept_in_steps_and_checkpoints(backend: torch.device) -> None:
     params = parameters(torch.float32, backend)
     optimizer = AdaXW(params, states="8bit_v16")
     for param in params:
-        optimizer.state[param]["slow"] = param.detach().clone()  # before this package has put anything there
+        optimizer.state[param]["slow"] = param.detach().clone()  # before the first step creates a state
         optimizer.state[param]["note"] = 5
     optimizer.state["scheduler"] = {"scale": torch.ones(1), "step": 3}
     optimizer.state["count"] = 7
@@ -107,7 +102,7 @@ def test_keys_of_others_are_kept_through_steps_and_checkpoints(backend: torch.de
 
 
 @pytest.mark.parametrize("saving", STATES)
-def test_loading_in_place_is_right_or_refused(saving: str, native_cpu: torch.device, tmp_path: Path) -> None:
+def test_in_place_load_is_correct_or_raises(saving: str, native_cpu: torch.device, tmp_path: Path) -> None:
     def build(states: str) -> tuple[nn.Module, AdaXW]:
         torch.manual_seed(0)
         model = nn.Linear(64, 128, bias=False)
@@ -140,16 +135,16 @@ def test_loading_in_place_is_right_or_refused(saving: str, native_cpu: torch.dev
 MEMORY_FORMATS = {
     "contiguous": lambda tensor: tensor.contiguous(),
     "channels last": lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
-    "turned": lambda tensor: tensor.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0),
+    "first dim last": lambda tensor: tensor.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0),
 }
 
 
 @pytest.mark.parametrize(("states", "master_weights"), STEPPED_MODES)
-def test_strides_may_change_between_saving_and_loading_and_between_steps(
+def test_strides_may_change_before_loading_and_between_steps(
     states: str, master_weights: str | None, backend: torch.device
 ) -> None:
-    def build(form: str) -> AdaXW:
-        tensor = MEMORY_FORMATS[form](torch.randn(4, 32, 2, 16, generator=torch.Generator().manual_seed(0)))
+    def build(memory_format: str) -> AdaXW:
+        tensor = MEMORY_FORMATS[memory_format](torch.randn(4, 32, 2, 16, generator=torch.Generator().manual_seed(0)))
         param = nn.Parameter(tensor.to(backend, torch.bfloat16))
         return AdaXW([param], lr=0.01, states=states, master_weights=master_weights)
 
@@ -170,15 +165,15 @@ def test_strides_may_change_between_saving_and_loading_and_between_steps(
             third.data = MEMORY_FORMATS[after](third.data)
             for each in (twin, switched):
                 train(each, [3])
-            # Random bits go by the order in which floats lie in memory.
-            near = {"rtol": 2.0**-6, "atol": 1e-3} if states == "bfloat16" else {"rtol": 2.0**-7, "atol": 1e-5}
-            torch.testing.assert_close(other, third, **near)
+            # Random bits follow the memory order of float states, so stochastic roundings differ.
+            tolerance = {"rtol": 2.0**-6, "atol": 1e-3} if states == "bfloat16" else {"rtol": 2.0**-7, "atol": 1e-5}
+            torch.testing.assert_close(other, third, **tolerance)
         train(optimizer, [3])
-        torch.testing.assert_close(other, param, **near)
+        torch.testing.assert_close(other, param, **tolerance)
 
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "group_exponents"])
-def test_codes_out_of_order_are_refused(name: str, backend: torch.device) -> None:
+def test_non_contiguous_codes_raise(name: str, backend: torch.device) -> None:
     param = nn.Parameter(torch.ones(64, 96, device=backend))
     optimizer = AdaXW([param], states="8bit")
     train(optimizer, [1])
@@ -191,7 +186,7 @@ def test_codes_out_of_order_are_refused(name: str, backend: torch.device) -> Non
     assert torch.equal(param, before)
 
 
-def test_a_count_shared_by_parameters_counts_for_each(device: torch.device) -> None:
+def test_shared_step_count_is_counted_per_parameter(device: torch.device) -> None:
     params = parameters(torch.float32, device)
     optimizer = AdaXW(params, capturable=True)
     train(optimizer, [1])
@@ -203,24 +198,24 @@ def test_a_count_shared_by_parameters_counts_for_each(device: torch.device) -> N
     assert int(shared) in (5, 7)
 
 
-def why_not_writable(tensor: Tensor) -> dict[str, Any]:
+def state_with_exp_avg(tensor: Tensor) -> dict[str, Any]:
     return {"step": 1, "exp_avg": tensor, "exp_avg_sq": torch.zeros(3)}
 
 
 @pytest.mark.parametrize(
     "tensor", [torch.zeros(3).half(), torch.zeros(2), torch.zeros(3, dtype=torch.int64), None, 3.0]
 )
-def test_what_is_no_state_is_named(tensor: Any, backend: torch.device) -> None:
+def test_bad_state_raises(tensor: Any, backend: torch.device) -> None:
     param = nn.Parameter(torch.ones(3, device=backend))
     optimizer = AdaXW([param])
-    optimizer.state[param] = why_not_writable(tensor)
+    optimizer.state[param] = state_with_exp_avg(tensor)
     param.grad = torch.ones_like(param)
     with pytest.raises(ValueError, match="exp_avg"):
         optimizer.step()
     assert torch.equal(param, torch.ones_like(param))
 
 
-def give(params: list[nn.Parameter]) -> None:
+def set_gradients(params: list[nn.Parameter]) -> None:
     for index, param in enumerate(params):
         param.grad = torch.full_like(param, index + 1.0)
 
@@ -236,10 +231,10 @@ BAD_CHECKPOINTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("word", BAD_CHECKPOINTS)
-def test_a_checkpoint_that_cannot_be_loaded_changes_nothing(word: str, backend: torch.device) -> None:
+def test_bad_checkpoint_changes_nothing(word: str, backend: torch.device) -> None:
     params = [nn.Parameter(torch.ones(8, device=backend)) for _ in range(2)]
     optimizer = AdaXW(params, lr=torch.tensor(0.1))
-    give(params)
+    set_gradients(params)
     optimizer.step()
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["step"] = 55
@@ -254,7 +249,7 @@ def test_a_checkpoint_that_cannot_be_loaded_changes_nothing(word: str, backend: 
 def test_states_next_to_masters_load_into_float32_parameters(dtype: torch.dtype, backend: torch.device) -> None:
     half = nn.Parameter(torch.ones(80, 80, dtype=dtype, device=backend))
     optimizer = AdamW([half], master_weights="float32")
-    give([half])
+    set_gradients([half])
     optimizer.step()
     full = nn.Parameter(half.detach().float())
     other = AdamW([full])
@@ -263,17 +258,17 @@ def test_states_next_to_masters_load_into_float32_parameters(dtype: torch.dtype,
     assert "master" not in other.state[full]
 
 
-def test_hooks_have_the_last_word_on_a_state_dict(backend: torch.device) -> None:
+def test_user_hooks_run_last(backend: torch.device) -> None:
     param = nn.Parameter(torch.ones(8, device=backend))
     optimizer = AdaXW([param], max_grad_norm=1.0)
-    give([param])
+    set_gradients([param])
     optimizer.step()
     optimizer.register_state_dict_post_hook(lambda _, saved: {"wrapped": saved})
     saved = optimizer.state_dict()
     assert list(saved) == ["wrapped"] and type(saved["wrapped"]["state"][0]["step"]) is int
 
 
-def test_an_entry_of_another_alone_is_loaded(backend: torch.device) -> None:
+def test_state_with_only_foreign_keys_loads(backend: torch.device) -> None:
     params = [nn.Parameter(torch.ones(8, device=backend)) for _ in range(2)]
     optimizer = AdaXW(params)
     params[0].grad = torch.ones_like(params[0])
@@ -283,6 +278,6 @@ def test_an_entry_of_another_alone_is_loaded(backend: torch.device) -> None:
     twin = AdaXW(twins)
     twin.load_state_dict(optimizer.state_dict())
     assert twin.state[twins[1]] == {"note": 5} and twin.state[twins[0]]["step"] == 1
-    give(twins)
+    set_gradients(twins)
     twin.step()
     assert [twin.state[param]["step"] for param in twins] == [2, 1]
