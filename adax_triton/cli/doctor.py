@@ -79,7 +79,10 @@ def deepspeed_check() -> tuple[bool, str]:
     except Exception as error:  # report any import error
         return False, f"installed, but the adapter cannot be imported: {type(error).__name__}: {error}"
     if getattr(torch.optim, "adax", None) is not AdaX:  # DeepSpeed looks up the lower-cased type in torch.optim
-        return False, 'installed, but "type": "AdaX" does not find this optimizer: torch.optim.adax is another class or missing'
+        return (
+            False,
+            'installed, but "type": "AdaX" does not find this optimizer: torch.optim.adax is another class or missing',
+        )
     return True, '"optimizer": {"type": "AdaX"} works after `import adax_triton.integrations.deepspeed`'
 
 

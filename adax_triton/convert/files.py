@@ -1,8 +1,8 @@
 """Convert optimizer state dicts in files to another optimizer or precision.
 
 The keys of the param_groups tell which optimizer saved a state dict. Groups of this package have `second_moment`.
-Groups of torch's or DeepSpeed's Adam have `amsgrad` or `bias_correction`. All others count as the paper's released
-code. No model is needed.
+Groups of torch's or DeepSpeed's Adam have `amsgrad` or `bias_correction`. All others are taken to be groups of the
+paper's released code. No model is needed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .state_dicts import (
     to_torch_adam,
 )
 
-# Prefix: whose optimizer, this package's without one. Suffix w: decoupled weight decay.
+# "torch-" and "released-" mean torch's optimizers and the paper's code. A final w means decoupled weight decay.
 OPTIMIZER_KINDS = ("adax", "adaxw", "adam", "adamw", "torch-adam", "torch-adamw", "released-adax", "released-adaxw")
 
 # (total units, label) -> context manager that yields advance(units, text); such as bench.harness.progress.progress.

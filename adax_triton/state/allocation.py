@@ -35,11 +35,11 @@ def allocate_states(params: Sequence[Tensor], precisions: Sequence[Precision]) -
     """
     states: list[dict[str, Any]] = [{"step": 0} for _ in params]
     shards = [local_tensor(param.detach()) for param in params]
-    sharing: dict[tuple[torch.device, str, torch.dtype, int | None], list[int]] = defaultdict(list)
+    indices_by_buffer: dict[tuple[torch.device, str, torch.dtype, int | None], list[int]] = defaultdict(list)
     for index, (param, precision) in enumerate(zip(params, precisions, strict=True)):
         for name, layout in state_layouts(shards[index], precision).items():
-            sharing[param.device, name, layout.dtype, index if is_sharded(param) else None].append(index)
-    for (_, name, dtype, _), indices in sharing.items():
+            indices_by_buffer[param.device, name, layout.dtype, index if is_sharded(param) else None].append(index)
+    for (_, name, dtype, _), indices in indices_by_buffer.items():
         templates = [_template(shards[index], name, precisions[index]) for index in indices]
         for index, view in zip(indices, FlatBuffer(templates, dtype=dtype.to_real()).views, strict=True):
             if name == "master" and dtype == torch.float32:

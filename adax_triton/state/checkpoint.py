@@ -31,7 +31,7 @@ class OpaqueTensor:
 
 
 def with_int_counts(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict with step counts as ints; counts on a GPU synchronize."""
+    """Return a state dict with step counts as ints; reading a GPU count synchronizes."""
     keys = list(_param_keys(state_dict["param_groups"]))
     return {**state_dict, "state": counts_as_ints(state_dict["state"], keys)}
 

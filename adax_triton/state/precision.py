@@ -14,7 +14,7 @@ from adax_triton.update.quantization import GROUP
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-STATES = ("float32", "bfloat16", "8bit_v16", "8bit")
+STATES = ("float32", "bfloat16", "8bit_v16", "8bit")  # 8bit_v16: 8-bit m and 16-bit v; 8bit: both 8-bit
 MASTER_WEIGHTS = ("float32", "24bit")
 WEIGHT_ROUNDINGS = ("nearest", "stochastic")
 # In elements. Smaller tensors keep float32 states: biases and norms are sensitive, and a thousandth of a model.
@@ -78,7 +78,7 @@ class Layout(NamedTuple):
 
 
 def is_quantized(states: str) -> bool:
-    """Return whether these states are 8- or 16-bit codes in groups of 32."""
+    """Return whether the moments are integer codes in groups of 32 elements."""
     return states in _EXPONENT_DTYPES
 
 

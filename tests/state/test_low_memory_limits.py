@@ -189,7 +189,7 @@ def after_first_step(dtype: torch.dtype, states: str, master: str | None, device
 def test_skipping_unchanged_v_gives_the_same_bits(
     dtype: torch.dtype, states: str, master: str | None, device: torch.device
 ) -> None:
-    spikes = [5, 2100, NUMEL - 1]  # in the first, a middle and the last group; the last has fewer than 32 elements
+    spikes = [5, 2100, NUMEL - 1]  # in the first, a later and the last group; the last has fewer than 32 elements
     zeroed = slice(512, 1024)
     for weight in (1e-9, 1e-3):
         found = []
@@ -207,7 +207,7 @@ def test_skipping_unchanged_v_gives_the_same_bits(
     assert {*changed} & {*range(512, 1024)}
 
 
-@pytest.mark.skipif(not is_interpreted(), reason="reads the order of two stores to one address")
+@pytest.mark.skipif(not is_interpreted(), reason="only the interpreter stores in a known order")
 @pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit"])
 def test_skipping_unchanged_v_writes_only_changed_groups(states: str, device: torch.device) -> None:
     # Both moments share memory. The kernel stores m first, so m stays wherever v is not stored.

@@ -1,4 +1,4 @@
-"""Parameters, gradients and states that share memory, or whose memory cannot be written."""
+"""Test parameters, gradients and states with shared, freed or unwritable memory. Oracle: torch's AdamW."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from adax_triton.step.backend import uses_triton
 from adax_triton.step.external_grads import ExternalGrads
 
 
-def give(params: list[nn.Parameter], scale: float = 1.0) -> None:
+def set_gradients(params: list[nn.Parameter], scale: float = 1.0) -> None:
     for index, param in enumerate(params):
         param.grad = torch.full_like(param, scale * (index + 1))
 
 
 @pytest.mark.parametrize("numel", [100, 40_000])
-def test_parameters_on_one_memory_are_stepped_one_after_the_other(numel: int, backend: torch.device) -> None:
+def test_parameters_with_the_same_memory_step_in_order(numel: int, backend: torch.device) -> None:
     def run(optimizer_class: type) -> Tensor:
         params = [nn.Parameter(torch.ones(numel, device=backend)) for _ in range(3)]
         params[2].data = params[0].data
         optimizer = optimizer_class(params, lr=0.1)
         for step in range(4):
-            give(params, 1.0 + step)
+            set_gradients(params, 1.0 + step)
             optimizer.step()
         return params[0].detach()
 
     torch.testing.assert_close(run(AdamW), run(torch.optim.AdamW))
 
 
-def test_parameters_that_overlap_are_stepped_one_after_the_other(backend: torch.device) -> None:
-    # Of several chunks for each of the threads.
+def test_overlapping_parameters_step_in_order(backend: torch.device) -> None:
+    # On a CPU, large enough for several chunks per thread.
     rows = 20 if backend.type == "cuda" or uses_triton(torch.empty(1, device=backend)) else 200
 
     def run(optimizer_class: type) -> Tensor:
@@ -42,7 +42,7 @@ def test_parameters_that_overlap_are_stepped_one_after_the_other(backend: torch.
         params = [nn.Parameter(weights), nn.Parameter(weights[rows:]), nn.Parameter(weights[:rows])]
         optimizer = optimizer_class(params, lr=0.1)
         for step in range(3):
-            give(params, 1.0 + step)
+            set_gradients(params, 1.0 + step)
             optimizer.step()
         return weights
 
@@ -52,14 +52,14 @@ def test_parameters_that_overlap_are_stepped_one_after_the_other(backend: torch.
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
-@pytest.mark.parametrize("left", [0, 8])
-@pytest.mark.parametrize("which", ["gradient", "parameter", "state", "external"])
-def test_memory_that_is_gone_is_told(which: str, left: int, steps_before: int, backend: torch.device) -> None:
+@pytest.mark.parametrize("bytes_left", [0, 8])
+@pytest.mark.parametrize("kind", ["gradient", "parameter", "state", "external"])
+def test_freed_storage_raises(kind: str, bytes_left: int, steps_before: int, backend: torch.device) -> None:
     params = [nn.Parameter(torch.ones(100, device=backend)) for _ in range(2)]
     optimizer = AdaXW(params)
 
     def step(gradient: Tensor) -> None:
-        if which == "external":
+        if kind == "external":
             optimizer.set_external_grads(
                 [ExternalGrads(params[0], [torch.ones_like(gradient)]), ExternalGrads(params[1], [gradient])]
             )
@@ -67,24 +67,24 @@ def test_memory_that_is_gone_is_told(which: str, left: int, steps_before: int, b
             params[0].grad, params[1].grad = torch.ones_like(gradient), gradient
         optimizer.step()
 
-    if which == "state" or steps_before:
+    if kind == "state" or steps_before:
         for _ in range(max(1, steps_before)):
             step(torch.ones(100, device=backend))
     before = copy.deepcopy((params[0], optimizer.state_dict()["state"].get(0)))
     gradient = torch.ones(100, device=backend)
-    gone = {"parameter": params[1].data, "state": optimizer.state[params[1]].get("exp_avg")}.get(which, gradient)
-    gone.untyped_storage().resize_(left)
-    with pytest.raises(ValueError, match=f"has {left} of 400 bytes|exp_avg"):
+    freed = {"parameter": params[1].data, "state": optimizer.state[params[1]].get("exp_avg")}.get(kind, gradient)
+    freed.untyped_storage().resize_(bytes_left)
+    with pytest.raises(ValueError, match=f"has {bytes_left} of 400 bytes|exp_avg"):
         step(gradient)
     assert torch.equal(params[0], before[0])
     assert optimizer.state.get(params[0], {}).get("step", 0) == (before[1] or {}).get("step", 0)
 
 
 @pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit_v16"])
-def test_states_of_its_own_load_in_another_order(states: str, backend: torch.device) -> None:
+def test_own_states_load_in_another_order(states: str, backend: torch.device) -> None:
     params = [nn.Parameter(torch.ones(64, 64, device=backend)) for _ in range(2)]
     optimizer = AdaXW(params, states=states)
-    give(params)
+    set_gradients(params)
     optimizer.step()
     before = copy.deepcopy(optimizer.state_dict())
     saved = optimizer.state_dict()
@@ -102,34 +102,34 @@ def overlapping(state: Tensor) -> Tensor:
     return torch.zeros(20, device=state.device).unfold(0, 8, 4)[:4]
 
 
-def of_inference(state: Tensor) -> Tensor:
+def inference_tensor(state: Tensor) -> Tensor:
     with torch.inference_mode():
         return state.clone()
 
 
 WRONG_MEMORY = {
     "share memory": [expanded, overlapping],
-    "inference": [of_inference],
+    "inference": [inference_tensor],
     "sparse": [lambda state: state.to_sparse()],
 }
 CASES = [(words, make) for words, makers in WRONG_MEMORY.items() for make in makers]
 
 
-@pytest.mark.parametrize("place", ["exp_avg", "param"])
+@pytest.mark.parametrize("tensor_name", ["exp_avg", "param"])
 @pytest.mark.parametrize(("words", "make"), CASES)
-def test_memory_that_cannot_be_written_is_named(words: str, make: Any, place: str, backend: torch.device) -> None:
-    if place == "param" and words == "sparse":
-        return  # torch has no such parameter to be trained by dense gradients
+def test_unwritable_memory_raises(words: str, make: Any, tensor_name: str, backend: torch.device) -> None:
+    if tensor_name == "param" and words == "sparse":
+        return  # torch does not allow dense gradients for a sparse parameter
     params = [nn.Parameter(torch.ones(4, 8, device=backend)) for _ in range(2)]
     optimizer = AdaXW(params)
-    give(params)
+    set_gradients(params)
     optimizer.step()
-    if place == "param":
+    if tensor_name == "param":
         params[1].data = make(params[1].data)
     else:
-        optimizer.state[params[1]][place] = make(optimizer.state[params[1]][place])
+        optimizer.state[params[1]][tensor_name] = make(optimizer.state[params[1]][tensor_name])
     before = params[0].detach().clone(), optimizer.state[params[0]]["exp_avg"].clone()
-    give(params)
+    set_gradients(params)
     for _ in range(2):
         with pytest.raises(ValueError, match=words):
             optimizer.step()
@@ -137,7 +137,7 @@ def test_memory_that_cannot_be_written_is_named(words: str, make: Any, place: st
     assert optimizer.state[params[0]]["step"] == 1
 
 
-def test_external_gradients_are_checked_again_when_they_are_used(backend: torch.device) -> None:
+def test_external_gradients_are_checked_again_at_the_step(backend: torch.device) -> None:
     def shorter(param: nn.Parameter, grad: Tensor) -> None:
         param.data = param.data[:8]
 
