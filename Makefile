@@ -1,10 +1,10 @@
-# Every command makes its own environment in .venv first; PYTHON chooses the interpreter it is made from.
+# All targets but gpu-check and clean create .venv first; set PYTHON to choose its interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# The version that `make acceptance` runs; one other than the pinned has an environment of its own.
+# `make acceptance` tests this version; a version that is not pinned uses a separate environment.
 PINNED_DEEPSPEED := $(shell sed -n 's/^deepspeed==//p' constraints.txt)
 DEEPSPEED ?= $(PINNED_DEEPSPEED)
 DEEPSPEED_VENV := $(if $(filter $(PINNED_DEEPSPEED),$(DEEPSPEED)),$(VENV),.venv-deepspeed-$(DEEPSPEED))
@@ -19,29 +19,30 @@ $(READY): pyproject.toml constraints.txt
 	-DS_ACCELERATOR=cpu $(BIN)/python tests/support/async_io.py >/dev/null
 	touch $(READY)
 
-# One worker has all tests of a file, the files that take longest first.
+# Each worker runs whole test files, the slowest files first.
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: $(READY)  ## all tests this machine can run
+test: $(READY)  ## run all tests that this machine can run
 	$(PYTEST) --durations=10
 
-quick: $(READY)  ## after an edit: lint without mypy, and the tests that take a minute together
+quick: $(READY)  ## after an edit: ruff, and tests that take a minute in total
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(PYTEST) --quick
 
-durations: $(READY)  ## all tests, on a quiet machine: tests/support/durations.json anew, the order of `test` and the choice of `quick`
+durations: $(READY)  ## run all tests on an idle machine and rewrite tests/support/durations.json, which orders `test` and selects `quick`
 	$(PYTEST) --durations=30 --record-durations --cache-clear
 
-audit: $(READY)  ## read the code of every kernel variant for every GPU target, and keep the facts for `test`
+audit: $(READY)  ## check the compiled code of all kernel variants for all GPU targets, and cache the results for `test`
 	AUDIT=all $(BIN)/pytest tests/gpu_code/test_code_audit.py tests/gpu_code/test_small_kernels_audit.py
 
-mutants: $(READY)  ## make the faults of tests/support/mutants.toml one by one; every one has to fail a test. MUTANTS="a b" chooses
+mutants: $(READY)  ## mutation tests: apply each fault of tests/support/mutants.toml; a test must fail. MUTANTS="a b" selects some
 	$(BIN)/python tests/support/mutants.py $(MUTANTS)
 
-soak: $(READY)  ## kill ranks of a DeepSpeed run 200 times, and compare with a run that is never killed
+soak: $(READY)  ## kill ranks of a DeepSpeed run 200 times, and compare with an uninterrupted run
 	KILLS=200 KILL_SEED=$$(date +%s) $(BIN)/pytest -s tests/deepspeed_runs/test_deepspeed_kill.py
 
-lint: $(READY)  ## mypy reads an installed copy: it cannot see folders that are mapped into the package
+# mypy reads an installed copy, because it does not follow package-dir.
+lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	rm -rf build $(VENV)/typed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target $(VENV)/typed .
@@ -50,10 +51,10 @@ lint: $(READY)  ## mypy reads an installed copy: it cannot see folders that are 
 demo: $(READY)  ## train a small GPT through DeepSpeed with AdaX, against AdamW
 	$(BIN)/python examples/demo.py
 
-bench: $(READY)  ## step time against torch and DeepSpeed, interleaved in one run
+bench: $(READY)  ## step time next to torch and DeepSpeed, interleaved in one run
 	$(BIN)/adax-triton bench step
 
-results: $(READY)  ## measure the committed CPU figures anew, in some fifteen minutes
+results: $(READY)  ## measure the committed CPU results again (about 15 minutes)
 	$(BIN)/adax-triton bench step --sizes 5e7 --models gpt2 --budget 330 --json bench/results/cpu-step.json
 	$(BIN)/adax-triton bench scale --json bench/results/cpu-scale.json
 	$(BIN)/adax-triton bench host --json bench/results/cpu-host.json
@@ -69,12 +70,12 @@ REPORTED = $(wildcard $(foreach kind,step native scale host functions train coun
 
 README_RESULT := bench/results/nvidia-h200-step.json
 
-report: $(READY)  ## docs/benchmarks and the README's section from the committed results
+report: $(READY)  ## regenerate docs/benchmarks and the README's table from the committed results
 	rm -f docs/benchmarks/*.png
 	$(BIN)/adax-triton bench report $(REPORTED) --out docs/benchmarks
 	$(BIN)/adax-triton bench report $(README_RESULT) --readme README.md
 
-acceptance: $(DEEPSPEED_VENV)/.ready  ## run docs/deepspeed-acceptance.md anew; DEEPSPEED=0.19.1 for that version
+acceptance: $(DEEPSPEED_VENV)/.ready  ## run the acceptance tests and rewrite docs/deepspeed-acceptance.md; DEEPSPEED=0.19.1 selects a version
 	$(DEEPSPEED_VENV)/bin/python tests/support/acceptance_table.py
 
 .venv-deepspeed-%/.ready: pyproject.toml constraints.txt
@@ -84,7 +85,7 @@ acceptance: $(DEEPSPEED_VENV)/.ready  ## run docs/deepspeed-acceptance.md anew; 
 	touch $@
 
 CALL ?= 1
-gpu-check:  ## CALL=1 checks, CALL=2 measures; needs only a GPU, torch, triton and pytest, no network, no installation
+gpu-check:  ## CALL=1 checks, CALL=2 measures; needs a GPU, torch, triton and pytest; no network, no installation
 	$(PYTHON) bench/gpu_check.py --call $(CALL)
 
 clean:
