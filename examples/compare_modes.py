@@ -1,14 +1,14 @@
-"""Train one small byte-level GPT in several precisions of weights and states, and compare the validation losses.
+"""Compare validation losses of a small GPT between precisions of weights and states.
 
-Plain PyTorch on the CPU. All runs of a seed start from the same weights, which bfloat16 can represent, and see the same
-batches; AdaXW, linear warm-up, then a cosine. The forward and backward pass is that of `p.float()`, so that only what
-the optimizer keeps differs: p is float32 or bfloat16, and the gradient reaches it in its dtype.
+Trains with AdaXW in plain PyTorch on the CPU, with linear warm-up and cosine decay. All runs of a seed start from the
+same weights, which bfloat16 can represent, and see the same batches. Forward and backward use `p.float()`, so only the
+optimizer's storage differs. p is float32 or bfloat16, and its gradient has the same dtype.
 
     difference = loss of the mode - loss of float32, per seed;    its mean, and standard error s / sqrt(seeds)
 
     python examples/compare_modes.py --out bench/results/gpt-modes.json
 
-Every mode is trained with each learning rate of `--lr`.
+The script trains each mode with each learning rate of `--lr`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SHAPE = {"layers": 2, "width": 128, "heads": 4, "context": 64}
 
 
 class Mode(NamedTuple):
-    """What the weights and their states are kept in; see the arguments of `AdaX`."""
+    """Precision of the weights and their states; see the arguments of `AdaX`."""
 
     dtype: torch.dtype
     states: str
@@ -85,7 +85,7 @@ def train(mode: Mode, data: TextData, seed: int, settings: argparse.Namespace, l
 
 
 def summary(losses: list[float], reference: list[float]) -> dict[str, object]:
-    """Return mean loss, and mean paired difference from the reference with its standard error."""
+    """Return the mean loss, the mean paired difference and its standard error."""
     differences = [loss - other for loss, other in zip(losses, reference, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
     return {
@@ -97,7 +97,7 @@ def summary(losses: list[float], reference: list[float]) -> dict[str, object]:
 
 
 def run(settings: argparse.Namespace) -> dict[str, object]:
-    """Train every mode, learning rate and seed; return the result, JSON-friendly."""
+    """Train all modes, learning rates and seeds; return a JSON-friendly result."""
     text = read_text(settings.data, settings.max_bytes)
     result: dict[str, object] = {
         "environment": describe(torch.device("cpu")),
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a text file or a folder (default: Python's standard library)")
-    parser.add_argument("--max-bytes", type=int, default=4_000_000, help="of the text; default: %(default)s")
+    parser.add_argument("--max-bytes", type=int, default=4_000_000, help="bytes of text to use; default: %(default)s")
     parser.add_argument("--steps", type=int, default=250, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=8, help="windows of 64 bytes; default: %(default)s")
     parser.add_argument("--warmup", type=int, default=25, help="steps; default: %(default)s")

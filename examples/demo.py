@@ -1,10 +1,10 @@
-"""Train a small GPT through DeepSpeed with AdaX, then with AdamW on the same data and seed, and draw both loss curves.
+"""Train a small GPT with DeepSpeed, with AdaX and with AdamW; plot both loss curves.
 
     python examples/demo.py                                # the standard library's source, three minutes on two cores
     python examples/demo.py --data notes/ --steps 2000     # any text file or folder
     python examples/demo.py --config my_deepspeed.json --optimizer AdaXW
 
-Two processes on a CPU, one per GPU where there are some. Kill it and start it again: it goes on where it was.
+Both runs use the same data and seed, in one process per GPU or two on a CPU. Run the script again to resume a run.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 TRAIN_GPT = Path(__file__).resolve().parent / "train_gpt.py"
-NOT_OF_A_RUN = {"against", "processes"}
+DEMO_ONLY_ARGUMENTS = {"against", "processes"}
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    """Return the parsed command line, and the parser for later complaints."""
+    """Return the parsed command line and the parser, which prints later errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
     parser.add_argument("--against", default="AdamW", help="the optimizer to compare with (default: AdamW)")
@@ -41,7 +41,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, argpars
 
 
 def plan_runs(args: argparse.Namespace) -> list[tuple[argparse.Namespace, Plan]]:
-    """Return the runs to make, each with its own folder below `--out`; ValueError before anything is started."""
+    """Return the runs, each with its own folder below `--out`; an invalid argument raises ValueError."""
     runs: list[tuple[argparse.Namespace, Plan]] = []
     for optimizer in (args.optimizer, args.against):
         folder = args.out / load_config(args.config, optimizer)["optimizer"]["type"].lower()
@@ -52,21 +52,21 @@ def plan_runs(args: argparse.Namespace) -> list[tuple[argparse.Namespace, Plan]]
 
 
 def launch(run: argparse.Namespace, processes: int) -> None:
-    """Train one run in `processes` processes of this interpreter, and wait for it."""
+    """Train in `processes` processes of this interpreter and wait for them."""
     flags = []
     for name, value in vars(run).items():
-        if name in NOT_OF_A_RUN or value is None or value is False:
+        if name in DEMO_ONLY_ARGUMENTS or value is None or value is False:
             continue
         flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    # The name of a machine without a network may not resolve: everything stays on the loopback address.
+    # Without a network the host name may not resolve; use the loopback address.
     local = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
     torchrun([*local, str(TRAIN_GPT), *flags])
 
 
 def report(plans: list[Plan], data: Path | None, picture: Path, seconds: float) -> None:
-    """Draw the curves and print what came out."""
+    """Plot the curves and print the results."""
     curves = [Curve(plan.config["optimizer"]["type"], plan.folder.records()) for plan in plans]
     settings = plans[0].settings
     text = f"'{data.name}'" if data else "Python's standard library"
@@ -100,9 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         for run, _ in runs:
             launch(run, args.processes)
     except (KeyboardInterrupt, SignalException):
-        sys.exit("\ndemo.py: stopped; the same command goes on from the last checkpoint")
+        sys.exit("\ndemo.py: stopped; run the same command to resume from the last checkpoint")
     except ChildFailedError:
-        sys.exit("demo.py: training failed, its error is above")
+        sys.exit("demo.py: training failed; see the error above")
     report([plan for _, plan in runs], args.data, args.out / "loss.png", time.perf_counter() - start)
 
 

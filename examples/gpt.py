@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a four times wider perceptron, each with a residual path."""
+    """Attention and a four times wider MLP, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.apply(_init_weights)
-        # Each block adds to the residual stream twice: this keeps its variance independent of depth (GPT-2).
+        # Each block adds to the residual stream twice; this keeps the variance independent of depth (GPT-2).
         for name, weight in self.named_parameters():
             if name.endswith(("attention.out.weight", "mlp_out.weight")):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * layers))

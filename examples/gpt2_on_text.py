@@ -1,4 +1,4 @@
-"""What the Hugging Face examples train: a small GPT-2, made from a config, on the bytes of a text."""
+"""Model and data of the Hugging Face examples: GPT-2 over bytes."""
 
 import argparse
 import os
@@ -15,19 +15,19 @@ DEEPSPEED_CONFIG = Path(__file__).resolve().with_name("huggingface.json")
 
 
 def parse_arguments(argv: list[str] | None, description: str | None) -> argparse.Namespace:
-    """Return the command line of either example."""
+    """Return the parsed command line of an example."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="text file or folder (default: source of Python's standard library)")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=16, help="windows of text per process and step")
-    parser.add_argument("--width", type=int, default=128, help="of the model; a multiple of 4")
+    parser.add_argument("--width", type=int, default=128, help="model width; a multiple of 4")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
-    parser.add_argument("--weight-decay", type=float, default=5e-2, help="decoupled, as AdaXW has it")
+    parser.add_argument("--weight-decay", type=float, default=5e-2, help="decoupled weight decay")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     args = parser.parse_args(argv)
     if "WORLD_SIZE" not in os.environ:
-        parser.error("a launcher must start the processes, such as torchrun or deepspeed; see --help")
-    # On CPU DeepSpeed would compile a C++ extension first, for an all-reduce that only inference calls.
+        parser.error("no launcher found; start this script with torchrun or deepspeed, see --help")
+    # On a CPU DeepSpeed would compile a C++ extension for an all-reduce that only inference uses.
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     return args
 
@@ -40,11 +40,11 @@ def build_model(width: int, context: int = 64) -> GPT2LMHeadModel:
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """A text as windows of `context` bytes, each its own target.
+    """Windows of `context` bytes of a text; each window is its own target.
 
     Args:
-        path: a text file or a folder; None is the source of Python's standard library.
-        context: length of a window.
+        path: a text file or a folder. None: the source of Python's standard library.
+        context: window length in bytes. Default: 64.
     """
 
     def __init__(self, path: Path | None, context: int = 64) -> None:

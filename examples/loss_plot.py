@@ -1,11 +1,11 @@
-"""Loss curves of several runs in one picture."""
+"""Plot the loss curves of several runs."""
 
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce")  # tell-apart also in print and for colour-blind readers
+COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce")  # distinct in print and for colour-blind readers
 
 
 class Curve:
@@ -13,7 +13,7 @@ class Curve:
 
     Args:
         label: name in the legend.
-        records: `{"step", "loss"}` of every step, some with `"validation_loss"`, the last one always.
+        records: `{"step", "loss"}` of each step; some, and the last one, also have `"validation_loss"`.
     """
 
     def __init__(self, label: str, records: list[dict[str, float]]) -> None:
@@ -27,7 +27,7 @@ class Curve:
 
 
 def smooth(values: list[float], half_width: int) -> list[float]:
-    """Return centred averages, which do not lag behind a falling curve; their window shrinks towards the start."""
+    """Return centred moving averages; the window shrinks at both ends."""
     smoothed = []
     for index in range(len(values)):
         reach = min(index, half_width)
@@ -37,7 +37,7 @@ def smooth(values: list[float], half_width: int) -> list[float]:
 
 
 def draw_losses(curves: list[Curve], path: Path, title: str, subtitle: str) -> None:
-    """Draw training losses, raw and smoothed, and validation losses, into a PNG."""
+    """Plot training losses, raw and smoothed, and validation losses to a PNG file."""
     figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
     axes = figure.subplots()
     for curve, colour in zip(curves, COLOURS, strict=False):
@@ -47,7 +47,7 @@ def draw_losses(curves: list[Curve], path: Path, title: str, subtitle: str) -> N
         axes.plot(curve.steps, smoothed, color=colour, linewidth=1.8, label=label)
         axes.plot(curve.validation_steps, curve.validation_losses, "o", color=colour, markersize=6, mec="white")
     axes.plot([], [], "o", color="grey", markersize=6, mec="white", label="dots: validation; faint: raw training loss")
-    axes.set_yscale("log")  # gives the late steps, where the curves differ by little, room enough
+    axes.set_yscale("log")  # shows small differences late in training
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())

@@ -1,4 +1,4 @@
-"""What determines one training run: command line, DeepSpeed config, data, folder; checked before anything starts."""
+"""Validate arguments, DeepSpeed config, data and folder of a training run."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).resolve().parent
 
 @dataclass
 class Plan:
-    """Everything one run is determined by; `settings` is the JSON image of it, kept in the run folder."""
+    """All settings of a run; the run folder stores `settings` as JSON."""
 
     config: dict[str, Any]
     data: TextData
@@ -23,32 +23,32 @@ class Plan:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that `demo.py` hands on to each of its runs."""
-    parser.add_argument("--config", type=Path, help="DeepSpeed config (default: zero2_<optimizer>.json beside me)")
+    """Add the arguments that `demo.py` passes to each run."""
+    parser.add_argument("--config", type=Path, help="DeepSpeed config (default: examples/zero2_<optimizer>.json)")
     parser.add_argument("--optimizer", help="AdaX, AdaXW, AdamW, ...: use the optimizer block of zero2_<name>.json")
     parser.add_argument("--data", type=Path, help="text file or folder (default: source of Python's standard library)")
-    parser.add_argument("--max-bytes", type=int, default=8_000_000, help="how much of the data to use")
+    parser.add_argument("--max-bytes", type=int, default=8_000_000, help="bytes of text to use")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
-    parser.add_argument("--warmup", type=int, default=40, help="steps of linear warm-up, before a cosine to a tenth")
+    parser.add_argument("--warmup", type=int, default=40, help="steps of linear warm-up; then cosine decay to 10 %%")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--context", type=int, default=128, help="bytes the model sees")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the data")
+    parser.add_argument("--context", type=int, default=128, help="context length in bytes")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights and data order")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--validate-every", type=int, default=100, help="steps between validations")
-    parser.add_argument("--fresh", action="store_true", help="drop an earlier run in the folder instead of resuming it")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier run instead of resuming it")
 
 
 def make_plan(args: argparse.Namespace, ranks: int) -> Plan:
-    """Turn the arguments into a plan; reads config and data, writes nothing.
+    """Read config and data and return the plan; write nothing.
 
     Args:
-        args: those of `add_run_arguments`, and `out` and `lr`, which may be None.
-        ranks: processes that will train together.
+        args: the arguments of `add_run_arguments`, plus `out` and `lr`, which may be None.
+        ranks: number of processes.
 
     Raises:
-        ValueError: an argument makes no sense, or the folder holds another run; the message names it.
+        ValueError: an argument is invalid, or the folder holds another run.
     """
     for name in ("max_bytes", "steps", "warmup", "layers", "width", "heads", "context", "save_every", "validate_every"):
         if getattr(args, name) < 1:
@@ -67,20 +67,20 @@ def make_plan(args: argparse.Namespace, ranks: int) -> Plan:
 
 
 def load_config(path: Path | None, optimizer: str | None, lr: float | None = None) -> dict[str, Any]:
-    """Read a DeepSpeed config; `optimizer` puts another config's optimizer block in the place of its own.
+    """Read a DeepSpeed config; `optimizer` replaces its optimizer block.
 
     Args:
-        path: JSON file; None is `zero2_<optimizer>.json`.
-        optimizer: name of the optimizer; None keeps the block of `path`, and is AdaX when there is no `path`.
-        lr: learning rate instead of the block's.
+        path: JSON file. None: `zero2_<optimizer>.json`.
+        optimizer: name of the optimizer. None: keep the block of `path`, or AdaX without `path`.
+        lr: replaces the learning rate of the block. Default: None, keep it.
 
     Raises:
-        ValueError: nothing is known of `optimizer`, or the file cannot be read or names no optimizer.
+        ValueError: `optimizer` is unknown, or the file is unreadable or names no optimizer.
     """
     presets = {file.stem.removeprefix("zero2_"): file for file in EXAMPLES.glob("zero2_*.json")}
     name = (optimizer or "AdaX").lower()
     if name not in presets:
-        raise ValueError(f"optimizer {optimizer!r} is unknown: expected one of {sorted(presets)}, in any letter case")
+        raise ValueError(f"unknown optimizer {optimizer!r}; expected one of {sorted(presets)} in any letter case")
     try:
         config = json.loads((path or presets[name]).read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -88,7 +88,7 @@ def load_config(path: Path | None, optimizer: str | None, lr: float | None = Non
     if optimizer is not None:
         config["optimizer"] = json.loads(presets[name].read_text())["optimizer"]
     if "type" not in config.get("optimizer", {}):
-        raise ValueError(f"--config {str(path)!r} has no 'optimizer' block with a 'type'")
+        raise ValueError(f"--config {str(path)!r} has no 'optimizer' block with a 'type'; add one or pass --optimizer")
     if lr is not None:
         config["optimizer"].setdefault("params", {})["lr"] = lr
     return config

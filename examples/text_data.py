@@ -1,4 +1,4 @@
-"""Bytes of a text file or a folder of them, and batches that are a pure function of (seed, step, rank)."""
+"""Read text files as bytes; batches depend only on (seed, step, rank)."""
 
 import hashlib
 import sysconfig
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
-HELD_OUT_EVERY = 20  # one block in twenty is held out: 5% for validation
-HELD_OUT_BLOCK = 65536  # bytes; long enough that a block is not finished by the text just before it
+HELD_OUT_EVERY = 20  # hold out one block in twenty (5 %) for validation
+HELD_OUT_BLOCK = 65536  # bytes; large blocks limit leakage from the neighbouring training text
 
 
 def read_text(path: Path | None, max_bytes: int) -> bytes:
-    """Read up to `max_bytes` bytes of text, in an order that depends on names only.
+    """Read up to `max_bytes` bytes of text, files in the order of their names.
 
     Args:
-        path: a file, or a folder whose files are joined in sorted order; None is the source (*.py) of this
-            Python's standard library. In a folder hidden files, installed packages and binary files are skipped.
-        max_bytes: where to stop.
+        path: a file or a folder; hidden files, installed packages and binary files of a folder are skipped. None: the
+            source (*.py) of Python's standard library.
+        max_bytes: maximum number of bytes.
 
     Raises:
         ValueError: `path` does not exist or holds no text.
@@ -38,7 +38,7 @@ def read_text(path: Path | None, max_bytes: int) -> bytes:
         if size >= max_bytes:
             break
     if not size:
-        raise ValueError(f"--data {str(root)!r}: holds no text")
+        raise ValueError(f"--data {str(root)!r} contains no text; pass a text file or a folder of text files")
     return b"".join(parts)[:max_bytes]
 
 
@@ -50,15 +50,14 @@ def _text_files(root: Path, suffix: str) -> Iterator[Path]:
 
 
 class TextData:
-    """A text cut into a training part and a held-out part, served as windows of `context` bytes.
+    """Split a text into training and held-out parts; return windows of `context` bytes.
 
-    Batches have no hidden position: the one of any step can be made again, so a resumed run sees the data of
-    an unbroken one.
+    Batches depend only on (seed, step, rank), so a resumed run sees the same data as an uninterrupted run.
 
     Args:
-        text: the bytes.
-        context: length of a window.
-        seed: another seed, another order.
+        text: all bytes.
+        context: window length in bytes.
+        seed: random seed of the batch order.
 
     Raises:
         ValueError: the text is too short for one window in each part.
@@ -70,8 +69,8 @@ class TextData:
         held_out = b"".join(blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
         if len(held_out) <= context:
             raise ValueError(
-                f"--data: {len(text)} bytes are too few: the held-out part, {len(held_out)} bytes, "
-                f"must be longer than --context {context}"
+                f"--data has {len(text)} bytes, {len(held_out)} of them held out; the held-out part "
+                f"must be longer than --context {context}; use more data or a smaller --context"
             )
         del blocks[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
         self.train = torch.frombuffer(bytearray(b"".join(blocks)), dtype=torch.uint8)
@@ -81,14 +80,14 @@ class TextData:
         self.digest = hashlib.sha256(text).hexdigest()
 
     def batch(self, step: int, rank: int, ranks: int, size: int) -> tuple[Tensor, Tensor]:
-        """Return (inputs, targets), each (size, context) int64: the part of `rank` in the global batch of `step`."""
+        """Return (inputs, targets) of one rank at one step, each (size, context) int64."""
         # The CPU generator uses 32 bits of its seed.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**32)
         starts = torch.randint(len(self.train) - self.context, (ranks * size,), generator=generator)
         return self._windows(self.train, starts[rank * size : (rank + 1) * size])
 
     def held_out(self, rank: int, ranks: int, size: int, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield `batches` batches of this rank's share of windows spread evenly over the held-out part."""
+        """Yield `batches` batches of this rank; windows are spaced evenly over the held-out part."""
         count = ranks * size * batches
         last = len(self.validation) - self.context - 1
         starts = torch.arange(count) * last // max(1, count - 1)

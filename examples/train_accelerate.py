@@ -1,7 +1,7 @@
-"""Train a small GPT-2 in a loop of one's own with Accelerate, through DeepSpeed, as huggingface.json says.
+"""Train a small GPT-2 with Accelerate and DeepSpeed, configured by huggingface.json.
 
 deepspeed examples/train_accelerate.py                         # one process per GPU
-torchrun --nproc-per-node 1 examples/train_accelerate.py       # on a CPU, where Accelerate takes one process
+torchrun --nproc-per-node 1 examples/train_accelerate.py       # on a CPU; Accelerate supports one process there
 """
 
 import logging
@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 def main(argv: list[str] | None = None) -> None:
     """Train from the command line, and print the losses."""
     args = parse_arguments(argv, __doc__)
-    logging.basicConfig(level=logging.INFO)  # shows what DeepSpeed steps
+    logging.basicConfig(level=logging.INFO)  # logs the optimizer in use
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=str(DEEPSPEED_CONFIG)),
         mixed_precision="bf16" if torch.cuda.is_available() else "no",
     )
     model = build_model(args.width)
-    # Stands for the optimizer that the configuration names; lr and weight_decay go where that says "auto".
+    # Placeholder: DeepSpeed creates the configured optimizer; lr and weight_decay replace "auto".
     optimizer = DummyOptim(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     loader = DataLoader(Windows(args.data), batch_size=args.batch, shuffle=True)
     engine, optimizer, loader = accelerator.prepare(model, optimizer, loader)

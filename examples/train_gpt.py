@@ -1,10 +1,10 @@
-"""Train a small byte-level GPT through DeepSpeed: one run of one optimizer, named in a DeepSpeed JSON config.
+"""Train a small byte-level GPT with DeepSpeed and the optimizer of a JSON config.
 
-Any launcher that starts one process per device will do; `demo.py` is one, for two optimizers on the same data:
+Start it with any launcher that runs one process per device; `demo.py` starts it with two optimizers on the same data:
 
     torchrun --nproc-per-node 2 examples/train_gpt.py --config examples/zero2_adax.json --data my_text_folder
 
-Started again with the same arguments, a run goes on from its last checkpoint and ends as if never interrupted.
+Run the same command again to resume from the last checkpoint; the results equal those of an uninterrupted run.
 """
 
 import argparse
@@ -32,21 +32,21 @@ LAUNCHER = os.getppid()
 
 
 def import_deepspeed() -> ModuleType:
-    """Import DeepSpeed, without its chatter, and make it know AdaX and AdaXW."""
+    """Import DeepSpeed with few log messages and register AdaX and AdaXW."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import adax_triton.integrations.deepspeed  # noqa: F401  registers the optimizer types
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*")  # of torch 2.13, about DeepSpeed's calls
-    # On CPU DeepSpeed would compile a C++ extension first, for an all-reduce that only inference calls.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*")  # torch 2.13 warns about it
+    # On a CPU DeepSpeed would compile a C++ extension for an all-reduce that only inference uses.
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def learning_rate_factor(warmup: int, steps: int) -> Callable[[int], float]:
-    """Return a factor of the number of steps done: linear warm-up, then a cosine from 1 to 0.1."""
+    """Return the learning rate schedule: linear warm-up, then cosine decay from 1 to 0.1."""
 
     def factor(done: int) -> float:
         if done < warmup:
@@ -60,8 +60,8 @@ class Trainer:
     """A DeepSpeed engine with its data and its run folder.
 
     Args:
-        plan: what to train.
-        deepspeed: the module, imported with `import_deepspeed`.
+        plan: settings of the run.
+        deepspeed: the module from `import_deepspeed`.
     """
 
     def __init__(self, plan: Plan, deepspeed: ModuleType) -> None:
@@ -84,7 +84,7 @@ class Trainer:
         self.batch_size = self.engine.train_micro_batch_size_per_gpu()
 
     def resume(self, fresh: bool) -> int:
-        """Make the folder ready, load its last checkpoint if there is one, and return the steps done."""
+        """Prepare the folder, load its last checkpoint, and return the steps done."""
         if self.rank == 0:
             self.folder.prepare(self.settings, fresh)
         dist.barrier()
@@ -92,11 +92,13 @@ class Trainer:
         if done:
             path, _ = self.engine.load_checkpoint(str(self.folder.checkpoints), tag=checkpoint_tag(done))
             if path is None:
-                raise RuntimeError(f"{self.folder.checkpoints}: checkpoint {checkpoint_tag(done)} cannot be loaded")
+                raise RuntimeError(
+                    f"{self.folder.checkpoints}: checkpoint {checkpoint_tag(done)} is unreadable; pass --fresh"
+                )
         return done
 
     def train_step(self, step: int) -> float:
-        """Train step `step`, counted from 1; return the loss on its global batch, before the update."""
+        """Train step `step`, counted from 1; return the loss of its global batch."""
         accumulation = self.engine.gradient_accumulation_steps()
         total = torch.zeros((), device=self.engine.device)
         for micro_step in range((step - 1) * accumulation, step * accumulation):
@@ -118,7 +120,7 @@ class Trainer:
         return self._mean_over_ranks(total / VALIDATION_BATCHES)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint, and make it the one to resume from once every rank has written its part."""
+        """Write a checkpoint, then set `latest` to it when all ranks have written."""
         self.engine.save_checkpoint(str(self.folder.checkpoints), tag=checkpoint_tag(step), save_latest=False)
         if self.rank == 0:
             self.folder.commit(step)
@@ -129,7 +131,7 @@ class Trainer:
 
 
 def train(trainer: Trainer, label: str, done: int, save_every: int, validate_every: int) -> None:
-    """Run the steps after `done`, with a progress bar, the loss log and checkpoints."""
+    """Train the steps after `done`; show progress, log losses, save checkpoints."""
     steps, rank, folder = trainer.settings["steps"], trainer.rank, trainer.folder
     tokens = trainer.engine.train_batch_size() * trainer.settings["context"]
     durations = []
@@ -144,7 +146,8 @@ def train(trainer: Trainer, label: str, done: int, save_every: int, validate_eve
     )
     for step in range(done + 1, steps + 1):
         if os.getppid() != LAUNCHER:
-            raise SystemExit("train_gpt.py: the launcher is gone, stopping")  # a new one may want this folder
+            # A new launcher may use this folder.
+            raise SystemExit("train_gpt.py: the launcher is gone; stopped")
         start = time.perf_counter()
         loss = trainer.train_step(step)
         durations.append(time.perf_counter() - start)
@@ -165,7 +168,7 @@ def train(trainer: Trainer, label: str, done: int, save_every: int, validate_eve
 
 
 def announce(trainer: Trainer, label: str, done: int) -> None:
-    """Print what is trained, and where the run goes on."""
+    """Print the optimizer, the sizes and the start step."""
     inner, steps = type(trainer.engine.basic_optimizer), trainer.settings["steps"]
     print(
         f"{label}: {inner.__module__}.{inner.__qualname__} inside {type(trainer.engine.optimizer).__name__}, "
@@ -176,7 +179,7 @@ def announce(trainer: Trainer, label: str, done: int) -> None:
     elif done < steps:
         where = f"resuming after step {done} of {steps} in {trainer.folder.path}; --fresh starts over"
     else:
-        where = f"all {steps} steps were done before in {trainer.folder.path}; --fresh starts over"
+        where = f"all {steps} steps are done in {trainer.folder.path}; --fresh starts over"
     print(f"{label}: {where}", flush=True)
 
 
@@ -184,13 +187,13 @@ def main(argv: list[str] | None = None) -> None:
     """Train one run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
-    parser.add_argument("--lr", type=float, help="learning rate instead of the config's")
+    parser.add_argument("--lr", type=float, help="replaces the learning rate of the config")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/<optimizer>)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     args = parser.parse_args(argv)
     if "WORLD_SIZE" not in os.environ:
-        parser.error("a launcher must start the processes, such as torchrun, deepspeed or demo.py; see --help")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback of every process; the launcher says it
+        parser.error("no launcher found; start this script with torchrun, deepspeed or demo.py, see --help")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback per process on Ctrl-C; the launcher reports it
     try:
         plan = make_plan(args, int(os.environ["WORLD_SIZE"]))
     except ValueError as error:

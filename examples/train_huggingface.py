@@ -1,7 +1,7 @@
-"""Train a small GPT-2 with the Trainer of transformers, through DeepSpeed, with the optimizer huggingface.json names.
+"""Train a small GPT-2 with the Trainer and DeepSpeed, configured by huggingface.json.
 
 deepspeed examples/train_huggingface.py                        # one process per GPU
-torchrun --nproc-per-node 1 examples/train_huggingface.py      # on a CPU, where the Trainer takes one process
+torchrun --nproc-per-node 1 examples/train_huggingface.py      # on a CPU; the Trainer supports one process there
 """
 
 import logging
@@ -16,14 +16,14 @@ from transformers import Trainer, TrainingArguments
 def main(argv: list[str] | None = None) -> None:
     """Train from the command line, and print the losses."""
     args = parse_arguments(argv, __doc__)
-    logging.basicConfig(level=logging.INFO)  # shows what DeepSpeed steps
+    logging.basicConfig(level=logging.INFO)  # logs the optimizer in use
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingArguments(
             output_dir=folder,
             deepspeed=str(DEEPSPEED_CONFIG),
             per_device_train_batch_size=args.batch,
             max_steps=args.steps,
-            # What is "auto" in the configuration. Without betas and eps in it, AdaXW has its own.
+            # These values replace "auto". The configuration omits betas and eps to keep AdaXW's defaults.
             learning_rate=args.lr,
             weight_decay=args.weight_decay,
             bf16=torch.cuda.is_available(),

@@ -1,4 +1,4 @@
-"""The main job, with two real CPU processes; the oracle of a killed and resumed run is the unbroken one."""
+"""The demo with two CPU processes; a resumed run must equal an uninterrupted run."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ def demo(*arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    # On the CPU on every machine, and with the compiled code there, not Triton's interpreter.
+    # On a CPU, with the native kernel instead of Triton's interpreter.
     dropped = {"TRITON_INTERPRET", "WORLD_SIZE", "RANK", "LOCAL_RANK", "OMP_NUM_THREADS"}
     return {name: value for name, value in os.environ.items() if name not in dropped} | {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -48,7 +48,7 @@ def write_text(file: Path, lines: range) -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose text is that of `<folder>.txt`: files in sorted order, what is no text left out."""
+    """A folder with the text of `<folder>.txt`, plus hidden and binary files."""
     folder = tmp_path_factory.mktemp("corpus") / "text"
     write_text(folder / "a.txt", range(300))
     write_text(folder / "b" / "c.txt", range(300, 600))
@@ -59,9 +59,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Both runs of the demonstration, on a folder, never interrupted."""
-    out = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Output folder and stdout of an uninterrupted demo."""
+    out = tmp_path_factory.mktemp("uninterrupted")
     finished = run(*TINY, "--data", corpus, "--out", out)
     assert finished.returncode == 0, finished.stderr
     return out, finished.stdout
@@ -70,8 +70,8 @@ def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 class TestDemo:
     pytestmark = needs_deepspeed
 
-    def test_both_optimizers_learn_from_the_same_start(self, unbroken: tuple[Path, str]) -> None:
-        out, printed = unbroken
+    def test_both_optimizers_learn_from_the_same_start(self, uninterrupted: tuple[Path, str]) -> None:
+        out, printed = uninterrupted
         adax, adamw = (read_log(out / name) for name in ("adax", "adamw"))
         assert [record["step"] for record in adax] == [record["step"] for record in adamw] == list(range(1, STEPS + 1))
         assert adax[0]["loss"] == adamw[0]["loss"]
@@ -81,28 +81,30 @@ class TestDemo:
             assert f"\n{name:8}{log[-1]['validation_loss']:16.4f}" in printed
         assert "adax_triton.optimizers.AdaX inside DeepSpeedZeroOptimizer, 2 processes" in printed
 
-    def test_picture_shows_two_curves(self, unbroken: tuple[Path, str]) -> None:
-        import matplotlib.low_precision_copy
+    def test_picture_shows_two_curves(self, uninterrupted: tuple[Path, str]) -> None:
+        import matplotlib.image
 
-        picture = matplotlib.low_precision_copy.imread(unbroken[0] / "loss.png")[..., :3]
+        picture = matplotlib.image.imread(uninterrupted[0] / "loss.png")[..., :3]
         assert picture.shape[0] >= 500 and picture.shape[1] >= 800
         for colour in ("#c2410c", "#1d4ed8"):
             curve = abs(picture - matplotlib.colors.to_rgb(colour)).max(axis=-1) < 0.02
             assert curve.any(axis=0).mean() > 0.5, f"{colour} spans too little of the picture"
 
-    def test_killed_run_resumes_as_if_unbroken(self, unbroken: tuple[Path, str], corpus: Path, tmp_path: Path) -> None:
-        # From the file where the unbroken run had the folder: the same bytes.
+    def test_killed_run_resumes_as_if_uninterrupted(
+        self, uninterrupted: tuple[Path, str], corpus: Path, tmp_path: Path
+    ) -> None:
+        # The file has the same bytes as the folder of the uninterrupted run.
         arguments = [*TINY, "--data", corpus.with_suffix(".txt"), "--against", "AdaX", "--out", tmp_path]
         kill_after_checkpoint(arguments, tmp_path / "adax")
         killed = read_log(tmp_path / "adax")
-        assert 10 <= len(killed) < STEPS, "the kill missed the run"
-        leave_what_a_kill_can_leave(tmp_path / "adax")
+        assert 10 <= len(killed) < STEPS, "the run finished before the kill"
+        add_partial_checkpoint_and_log_line(tmp_path / "adax")
 
         resumed = run(*arguments)
 
         assert resumed.returncode == 0, resumed.stderr
         assert "AdaX: resuming after step" in resumed.stdout
-        assert (tmp_path / "adax" / "loss.jsonl").read_text() == (unbroken[0] / "adax" / "loss.jsonl").read_text()
+        assert (tmp_path / "adax" / "loss.jsonl").read_text() == (uninterrupted[0] / "adax" / "loss.jsonl").read_text()
         assert [folder.name for folder in (tmp_path / "adax" / "checkpoints").glob("step*")] == [f"step{STEPS:07d}"]
 
 
@@ -112,40 +114,40 @@ def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("examples_on_path")
-class TestRefusals:
+class TestInvalidArguments:
     pytestmark = needs_deepspeed
 
     @pytest.mark.parametrize("flag", ["--optimizer", "--against"])
     def test_unknown_optimizer_is_named(self, flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "optimizer 'AdaZ' is unknown: expected one of ['adamw', 'adax', 'adaxw']" in refusal(
+        assert "unknown optimizer 'AdaZ'; expected one of ['adamw', 'adax', 'adaxw']" in error_message(
             capsys, flag, "AdaZ", "--out", tmp_path
         )
         assert not any(tmp_path.iterdir())
 
     def test_other_settings_are_not_mixed_into_a_run(
-        self, unbroken: tuple[Path, str], corpus: Path, capsys: pytest.CaptureFixture[str]
+        self, uninterrupted: tuple[Path, str], corpus: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        message = refusal(capsys, *TINY, "--data", corpus, "--out", unbroken[0], "--seed", 1)
-        assert "holds a run with seed=0, now seed=1: give --fresh to replace it" in message
+        message = error_message(capsys, *TINY, "--data", corpus, "--out", uninterrupted[0], "--seed", 1)
+        assert "holds a run with seed=0, but this run has seed=1; pass --fresh to replace it" in message
 
     def test_data_must_exist_and_be_long_enough(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         missing, short = tmp_path / "missing", tmp_path / "short.txt"
-        assert f"--data {str(missing)!r}: no such file or folder" in refusal(capsys, "--data", missing)
+        assert f"--data {str(missing)!r}: no such file or folder" in error_message(capsys, "--data", missing)
         short.write_text("too short")
-        assert "9 bytes are too few" in refusal(capsys, "--data", short)
+        assert "--data has 9 bytes" in error_message(capsys, "--data", short)
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Return what the demonstration says when it refuses its arguments, before it starts any process."""
-    import demo as demonstration
+def error_message(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Return the error message of a demo with invalid arguments."""
+    import demo as demo_module
 
     with pytest.raises(SystemExit) as stopped:
-        demonstration.main(list(map(str, arguments)))
+        demo_module.main(list(map(str, arguments)))
     assert stopped.value.code == 2
     return capsys.readouterr().err
 
 
-def test_configs_differ_in_nothing_but_the_optimizer() -> None:
+def test_configs_differ_only_in_the_optimizer() -> None:
     configs = [json.loads(file.read_text()) for file in EXAMPLES.glob("zero2_*.json")]
     assert len(configs) >= 3
     types = {config.pop("optimizer")["type"] for config in configs}
@@ -155,7 +157,7 @@ def test_configs_differ_in_nothing_but_the_optimizer() -> None:
 
 
 @pytest.mark.usefixtures("examples_on_path")
-def test_batches_depend_on_step_and_place_in_the_global_batch_only() -> None:
+def test_batches_depend_only_on_seed_step_and_rank() -> None:
     from text_data import TextData
 
     text = bytes(range(256)) * 400
@@ -169,7 +171,7 @@ def test_batches_depend_on_step_and_place_in_the_global_batch_only() -> None:
 
 
 @pytest.mark.usefixtures("examples_on_path")
-def test_held_out_text_is_a_twentieth_and_never_trained_on() -> None:
+def test_held_out_text_is_a_twentieth_and_excluded_from_training() -> None:
     from text_data import TextData
 
     text = b"".join(bytes([block]) * 100 for block in range(20))
@@ -187,7 +189,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 
 def kill_after_checkpoint(arguments: list[object], folder: Path) -> None:
-    """Start the demonstration and SIGKILL all its processes soon after the first complete checkpoint of `folder`."""
+    """Start the demo and kill all its processes after the first complete checkpoint in `folder`."""
     import psutil
 
     process = subprocess.Popen(
@@ -199,7 +201,7 @@ def kill_after_checkpoint(arguments: list[object], folder: Path) -> None:
             assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
             time.sleep(0.005)
     finally:
-        # Workers have process groups of their own, so the children are looked up, deepest last.
+        # Workers have their own process groups, so signal each process.
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for member in family:
             member.send_signal(signal.SIGKILL)
@@ -207,8 +209,8 @@ def kill_after_checkpoint(arguments: list[object], folder: Path) -> None:
         psutil.wait_procs(family, timeout=30)
 
 
-def leave_what_a_kill_can_leave(folder: Path) -> None:
-    """Add half a checkpoint and half a line of the log, newer than the last complete checkpoint."""
+def add_partial_checkpoint_and_log_line(folder: Path) -> None:
+    """Add an incomplete checkpoint and log line after the last complete checkpoint."""
     half = folder / "checkpoints" / f"step{STEPS - 1:07d}"
     half.mkdir()
     (half / "mp_rank_00_model_states.pt").write_bytes(b"PK")
