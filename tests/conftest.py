@@ -1,4 +1,4 @@
-"""Where tests run: on a GPU where there is one, else the kernel in Triton's interpreter on CPU tensors."""
+"""Shared fixtures; without a GPU the Triton kernels run in the interpreter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# The functions of the package that launch a kernel.
+# Module of adax_triton.kernels -> function that launches its kernel.
 LAUNCHERS = {
     "adax_step": "adax_step",
     "coefficients": "prepare_step",
@@ -27,30 +27,30 @@ LAUNCHERS = {
     "telemetry": "sum_rows",
 }
 
-# Seconds of each file of tests on two quiet cores, by `make durations`.
+# `make durations` writes the seconds of each test file, measured on two idle cores.
 DURATIONS = SUPPORT / "durations.json"
-# `make quick`: files that take no longer, and those of the update, of its formats, of the contract and of refusals.
+# `make quick` runs files that take at most QUICK_S seconds, and ESSENTIAL files.
 QUICK_S = 3.0
 ESSENTIAL = {f"test_{name}.py" for name in ("kernel", "quantization", "rounding", "optimizer_contract", "bad_input")}
 
-# Triton decides at its import, so this comes before any import of it; torch.cuda is also the HIP device.
+# Triton reads this when it is imported. torch.cuda also covers HIP devices.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# A pool of compile workers takes longer to start than what tests compile; each process that compiles would have one.
+# Each process that compiles would start a worker pool, which takes longer than the compilations.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add what the Makefile passes."""
-    parser.addoption("--quick", action="store_true", help="run the tests that take a minute together")
+    """Add the options of the Makefile."""
+    parser.addoption("--quick", action="store_true", help="run tests that take a minute in total")
     parser.addoption("--record-durations", action="store_true", help="write tests/support/durations.json")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give workers the files that take longest first, so that none is left when all others have ended; leave out tests.
+    """Run the slowest files first under pytest-xdist, and deselect tests.
 
-    With `--quick`, those of files that take long. With the variable ONLY_GPU_TESTS, what a CPU shows as well: time on a
-    GPU machine is short.
+    `--quick` deselects slow files. The variable ONLY_GPU_TESTS deselects tests that give the same result on a CPU,
+    because time on a GPU machine is short.
     """
     seconds: dict[str, float] = json.loads(DURATIONS.read_text())
     if hasattr(config, "workerinput"):
@@ -70,7 +70,7 @@ def in_tests(path: str | Path) -> str:
 
 
 def pytest_collection_finish() -> None:
-    """Have garbage be looked for among what tests make, not among what was imported."""
+    """Exclude imported objects from garbage collection, which is then faster."""
     gc.freeze()
 
 
@@ -82,7 +82,7 @@ def needs_gpu(item: pytest.Item) -> bool:
 
 
 class DurationFile:
-    """Writes the seconds that each file takes, all its tests together."""
+    """Writes the total seconds of each test file."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
@@ -96,23 +96,23 @@ class DurationFile:
 
 
 class FailureFile:
-    """Shows each failure as soon as it happens, and appends it to a file: a run that is killed loses none.
+    """Prints each failure immediately and appends it to a file, which survives a kill.
 
     Args:
-        config: of the session.
-        path: the file.
+        config: pytest's configuration of this session.
+        path: file that failures are appended to.
     """
 
     def __init__(self, config: pytest.Config, path: str) -> None:
         self._config, self._path = config, path
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._keep(report, f"FAILED {report.nodeid} ({report.when})")
+        self._record(report, f"FAILED {report.nodeid} ({report.when})")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        self._keep(report, f"NOT COLLECTED {report.nodeid}")
+        self._record(report, f"NOT COLLECTED {report.nodeid}")
 
-    def _keep(self, report: pytest.TestReport | pytest.CollectReport, title: str) -> None:
+    def _record(self, report: pytest.TestReport | pytest.CollectReport, title: str) -> None:
         if report.failed:
             text = f"{title}\n{report.longreprtext}\n"
             self._config.get_terminal_writer().write(f"\n{text}", flush=True)
@@ -121,8 +121,8 @@ class FailureFile:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep failures in the file that the variable FAILURES names, and durations in theirs."""
-    if hasattr(config, "workerinput"):  # a worker of pytest-xdist reports to the process that has one
+    """Record failures to the file of the variable FAILURES, and durations."""
+    if hasattr(config, "workerinput"):  # workers of pytest-xdist report to the main process
         return
     if path := os.environ.get("FAILURES"):
         config.pluginmanager.register(FailureFile(config, path))
@@ -132,34 +132,34 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the kernel's tensors lie."""
+    """Device of tensors for the Triton kernel."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
 def native_cpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Step CPU tensors by the native kernel, although Triton's would run on them in the interpreter."""
+    """Use the native CPU kernel instead of Triton's interpreter."""
     monkeypatch.setattr("adax_triton.step.backend._interpreting", lambda: False)
     return torch.device("cpu")
 
 
 @pytest.fixture
 def reference_cpu(native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Step CPU tensors by the reference formula, as without a C++ compiler."""
+    """Use the reference formula for CPU tensors, as without a C++ compiler."""
     monkeypatch.setattr("adax_triton.step.launch.native_kernel", lambda variant: None)
     return native_cpu
 
 
 @pytest.fixture(params=["kernel", "cpu"])
 def backend(request: pytest.FixtureRequest) -> torch.device:
-    """The device whose tensors Triton's kernel steps, and the CPU, whose tensors the native kernel steps."""
+    """Run a test with the Triton kernel ("kernel") and the native CPU kernel ("cpu")."""
     return request.getfixturevalue("device" if request.param == "kernel" else "native_cpu")
 
 
 class Recording(TorchDispatchMode):
-    """The kernel launches within a block and the tensor operations between them, to be done again, in order.
+    """Record kernel launches and tensor operations in a block, and replay them in order.
 
-    As in a CUDA graph, operations write the same memory each time, and no Python runs between them.
+    As in a CUDA graph, a replay writes the same memory and runs no other Python code.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ class Recording(TorchDispatchMode):
         def record(*args: Any) -> None:
             if self._entered:
                 self._calls.append((launch, args, {}, None))
-            self._launching = True  # what the interpreter does is part of the launch
+            self._launching = True  # operations of the interpreter belong to the launch
             launch(*args)
             self._launching = False
 
@@ -206,19 +206,19 @@ class Recording(TorchDispatchMode):
 
 @pytest.fixture
 def launchers() -> dict[str, str]:
-    """The functions that launch a kernel, by module of adax_triton.kernels."""
+    """Module of adax_triton.kernels -> function that launches its kernel."""
     return LAUNCHERS
 
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
-    """Stands in for a CUDA graph where kernels are interpreted."""
+    """Replaces a CUDA graph when kernels run in the interpreter."""
     return Recording(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def launch_deepspeed() -> Callable[..., dict[str, Any]]:
-    """Runs cases of deepspeed_worker.py or another worker, with files in a folder, and returns their results."""
+    """Function that runs cases of a DeepSpeed worker and returns their results; see `launch`."""
     return launch
 
 
@@ -229,9 +229,14 @@ def launch(
     world_size: int = 2,
     interpreted: bool = False,
 ) -> dict[str, Any]:
-    """Run a worker on some ranks, with the kernel in the interpreter or not, and return its results.
+    """Run a worker on `world_size` ranks and return its results; all processes end with the call.
 
-    No process outlives the call.
+    Args:
+        folder: working folder for the cases, results and log.
+        cases: JSON-friendly arguments of the worker.
+        worker: script in tests/support.
+        world_size: number of ranks. Default: 2.
+        interpreted: run the Triton kernels in the interpreter. Default: False.
     """
     (folder / "cases.json").write_text(json.dumps(cases))
     arguments = [str(folder / name) for name in ("cases.json", "results.json")]

@@ -1,4 +1,4 @@
-"""Clipping by a norm of gradients on several ranks, on real gloo processes; see clipping_worker.py for the oracle."""
+"""Clipping by the gradient norm of several gloo ranks. Oracle: one process (clipping_worker.py)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if not dist.is_available() or not dist.is_gloo_available():
 CASES: dict[str, dict[str, Any]] = {
     "fsdp2": {"check": "dtensors", "dtype": "float32"},
     "fsdp2, 8bit_v16": {"check": "dtensors", "dtype": "bfloat16", "states": "8bit_v16", "master_weights": "24bit"},
-    "by hand": {"check": "dtensors", "by hand": True},
+    "manual": {"check": "dtensors", "manual": True},
     "ZeRO-1": {"check": "zero"},
-    "own part": {"check": "own part"},
-    "idle rank": {"check": "own part", "idle": True},
+    "unequal parts": {"check": "unequal parts"},
+    "idle rank": {"check": "unequal parts", "idle": True},
 }
-INTERPRETED = ("fsdp2", "by hand", "own part", "idle rank")
+INTERPRETED = ("fsdp2", "manual", "unequal parts", "idle rank")
 
 
 @pytest.fixture(scope="module", params=["compiled", "interpreted"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """The results of each case on both ranks: of PyTorch's steps on the CPU, or of the kernel in the interpreter."""
+    """Results of each case on both ranks, with the native CPU kernel or the Triton interpreter."""
     interpreted = request.param == "interpreted"
     cases = {name: case for name, case in CASES.items() if not interpreted or name in INTERPRETED}
     return launch(tmp_path_factory.mktemp("norm"), 2, cases, str(int(interpreted)), "clipping_worker.py")
@@ -32,28 +32,28 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def of_case(results: Results, case: str) -> list[dict[str, Any]]:
     if case not in results:
-        pytest.skip("not in the interpreter, where it takes long")
+        pytest.skip("too slow in the interpreter")
     return results[case]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_norm_and_step_are_those_of_one_process(results: Results, case: str) -> None:
+def test_norm_and_step_equal_one_process(results: Results, case: str) -> None:
     for result in of_case(results, case):
         ours, expected = result["norms"]
         assert ours == expected
-        assert expected[1] < 100.0 < expected[0]  # so one step of two was clipped
+        assert expected[1] < 100.0 < expected[0]  # one of the two steps is clipped
         assert result["differing"] == []
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "ZeRO-1"])
-def test_nan_on_one_rank_skips_on_all(results: Results, case: str) -> None:
+def test_nan_on_one_rank_skips_the_step_on_all_ranks(results: Results, case: str) -> None:
     for result in of_case(results, case):
         assert result["skipped"] is True
         assert result["norm"] == "nan"
 
 
-@pytest.mark.parametrize("case", ["fsdp2", "fsdp2, 8bit_v16", "by hand"])
-def test_steps_after_a_skipped_one_are_those_of_one_process(results: Results, case: str) -> None:
+@pytest.mark.parametrize("case", ["fsdp2", "fsdp2, 8bit_v16", "manual"])
+def test_steps_after_a_skipped_step_equal_one_process(results: Results, case: str) -> None:
     for result in of_case(results, case):
         ours, expected = result["more"]
         assert ours == expected

@@ -1,6 +1,6 @@
-"""Training steps within torch.compile: the graph breaks at the optimizer, and nothing of a step is compiled with it.
+"""Training steps within torch.compile: the graph breaks at the optimizer, which runs uncompiled.
 
-Oracle: the same function, not compiled, bit for bit; and the frames that Dynamo has looked at, which must not grow.
+Oracle: the uncompiled function, bit for bit. Dynamo's frame count must not grow after two steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def training_step(optimizer: AdaX, model: nn.Module, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def frames() -> Iterator[Callable[[], tuple[int, int]]]:
-    """A function that returns the numbers of frames and graphs so far."""
+    """Yield a function that returns Dynamo's counts of frames and graphs."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -47,18 +47,18 @@ def check(device: torch.device, release: bool, **options: Any) -> None:
     if release:
         GradientRelease(optimizer)
         GradientRelease(twin)
-    # Autograd and all, but without a code generator, whose arithmetic may differ from the kernels that PyTorch brings.
+    # "aot_eager" compiles autograd but generates no code, so its arithmetic equals PyTorch's.
     compiled = torch.compile(training_step, backend="aot_eager")
-    with frames() as so_far:
+    with frames() as counts:
         for step in range(STEPS):
             x = torch.full((3, 8), 1.0 + step, device=device)
-            for each in (optimizer, twin):
-                each.param_groups[0]["lr"] = 0.01 / (1 + step)
+            for trained in (optimizer, twin):
+                trained.param_groups[0]["lr"] = 0.01 / (1 + step)
             assert torch.equal(compiled(optimizer, model, x), training_step(twin, twin_model, x))
             if step == 1:
-                known = so_far()
-        assert so_far() == known
-        assert known[1] == 1  # of the loss
+                known = counts()
+        assert counts() == known
+        assert known[1] == 1  # the graph of the loss
     for param, other in zip(model.parameters(), twin_model.parameters(), strict=True):
         assert torch.equal(param, other)
         assert all(
@@ -68,13 +68,13 @@ def check(device: torch.device, release: bool, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "telemetry": True}], ids=["plain", "clipping"])
-def test_compiled_training_steps_as_written(options: dict[str, Any], backend: torch.device) -> None:
+def test_compiled_training_equals_uncompiled_training(options: dict[str, Any], backend: torch.device) -> None:
     check(backend, release=False, **options)
 
 
-def test_compiled_training_releases_gradients_as_written(backend: torch.device) -> None:
+def test_compiled_gradient_release_equals_the_uncompiled_one(backend: torch.device) -> None:
     check(backend, release=True)
 
 
-def test_compiled_training_advances_the_count_on_the_device(device: torch.device) -> None:
+def test_compiled_training_with_capturable_equals_uncompiled_training(device: torch.device) -> None:
     check(device, release=False, capturable=True)

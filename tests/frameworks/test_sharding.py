@@ -1,7 +1,7 @@
 """DTensor parameters, FSDP2 and torch.distributed.checkpoint, on real gloo processes.
 
-Oracle: the same model without shards, stepped with the whole gradients, bit for bit (sharding_runs.py). Each launch
-runs many cases; each test reads the results of its own, from every rank.
+Oracle: the same unsharded model with the full gradients, bit for bit (sharding_runs.py). Each launch runs many cases.
+Each test reads the results of one case from all ranks.
 """
 
 import subprocess
@@ -36,7 +36,7 @@ MODES["8bit_v16-fp16"] = {
     "dtype": "float16",
     "master_weights": "float32",
 }
-# Of each kind of state and of master one; the rest are stepped and saved alone.
+# One mode per state and master format; other modes are only stepped and saved.
 COPIED = ["float32-fp32", "bfloat16-bf16", "bfloat16-bf16-master", "8bit_v16-fp32", "8bit_v16-fp16", "8bit-bf16-24bit"]
 RESHARDED = ["float32-bf16", "bfloat16-bf16-24bit", "8bit_v16-bf16", "8bit_v16-fp16", "8bit-bf16-master"]
 CONVERSIONS = {
@@ -59,7 +59,7 @@ CONVERSIONS = {
 }
 MASTERS_OF = ("float32-bf16-master", "8bit-bf16-24bit", "8bit_v16-fp16", "8bit_v16-bf16")
 EXPORTS = {f"masters of {name}": {**MODES[name], "check": "masters"} for name in MASTERS_OF}
-ONCE = {name: {"check": name} for name in ("columns", "transposed", "refusals", "gradients")}
+ONCE = {name: {"check": name} for name in ("columns", "transposed", "errors", "gradients")}
 ONCE["backward"] = {"check": "backward", "dtype": "float32", "states": "8bit_v16"}
 ON_TWO = {name: {**mode, "checkpoints": True, "copies": name in COPIED} for name, mode in MODES.items()}
 ON_FOUR = {name: ON_TWO[name] for name in RESHARDED}
@@ -91,22 +91,22 @@ every_mode = pytest.mark.parametrize("mode", MODES)
 
 
 @every_mode
-def test_two_shards_step_as_the_whole(two: Results, mode: str) -> None:
+def test_two_shards_equal_the_unsharded_run(two: Results, mode: str) -> None:
     for result in two[mode]:
         assert result["trajectory"] == []
-        # What was compared: every parameter moved, and the states were those of the mode.
+        # Check the comparison: all parameters moved, and the states have the mode's precision.
         assert result["still"] == []
         assert ("embed.weight/group_exponents" in result["parts"]) == mode.startswith("8bit_v16")
         assert ("gain/master" in result["parts"]) == ("master_weights" in MODES[mode])
 
 
 @pytest.mark.parametrize("mode", RESHARDED)
-def test_four_shards_step_as_the_whole(four: Results, mode: str) -> None:
+def test_four_shards_equal_the_unsharded_run(four: Results, mode: str) -> None:
     assert [result["trajectory"] for result in four[mode]] == [[]] * 4
 
 
 @pytest.mark.parametrize("mode", INTERPRETED)
-def test_kernel_steps_two_shards_as_the_whole(interpreted: Results, mode: str) -> None:
+def test_triton_kernel_on_two_shards_equals_the_unsharded_run(interpreted: Results, mode: str) -> None:
     assert [result["trajectory"] for result in interpreted[mode]] == [[]] * 2
 
 
@@ -121,82 +121,82 @@ def test_checkpoint_of_two_shards_loads_into_four(four: Results, mode: str) -> N
 
 
 @pytest.mark.parametrize("mode", COPIED)
-@pytest.mark.parametrize("way", ["deepcopy", "state_dict", "from the whole", "into the whole"])
+@pytest.mark.parametrize("way", ["deepcopy", "state_dict", "from unsharded", "into unsharded"])
 def test_copy_continues_bit_for_bit(two: Results, mode: str, way: str) -> None:
     assert [result[way] for result in two[mode]] == [[]] * 2
 
 
 @pytest.mark.parametrize("mode", COPIED)
 @pytest.mark.parametrize("way", ["torch gathers", "torch distributes"])
-def test_full_state_dict_of_torch(two: Results, mode: str, way: str) -> None:
+def test_torch_full_state_dict(two: Results, mode: str, way: str) -> None:
     assert [result[way] for result in two[mode]] == [[]] * 2
 
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_shards_load_other_modes_as_the_whole_does(two: Results, conversion: str) -> None:
+def test_conversion_of_shards_equals_the_unsharded_one(two: Results, conversion: str) -> None:
     assert two[conversion] == [{"loaded": [], "stepped": []}] * 2
 
 
 @pytest.mark.parametrize("mode", MASTERS_OF)
-def test_master_weights_of_shards_are_those_of_the_whole(two: Results, mode: str) -> None:
+def test_master_weights_equal_the_unsharded_ones(two: Results, mode: str) -> None:
     for result in two[f"masters of {mode}"]:
         assert {check: wrong for check, wrong in result.items() if wrong} == {}
 
 
-def test_columns_differ_by_their_random_bits_alone(two: Results) -> None:
+def test_column_shards_differ_only_by_random_bits(two: Results) -> None:
     for result in two["columns"]:
         assert result["float32"] == result["8bit_v16"] == []
-        # One step of bfloat16 either way for each of three roundings.
+        # Three roundings; each may differ by one unit of bfloat16.
         assert 1 - 3 / 128 < result["smallest ratio"] < 1 < result["largest ratio"] < 1 + 3 / 128
 
 
-def test_float32_states_of_a_transposed_parameter(two: Results) -> None:
+def test_transposed_shards_equal_the_unsharded_run(two: Results) -> None:
     assert two["transposed"] == [{"float32": []}] * 2
 
 
 @pytest.mark.parametrize("kind", ["columns", "rows of 50", "one dimension", "transposed"])
-def test_shards_that_split_groups_are_refused(two: Results, kind: str) -> None:
-    for result in two["refusals"]:
+def test_shards_that_split_quantization_groups_raise(two: Results, kind: str) -> None:
+    for result in two["errors"]:
         assert result[kind].startswith("ValueError: params[0]: states='8bit_v16' needs shards of whole rows")
         assert result[f"{kind}, kept"] == "accepted"
 
 
 @pytest.mark.parametrize("kind", ["small", "replicated"])
-def test_no_group_is_split_in_small_and_replicated_parameters(two: Results, kind: str) -> None:
-    assert [result[kind] for result in two["refusals"]] == ["[]"] * 2
+def test_small_and_replicated_parameters_equal_the_unsharded_run(two: Results, kind: str) -> None:
+    assert [result[kind] for result in two["errors"]] == ["[]"] * 2
 
 
-def test_codes_that_would_be_split_are_not_loaded(two: Results) -> None:
-    for result in two["refusals"]:
+def test_loading_codes_into_column_shards_raises(two: Results) -> None:
+    for result in two["errors"]:
         assert result["codes into columns"].startswith("ValueError: state_dict['state'][0] holds states='8bit_v16'")
 
 
 @pytest.mark.parametrize("kind", ["plain gradient", "sharded gradient"])
-def test_gradient_that_is_sharded_unlike_its_parameter_is_refused(two: Results, kind: str) -> None:
-    for result in two["refusals"]:
-        assert result[kind].startswith("TypeError: grad is a ")
+def test_plain_gradient_of_a_sharded_parameter_raises_and_vice_versa(two: Results, kind: str) -> None:
+    for result in two["errors"]:
+        assert result[kind].startswith("TypeError: grad: a ")
 
 
 @pytest.mark.parametrize("kind", ["partial", "replicated"])
-def test_gradient_is_brought_into_the_placements_of_its_parameter(two: Results, kind: str) -> None:
+def test_gradient_is_redistributed_to_the_placements_of_its_parameter(two: Results, kind: str) -> None:
     assert [result[kind] for result in two["gradients"]] == [[]] * 2
 
 
-def test_backward_under_fsdp2(two: Results) -> None:
+def test_fsdp2_backward_equals_the_unsharded_run(two: Results) -> None:
     assert two["backward"] == [{"steps": [], "losses": []}] * 2
 
 
 @pytest.mark.parametrize("case", MESHES)
-def test_meshes_of_two_dimensions(four: Results, case: str) -> None:
+def test_two_dimensional_meshes_equal_the_unsharded_run(four: Results, case: str) -> None:
     for result in four[case]:
-        assert result["replicas of shards"] == result["over columns of tensor parallelism"] == []
+        assert result["HSDP"] == result["FSDP2 with tensor parallelism"] == []
         assert "_StridedShard" in result["strided"]
         assert result["rows"].startswith("ValueError: params[4]: states=")
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # which is what this is about
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # this test loads without it
 @pytest.mark.parametrize("mode", RESHARDED)
-def test_checkpoint_of_shards_loads_without_them(
+def test_sharded_checkpoint_loads_into_an_unsharded_run(
     two: Results, folder: Path, mode: str, native_cpu: torch.device
 ) -> None:
     from sharding_modes import check_without_shards
@@ -212,7 +212,7 @@ def test_states_of_offloaded_shards_stay_on_the_cpu() -> None:
 
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
-        # As FSDP2 with CPUOffloadPolicy: shards on the CPU, on a mesh of GPUs, of which there need not be any.
+        # As FSDP2 with CPUOffloadPolicy: CPU shards on a GPU mesh. The test needs no GPU.
         meta = TensorMeta(torch.Size((64, 64)), (64, 1), torch.float32)
         spec = DTensorSpec(init_device_mesh("cuda", (2,)), (Shard(0),), tensor_meta=meta)
         param, grad = (DTensor(torch.ones(32, 64), spec, requires_grad=False) for _ in range(2))
@@ -226,7 +226,7 @@ def test_states_of_offloaded_shards_stay_on_the_cpu() -> None:
         dist.destroy_process_group()
 
 
-def test_import_leaves_dtensor_alone() -> None:
+def test_import_does_not_import_dtensor() -> None:
     command = "import sys, adax_triton; print('torch.distributed.tensor' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

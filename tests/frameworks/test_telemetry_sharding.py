@@ -1,7 +1,7 @@
-"""Telemetry of DTensor parameters on two gloo ranks: every rank reads the numbers of the run without shards.
+"""Telemetry of DTensor parameters on two gloo ranks. Oracle: the unsharded run.
 
-As a script, once per rank: RANK=... WORLD_SIZE=2 python test_telemetry_sharding.py STORE. It writes `RANK.json` beside
-STORE: what two steps of each case say of shards and of the whole.
+As a script, once per rank: RANK=... WORLD_SIZE=2 python test_telemetry_sharding.py STORE. It writes `RANK.json` next to
+STORE: the telemetry of two steps of each case, sharded and unsharded.
 """
 
 import json
@@ -35,7 +35,7 @@ def numbers(optimizer: AdaX) -> dict[str, Any]:
 
 
 def model_case(case: dict[str, Any], mesh: Any) -> list[dict[str, Any]]:
-    """Return the numbers of steps of a model under FSDP2, and of the same model whole."""
+    """Return the telemetry of a model under FSDP2 and of the unsharded model."""
     from sharding_runs import DTYPES, Model, options, train
     from torch.distributed.fsdp import fully_shard
 
@@ -53,20 +53,20 @@ def model_case(case: dict[str, Any], mesh: Any) -> list[dict[str, Any]]:
 
 
 def order_case(mesh: Any) -> list[dict[str, Any]]:
-    """Return the numbers of parameters in one launch on one rank, in two on the other: its part of one is unaligned."""
+    """Return telemetry if rank 1 needs two launches, because one of its shards is unaligned."""
     from torch.distributed.tensor import DTensor, Shard
 
     found = []
     for sharded in (True, False):
         params = []
         for index in range(3):
-            whole = torch.randn(6, 40, generator=torch.Generator().manual_seed(index))
+            full = torch.randn(6, 40, generator=torch.Generator().manual_seed(index))
             if sharded:
                 buffer = torch.empty(121)
-                local = buffer[1:] if index == 1 and dist.get_rank() == 1 else buffer[:120]
-                local = local.view(3, 40).copy_(whole[3 * dist.get_rank() :][:3])
-                whole = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
-            params.append(torch.nn.Parameter(whole))
+                shard = buffer[1:] if index == 1 and dist.get_rank() == 1 else buffer[:120]
+                shard = shard.view(3, 40).copy_(full[3 * dist.get_rank() :][:3])
+                full = DTensor.from_local(shard, mesh, [Shard(0)], run_check=False)
+            params.append(torch.nn.Parameter(full))
             params[-1].grad = params[-1].detach() * (index + 1)
         optimizer = AdaX(params, telemetry=True)
         optimizer.step()
@@ -91,7 +91,7 @@ def main(store: str) -> None:
 
 @pytest.fixture(scope="module", params=["1", "0"], ids=["kernel", "cpu"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The results of each rank; no process outlives the call."""
+    """Results of each rank."""
     if request.param == "1":
         pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("telemetry")
@@ -101,10 +101,10 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("name", [*CASES, "order"])
-def test_every_rank_reads_the_numbers_of_whole_parameters(results: list[dict[str, Any]], name: str) -> None:
-    for sharded, whole in (result[name] for result in results):
-        assert sharded.keys() == whole.keys() and len(whole) > 3
-        for owner, row in whole.items():
+def test_telemetry_of_each_rank_equals_the_unsharded_run(results: list[dict[str, Any]], name: str) -> None:
+    for sharded, unsharded in (result[name] for result in results):
+        assert sharded.keys() == unsharded.keys() and len(unsharded) > 3
+        for owner, row in unsharded.items():
             assert sharded[owner] == pytest.approx(row, rel=1e-6, abs=0.0), owner
             assert sharded[owner][-2:] == row[-2:], owner  # counts
             assert row[0] > 0.0 and row[1] > 0.0, owner

@@ -1,7 +1,7 @@
-"""Automatic mixed precision: an unmodified torch.amp.GradScaler, which leaves unscaling and skipping to the step.
+"""Automatic mixed precision with an unmodified torch.amp.GradScaler; the step unscales and skips.
 
-Oracle: the same optimizer, stepped with gradients without a scale, in the finite iterations alone; bit for bit, because
-scales are powers of two, and because the scalars of a step are those of the host wherever they are computed.
+Oracle: the same optimizer with unscaled gradients, without the overflow steps. Results match bit for bit, because
+scales are powers of two and host and device compute the same scalars.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 @pytest.fixture(autouse=True)
 def scaler_checks_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has GradScaler check bfloat16 gradients in float32 on a GPU, where PyTorch 2.11 refuses them."""
+    """Make GradScaler check bfloat16 gradients in float32; PyTorch 2.11 rejects them on a GPU."""
     check = torch._amp_foreach_non_finite_check_and_unscale_
 
     def check_in_float32(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
@@ -72,13 +72,13 @@ def gradient(param: Tensor, step: int) -> Tensor:
 
 
 def backward(params: Sequence[Tensor], step: int, scaler: torch.amp.GradScaler, infinite: bool = False) -> None:
-    """Have `gradient` of each parameter, times the scale, come of a backward pass; the first is frozen at times."""
-    due = params[step in FROZEN :]
+    """Run a backward pass that gives `gradient` times the scale; freeze the first parameter at FROZEN."""
+    trained = params[step in FROZEN :]
     for param in params:
         param.grad = None
-    loss = torch.stack([(param.float() * gradient(param, step).float()).sum() for param in due]).sum()
+    loss = torch.stack([(param.float() * gradient(param, step).float()).sum() for param in trained]).sum()
     if infinite:
-        loss = loss + due[-1].float()[-1] * torch.inf
+        loss = loss + trained[-1].float()[-1] * torch.inf
     scaler.scale(loss).backward()
 
 
@@ -105,7 +105,7 @@ def finite(steps: Iterable[int]) -> list[int]:
 
 
 @each_mode
-def test_scaled_steps_equal_unscaled_ones_without_the_infinite(mode: Mode, backend: torch.device) -> None:
+def test_scaled_steps_equal_unscaled_steps_without_overflow(mode: Mode, backend: torch.device) -> None:
     params, twins = parameters(backend, mode.dtype), parameters(backend, mode.dtype)
     optimizer, twin = mode.optimizer(params), mode.optimizer(twins)
     scaler = train_scaled(optimizer, params, STEPS, INFINITE)
@@ -131,7 +131,7 @@ def test_skipped_step_changes_nothing(mode: Mode, backend: torch.device) -> None
     assert scaler.get_scale() == 2.0**10  # doubled after two steps, then halved
 
 
-def test_a_scale_of_zero_is_skipped_or_divides_as_zero_does(backend: torch.device) -> None:
+def test_zero_scale_skips_the_step_or_gives_nonfinite_weights(backend: torch.device) -> None:
     for found_inf, max_grad_norm in ((1.0, None), (1.0, 1.0), (0.0, 1.0), (0.0, None)):
         param = Parameter(torch.ones(8, device=backend))
         optimizer = AdaXW([param], max_grad_norm=max_grad_norm)
@@ -139,12 +139,12 @@ def test_a_scale_of_zero_is_skipped_or_divides_as_zero_does(backend: torch.devic
         optimizer.grad_scale = torch.zeros((), device=backend)
         optimizer.found_inf = torch.full((), found_inf, device=backend)
         optimizer.step()
-        skipped = found_inf == 1.0 or max_grad_norm is not None  # a norm that is not finite skips, too
+        skipped = found_inf == 1.0 or max_grad_norm is not None  # a non-finite norm also skips
         assert int(optimizer.state[param]["step"]) == (0 if skipped else 1)
         assert bool((param == 1).all()) if skipped else not bool(param.isfinite().any())
 
 
-def test_first_step_may_be_skipped(backend: torch.device) -> None:
+def test_step_after_a_skipped_first_step_equals_a_first_step(backend: torch.device) -> None:
     params, twins = parameters(backend), parameters(backend)
     optimizer, twin = AdaX(params, lr=0.01), AdaX(twins, lr=0.01)
     train_scaled(optimizer, params, [1], INFINITE)
@@ -155,7 +155,7 @@ def test_first_step_may_be_skipped(backend: torch.device) -> None:
 
 
 @pytest.mark.parametrize("mode", [MODES["fp32"], MODES["8bit, 24bit"]], ids=["fp32", "8bit, 24bit"])
-def test_gradients_that_the_user_unscales_and_clips(mode: Mode, backend: torch.device) -> None:
+def test_user_may_unscale_and_clip_gradients(mode: Mode, backend: torch.device) -> None:
     params, twins = parameters(backend, mode.dtype), parameters(backend, mode.dtype)
     optimizer, twin = mode.optimizer(params), mode.optimizer(twins)
     scaler = torch.amp.GradScaler(backend.type, init_scale=2.0**10)
@@ -173,7 +173,7 @@ def test_gradients_that_the_user_unscales_and_clips(mode: Mode, backend: torch.d
     assert contents(optimizer) == contents(twin)
 
 
-def test_step_leaves_scaled_gradients_as_they_are(backend: torch.device) -> None:
+def test_step_does_not_change_scaled_gradients(backend: torch.device) -> None:
     params = parameters(backend)
     optimizer, scaler = AdaX(params), torch.amp.GradScaler(backend.type, init_scale=2.0**10)
     backward(params, 0, scaler)
@@ -183,7 +183,7 @@ def test_step_leaves_scaled_gradients_as_they_are(backend: torch.device) -> None
     assert torch.equal(params[0].grad, 1024 * gradient(params[0], 0))
 
 
-def test_scale_that_is_no_power_of_two_is_divided_out(backend: torch.device) -> None:
+def test_scale_may_be_no_power_of_two(backend: torch.device) -> None:
     params = parameters(backend)
     exact = [Parameter(param.detach().double()) for param in params]
     optimizer, twin = AdaX(params, lr=0.01), AdaX(exact, lr=0.01)
@@ -197,7 +197,7 @@ def test_scale_that_is_no_power_of_two_is_divided_out(backend: torch.device) -> 
         torch.testing.assert_close(param.detach().double(), expected.detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_one_scaler_over_an_optimizer_without_gradients(backend: torch.device) -> None:
+def test_scaler_skips_an_optimizer_without_gradients(backend: torch.device) -> None:
     params, idle = parameters(backend), parameters(backend)
     optimizer, other = AdaX(params), AdaX(idle)
     scaler = torch.amp.GradScaler(backend.type, init_scale=2.0**10)
@@ -211,7 +211,7 @@ def test_one_scaler_over_an_optimizer_without_gradients(backend: torch.device) -
 
 @pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
 @pytest.mark.parametrize("value", [1.0, True, "1", torch.ones(2), [1.0]], ids=repr)
-def test_wrong_type_is_refused_by_name(name: str, value: object, backend: torch.device) -> None:
+def test_wrong_type_raises_an_error_that_names_it(name: str, value: object, backend: torch.device) -> None:
     params = parameters(backend)
     optimizer = AdaX(params)
     train(optimizer, params, [0])
@@ -222,7 +222,7 @@ def test_wrong_type_is_refused_by_name(name: str, value: object, backend: torch.
     assert contents(optimizer) == before
 
 
-def test_counts_follow_a_scaler_that_comes_and_goes(backend: torch.device) -> None:
+def test_step_counts_with_and_without_scaler(backend: torch.device) -> None:
     params, twins = parameters(backend), parameters(backend)
     optimizer, twin = AdamW(params, lr=0.01), AdamW(twins, lr=0.01)
     train(optimizer, params, [0, 2])
@@ -234,7 +234,7 @@ def test_counts_follow_a_scaler_that_comes_and_goes(backend: torch.device) -> No
 
 
 @pytest.mark.parametrize("mode", [MODES["fp32"], MODES["8bit, 24bit"]], ids=["fp32", "8bit, 24bit"])
-def test_copies_continue_bit_for_bit(mode: Mode, backend: torch.device) -> None:
+def test_copies_step_bit_for_bit_equal(mode: Mode, backend: torch.device) -> None:
     params = parameters(backend, mode.dtype)
     optimizer = mode.optimizer(params)
     train_scaled(optimizer, params, [0, 1], INFINITE)
@@ -251,13 +251,13 @@ def test_copies_continue_bit_for_bit(mode: Mode, backend: torch.device) -> None:
         assert contents(optimizer) == contents(twin), way
 
 
-def test_state_dict_loads_into_counts_where_they_lie(backend: torch.device) -> None:
+def test_load_state_dict_writes_device_counts_in_place(backend: torch.device) -> None:
     params, source = parameters(backend), parameters(backend)
     optimizer, saved = AdaX(params, lr=0.01), AdaX(source, lr=0.01)
     train_scaled(optimizer, params, [0])
     train(saved, source, [0, 1])
-    places = [optimizer.state[param]["step"] for param in params]
+    counts = [optimizer.state[param]["step"] for param in params]
     optimizer.load_state_dict(saved.state_dict())
     assert [optimizer.state[param]["step"] for param in params] == [2] * len(params)
     if backend_of(backend, torch.float32) == TRITON:
-        assert all(optimizer.state[param]["step"] is place for param, place in zip(params, places, strict=True))
+        assert all(optimizer.state[param]["step"] is count for param, count in zip(params, counts, strict=True))

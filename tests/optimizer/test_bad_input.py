@@ -1,4 +1,4 @@
-"""Bad input is refused with the name of the argument and its value, and nothing at all has changed."""
+"""Invalid arguments raise an error that names argument and value; nothing changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from adax_triton import Adam, AdamW, AdaX, AdaXW
 
 CLASSES = (AdaX, AdaXW, Adam, AdamW)
-every_class = pytest.mark.parametrize("optimizer_class", CLASSES, ids=lambda each: each.__name__)
+every_class = pytest.mark.parametrize("optimizer_class", CLASSES, ids=lambda cls: cls.__name__)
 
 
 def trained(optimizer_class: type, device: torch.device, **options: Any) -> Optimizer:
@@ -32,7 +32,7 @@ def trained(optimizer_class: type, device: torch.device, **options: Any) -> Opti
 
 
 def contents(optimizer: Optimizer) -> list[Any]:
-    """Return everything a step or a load may change, bitwise; floats by repr, so that NaN equals itself."""
+    """Return the bits of all that a step or a load may change; repr makes NaN equal itself."""
     found: list[Any] = []
     for index, group in enumerate(optimizer.param_groups):
         found.extend((index, name, repr(value)) for name, value in sorted(group.items()) if name != "params")
@@ -40,12 +40,12 @@ def contents(optimizer: Optimizer) -> list[Any]:
             found.append(param.detach().cpu().numpy().tobytes())
             for name, value in sorted(optimizer.state.get(param, {}).items()):
                 is_tensor = isinstance(value, torch.Tensor)
-                where = (value.data_ptr(), value.dtype, value.shape) if is_tensor else ()
-                found.append((name, where, value.cpu().numpy().tobytes() if is_tensor else value))
+                memory = (value.data_ptr(), value.dtype, value.shape) if is_tensor else ()
+                found.append((name, memory, value.cpu().numpy().tobytes() if is_tensor else value))
     return [*found, len(optimizer.state)]
 
 
-def refuse(optimizer: Optimizer, action: Callable[[], Any], error: type, words: list[str]) -> None:
+def check_raises(optimizer: Optimizer, action: Callable[[], Any], error: type, words: list[str]) -> None:
     before = contents(optimizer)
     with pytest.raises(error) as caught:
         action()
@@ -86,13 +86,15 @@ ARGUMENTS: list[tuple[dict[str, Any], type, list[str]]] = [
 
 @every_class
 @pytest.mark.parametrize(("options", "error", "words"), ARGUMENTS, ids=[str(case[0]) for case in ARGUMENTS])
-def test_bad_argument_is_named(optimizer_class: type, options: dict[str, Any], error: type, words: list[str]) -> None:
+def test_bad_argument_raises_an_error_that_names_it(
+    optimizer_class: type, options: dict[str, Any], error: type, words: list[str]
+) -> None:
     with pytest.raises(error) as caught:
         optimizer_class([Parameter(torch.zeros(2))], **options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-OF_ONE_RULE: list[tuple[type, dict[str, Any], list[str]]] = [
+OTHER_RULE: list[tuple[type, dict[str, Any], list[str]]] = [
     (AdaX, {"betas": (0.9, 0.999)}, ["index 1", "0.999", "Adam"]),
     (AdaXW, {"betas": (0.9, 0.999)}, ["index 1", "0.999", "Adam"]),
     (Adam, {"betas": (0.9, 1e-4)}, ["index 1", "0.0001", "AdaX"]),
@@ -111,15 +113,15 @@ OF_ONE_RULE: list[tuple[type, dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("optimizer_class", "options", "words"), OF_ONE_RULE)
-def test_value_of_another_rule_is_named(optimizer_class: type, options: dict[str, Any], words: list[str]) -> None:
+@pytest.mark.parametrize(("optimizer_class", "options", "words"), OTHER_RULE)
+def test_value_for_another_rule_raises(optimizer_class: type, options: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
         optimizer_class([Parameter(torch.zeros(2))], **options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_parameter_that_wraps_other_tensors_is_refused() -> None:
-    wrapper = TwoTensor(torch.zeros(2), torch.zeros(2))  # DTensor, which FSDP2 makes of parameters, is of this kind
+def test_tensor_subclass_that_wraps_tensors_raises() -> None:
+    wrapper = TwoTensor(torch.zeros(2), torch.zeros(2))  # a subclass like FSDP2's DTensor
     with pytest.raises(TypeError, match=r"params\[0\].*TwoTensor"):
         AdaXW([Parameter(wrapper)])
 
@@ -134,11 +136,11 @@ GROUPS: list[tuple[dict[str, Any], type, list[str]]] = [
 @pytest.mark.parametrize(("group", "error", "words"), GROUPS, ids=[" ".join(case[2]) for case in GROUPS])
 def test_bad_group_is_not_added(group: dict[str, Any], error: type, words: list[str], device: torch.device) -> None:
     optimizer = trained(AdaXW, device)
-    refuse(optimizer, lambda: optimizer.add_param_group(group), error, words)
+    check_raises(optimizer, lambda: optimizer.add_param_group(group), error, words)
 
 
 @pytest.mark.parametrize("optimizer_class", [AdaXW, AdamW])
-def test_a_class_that_decouples_decay_has_no_group_that_does_not(optimizer_class: type) -> None:
+def test_decoupled_classes_reject_groups_with_l2_decay(optimizer_class: type) -> None:
     param = Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match=r"decoupled_weight_decay: False.*use Ada(X|m)$"):
         optimizer_class([{"params": [param], "decoupled_weight_decay": False}])
@@ -150,7 +152,7 @@ def test_a_class_that_decouples_decay_has_no_group_that_does_not(optimizer_class
 
 def swap_data(optimizer: Optimizer) -> None:
     param = optimizer.param_groups[0]["params"][1]
-    param.data = param.data.new_zeros(9)  # its gradient keeps the old shape, which p.grad = ... would refuse
+    param.data = param.data.new_zeros(9)  # the gradient keeps its old shape; p.grad = ... would raise
 
 
 def swap_data_and_gradient(optimizer: Optimizer) -> None:
@@ -181,10 +183,10 @@ STEPS: dict[str, tuple[Callable[[Optimizer], None], type, list[str]]] = {
 
 @pytest.mark.parametrize("case", STEPS)
 def test_bad_step_changes_nothing(case: str, backend: torch.device) -> None:
-    spoil, error, words = STEPS[case]
+    corrupt, error, words = STEPS[case]
     optimizer = trained(AdaXW, backend)
-    spoil(optimizer)
-    refuse(optimizer, optimizer.step, error, words)
+    corrupt(optimizer)
+    check_raises(optimizer, optimizer.step, error, words)
 
 
 def without(name: str) -> Callable[[dict[str, Any]], None]:
@@ -199,13 +201,13 @@ LOADS: dict[str, tuple[Callable[[dict[str, Any]], Any], type, list[str]]] = {
     "no state": (lambda saved: saved.pop("state"), ValueError, ["state_dict", "'state'"]),
     "no groups": (lambda saved: saved.pop("param_groups"), ValueError, ["state_dict", "'param_groups'"]),
     "missing key": (without("exp_avg"), ValueError, ["['state'][1]", "exp_avg_sq", "step"]),
-    "strange key": (with_state(group_exponents=torch.ones(7)), ValueError, ["['state'][1]", "group_exponents"]),
+    "unknown key": (with_state(group_exponents=torch.ones(7)), ValueError, ["['state'][1]", "group_exponents"]),
     "wrong shape": (with_state(exp_avg_sq=torch.ones(3)), ValueError, ["[1]['exp_avg_sq']", "(3,)", "(7,)"]),
-    "no tensor": (with_state(exp_avg=[0.0] * 7), TypeError, ["[1]['exp_avg']", "list"]),
+    "not a tensor": (with_state(exp_avg=[0.0] * 7), TypeError, ["[1]['exp_avg']", "list"]),
     "half a step": (with_state(step=1.5), TypeError, ["[1]['step']", "1.5"]),
     "negative step": (with_state(step=-1), TypeError, ["[1]['step']", "-1"]),
     "NaN step": (with_state(step=math.nan), TypeError, ["[1]['step']", "nan"]),
-    "worded step": (with_state(step="two"), TypeError, ["[1]['step']", "'two'"]),
+    "string step": (with_state(step="two"), TypeError, ["[1]['step']", "'two'"]),
     "another rule": (
         lambda saved: saved["param_groups"][0].update(second_moment="adafactor"),
         ValueError,
@@ -217,25 +219,25 @@ LOADS: dict[str, tuple[Callable[[dict[str, Any]], Any], type, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", LOADS)
-def test_state_dict_that_does_not_fit_changes_nothing(case: str, device: torch.device) -> None:
-    spoil, error, words = LOADS[case]
+def test_bad_state_dict_changes_nothing(case: str, device: torch.device) -> None:
+    corrupt, error, words = LOADS[case]
     optimizer = trained(AdaXW, device)
     state_dict = copy.deepcopy(optimizer.state_dict())
-    spoil(state_dict)
-    refuse(optimizer, lambda: optimizer.load_state_dict(state_dict), error, words)
+    corrupt(state_dict)
+    check_raises(optimizer, lambda: optimizer.load_state_dict(state_dict), error, words)
 
 
 @pytest.mark.parametrize("stepped", [False, True], ids=["fresh", "stepped"])
 @every_class
-def test_state_dict_of_torch_is_refused(optimizer_class: type, stepped: bool, device: torch.device) -> None:
+def test_state_dict_of_torch_raises(optimizer_class: type, stepped: bool, device: torch.device) -> None:
     optimizer, theirs = trained(optimizer_class, device), trained(torch.optim.AdamW, device)
     state_dict = theirs.state_dict()
     if not stepped:
         state_dict["state"] = {}
     words = ["['param_groups'][0]", "'second_moment'", "exp_avg_sq"]
-    refuse(optimizer, lambda: optimizer.load_state_dict(state_dict), ValueError, words)
+    check_raises(optimizer, lambda: optimizer.load_state_dict(state_dict), ValueError, words)
 
 
-def test_state_dict_of_another_rule_is_refused(device: torch.device) -> None:
+def test_state_dict_of_another_rule_raises(device: torch.device) -> None:
     optimizer, adam = trained(AdaX, device), trained(Adam, device)
-    refuse(optimizer, lambda: optimizer.load_state_dict(adam.state_dict()), ValueError, ["'adam'", "'adax'"])
+    check_raises(optimizer, lambda: optimizer.load_state_dict(adam.state_dict()), ValueError, ["'adam'", "'adax'"])

@@ -1,6 +1,6 @@
-"""Steps scheduled on the device: the numbers of the host's, and nothing left to the host, so a CUDA graph can replay.
+"""Steps with device coefficients equal steps with host coefficients, and replay without host work.
 
-Where there is no GPU, the fixture `recording` stands in for the graph; test_cuda_graphs.py has real ones.
+Without a GPU, the fixture `recording` replaces the CUDA graph; test_cuda_graphs.py tests real graphs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def build(device: torch.device, dtype: torch.dtype = torch.float32, **options: A
 
 
 def set_gradients(params: Sequence[Tensor], step: int, scale: float = 1.0) -> None:
-    """Write gradients into the tensors there are."""
+    """Write gradients into the existing tensors."""
     generator = torch.Generator().manual_seed(step)
     for param in params:
         if param.grad is None:
@@ -60,16 +60,16 @@ def train(optimizer: AdaX, params: Sequence[Tensor], steps: Sequence[int]) -> No
 
 
 @each_mode
-def test_numbers_are_those_of_the_host(mode: dict[str, Any], device: torch.device) -> None:
-    # Bit for bit: of float64 scalars that agree to 1e-15 hardly any pair is rounded to two float32 numbers.
+def test_device_coefficients_equal_host_coefficients(mode: dict[str, Any], device: torch.device) -> None:
+    # Bit for bit: float64 scalars that agree to 1e-15 almost always round to the same float32.
     (optimizer, params), (twin, twins) = build(device, **mode, capturable=True), build(device, **mode)
     train(optimizer, params, range(2))
     train(twin, twins, range(2))
     assert contents(optimizer) == contents(twin)
 
 
-@pytest.mark.parametrize("optimizer_class", [AdaX, AdamW], ids=lambda each: each.__name__)
-def test_step_counts_lie_on_the_device(optimizer_class: type, device: torch.device) -> None:
+@pytest.mark.parametrize("optimizer_class", [AdaX, AdamW], ids=lambda cls: cls.__name__)
+def test_step_counts_are_device_tensors(optimizer_class: type, device: torch.device) -> None:
     params = parameters(device)
     optimizer = optimizer_class(params, capturable=True)
     train(optimizer, params, range(2))
@@ -81,7 +81,7 @@ def test_step_counts_lie_on_the_device(optimizer_class: type, device: torch.devi
     assert [state["step"] for state in optimizer.state_dict()["state"].values()] == [2, 3, 3]
 
 
-def test_lr_tensor_is_followed(device: torch.device) -> None:
+def test_changed_lr_tensor_is_used(device: torch.device) -> None:
     lr = torch.tensor(0.5, device=device)
     (optimizer, params), (twin, twins) = build(device, lr=lr, capturable=True), build(device, lr=0.5)
     for step, number in enumerate((0.5, 0.0, 0.125)):  # exact in float32
@@ -94,7 +94,7 @@ def test_lr_tensor_is_followed(device: torch.device) -> None:
 
 def test_lr_on_the_device_must_be_float32(device: torch.device) -> None:
     lr = torch.tensor(0.5, dtype=torch.float64, device=device)
-    params = [*parameters(device), *parameters(device, torch.float64)]  # the kernel steps some, PyTorch the others
+    params = [*parameters(device), *parameters(device, torch.float64)]  # float64 has no kernel
     optimizer = AdaX(params, lr=lr, max_grad_norm=1.0)
     set_gradients(params, 0)
     before = [bits(param) for param in params]
@@ -104,7 +104,7 @@ def test_lr_on_the_device_must_be_float32(device: torch.device) -> None:
     assert len(optimizer.state) == 0
 
 
-def test_lr_tensor_is_loaded_into_where_it_lies(device: torch.device) -> None:
+def test_load_state_dict_writes_the_lr_tensor_in_place(device: torch.device) -> None:
     lr = torch.tensor(0.5, device=device)
     optimizer, _ = build(device, lr=lr, capturable=True)
     source, others = build(device, lr=0.125)
@@ -115,7 +115,7 @@ def test_lr_tensor_is_loaded_into_where_it_lies(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"capturable": True}], ids=repr)
-def test_default_device_is_for_the_user(options: dict[str, Any], device: torch.device) -> None:
+def test_step_ignores_the_default_device(options: dict[str, Any], device: torch.device) -> None:
     params = [*parameters(device), *([] if "capturable" in options else parameters(device, torch.float64))]
     optimizer = AdaX(params, states="8bit_v16", keep_float32=lambda param: param.dtype == torch.float64, **options)
     before = [bits(param) for param in params]
@@ -127,7 +127,7 @@ def test_default_device_is_for_the_user(options: dict[str, Any], device: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_parameter_without_a_kernel_is_refused(dtype: torch.dtype, native_cpu: torch.device) -> None:
+def test_capturable_without_a_kernel_raises(dtype: torch.dtype, native_cpu: torch.device) -> None:
     optimizer, params = build(native_cpu, dtype, capturable=True)
     set_gradients(params, 0)
     with pytest.raises(ValueError, match=rf"param_groups\[0\]\['capturable'\] is True, .* {dtype} on cpu"):
@@ -136,7 +136,7 @@ def test_parameter_without_a_kernel_is_refused(dtype: torch.dtype, native_cpu: t
     assert len(optimizer.state) == 0
 
 
-def test_float64_beside_the_kernel_is_refused(device: torch.device) -> None:
+def test_capturable_with_a_float64_parameter_raises(device: torch.device) -> None:
     params = [*parameters(device), *parameters(device, torch.float64)]
     optimizer = AdaX(params, capturable=True)
     set_gradients(params, 0)
@@ -145,7 +145,7 @@ def test_float64_beside_the_kernel_is_refused(device: torch.device) -> None:
     assert len(optimizer.state) == 0
 
 
-def test_values_that_do_not_fit_are_refused(device: torch.device) -> None:
+def test_invalid_capturable_raises(device: torch.device) -> None:
     with pytest.raises(TypeError, match="Invalid type of capturable: expected True or False, got 1"):
         AdaX(parameters(device), capturable=1)
     optimizer = AdaX(parameters(device), max_grad_norm=1.0, error_if_nonfinite=True)
@@ -154,17 +154,19 @@ def test_values_that_do_not_fit_are_refused(device: torch.device) -> None:
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("into", [True, False], ids=["into capturable", "into others"])
+@pytest.mark.parametrize("capturable", [True, False], ids=["into capturable", "into host coefficients"])
 @pytest.mark.parametrize("mode", [MODES["fp32"], MODES["8bit, 24bit"]], ids=["fp32", "8bit, 24bit"])
-def test_state_dict_of_the_other_kind_continues(mode: dict[str, Any], into: bool, device: torch.device) -> None:
-    source, params = build(device, **mode, capturable=not into)
+def test_state_dict_loads_between_capturable_and_not(
+    mode: dict[str, Any], capturable: bool, device: torch.device
+) -> None:
+    source, params = build(device, **mode, capturable=not capturable)
     train(source, params, range(2))
-    target, others = build(device, **mode, capturable=into)
+    target, others = build(device, **mode, capturable=capturable)
     train(target, others, range(1))
     counts = [target.state[param]["step"] for param in others]
     target.load_state_dict(source.state_dict())
-    assert target.param_groups[0]["capturable"] is into
-    if into:  # where a graph would know them
+    assert target.param_groups[0]["capturable"] is capturable
+    if capturable:  # a graph would read these addresses
         assert all(target.state[param]["step"] is count for param, count in zip(others, counts, strict=True))
     for param, other in zip(params, others, strict=True):
         other.data.copy_(param.data)
@@ -175,7 +177,7 @@ def test_state_dict_of_the_other_kind_continues(mode: dict[str, Any], into: bool
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has graphs of its own")
 @each_kind
-def test_replayed_step_needs_no_host(kind: dict[str, Any], device: torch.device, recording: Any) -> None:
+def test_replay_equals_steps(kind: dict[str, Any], device: torch.device, recording: Any) -> None:
     lrs = [torch.tensor(0.01), torch.tensor(0.01)]
     (optimizer, params), (twin, twins) = (build(device, **kind, lr=lr, capturable=True) for lr in lrs)
     train(optimizer, params, [0])
@@ -193,14 +195,14 @@ def test_replayed_step_needs_no_host(kind: dict[str, Any], device: torch.device,
         assert optimizer.grad_norm == twin.grad_norm
         if "telemetry" in kind:
             assert optimizer.read_telemetry(per_parameter=True) == twin.read_telemetry(per_parameter=True)
-    for each, own in ((optimizer, params), (twin, twins)):
-        train(each, own, [4])
+    for trained, own in ((optimizer, params), (twin, twins)):
+        train(trained, own, [4])
     assert contents(optimizer) == contents(twin)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has graphs of its own")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_replayed_step_is_skipped_by_its_gradients(device: torch.device, recording: Any) -> None:
+def test_replay_skips_steps_with_infinite_gradients(device: torch.device, recording: Any) -> None:
     options = {"max_grad_norm": 5.0, "capturable": True}
     (optimizer, params), (twin, twins) = build(device, **options), build(device, **options)
     scaler, other = (torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2))
@@ -210,8 +212,8 @@ def test_replayed_step_is_skipped_by_its_gradients(device: torch.device, recordi
         if step in (3, 5):
             own[1].grad[4096] = torch.inf
 
-    def step_and_update(scale: torch.amp.GradScaler, each: AdaX) -> None:
-        scale.step(each)
+    def step_and_update(scale: torch.amp.GradScaler, stepped: AdaX) -> None:
+        scale.step(stepped)
         scale.update()
 
     for step in range(7):
@@ -232,13 +234,13 @@ def test_replayed_step_is_skipped_by_its_gradients(device: torch.device, recordi
 
 @pytest.fixture
 def launches(launchers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
-    """All that Triton would tell two launches apart by: arguments that are no tensors, and tensors' alignment."""
+    """Triton's specialization keys of all launches: non-tensor arguments, dtypes, alignment."""
     seen: set[tuple[Any, ...]] = set()
 
     def recorder(name: str) -> Callable[..., None]:
-        return lambda *args: seen.add((name, *map(traits, args)))
+        return lambda *args: seen.add((name, *map(specialization, args)))
 
-    def traits(arg: Any) -> Any:
+    def specialization(arg: Any) -> Any:
         return (arg.dtype, arg.data_ptr() % 16 == 0) if isinstance(arg, Tensor) else arg
 
     for module, name in launchers.items():
@@ -248,7 +250,7 @@ def launches(launchers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> set[
 
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
-def test_no_step_is_compiled_anew(
+def test_changing_hyperparameters_do_not_recompile(
     capturable: bool, max_grad_norm: float | None, device: torch.device, launches: set[tuple[Any, ...]]
 ) -> None:
     optimizer, params = build(device, capturable=capturable, max_grad_norm=max_grad_norm)

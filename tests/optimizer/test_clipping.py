@@ -1,7 +1,7 @@
-"""Clipping within the step, against torch.nn.utils.clip_grad_norm_ and a step without it.
+"""Compare clipping inside the step with torch.nn.utils.clip_grad_norm_ and an unclipped step.
 
-Bound: errors are measured from the same steps in float64, clipped by torch; ours is at most twice that of torch's
-clipping in the parameters' own precision, plus two units in the last place.
+Oracle: the same steps in float64, clipped by torch. The error may be twice that of torch's clipping in the parameters'
+precision, plus two units in the last place.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ KINDS = {
     "fp16": [torch.float16],
     "fp64": [torch.float64],
     "complex": [torch.complex64],
-    # The kernel steps some of these and PyTorch the others, by one norm.
+    # PyTorch steps some of these and the kernel the others; all use one norm.
     "mixed": [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128],
 }
 each_kind = pytest.mark.parametrize("dtypes", KINDS.values(), ids=KINDS)
 alike_and_mixed = pytest.mark.parametrize("dtypes", [KINDS["bf16"], KINDS["mixed"]], ids=["bf16", "mixed"])
-# Of the gradients of each step; so a limit may clip some of them alone.
+# Gradient scale of each step; a limit clips only some steps.
 SIZES = (1.0, 30.0, 0.01, 0.0, 3.0)
 
 
@@ -55,10 +55,10 @@ def in_float64(params: Sequence[Tensor]) -> list[Parameter]:
 
 
 def set_gradients(params: Sequence[Tensor], like: Sequence[Tensor], step: int) -> None:
-    """Give parameters, which may be in float64, the very gradients that those they are like have."""
+    """Set the gradients of `like`, converted to the dtypes of `params`."""
     for index, (param, model) in enumerate(zip(params, like, strict=True)):
-        whole = values(index, step, model.dtype) * SIZES[step]
-        param.grad = whole.to(param.device, model.dtype).to(param.dtype)
+        grad = values(index, step, model.dtype) * SIZES[step]
+        param.grad = grad.to(param.device, model.dtype).to(param.dtype)
 
 
 def two_groups(params: Sequence[Tensor]) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def two_groups(params: Sequence[Tensor]) -> list[dict[str, Any]]:
 
 
 def moved(optimizer: AdaX, params: Iterable[Tensor]) -> list[Tensor]:
-    """Return what steps change, in float64: the moments tell gradients of any size apart, parameters hardly."""
+    """Return parameters and moments in float64; moments show gradients of all scales."""
     wide = torch.complex128
     return [
         tensor.detach().cpu().to(wide)
@@ -76,7 +76,7 @@ def moved(optimizer: AdaX, params: Iterable[Tensor]) -> list[Tensor]:
 
 
 def contents(optimizer: AdaX) -> list[tuple[str, Any]]:
-    """Return every bit of parameters, gradients and states."""
+    """Return (name, bits) of all parameters, gradients and states."""
     found: list[tuple[str, Any]] = []
     for param in (param for group in optimizer.param_groups for param in group["params"]):
         found += [("param", bits(param)), ("grad", None if param.grad is None else bits(param.grad))]
@@ -89,9 +89,7 @@ def contents(optimizer: AdaX) -> list[tuple[str, Any]]:
     [*((dtypes, 5.0) for dtypes in KINDS.values()), (KINDS["bf16"], 1e-3), (KINDS["mixed"], 1e-3)],
     ids=[*KINDS, "bf16, all clipped", "mixed, all clipped"],
 )
-def test_clipped_steps_are_as_accurate_as_those_of_torch(
-    dtypes: list[torch.dtype], limit: float, backend: torch.device
-) -> None:
+def test_clipped_steps_are_as_accurate_as_torch(dtypes: list[torch.dtype], limit: float, backend: torch.device) -> None:
     ours, by_torch = parameters(backend, dtypes), parameters(backend, dtypes)
     exact = in_float64(ours)
     optimizer = AdaXW(two_groups(ours), lr=0.01, max_grad_norm=limit)
@@ -103,14 +101,14 @@ def test_clipped_steps_are_as_accurate_as_those_of_torch(
             set_gradients(params, ours, step)
             norm = torch.nn.utils.clip_grad_norm_(params, limit)
             reference.step()
-        # Torch's own norm of float64 gradients, the last of the two.
+        # `norm` is torch's norm of the float64 gradients.
         assert float(optimizer.grad_norm) == pytest.approx(float(norm), rel=1e-6, abs=0.0)
     results = [moved(*pair) for pair in ((optimizer, ours), *references)]
     for mine, theirs, truth in zip(*results, strict=True):
         if truth.numel():
             unit = torch.finfo(torch.float32).eps * float(truth.abs().max())
             assert float((mine - truth).abs().max()) <= 2 * float((theirs - truth).abs().max()) + 2 * unit
-    if limit < 1.0:  # else nothing was clipped
+    if limit < 1.0:  # all steps are clipped
         assert not torch.equal(results[0][1], moved(*unclipped(backend, dtypes))[1])
 
 
@@ -124,7 +122,7 @@ def unclipped(device: torch.device, dtypes: list[torch.dtype]) -> tuple[AdaX, li
 
 
 @alike_and_mixed
-def test_gradients_are_left_as_they_are(dtypes: list[torch.dtype], backend: torch.device) -> None:
+def test_clipping_does_not_change_gradients(dtypes: list[torch.dtype], backend: torch.device) -> None:
     params = parameters(backend, dtypes)
     optimizer = AdaX(two_groups(params), max_grad_norm=1e-3)
     set_gradients(params, params, 1)
@@ -134,12 +132,12 @@ def test_gradients_are_left_as_they_are(dtypes: list[torch.dtype], backend: torc
 
 
 @alike_and_mixed
-def test_gradients_of_zero_are_no_special_case(dtypes: list[torch.dtype], backend: torch.device) -> None:
+def test_zero_gradients_are_not_clipped(dtypes: list[torch.dtype], backend: torch.device) -> None:
     params, twins = parameters(backend, dtypes), parameters(backend, dtypes)
     optimizer, twin = AdaX(params, lr=0.01, max_grad_norm=1e-3), AdaX(twins, lr=0.01)
-    for each, own in ((optimizer, params), (twin, twins)):
+    for stepped, own in ((optimizer, params), (twin, twins)):
         set_gradients(own, own, SIZES.index(0.0))
-        each.step()
+        stepped.step()
     assert float(optimizer.grad_norm) == 0.0
     assert all(torch.equal(param, other) for param, other in zip(params, twins, strict=True))
     assert {int(optimizer.state[param]["step"]) for param in params} == {1}
@@ -148,12 +146,12 @@ def test_gradients_of_zero_are_no_special_case(dtypes: list[torch.dtype], backen
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @alike_and_mixed
 @pytest.mark.parametrize("value", [-math.inf, math.nan])
-def test_norm_that_is_not_finite_skips(dtypes: list[torch.dtype], value: float, backend: torch.device) -> None:
+def test_nonfinite_norm_skips_the_step(dtypes: list[torch.dtype], value: float, backend: torch.device) -> None:
     params = parameters(backend, dtypes)
     optimizer = AdaX(two_groups(params), lr=0.01, max_grad_norm=1.0)
     set_gradients(params, params, 0)
     optimizer.step()
-    for index in (1, 3):  # of mixed ones, one that PyTorch steps and one of the kernel
+    for index in (1, 3):  # in "mixed": float64 (PyTorch) and complex64 (kernel)
         set_gradients(params, params, 1)
         params[index].grad.view(-1)[-1] = value
         before = contents(optimizer)
@@ -200,19 +198,19 @@ def test_limit_may_change_between_steps(backend: torch.device) -> None:
         assert [bits(param) for param in params] == [bits(param) for param in twins]
 
 
-def test_infinite_limit_measures_and_changes_nothing(backend: torch.device) -> None:
+def test_infinite_limit_only_measures_the_norm(backend: torch.device) -> None:
     params, twins = (parameters(backend, KINDS["fp32"]) for _ in range(2))
     optimizer, twin = AdaX(params, lr=0.01, max_grad_norm=math.inf), AdaX(twins, lr=0.01)
     for step in range(len(SIZES)):
-        for each, own in ((optimizer, params), (twin, twins)):
+        for stepped, own in ((optimizer, params), (twin, twins)):
             set_gradients(own, own, step)
-            each.step()
+            stepped.step()
         expected = torch.nn.utils.get_total_norm([param.grad.double() for param in params])
         assert float(optimizer.grad_norm) == pytest.approx(float(expected), rel=1e-6)
     assert [bits(param) for param in params] == [bits(param) for param in twins]
 
 
-def test_norm_of_a_step_is_not_written_by_the_next(backend: torch.device) -> None:
+def test_next_step_does_not_overwrite_the_norm(backend: torch.device) -> None:
     params = parameters(backend, KINDS["mixed"])
     optimizer, norms = AdaX(params, max_grad_norm=1.0), []
     for step in range(3):
@@ -223,10 +221,10 @@ def test_norm_of_a_step_is_not_written_by_the_next(backend: torch.device) -> Non
     assert {(norm.shape, norm.dtype) for norm in norms} == {(torch.Size(()), torch.float32)}
 
 
-def test_scaled_gradients_are_clipped_as_unscaled_ones(backend: torch.device) -> None:
-    # GradScaler takes no complex gradients, and on a GPU none of bfloat16; those of float16 stay below its largest.
+def test_scaled_gradients_are_clipped_like_unscaled_ones(backend: torch.device) -> None:
+    # GradScaler rejects complex gradients, and bfloat16 on a GPU. float16 gradients must not overflow.
     params, twins = (parameters(backend, [torch.float32, torch.float64, torch.float16]) for _ in range(2))
-    optimizer, twin = (AdaX(each, lr=0.01, max_grad_norm=5.0) for each in (params, twins))
+    optimizer, twin = (AdaX(group, lr=0.01, max_grad_norm=5.0) for group in (params, twins))
     scaler = torch.amp.GradScaler(backend.type, init_scale=2.0**3)
     for step in range(len(SIZES)):
         set_gradients(params, params, step)
@@ -245,7 +243,7 @@ def without_gradients(optimizer: AdaX) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -1.0, -math.inf, math.nan])
-def test_limit_out_of_range_is_refused(value: float, backend: torch.device) -> None:
+def test_limit_out_of_range_raises(value: float, backend: torch.device) -> None:
     params = parameters(backend, KINDS["fp32"])
     with pytest.raises(ValueError, match=f"Invalid max_grad_norm: {value}"):
         AdaX(params, max_grad_norm=value)
@@ -260,7 +258,7 @@ def test_limit_out_of_range_is_refused(value: float, backend: torch.device) -> N
 
 
 @pytest.mark.parametrize("value", ["1", True, torch.tensor(1.0), 1j], ids=repr)
-def test_limit_of_the_wrong_type_is_refused(value: Any, backend: torch.device) -> None:
+def test_limit_of_the_wrong_type_raises(value: Any, backend: torch.device) -> None:
     params = parameters(backend, KINDS["fp32"])
     with pytest.raises(TypeError, match="Invalid type of max_grad_norm: "):
         AdaX(params, max_grad_norm=value)
@@ -280,12 +278,12 @@ def test_limit_of_the_wrong_type_is_refused(value: Any, backend: torch.device) -
         ({"max_grad_norm": 1.0, "error_if_nonfinite": True, "capturable": True}, ValueError, "error_if_nonfinite"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options: dict[str, Any], error: type, name: str) -> None:
+def test_inconsistent_options_raise(options: dict[str, Any], error: type, name: str) -> None:
     with pytest.raises(error, match=name):
         AdaX([torch.zeros(3, requires_grad=True)], **options)
 
 
-def test_limit_is_no_part_of_the_state_dict_but_of_copies(backend: torch.device) -> None:
+def test_limit_is_copied_but_not_saved(backend: torch.device) -> None:
     params = parameters(backend, KINDS["fp32"])
     optimizer = AdaX(params, max_grad_norm=2.0)
     set_gradients(params, params, 0)

@@ -1,6 +1,6 @@
-"""What torch.optim promises of an optimizer; layouts and checkpoints have files of their own.
+"""The torch.optim contract, except memory layouts and checkpoints, which have their own files.
 
-The classes differ in the scalars of a step alone: each is tried with groups and schedulers, one with the rest.
+The classes differ only in the scalars of a step. Tests with groups and schedulers run for all classes, others for one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from adax_triton import Adam, AdamW, AdaX, AdaXW, adax_update, step_scalars
 from adax_triton.update.coefficients import COEFFICIENT_KEYS
 
 CLASSES = (AdaX, AdaXW, Adam, AdamW)
-every_class = pytest.mark.parametrize("optimizer_class", CLASSES, ids=lambda each: each.__name__)
+every_class = pytest.mark.parametrize("optimizer_class", CLASSES, ids=lambda cls: cls.__name__)
 SHAPES = ((3, 5), (7,), (), (2, 1, 4))
 
 
@@ -46,7 +46,7 @@ def assert_same(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
 
 
 @every_class
-def test_group_steps_as_an_optimizer_of_its_own(optimizer_class: type, backend: torch.device) -> None:
+def test_group_equals_a_separate_optimizer(optimizer_class: type, backend: torch.device) -> None:
     own = {"lr": 0.02, "betas": (0.5, 0.07), "eps": 1e-3, "weight_decay": 0.3, "maximize": True}
     params, alone = parameters(backend), parameters(backend)
     train(optimizer_class([{"params": params[:2]}, {"params": params[2:], **own}], lr=0.1), params)
@@ -55,7 +55,7 @@ def test_group_steps_as_an_optimizer_of_its_own(optimizer_class: type, backend: 
     assert_same(params, alone)
 
 
-def test_group_added_later_counts_from_its_own_first_step(backend: torch.device) -> None:
+def test_group_added_later_counts_from_its_first_step(backend: torch.device) -> None:
     params, late = parameters(backend), parameters(backend)
     optimizer = AdaXW(params[:2])
     train(optimizer, params[:2])
@@ -65,7 +65,7 @@ def test_group_added_later_counts_from_its_own_first_step(backend: torch.device)
     assert_same(params[2:], late[2:])
 
 
-def test_names_are_kept_and_change_no_number(backend: torch.device) -> None:
+def test_parameter_names_are_kept_and_change_no_result(backend: torch.device) -> None:
     model, twin = (torch.nn.Linear(3, 2, device=backend) for _ in range(2))
     twin.load_state_dict(model.state_dict())
     optimizer = AdaXW(model.named_parameters())
@@ -76,7 +76,7 @@ def test_names_are_kept_and_change_no_number(backend: torch.device) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
-def test_tensor_lr_is_read_at_every_step(shape: tuple[int, ...], backend: torch.device) -> None:
+def test_tensor_lr_is_read_at_each_step(shape: tuple[int, ...], backend: torch.device) -> None:
     params, twin = parameters(backend), parameters(backend)
     lr = torch.full(shape, 0.5)
     optimizer, plain = AdaXW(params, lr=lr), AdaXW(twin, lr=0.5)
@@ -119,7 +119,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 
 
 def scheduled(optimizer: Optimizer, params: list[Tensor], name: str) -> list[tuple[float, float]]:
-    """Train under a scheduler, and return lr and betas[0] as they were at each step."""
+    """Train with a scheduler; return (lr, betas[0]) of each step."""
     scheduler, used = SCHEDULERS[name](optimizer), []
     for step in range(7):
         used.append((float(optimizer.param_groups[0]["lr"]), optimizer.param_groups[0]["betas"][0]))
@@ -130,17 +130,17 @@ def scheduled(optimizer: Optimizer, params: list[Tensor], name: str) -> list[tup
 
 @every_class
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduled_steps_equal_steps_by_hand(optimizer_class: type, name: str, native_cpu: torch.device) -> None:
+def test_scheduled_steps_equal_the_reference_update(optimizer_class: type, name: str, native_cpu: torch.device) -> None:
     params = parameters(native_cpu)
     optimizer = optimizer_class(params, lr=0.1)
     truth = [(param.detach().cpu().double(), *torch.zeros(2, *param.shape, dtype=torch.float64)) for param in params]
     scheduled(optimizer, params, name)
-    # torch's own optimizer under the same scheduler says which numbers were due.
+    # torch's optimizer with the same scheduler gives the expected lr and betas[0].
     by_torch = parameters(native_cpu)
-    due = scheduled(torch.optim.Adam(by_torch, lr=0.1), by_torch, name)
-    assert len(set(due)) > 1  # else the scheduler did nothing
+    expected_values = scheduled(torch.optim.Adam(by_torch, lr=0.1), by_torch, name)
+    assert len(set(expected_values)) > 1  # the scheduler has an effect
     constant = {key: optimizer.defaults[key] for key in COEFFICIENT_KEYS if key not in ("lr", "betas")}
-    for step, (lr, beta1) in enumerate(due):
+    for step, (lr, beta1) in enumerate(expected_values):
         scalars = step_scalars(step=step + 1, lr=lr, betas=(beta1, optimizer.defaults["betas"][1]), **constant)
         for param, like in zip(truth, params, strict=True):
             adax_update(param[0], gradient(like, step).cpu(), *param[1:], **scalars._asdict())
@@ -190,7 +190,7 @@ def test_hooks_run_around_the_step(backend: torch.device) -> None:
     assert len(seen) == 2
 
 
-def test_frozen_parameter_stands_still_and_counts_no_step(backend: torch.device) -> None:
+def test_frozen_parameter_does_not_change_or_count_steps(backend: torch.device) -> None:
     params, alone = parameters(backend), parameters(backend)
     optimizer = AdaXW(params, weight_decay=0.5)
     frozen, *others = params
@@ -205,7 +205,7 @@ def test_frozen_parameter_stands_still_and_counts_no_step(backend: torch.device)
     assert [optimizer.state[param]["step"] for param in params] == [2, 3, 3, 3]
 
 
-def test_parameter_named_twice_is_stepped_once(backend: torch.device) -> None:
+def test_duplicate_parameter_is_stepped_once(backend: torch.device) -> None:
     params, once = parameters(backend)[:1], parameters(backend)[:1]
     with pytest.warns(UserWarning, match="duplicate parameters"):
         twice = AdaXW(params * 2)

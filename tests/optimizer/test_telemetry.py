@@ -1,6 +1,6 @@
-"""Telemetry of a step against norms and counts that torch computes from what lay in memory before it and after it.
+"""Compare telemetry with norms and counts that torch computes from weights before and after a step.
 
-Bound: sums are of float32 squares, so norms are held to 1e-5 of those in float64; counts are exact.
+Bound: sums add float32 squares, so norms may differ from float64 by a factor of 1e-5; counts are exact.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHTS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bf16 master": (torch.bfloat16, {"master_weights": "float32"}),
     "fp16 master": (torch.float16, {"master_weights": "float32"}),
 }
-# Of one chunk, of none, of several with a rest, and of enough elements for codes.
+# One chunk, empty, several chunks with a remainder, large enough for codes.
 SHAPES = ((), (0,), (1,), (5, 7), (2049,), (4, 1027))
 
 
@@ -51,7 +51,7 @@ def set_gradients(params: Sequence[Tensor], step: int, scale: float = 1.0) -> No
 
 
 def weights(optimizer: AdaX, param: Tensor) -> Tensor:
-    """Return the weights as they are stored, masters included, in float64."""
+    """Return the stored weights including masters, in float64."""
     state = optimizer.state.get(param) or {}
     data = torch.view_as_real(param.detach()) if param.is_complex() else param.detach()
     stored = data if data.dtype == torch.float64 else load_master(data, local_state_tensors(state).get("master"))
@@ -59,42 +59,42 @@ def weights(optimizer: AdaX, param: Tensor) -> Tensor:
 
 
 def take(optimizer: AdaX, params: Sequence[Tensor]) -> dict[Tensor, list[Tensor]]:
-    """Step, and return gradient, weights before and weights after of each parameter that has a gradient."""
-    due = [param for param in params if param.grad is not None]
-    before = [weights(optimizer, param) for param in due]
-    grads = [torch.view_as_real(param.grad) if param.is_complex() else param.grad for param in due]
+    """Step; return [gradient, old weights, new weights] of each parameter with a gradient."""
+    trained = [param for param in params if param.grad is not None]
+    before = [weights(optimizer, param) for param in trained]
+    grads = [torch.view_as_real(param.grad) if param.is_complex() else param.grad for param in trained]
     grads = [grad.double().cpu().clone() for grad in grads]
     optimizer.step()
-    found = zip(due, grads, before, strict=True)
+    found = zip(trained, grads, before, strict=True)
     return {param: [grad, old, weights(optimizer, param)] for param, grad, old in found}
 
 
 def expected(triples: Sequence[Sequence[Tensor]], scale: float = 1.0) -> Telemetry:
     if not triples:
         return Telemetry(0.0, 0.0, 0.0, 0.0, 0.0, 0)
-    grad, old, new = (torch.cat([each.flatten() for each in column]) for column in zip(*triples, strict=True))
+    grad, old, new = (torch.cat([tensor.flatten() for tensor in column]) for column in zip(*triples, strict=True))
     update = new - old
-    norms = [float(each.norm()) for each in (grad / scale, update, new)]
+    norms = [float(tensor.norm()) for tensor in (grad / scale, update, new)]
     share = int((update == 0).sum()) / update.numel() if update.numel() else 0.0
     ratio = norms[1] / norms[2] if norms[2] else 0.0
     return Telemetry(*norms, ratio, share, int(grad.isfinite().logical_not().sum()))
 
 
 def assert_close(found: Telemetry, truth: Telemetry) -> None:
-    for name, one, other in zip(Telemetry._fields, found, truth, strict=True):
+    for name, value, true_value in zip(Telemetry._fields, found, truth, strict=True):
         if name in ("unchanged_share", "nonfinite_grads"):
-            assert one == other, name
+            assert value == true_value, name
         else:
-            assert one == pytest.approx(other, rel=1e-5, abs=1e-30, nan_ok=True), name
+            assert value == pytest.approx(true_value, rel=1e-5, abs=1e-30, nan_ok=True), name
 
 
 def check(
     optimizer: AdaX, params: Sequence[Tensor], names: Sequence[str], scale: float = 1.0, skipped: bool = False
 ) -> StepTelemetry:
-    """Step, compare all numbers with those of torch, and return them."""
+    """Step, compare all telemetry with torch, and return it."""
     found_of = take(optimizer, params)
     found = optimizer.read_telemetry(per_parameter=True)
-    assert repr(optimizer.read_telemetry()) == repr(found._replace(params={}))  # a NaN is not itself
+    assert repr(optimizer.read_telemetry()) == repr(found._replace(params={}))  # repr compares NaN as equal
     assert found.skipped is skipped
     assert sorted(found.params) == sorted(name for name, param in zip(names, params, strict=True) if param in found_of)
     for name, param in zip(names, params, strict=True):
@@ -110,12 +110,12 @@ def positions(params: Sequence[Tensor], group: int = 0) -> list[str]:
     return [f"{group}.{position}" for position in range(len(params))]
 
 
-# Each format of weights and of moments; not each pair.
+# All formats of weights and of moments, but not all pairs.
 PRECISIONS = [*zip(STATES * 2, WEIGHTS, strict=False), ("8bit", "fp32"), ("8bit", "24bit"), ("8bit_v16", "bf16 master")]
 
 
 @pytest.mark.parametrize(("states", "name"), PRECISIONS)
-def test_numbers_are_those_of_torch_in_every_precision(states: str, name: str, backend: torch.device) -> None:
+def test_telemetry_equals_torch_in_each_precision(states: str, name: str, backend: torch.device) -> None:
     dtype, options = WEIGHTS[name]
     params = parameters(backend, dtype)
     optimizer = AdaXW(params, lr=1e-3, states=states, telemetry=True, **options)
@@ -125,7 +125,7 @@ def test_numbers_are_those_of_torch_in_every_precision(states: str, name: str, b
 
 
 @pytest.mark.parametrize("optimizer_class", CLASSES)
-def test_every_class_has_telemetry(optimizer_class: type, backend: torch.device) -> None:
+def test_telemetry_equals_torch_for_each_class(optimizer_class: type, backend: torch.device) -> None:
     params = parameters(backend, torch.float32, ((5, 7), (2049,)))
     optimizer = optimizer_class(params, telemetry=True)
     for step in range(2):
@@ -133,10 +133,10 @@ def test_every_class_has_telemetry(optimizer_class: type, backend: torch.device)
         check(optimizer, params, positions(params))
 
 
-@pytest.mark.parametrize("most", [2, 4])
-def test_many_chunks_are_added_up_in_rounds(most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [2, 4])
+def test_many_chunks_are_summed_in_rounds(rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     module = pytest.importorskip("adax_triton.kernels.telemetry")
-    monkeypatch.setattr(module, "ROWS_PER_PROGRAM", most)
+    monkeypatch.setattr(module, "ROWS_PER_PROGRAM", rows)
     params = parameters(device, torch.float32, ((0,), (2048 * 9,), (1,), (2048 * 17 + 3,), (2048 * 4,), (0,)))
     optimizer = AdaX(params, telemetry=True)
     for step in range(2):
@@ -144,11 +144,11 @@ def test_many_chunks_are_added_up_in_rounds(most: int, device: torch.device, mon
         check(optimizer, params, positions(params))
     (plan,) = optimizer._plans.values()
     stages = [len(launch._sums._stages) for launch, _ in plan._launches]
-    assert stages == [{2: 5, 4: 3}[most]]
+    assert stages == [{2: 5, 4: 3}[rows]]
 
 
 @pytest.mark.parametrize("path", ["native_cpu", "reference_cpu"])
-def test_long_tensors_are_added_up_in_parts_on_the_cpu(path: str, request: pytest.FixtureRequest) -> None:
+def test_long_tensors_are_summed_in_parts_on_the_cpu(path: str, request: pytest.FixtureRequest) -> None:
     device = request.getfixturevalue(path)
     for numel in (32_769, 2**17, 2**17 + 33):
         params = parameters(device, torch.bfloat16, ((numel,),))
@@ -157,10 +157,10 @@ def test_long_tensors_are_added_up_in_parts_on_the_cpu(path: str, request: pytes
         check(optimizer, params, ["0.0"])
 
 
-def test_tiny_steps_are_lost_in_bfloat16_and_kept_in_masters(backend: torch.device) -> None:
+def test_bfloat16_loses_tiny_updates_and_masters_keep_them(backend: torch.device) -> None:
     shares = {}
     for master in (None, "24bit", "float32"):
-        # Away from 0, so that they are lost to truncation too, which is how the interpreter rounds.
+        # Weights away from 0 also lose updates if bfloat16 truncates, as in the interpreter.
         param = Parameter((0.5 + values(4099).abs()).to(backend, torch.bfloat16))
         optimizer = AdaX([param], lr=1e-4, master_weights=master, telemetry=True)
         for step in range(2):
@@ -169,7 +169,7 @@ def test_tiny_steps_are_lost_in_bfloat16_and_kept_in_masters(backend: torch.devi
     assert shares[None] == 1.0 and shares["24bit"] < 0.5 and shares["float32"] == 0.0
 
 
-def test_zero_gradients_change_nothing_at_first(backend: torch.device) -> None:
+def test_zero_gradients_change_nothing_at_the_first_step(backend: torch.device) -> None:
     params = parameters(backend, torch.float32, ((5, 7), (2049,)))
     optimizer = AdaX(params, weight_decay=0.0, telemetry=True)
     set_gradients(params, 0, scale=0.0)
@@ -177,7 +177,7 @@ def test_zero_gradients_change_nothing_at_first(backend: torch.device) -> None:
     assert group[:2] == (0.0, 0.0) and group[3:] == (0.0, 1.0, 0)
 
 
-def test_parameters_of_zeros_have_an_infinite_ratio_only_if_they_become_zero(backend: torch.device) -> None:
+def test_update_ratio_of_zero_parameters(backend: torch.device) -> None:
     params = [Parameter(torch.zeros(9, device=backend)), Parameter(torch.full((3,), 0.25, device=backend))]
     optimizer = AdaXW(params, lr=0.0, telemetry=True)
     params[0].grad, params[1].grad = torch.ones(9, device=backend), torch.zeros(3, device=backend)
@@ -190,13 +190,13 @@ def test_parameters_of_zeros_have_an_infinite_ratio_only_if_they_become_zero(bac
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_gradients_that_are_not_finite_are_counted(value: float, backend: torch.device) -> None:
+def test_nonfinite_gradients_are_counted(value: float, backend: torch.device) -> None:
     params = parameters(backend, torch.bfloat16, ((5, 7), (2049,), (3,)))
     optimizer = AdaX(params, master_weights="24bit", telemetry=True)
     set_gradients(params, 0)
-    for param, places in zip(params, ([], [0, 2047, 2048], [1]), strict=True):
-        for place in places:
-            param.grad.view(-1)[place] = value
+    for param, indices in zip(params, ([], [0, 2047, 2048], [1]), strict=True):
+        for index in indices:
+            param.grad.view(-1)[index] = value
     take(optimizer, params)
     found = optimizer.read_telemetry(per_parameter=True)
     assert [found.params[name].nonfinite_grads for name in positions(params)] == [0, 3, 1]
@@ -204,7 +204,7 @@ def test_gradients_that_are_not_finite_are_counted(value: float, backend: torch.
     assert not math.isfinite(found.groups[0].grad_norm) and math.isfinite(found.params["0.0"].grad_norm)
 
 
-def test_named_parameters_have_their_names(backend: torch.device) -> None:
+def test_telemetry_uses_parameter_names(backend: torch.device) -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7)).to(backend)
     optimizer = AdaX(model.named_parameters(), telemetry=True)
     params = list(model.parameters())
@@ -212,14 +212,14 @@ def test_named_parameters_have_their_names(backend: torch.device) -> None:
     check(optimizer, params, ["0.weight", "0.bias", "1.weight", "1.bias"])
 
 
-def test_groups_are_told_apart_and_may_be_without_gradients(backend: torch.device) -> None:
+def test_telemetry_of_groups_with_and_without_gradients(backend: torch.device) -> None:
     params = parameters(backend, torch.float32, ((5, 7), (2049,), (3,), (4,), (1,)))
     groups = [{"params": params[:2]}, {"params": params[2:3], "lr": 0.1}, {"params": []}, {"params": params[3:]}]
     optimizer = AdaX(groups, telemetry=True)
     names = ["0.0", "0.1", "1.0", "3.0", "3.1"]
     for step in range(4):
         set_gradients(params, step)
-        if step == 1:  # frozen, then not
+        if step == 1:  # frozen at this step only
             params[0].grad = params[2].grad = None
         found = check(optimizer, params, names)
         assert found.groups[2] == expected([])
@@ -231,7 +231,7 @@ def test_groups_are_told_apart_and_may_be_without_gradients(backend: torch.devic
     assert optimizer.read_telemetry(per_parameter=True) == StepTelemetry(False, [expected([])] * 5, {})
 
 
-def test_one_step_may_mix_dtypes_and_what_steps_them(backend: torch.device) -> None:
+def test_mixed_dtypes_and_backends(backend: torch.device) -> None:
     kinds = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128]
     params = []
     for dtype in kinds:
@@ -244,7 +244,7 @@ def test_one_step_may_mix_dtypes_and_what_steps_them(backend: torch.device) -> N
         check(optimizer, order, positions(params[::2]) + positions(params[1::2], 1))
 
 
-def test_gradients_of_another_dtype_are_taken_as_they_are(backend: torch.device) -> None:
+def test_gradients_of_another_dtype(backend: torch.device) -> None:
     params = parameters(backend, torch.bfloat16, ((2049,), (5, 7)))
     optimizer = AdaX(params, master_weights="float32", telemetry=True)
     for param, dtype in zip(params, (torch.float32, torch.float64), strict=True):
@@ -254,18 +254,18 @@ def test_gradients_of_another_dtype_are_taken_as_they_are(backend: torch.device)
     assert_close(optimizer.read_telemetry().groups[0], expected(list(found.values())))
 
 
-def test_parameters_with_gaps_and_permuted_ones_count_once(backend: torch.device) -> None:
+def test_noncontiguous_and_transposed_parameters(backend: torch.device) -> None:
     gaps = values(70, 120).to(backend, torch.float32)[:, ::2].requires_grad_()
-    turned = values(100, 67).to(backend, torch.float32).t().requires_grad_()
+    transposed = values(100, 67).to(backend, torch.float32).t().requires_grad_()
     assert not is_dense(gaps)
-    optimizer = AdaX([gaps, turned], states="8bit_v16", telemetry=True)
+    optimizer = AdaX([gaps, transposed], states="8bit_v16", telemetry=True)
     for step in range(2):
-        set_gradients([gaps, turned], step)
-        check(optimizer, [gaps, turned], ["0.0", "0.1"])
+        set_gradients([gaps, transposed], step)
+        check(optimizer, [gaps, transposed], ["0.0", "0.1"])
 
 
 @pytest.mark.parametrize("limit", [1e-3, math.inf])
-def test_gradient_norm_is_that_before_clipping(limit: float, backend: torch.device) -> None:
+def test_gradient_norm_is_measured_before_clipping(limit: float, backend: torch.device) -> None:
     params = parameters(backend, torch.float32)
     optimizer = AdaX(params, max_grad_norm=limit, telemetry=True)
     for step in range(3):
@@ -277,9 +277,9 @@ def test_gradient_norm_is_that_before_clipping(limit: float, backend: torch.devi
     assert found.groups[0].update_norm == 0.0 and found.groups[0].unchanged_share == 1.0
 
 
-def test_grad_scaler_has_norms_unscaled_and_steps_skipped(backend: torch.device) -> None:
+def test_grad_scaler_gives_unscaled_norms_and_skipped_steps(backend: torch.device) -> None:
     params = parameters(backend, torch.float32, ((5, 7), (2049,), (0,)))
-    params.append(Parameter(values(9).to(backend)))  # PyTorch steps it
+    params.append(Parameter(values(9).to(backend)))  # float64 has no kernel
     optimizer = AdaX(params, lr=0.01, telemetry=True)
     scaler = torch.amp.GradScaler(backend.type, init_scale=1024.0, growth_interval=1)
     for step, infinite in enumerate((False, True, True, False, False)):

@@ -1,4 +1,4 @@
-"""What telemetry leaves as it is: the step, the state dict, the memory; and where it is refused."""
+"""Telemetry changes no step, state dict or buffer; reading it when it is off raises."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assert_grad_norm(optimizer: AdaX) -> None:
     assert found == pytest.approx(float(torch.cat(grads).norm()), rel=1e-5)
 
 
-def test_gradients_unscaled_by_the_user_are_not_unscaled_again(backend: torch.device) -> None:
+def test_gradients_that_the_user_unscaled_are_not_unscaled_again(backend: torch.device) -> None:
     params = parameters(backend, torch.float32, ((5, 7),))
     optimizer = AdaX(params, telemetry=True)
     scaler = torch.amp.GradScaler(backend.type, init_scale=1024.0)
@@ -54,7 +54,7 @@ def test_gradients_unscaled_by_the_user_are_not_unscaled_again(backend: torch.de
     assert optimizer.read_telemetry().groups[0].grad_norm == pytest.approx(math.sqrt(35.0), rel=1e-6)
 
 
-def test_scale_that_is_changed_in_place_is_that_of_the_step(backend: torch.device) -> None:
+def test_scale_changed_in_place_after_the_step_is_ignored(backend: torch.device) -> None:
     params = parameters(backend, torch.float32, ((5, 7),))
     optimizer = AdaX(params, telemetry=True)
     scale = torch.tensor([4.0], device=backend)
@@ -73,7 +73,7 @@ def stored_bits(optimizer: AdaX, params: Sequence[Tensor]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_step_is_the_same_without_telemetry(name: str, backend: torch.device) -> None:
+def test_telemetry_does_not_change_the_step(name: str, backend: torch.device) -> None:
     dtype, options = MODES[name]
     runs = []
     for telemetry in (True, False):
@@ -87,7 +87,7 @@ def test_step_is_the_same_without_telemetry(name: str, backend: torch.device) ->
 
 
 @pytest.mark.parametrize("path", ["native_cpu", "reference_cpu"])
-def test_a_long_tensor_is_stepped_the_same_in_parts(path: str, request: pytest.FixtureRequest) -> None:
+def test_telemetry_does_not_change_the_step_of_a_long_tensor(path: str, request: pytest.FixtureRequest) -> None:
     device = request.getfixturevalue(path)
     runs = []
     for telemetry in (True, False):
@@ -100,7 +100,7 @@ def test_a_long_tensor_is_stepped_the_same_in_parts(path: str, request: pytest.F
     assert runs[0] == runs[1]
 
 
-def test_telemetry_is_refused_where_there_is_none(backend: torch.device) -> None:
+def test_read_telemetry_raises_when_off_or_before_a_step(backend: torch.device) -> None:
     params = parameters(backend, torch.float32, ((5, 7),))
     without, fresh = AdaX(params), AdaX(params, telemetry=True)
     set_gradients(params, 0)
@@ -114,7 +114,7 @@ def test_telemetry_is_refused_where_there_is_none(backend: torch.device) -> None
             AdaX(params, telemetry=value)
 
 
-def test_a_step_that_raised_has_no_numbers(backend: torch.device) -> None:
+def test_read_telemetry_raises_after_a_failed_step(backend: torch.device) -> None:
     params = parameters(backend, torch.float32, ((5, 7),))
     optimizer = AdaX(params, max_grad_norm=1.0, error_if_nonfinite=True, telemetry=True)
     set_gradients(params, 0)
@@ -130,7 +130,7 @@ def test_a_step_that_raised_has_no_numbers(backend: torch.device) -> None:
     assert_grad_norm(optimizer)
 
 
-def test_state_dict_knows_nothing_of_it_and_copies_keep_it(backend: torch.device) -> None:
+def test_telemetry_is_copied_but_not_saved(backend: torch.device) -> None:
     params = parameters(backend, torch.float32, ((5, 7), (2049,)))
     optimizer, without = AdaX(params, telemetry=True), AdaX(params)
     set_gradients(params, 0)
@@ -138,13 +138,13 @@ def test_state_dict_knows_nothing_of_it_and_copies_keep_it(backend: torch.device
     assert optimizer.state_dict()["param_groups"] == without.state_dict()["param_groups"]
     assert {key for state in optimizer.state.values() for key in state} == {"step", "exp_avg", "exp_avg_sq"}
     without.load_state_dict(optimizer.state_dict())
-    for made in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         with pytest.raises(RuntimeError, match="no step"):
-            made.read_telemetry()
-        copies = made.param_groups[0]["params"]
+            copied.read_telemetry()
+        copies = copied.param_groups[0]["params"]
         set_gradients(copies, 1)
-        made.step()
-        assert_grad_norm(made)
+        copied.step()
+        assert_grad_norm(copied)
 
 
 def test_kernel_steps_reuse_their_buffers(device: torch.device) -> None:

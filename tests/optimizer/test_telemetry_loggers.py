@@ -1,4 +1,4 @@
-"""Loggers of telemetry, as hooks after real steps: what they write is what `read_telemetry` says."""
+"""Telemetry loggers as step hooks write the values of `read_telemetry`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOGGERS = (JsonLinesLogger, TensorBoardLogger)
 
 
 class RecordingWriter:
-    """Keeps what `SummaryWriter` would write."""
+    """Records the scalars that `SummaryWriter` would write."""
 
     def __init__(self) -> None:
         self.scalars: list[tuple[str, float, int]] = []
@@ -50,7 +50,7 @@ def from_json(numbers: dict[str, float | None]) -> Telemetry:
 
 
 @pytest.mark.parametrize("optimizer_class", CLASSES)
-def test_json_lines_are_the_numbers_of_the_steps(optimizer_class: type, tmp_path: Path, backend: torch.device) -> None:
+def test_json_lines_equal_read_telemetry(optimizer_class: type, tmp_path: Path, backend: torch.device) -> None:
     model, optimizer = make(optimizer_class, backend)
     path = tmp_path / "telemetry.jsonl"
     optimizer.register_step_post_hook(JsonLinesLogger(path, every=2, per_parameter=True))
@@ -75,7 +75,7 @@ def as_lists(step: StepTelemetry) -> dict[str, object]:
     return {"skipped": step.skipped, "groups": [group._asdict() for group in step.groups], "params": params}
 
 
-def test_a_file_that_is_there_is_added_to(tmp_path: Path, backend: torch.device) -> None:
+def test_json_lines_are_appended_to_a_file(tmp_path: Path, backend: torch.device) -> None:
     path = tmp_path / "telemetry.jsonl"
     path.write_text('{"step": 0}\n')
     model, optimizer = make(AdaX, backend)
@@ -92,7 +92,7 @@ def expected_scalars(step: StepTelemetry, prefix: str) -> dict[str, float]:
     return found | {f"{prefix}/skipped": float(step.skipped)}
 
 
-def test_a_writer_gets_every_number_under_its_tag(backend: torch.device) -> None:
+def test_writer_gets_all_scalars_with_their_tags(backend: torch.device) -> None:
     model, optimizer = make(AdaXW, backend)
     every, third = RecordingWriter(), RecordingWriter()
     optimizer.register_step_post_hook(TensorBoardLogger(every, per_parameter=True))
@@ -105,7 +105,7 @@ def test_a_writer_gets_every_number_under_its_tag(backend: torch.device) -> None
     assert {tag: value for tag, value, _ in third.scalars} == expected_scalars(taken[2]._replace(params={}), "run/opt")
 
 
-def test_tensorboard_reads_back_what_was_logged(tmp_path: Path, backend: torch.device) -> None:
+def test_tensorboard_reads_the_logged_values(tmp_path: Path, backend: torch.device) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
@@ -124,13 +124,13 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path: Path, backend: torch.d
 
 @pytest.mark.parametrize("logger_class", LOGGERS)
 @pytest.mark.parametrize("every", [0, -1, 1.0, True, "2", None])
-def test_intervals_that_are_no_number_of_steps_are_refused(logger_class: type, every: object) -> None:
+def test_invalid_interval_raises(logger_class: type, every: object) -> None:
     with pytest.raises(ValueError, match="every"):
         logger_class(None, every=every)
 
 
 @pytest.mark.parametrize("logger_class", LOGGERS)
-def test_without_telemetry_the_first_line_raises(logger_class: type, backend: torch.device) -> None:
+def test_logging_without_telemetry_raises(logger_class: type, backend: torch.device) -> None:
     model = nn.Linear(5, 3).to(backend)
     optimizer = AdaX(model.parameters())
     optimizer.register_step_post_hook(logger_class(None, every=2))
@@ -141,7 +141,7 @@ def test_without_telemetry_the_first_line_raises(logger_class: type, backend: to
 
 
 @pytest.mark.parametrize("logger_class", LOGGERS)
-def test_nowhere_to_write_reads_along(
+def test_path_none_reads_telemetry_and_writes_nothing(
     logger_class: type, tmp_path: Path, backend: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,6 @@
-"""Clipping by the norm of gradients that lie on several ranks, against one process that has them all; see
-sharding_worker.py for how it is run.
+"""Compare clipping by the norm of several ranks with one process, bit for bit.
 
-Gradients are small integers, whose squares add up exactly in any order: so everything must be equal bit for bit.
+Usage: as sharding_worker.py. Gradients are small integers; their squares have the same float sum in any order.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 import sharding_worker
 import torch
 import torch.distributed as dist
-from sharding_runs import Case, Run, build, differ, named, placed
+from sharding_runs import Case, Run, build, differ, named, shard_as
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -25,23 +24,23 @@ LIMIT = 100.0  # norms are near 200, and near 20 at the steps of small gradients
 STEPS = range(2)
 
 
-def whole_gradient(param: Tensor, index: int, step: int) -> Tensor:
+def full_gradient(param: Tensor, index: int, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(100 * step + index)
     grad = torch.randint(-2, 3, param.shape, generator=generator)
     return (grad * (step != 1) + (torch.rand(param.shape, generator=generator) < 0.02)).to(param.dtype)
 
 
 def set_gradients(run: Run, step: int, nan: bool = False) -> None:
-    """Set gradients; a NaN is in the first element, so on the first rank alone where that is sharded."""
+    """Set gradients; `nan` sets the first element, which is on rank 0 of a sharded parameter."""
     for index, param in enumerate(run[1].param_groups[0]["params"]):
-        grad = whole_gradient(param, index, step)
+        grad = full_gradient(param, index, step)
         if nan and index == 0:
             grad.view(-1)[0] = torch.nan
-        param.grad = placed(grad, param) if isinstance(param, DTensor) else grad
+        param.grad = shard_as(grad, param) if isinstance(param, DTensor) else grad
 
 
 def train(run: Run, steps: Iterable[int] = STEPS) -> list[float]:
-    """Step, and return the norms."""
+    """Step and return the gradient norms."""
     norms = []
     for step in steps:
         set_gradients(run, step)
@@ -50,8 +49,8 @@ def train(run: Run, steps: Iterable[int] = STEPS) -> list[float]:
     return norms
 
 
-def by_hand(mesh: DeviceMesh | None) -> Run:
-    """Shards by rows, by columns and uneven ones, replicas, and a plain parameter."""
+def manual_shards(mesh: DeviceMesh | None) -> Run:
+    """Build sharded (rows, columns, uneven), replicated and plain parameters."""
     model = nn.Module()
     placements = {
         "rows": [Shard(0)],
@@ -61,15 +60,15 @@ def by_hand(mesh: DeviceMesh | None) -> Run:
         "plain": [],
     }
     for index, (name, placement) in enumerate(placements.items()):
-        whole = torch.randn(33 if name == "uneven" else 64, 64, generator=torch.Generator().manual_seed(index))
+        full = torch.randn(33 if name == "uneven" else 64, 64, generator=torch.Generator().manual_seed(index))
         sharded = mesh is not None and placement
-        tensor = distribute_tensor(whole, mesh, placement, src_data_rank=None) if sharded else whole
+        tensor = distribute_tensor(full, mesh, placement, src_data_rank=None) if sharded else full
         setattr(model, name, nn.Parameter(tensor))
     return model, AdaX(model.parameters(), lr=1e-2)
 
 
 def check_dtensors(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
-    runs = (by_hand(mesh), by_hand(None)) if case.get("by hand") else (build(case, mesh), build(case, None))
+    runs = (manual_shards(mesh), manual_shards(None)) if case.get("manual") else (build(case, mesh), build(case, None))
     for _, optimizer in runs:
         optimizer.max_grad_norm = LIMIT
     norms = [train(run) for run in runs]
@@ -99,7 +98,7 @@ def twin() -> tuple[list[nn.Parameter], Run]:
 
 
 def check_zero(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
-    """ZeRO-1, whose ranks have optimizers of their own over a part of the parameters."""
+    """Check ZeRO-1: each rank's optimizer has a part of the parameters."""
     params, (expected, run) = plain_params(), twin()
     optimizer = ZeroRedundancyOptimizer(
         params, optimizer_class=AdaX, lr=1e-2, max_grad_norm=LIMIT, norm_process_group=dist.group.WORLD
@@ -107,18 +106,18 @@ def check_zero(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
     norms: list[list[float]] = [[], train(run)]
     for step in STEPS:
         for index, param in enumerate(params):
-            param.grad = whole_gradient(param, index, step)
+            param.grad = full_gradient(param, index, step)
         optimizer.step()
         norms[0].append(float(optimizer.optim.grad_norm))
-    return {"norms": norms, "differing": unequal(params, expected)}
+    return {"norms": norms, "differing": differing_indices(params, expected)}
 
 
-def check_own_part(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
-    """Each rank has every other parameter, or only the first has any."""
+def check_unequal_parts(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
+    """Check ranks with different parameters; with "idle" only rank 0 has any."""
     params, (expected, run) = plain_params(), twin()
     rank = dist.get_rank()
     mine = range(rank, len(params), 2) if not case.get("idle") else range(len(params) if rank == 0 else 0)
-    # A parameter without a gradient, because an optimizer must have some.
+    # An optimizer needs at least one parameter; this one has no gradient.
     frozen = nn.Parameter(torch.ones(3))
     optimizer = AdaX(
         [*(params[index] for index in mine), frozen], lr=1e-2, max_grad_norm=LIMIT, norm_process_group=dist.group.WORLD
@@ -126,28 +125,30 @@ def check_own_part(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
     norms: list[list[float]] = [[], train(run)]
     for step in STEPS:
         for index in mine:
-            params[index].grad = whole_gradient(params[index], index, step)
+            params[index].grad = full_gradient(params[index], index, step)
         optimizer.step()
         norms[0].append(float(optimizer.grad_norm))
     results: dict[str, Any] = {
         "norms": norms,
-        "differing": unequal([params[index] for index in mine], [expected[index] for index in mine]),
+        "differing": differing_indices([params[index] for index in mine], [expected[index] for index in mine]),
     }
     before = [params[index].detach().clone() for index in mine]
     for index in mine:
-        params[index].grad = whole_gradient(params[index], index, 3)
+        params[index].grad = full_gradient(params[index], index, 3)
         if index == 0:
             params[0].grad[69, 66] = torch.nan
     optimizer.step()
-    results["skipped"] = unequal([params[index] for index in mine], before) == []
+    results["skipped"] = differing_indices([params[index] for index in mine], before) == []
     return {**results, "norm": str(float(optimizer.grad_norm))}
 
 
-def unequal(params: list[nn.Parameter], expected: Iterable[Tensor]) -> list[int]:
+def differing_indices(params: list[nn.Parameter], expected: Iterable[Tensor]) -> list[int]:
     pairs = enumerate(zip(params, expected, strict=True))
     return [index for index, (param, other) in pairs if not torch.equal(param, other)]
 
 
 if __name__ == "__main__":
-    sharding_worker.CHECKS.update({"dtensors": check_dtensors, "zero": check_zero, "own part": check_own_part})
+    sharding_worker.CHECKS.update(
+        {"dtensors": check_dtensors, "zero": check_zero, "unequal parts": check_unequal_parts}
+    )
     sharding_worker.main(*sys.argv[1:])

@@ -1,8 +1,8 @@
-"""Gradient release on one of two ranks, with FSDP2 against the same run with `step()`, and with DDP.
+"""Compare gradient release with `step()` under FSDP2 on two ranks; check that DDP raises.
 
 Usage, once per rank: RANK=... python gradient_release_worker.py FOLDER
 
-FOLDER/RANK.json becomes {check: what is wrong, or ""}.
+Writes FOLDER/RANK.json: {check: error or ""}.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def batch(step: int) -> Tensor:
 
 
 def shards(optimizer: AdaXW) -> list[Tensor]:
-    """This rank's part of the weights and of all states, in order; counts too."""
+    """Return this rank's shards of weights, states and step counts, in order."""
     params = optimizer.param_groups[0]["params"]
     values = [value for param in params for value in (param.detach(), *optimizer.state[param].values())]
     return [value.to_local() if isinstance(value, DTensor) else torch.as_tensor(value) for value in values]

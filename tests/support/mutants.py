@@ -1,9 +1,9 @@
-"""Break the package on purpose, one line at a time, and check that the tests notice.
+"""Mutation testing: apply one fault at a time and check that a test fails.
 
 Usage: python tests/support/mutants.py [NAME ...]
 
-Every fault of mutants.toml, or those named, is made in a copy of the tracked files. Prints the first test that fails
-for each; exits with 1 if no test fails, or if the fault keeps the tests from being collected.
+Applies the faults of mutants.toml, or the named ones, in a copy of the tracked files. Prints the first failing test of
+each fault. Exits with 1 if no test fails for a fault, or if pytest cannot collect the tests.
 """
 
 import argparse
@@ -26,10 +26,10 @@ TESTS_FAILED = 1  # pytest's exit code
 def main() -> int:
     mutants = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of mutants.toml; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="fault in mutants.toml; default: all")
     names = parser.parse_args().names or list(mutants)
     if unknown := sorted(set(names) - set(mutants)):
-        parser.error(f"mutants.toml has no {', '.join(unknown)}")
+        parser.error(f"unknown fault: {', '.join(unknown)}; expected a name in mutants.toml")
     with tempfile.TemporaryDirectory() as folder:
         tree = copy_tree(Path(folder, "tree"))
         survivors = [name for name in names if not is_caught(name, mutants[name], tree)]
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def copy_tree(tree: Path) -> Path:
-    """Copy the tracked files, with the folders that are installed inside the package linked into it."""
+    """Copy the tracked files; link the folders of package-dir into a package."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in tracked.split("\0")[:-1]:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,9 @@ def is_caught(name: str, mutant: dict[str, Any], tree: Path) -> bool:
     file = tree / mutant["file"]
     original = file.read_text()
     if original.count(mutant["old"]) != 1:
-        raise ValueError(f"{name}: {mutant['file']} has {mutant['old']!r} {original.count(mutant['old'])} times")
+        raise ValueError(
+            f"{name}: {mutant['file']} has {mutant['old']!r} {original.count(mutant['old'])} times; expected 1"
+        )
     file.write_text(original.replace(mutant["old"], mutant["new"]))
     begun = time.monotonic()
     try:
@@ -66,8 +68,8 @@ def is_caught(name: str, mutant: dict[str, Any], tree: Path) -> bool:
         file.write_text(original)
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
     caught = code == TESTS_FAILED and failed is not None
-    told = failed[1] if failed else f"exit code {code}\n{output[-2000:]}" if code else "SURVIVED"
-    print(f"{name}: {told} ({time.monotonic() - begun:.0f} s)", flush=True)
+    outcome = failed[1] if failed else f"exit code {code}\n{output[-2000:]}" if code else "SURVIVED"
+    print(f"{name}: {outcome} ({time.monotonic() - begun:.0f} s)", flush=True)
     return caught
 
 

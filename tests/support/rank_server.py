@@ -1,15 +1,15 @@
-"""Fork ranks from a process that has imported torch and DeepSpeed, which takes seconds in a new one.
+"""Fork ranks from a process that has imported torch and DeepSpeed, to save seconds.
 
-Usage, by ranks.py: TRITON_INTERPRET=... python rank_server.py. Each line of the input is a JSON object:
+ranks.py runs `TRITON_INTERPRET=... python rank_server.py`. Each line of stdin is a JSON object:
 
-    script, arguments: what every rank runs, as `python script *arguments`
+    script, arguments: each rank runs `python script *arguments`
     environments: the environment variables of each rank
     folder: the working folder
-    log: the file that the output of all ranks goes to
+    log: file for the output of all ranks
     timeout: seconds after which the ranks are killed
 
-The answer is a line with a JSON list of exit codes. A rank that fails has the others killed. No rank outlives its
-request, nor the process that made it: the end of the input has them killed, too.
+The answer is a line of stdout with a JSON list of exit codes. If one rank fails, or stdin ends, the server kills all
+ranks. No rank outlives its request.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 with contextlib.suppress(ImportError):
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  takes torch._inductor along, as ranks would
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  also imports torch._inductor
 import torch  # noqa: F401
 
 POLL_S = 0.02
@@ -34,8 +34,8 @@ POLL_S = 0.02
 
 def serve(answers: TextIO) -> None:
     if len(threads := os.listdir("/proc/self/task")) > 1:
-        raise RuntimeError(f"{len(threads)} threads: a process that has threads cannot be forked safely")
-    gc.freeze()  # DeepSpeed collects garbage a dozen times for each engine: what is imported is none
+        raise RuntimeError(f"rank_server.py has {len(threads)} threads; only a process with one thread can fork safely")
+    gc.freeze()  # skip imported objects: DeepSpeed collects garbage a dozen times per engine
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         print(json.dumps(run(request)), file=answers, flush=True)
@@ -53,16 +53,16 @@ def run(request: dict[str, Any]) -> list[int]:
                 exits[pid] = os.waitstatus_to_exitcode(ended[1])
     for pid in ranks:
         if pid not in exits:
-            os.killpg(pid, signal.SIGKILL)  # with the processes that it has started
+            os.killpg(pid, signal.SIGKILL)  # with its child processes
             exits[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return [exits[pid] for pid in ranks]
 
 
 def start(request: dict[str, Any], environment: dict[str, str]) -> int:
-    """Fork one rank, and return its process id."""
+    """Fork a rank and return its process id."""
     pid = os.fork()
     if pid:
-        with contextlib.suppress(PermissionError, ProcessLookupError):  # the rank has done it, and gone on
+        with contextlib.suppress(PermissionError, ProcessLookupError):  # the rank has set it already
             os.setpgid(pid, pid)
         return pid
     code = 1
@@ -91,5 +91,5 @@ def start(request: dict[str, Any], environment: dict[str, str]) -> int:
 
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what ranks and imports print is no answer
+    os.dup2(2, 1)  # keep stdout for answers: prints of ranks and imports go to stderr
     serve(answers)

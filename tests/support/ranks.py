@@ -1,4 +1,4 @@
-"""Processes that work together, one per rank, none of which outlives the call."""
+"""Run a script on several ranks; all processes end with the call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LAUNCH_TIMEOUT_S = 900
-# Set before torch and DeepSpeed are imported.
+# torch and DeepSpeed read these when they are imported.
 SHARED_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
@@ -31,26 +31,26 @@ def run_ranks(
     log: Path,
     timeout: float = LAUNCH_TIMEOUT_S,
 ) -> None:
-    """Run a script on every rank, in a folder, and fail with the end of the log if one of them does.
+    """Run a script on all ranks; if one fails, raise with the end of the log.
 
-    The ranks see `RANK`, `LOCAL_RANK`, `WORLD_SIZE` and an address to meet at; no GPU, and one thread each. They are
-    forked from a process that has imported torch and DeepSpeed.
+    The ranks have `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`, one thread each and no GPU.
+    rank_server.py forks them.
 
     Args:
-        script: of Python.
-        arguments: of the script.
-        world_size: the number of ranks.
-        folder: where they run.
-        environment: variables of all ranks; `TRITON_INTERPRET` is one of them.
-        log: written; the output of all ranks.
+        script: Python file.
+        arguments: command-line arguments of the script.
+        world_size: number of ranks.
+        folder: working folder of the ranks.
+        environment: variables of all ranks, including `TRITON_INTERPRET`.
+        log: file for the output of all ranks; overwritten.
         timeout: seconds after which the ranks are killed.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where torch looks for ninja
-    shared = {**os.environ, "PATH": path, **SHARED_ENVIRONMENT, **meeting, **environment}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # torch looks for ninja here
+    shared = {**os.environ, "PATH": path, **SHARED_ENVIRONMENT, **rendezvous, **environment}
     log.write_text("")
     request = {
         "script": str(script),
@@ -68,7 +68,7 @@ def run_ranks(
 
 @functools.cache
 def rank_server(interpret: str) -> subprocess.Popen[str]:
-    """Start rank_server.py; it ends with this process."""
+    """Start rank_server.py, which ends with this process."""
     server = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
         env={**os.environ, **SHARED_ENVIRONMENT, "TRITON_INTERPRET": interpret},

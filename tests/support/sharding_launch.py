@@ -19,7 +19,7 @@ def launch(
     interpret: str = "0",
     worker: str = "sharding_worker.py",
 ) -> Results:
-    """Run a worker on every rank and return each case's results of all; no process outlives the call."""
+    """Run a worker on all ranks; return a list of the ranks' results for each case."""
     own = folder / f"{world_size}-{interpret}"
     own.mkdir()
     (own / "cases.json").write_text(json.dumps([{**case, "name": name} for name, case in cases.items()]))
@@ -28,7 +28,7 @@ def launch(
     try:
         run_ranks(script, arguments, world_size, folder, {"TRITON_INTERPRET": interpret}, log)
     finally:
-        # A rank's own words before what became of it.
+        # Show a rank's own failure before its exit code.
         written = [own / f"{rank}.json" for rank in range(world_size)]
         results = [json.loads(path.read_text()) if path.exists() else {} for path in written]
         failures = [case["failure"] for result in results for case in result.values() if "failure" in case]

@@ -1,4 +1,4 @@
-"""What is checked of every mode: steps, copies and checkpoints of a sharded run, against the run without shards."""
+"""Checks for all modes: sharded steps, copies and checkpoints equal the unsharded run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharding_runs import SAVED_AT, STEPS, Case, Run, build, differ, differing, held, train
+from sharding_runs import SAVED_AT, STEPS, Case, Run, build, differ, differing, tensors_of, train
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def check_copies(case: Case, mesh: DeviceMesh, halfway: Run, end: Run) -> dict[str, list[str]]:
@@ -28,25 +28,25 @@ def check_copies(case: Case, mesh: DeviceMesh, halfway: Run, end: Run) -> dict[s
     loaded = build(case, mesh, seed=1)
     loaded[0].load_state_dict(halfway[0].state_dict())
     loaded[1].load_state_dict(halfway[1].state_dict())
-    rest = range(SAVED_AT, STEPS)
+    remaining = range(SAVED_AT, STEPS)
     return {
-        "deepcopy": differ(train(twin, rest), end),
-        "state_dict": differ(train(loaded, rest), end),
+        "deepcopy": differ(train(twin, remaining), end),
+        "state_dict": differ(train(loaded, remaining), end),
     }
 
 
-def check_whole_state_dicts(case: Case, mesh: DeviceMesh, halfway: Run, end: Run) -> dict[str, list[str]]:
-    """Loading with shards what a run without them has saved, and the other way round."""
+def check_unsharded_state_dicts(case: Case, mesh: DeviceMesh, halfway: Run, end: Run) -> dict[str, list[str]]:
+    """Check that sharded runs load unsharded state dicts, and vice versa."""
     plain = train(build(case, None), range(SAVED_AT))
     direct, unsharded = build(case, mesh, seed=1), build(case, None, seed=1)
-    set_model_state_dict(direct[0], get_model_state_dict(plain[0]), options=WHOLE)
+    set_model_state_dict(direct[0], get_model_state_dict(plain[0]), options=FULL)
     direct[1].load_state_dict(plain[1].state_dict())
     unsharded[0].load_state_dict(plain[0].state_dict())
     unsharded[1].load_state_dict(halfway[1].state_dict())
-    rest = range(SAVED_AT, STEPS)
+    remaining = range(SAVED_AT, STEPS)
     return {
-        "from the whole": differ(train(direct, rest), end),
-        "into the whole": differ(train(unsharded, rest), end),
+        "from unsharded": differ(train(direct, remaining), end),
+        "into unsharded": differ(train(unsharded, remaining), end),
         "torch gathers": check_torch_gathers(halfway, plain),
         "torch distributes": check_torch_distributes(build(case, mesh, seed=1), plain, end),
     }
@@ -57,15 +57,15 @@ def check_torch_gathers(halfway: Run, plain: Run) -> list[str]:
         named = {f"{name}/{part}": value for name, state in saved.items() for part, value in state.items()}
         return {name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in named.items()}
 
-    saved = get_optimizer_state_dict(*halfway, options=WHOLE).get("state", {})
-    if dist.get_rank() > 0:  # it is on rank 0 alone
+    saved = get_optimizer_state_dict(*halfway, options=FULL).get("state", {})
+    if dist.get_rank() > 0:  # only rank 0 has the state dict
         return list(saved)
     return differing(parts(saved), parts(get_optimizer_state_dict(*plain)["state"]))
 
 
 def check_torch_distributes(run: Run, plain: Run, end: Run) -> list[str]:
-    set_model_state_dict(run[0], get_model_state_dict(plain[0]), options=WHOLE)
-    set_optimizer_state_dict(*run, optim_state_dict=get_optimizer_state_dict(*plain), options=WHOLE)
+    set_model_state_dict(run[0], get_model_state_dict(plain[0]), options=FULL)
+    set_optimizer_state_dict(*run, optim_state_dict=get_optimizer_state_dict(*plain), options=FULL)
     return differ(train(run, range(SAVED_AT, STEPS)), end)
 
 
@@ -82,15 +82,15 @@ def load_checkpoint(folder: Path, run: Run) -> Run:
 
 
 def check_without_shards(case: Case, folder: Path) -> list[str]:
-    """Load what two ranks have saved, in one process without a process group."""
+    """Load the checkpoint of two ranks in one process without a process group."""
     loaded = load_checkpoint(folder / case["name"], build(case, None, seed=1))
     return differ(train(loaded, range(SAVED_AT, STEPS)), train(build(case, None), range(STEPS)))
 
 
 def check_mode(case: Case, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
     steps = range(case.get("steps", STEPS))
-    end, whole = (train(build(case, where), steps) for where in (None, mesh))
-    results: dict[str, Any] = {"trajectory": differ(whole, end, gather=True), "parts": sorted(held(end))}
+    end, sharded = (train(build(case, run_mesh), steps) for run_mesh in (None, mesh))
+    results: dict[str, Any] = {"trajectory": differ(sharded, end, gather=True), "parts": sorted(tensors_of(end))}
     start = dict(build(case, None)[0].named_parameters())
     results["still"] = [name for name, param in end[0].named_parameters() if torch.equal(param, start[name])]
     saved = folder / case["name"]
@@ -106,4 +106,4 @@ def check_mode(case: Case, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
     if not case["copies"]:
         return results
     results |= check_copies(case, mesh, halfway, end)
-    return results | check_whole_state_dicts(case, mesh, halfway, end)
+    return results | check_unsharded_state_dicts(case, mesh, halfway, end)

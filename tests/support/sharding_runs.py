@@ -1,4 +1,4 @@
-"""The model of the sharding tests, stepped with shards and without them, and the comparison of two runs."""
+"""Model, training and comparison of runs for the sharding tests."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Run = tuple[nn.Module, AdaX]
 
 
 class Model(nn.Module):
-    """Shards of every kind: uneven, with groups of codes in two and three dimensions, and none at all on a rank."""
+    """Shapes for all kinds of shards: uneven, empty, quantized in two and three dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(67, 96)
         self.hidden = nn.Linear(96, 64)
         self.cube = nn.Parameter(torch.randn(33, 4, 32))
-        self.row = nn.Parameter(torch.randn(1, 4096))  # compact, and wholly on the first rank
+        self.row = nn.Parameter(torch.randn(1, 4096))  # quantized; rank 0 has all of it
         self.out = nn.Linear(33, 3)
         self.gain = nn.Parameter(torch.full((1,), 0.1))
 
@@ -50,7 +50,7 @@ def build(case: dict[str, Any], mesh: DeviceMesh | None, seed: int = 0) -> Run:
     return model, AdaX(model.parameters(), **options(case))
 
 
-def whole_gradient(param: Tensor, index: int, step: int) -> Tensor:
+def full_gradient(param: Tensor, index: int, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * step + index)
     return torch.randn(param.shape, generator=generator).to(param.dtype)
 
@@ -58,19 +58,19 @@ def whole_gradient(param: Tensor, index: int, step: int) -> Tensor:
 def train(run: Run, steps: Iterable[int]) -> Run:
     for step in steps:
         for index, param in enumerate(run[1].param_groups[0]["params"]):
-            grad = whole_gradient(param, index, step)
-            param.grad = placed(grad, param) if isinstance(param, DTensor) else grad
+            grad = full_gradient(param, index, step)
+            param.grad = shard_as(grad, param) if isinstance(param, DTensor) else grad
         run[1].step()
     return run
 
 
 def named(run: Run) -> dict[str, Tensor]:
-    """The optimizer's parameters, which after a deepcopy are not the model's."""
+    """Return the optimizer's parameters by name; a deepcopy has other parameters than the model."""
     names = [name for name, _ in run[0].named_parameters()]
     return dict(zip(names, run[1].param_groups[0]["params"], strict=True))
 
 
-def placed(tensor: Tensor, like: DTensor) -> DTensor:
+def shard_as(tensor: Tensor, like: DTensor) -> DTensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -80,7 +80,7 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor()
 
 
-def held(run: Run) -> dict[str, Tensor]:
+def tensors_of(run: Run) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, param in named(run).items():
         found[name] = param
@@ -95,12 +95,12 @@ def held(run: Run) -> dict[str, Tensor]:
 
 
 def differing(tensors: dict[str, Tensor], expected: dict[str, Tensor], gather: bool = False) -> list[str]:
-    """Names of tensors that are not of the same dtype, shape and bits.
+    """Return names of tensors with different dtypes, shapes or bits, or missing in one run.
 
     Args:
-        tensors: sharded or plain.
-        expected: likewise; what both have is compared.
-        gather: compare the whole on every rank, rather than this rank's part alone, which is faster.
+        tensors: sharded or plain tensors by name.
+        expected: sharded or plain tensors by name.
+        gather: compare full tensors on each rank. Default: False, this rank's shards, which is faster.
     """
     wrong = sorted(set(tensors) ^ set(expected))
     for name in sorted(set(tensors) & set(expected)):
@@ -111,7 +111,9 @@ def differing(tensors: dict[str, Tensor], expected: dict[str, Tensor], gather: b
         if gather or not isinstance(ours, DTensor):
             ours, theirs = gathered(ours), gathered(theirs)
         else:
-            ours, theirs = (each if isinstance(each, DTensor) else placed(each, ours) for each in (ours, theirs))
+            ours, theirs = (
+                tensor if isinstance(tensor, DTensor) else shard_as(tensor, ours) for tensor in (ours, theirs)
+            )
             ours, theirs = ours.detach().to_local(), theirs.detach().to_local()
         if ours.shape != theirs.shape or not torch.equal(bits(ours), bits(theirs)):
             wrong.append(name)
@@ -123,4 +125,4 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def differ(run: Run, expected: Run, gather: bool = False) -> list[str]:
-    return differing(held(run), held(expected), gather)
+    return differing(tensors_of(run), tensors_of(expected), gather)

@@ -1,9 +1,9 @@
-"""Run sharding cases on one rank and write what differs from the same run in one process, without shards.
+"""Run sharding cases on a rank and compare them with an unsharded run.
 
 Usage, once per rank: RANK=... WORLD_SIZE=... python sharding_worker.py CASES.json STORE FOLDER
 
-CASES.json is a list of dictionaries; `RANK.json` beside STORE becomes {case name: {check: what differs}}. Checkpoints
-of two ranks stay in FOLDER, for four ranks and for a process of its own to load.
+CASES.json is a list of dictionaries. Writes `RANK.json` next to STORE: {case name: {check: names that differ}}. Keeps
+checkpoints of two ranks in FOLDER; four ranks and a single process load them.
 """
 
 import json
@@ -35,7 +35,7 @@ def main(cases_path: str, store: str, folder: str) -> None:
             results[case["name"]] = CHECKS[check](case, mesh) if check else check_mode(case, mesh, Path(folder))
         except Exception:
             results[case["name"]] = {"failure": traceback.format_exc()}
-            break  # the other ranks may be anywhere
+            break  # the other ranks may wait in a collective
     Path(store).with_name(f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Every bit of tensors, and of what an optimizer steps and keeps, to be compared."""
+"""Bits of tensors, parameters and optimizer states, for comparisons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adax_triton import AdaX
 
 
 def contents(optimizer: AdaX) -> list[tuple[str, Any]]:
-    """Return every bit of parameters and states of the first group."""
+    """Return (name, bits) of the parameters and states of the first group."""
     found = []
     for param in optimizer.param_groups[0]["params"]:
         values = {"param": param, **optimizer.state[param]}
