@@ -48,11 +48,11 @@ def assert_same(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
 @every_class
 def test_group_equals_a_separate_optimizer(optimizer_class: type, backend: torch.device) -> None:
     own = {"lr": 0.02, "betas": (0.5, 0.07), "eps": 1e-3, "weight_decay": 0.3, "maximize": True}
-    params, alone = parameters(backend), parameters(backend)
+    params, separate = parameters(backend), parameters(backend)
     train(optimizer_class([{"params": params[:2]}, {"params": params[2:], **own}], lr=0.1), params)
-    train(optimizer_class(alone[:2], lr=0.1), alone[:2])
-    train(optimizer_class(alone[2:], **own), alone[2:])
-    assert_same(params, alone)
+    train(optimizer_class(separate[:2], lr=0.1), separate[:2])
+    train(optimizer_class(separate[2:], **own), separate[2:])
+    assert_same(params, separate)
 
 
 def test_group_added_later_counts_from_its_first_step(backend: torch.device) -> None:
@@ -191,7 +191,7 @@ def test_hooks_run_around_the_step(backend: torch.device) -> None:
 
 
 def test_frozen_parameter_does_not_change_or_count_steps(backend: torch.device) -> None:
-    params, alone = parameters(backend), parameters(backend)
+    params, separate = parameters(backend), parameters(backend)
     optimizer = AdaXW(params, weight_decay=0.5)
     frozen, *others = params
     train(optimizer, params, [0])
@@ -199,9 +199,9 @@ def test_frozen_parameter_does_not_change_or_count_steps(backend: torch.device) 
     train(optimizer, others, [1])
     assert torch.equal(frozen, before)
     train(optimizer, params, [2])
-    train(AdaXW(alone[:1], weight_decay=0.5), alone[:1], [0, 2])
-    train(AdaXW(alone[1:], weight_decay=0.5), alone[1:], [0, 1, 2])
-    assert_same(params, alone)
+    train(AdaXW(separate[:1], weight_decay=0.5), separate[:1], [0, 2])
+    train(AdaXW(separate[1:], weight_decay=0.5), separate[1:], [0, 1, 2])
+    assert_same(params, separate)
     assert [optimizer.state[param]["step"] for param in params] == [2, 3, 3, 3]
 
 
