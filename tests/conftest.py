@@ -54,10 +54,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     seconds: dict[str, float] = json.loads(DURATIONS.read_text())
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: -seconds.get(in_tests(item.path), QUICK_S))
+        items.sort(key=lambda item: -seconds.get(relative_to_tests(item.path), QUICK_S))
     chosen, others = [], []
     for item in items:
-        short = item.path.name in ESSENTIAL or seconds.get(in_tests(item.path), QUICK_S) <= QUICK_S
+        short = item.path.name in ESSENTIAL or seconds.get(relative_to_tests(item.path), QUICK_S) <= QUICK_S
         left_out = config.getoption("quick", False) and not short
         left_out |= bool(os.environ.get("ONLY_GPU_TESTS")) and not needs_gpu(item)
         (others if left_out else chosen).append(item)
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
 
 
-def in_tests(path: str | Path) -> str:
+def relative_to_tests(path: str | Path) -> str:
     return Path(os.path.abspath(path)).relative_to(TESTS).as_posix()
 
 
@@ -88,7 +88,7 @@ class DurationFile:
         self._seconds: dict[str, float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._seconds[in_tests(report.fspath)] += report.duration
+        self._seconds[relative_to_tests(report.fspath)] += report.duration
 
     def pytest_sessionfinish(self) -> None:
         found = {name: round(self._seconds[name], 1) for name in sorted(self._seconds)}
