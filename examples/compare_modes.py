@@ -1,4 +1,4 @@
-"""Compare validation losses of a small GPT between precisions of weights and states.
+"""Compare a small GPT's validation loss between precisions of weights and states.
 
 Trains with AdaXW in plain PyTorch on the CPU, with linear warm-up and cosine decay. All runs of a seed start from the
 same weights, which bfloat16 can represent, and see the same batches. Forward and backward use `p.float()`, so only the
@@ -55,7 +55,7 @@ MODES = {
 
 
 def train(mode: Mode, data: TextData, seed: int, settings: argparse.Namespace, lr: float) -> float:
-    """Train a new model and return its validation loss, in nats per byte."""
+    """Train a new model; return its validation loss in nats per byte."""
     torch.manual_seed(seed)
     model = GPT(**SHAPE)
     for param in model.parameters():

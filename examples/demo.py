@@ -1,10 +1,10 @@
-"""Train a small GPT with DeepSpeed, with AdaX and with AdamW; plot both loss curves.
+"""Train a small GPT with AdaX and AdamW; plot both loss curves.
 
     python examples/demo.py                                # the standard library's source, three minutes on two cores
     python examples/demo.py --data notes/ --steps 2000     # any text file or folder
     python examples/demo.py --config my_deepspeed.json --optimizer AdaXW
 
-Both runs use the same data and seed, in one process per GPU or two on a CPU. Run the script again to resume a run.
+Both runs use DeepSpeed and the same data and seed, in one process per GPU or two on a CPU. Run again to resume.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, argpars
 
 
 def plan_runs(args: argparse.Namespace) -> list[tuple[argparse.Namespace, Plan]]:
-    """Return the runs, each with its own folder below `--out`; an invalid argument raises ValueError."""
+    """Return the runs with their folders; an invalid argument raises ValueError."""
     runs: list[tuple[argparse.Namespace, Plan]] = []
     for optimizer in (args.optimizer, args.against):
         folder = args.out / load_config(args.config, optimizer)["optimizer"]["type"].lower()

@@ -1,4 +1,4 @@
-"""A small GPT over bytes: pre-norm blocks, learned positions, tied output head, plain torch."""
+"""A small GPT over bytes: pre-norm blocks, learned positions, tied output head."""
 
 import math
 
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer that returns the mean cross-entropy of the next byte, in nats.
+    """Decoder-only transformer; returns the mean cross-entropy in nats per byte.
 
     Args:
         layers: number of blocks.

@@ -40,7 +40,7 @@ def build_model(width: int, context: int = 64) -> GPT2LMHeadModel:
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Windows of `context` bytes of a text; each window is its own target.
+    """Windows of `context` bytes; each window is its own target.
 
     Args:
         path: a text file or a folder. None: the source of Python's standard library.

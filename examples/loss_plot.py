@@ -37,7 +37,7 @@ def smooth(values: list[float], half_width: int) -> list[float]:
 
 
 def draw_losses(curves: list[Curve], path: Path, title: str, subtitle: str) -> None:
-    """Plot training losses, raw and smoothed, and validation losses to a PNG file."""
+    """Plot raw and smoothed training losses and validation losses to a PNG."""
     figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
     axes = figure.subplots()
     for curve, colour in zip(curves, COLOURS, strict=False):

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class RunFolder:
-    """Files of a training run; only rank 0 calls the methods that write.
+    """Files of a training run; only rank 0 calls methods that write.
 
     Files: `run.json` (settings), `loss.jsonl` (a record per step), `checkpoints/<tag>/`, `checkpoints/latest` (name of
     the last complete checkpoint), `result.json` (speed of a finished run).
@@ -35,7 +35,7 @@ class RunFolder:
                 )
 
     def prepare(self, settings: dict[str, Any], fresh: bool) -> None:
-        """Prepare the folder for a start or a resume; `fresh` deletes the files of an earlier run."""
+        """Prepare the folder to start or resume; `fresh` deletes an earlier run."""
         if fresh:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             for file in (self.settings_file, self.log_file, self.result_file):
@@ -58,12 +58,12 @@ class RunFolder:
                 shutil.rmtree(folder)
 
     def append(self, record: dict[str, float]) -> None:
-        """Append a record to the loss log and close the file, so that it survives a kill."""
+        """Append a record to the loss log; it survives a kill."""
         with self.log_file.open("a") as log:
             log.write(json.dumps(record) + "\n")
 
     def records(self) -> list[dict[str, float]]:
-        """Return the loss log without a last line that a kill cut short."""
+        """Return the records of the loss log without a truncated last line."""
         if not self.log_file.exists():
             return []
         lines = self.log_file.read_text().splitlines(keepends=True)
@@ -74,7 +74,7 @@ class RunFolder:
         _write_atomically(self.result_file, json.dumps(result, indent=2) + "\n")
 
     def result(self) -> dict[str, Any]:
-        """Return the saved result, or {} if the run was killed before `write_result`."""
+        """Return the saved result, or {} for an unfinished run."""
         return json.loads(self.result_file.read_text()) if self.result_file.exists() else {}
 
     def _cut_log(self, step: int) -> None:

@@ -14,7 +14,7 @@ HELD_OUT_BLOCK = 65536  # bytes; large blocks limit leakage from the neighbourin
 
 
 def read_text(path: Path | None, max_bytes: int) -> bytes:
-    """Read up to `max_bytes` bytes of text, files in the order of their names.
+    """Read up to `max_bytes` bytes of text, files in name order.
 
     Args:
         path: a file or a folder; hidden files, installed packages and binary files of a folder are skipped. None: the
@@ -50,7 +50,7 @@ def _text_files(root: Path, suffix: str) -> Iterator[Path]:
 
 
 class TextData:
-    """Split a text into training and held-out parts; return windows of `context` bytes.
+    """Windows of the training and held-out parts of a text.
 
     Batches depend only on (seed, step, rank), so a resumed run sees the same data as an uninterrupted run.
 
@@ -80,14 +80,14 @@ class TextData:
         self.digest = hashlib.sha256(text).hexdigest()
 
     def batch(self, step: int, rank: int, ranks: int, size: int) -> tuple[Tensor, Tensor]:
-        """Return (inputs, targets) of one rank at one step, each (size, context) int64."""
+        """Return (inputs, targets) of a rank at a step, (size, context) int64."""
         # The CPU generator uses 32 bits of its seed.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**32)
         starts = torch.randint(len(self.train) - self.context, (ranks * size,), generator=generator)
         return self._windows(self.train, starts[rank * size : (rank + 1) * size])
 
     def held_out(self, rank: int, ranks: int, size: int, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield `batches` batches of this rank; windows are spaced evenly over the held-out part."""
+        """Yield batches of this rank, spaced evenly over the held-out part."""
         count = ranks * size * batches
         last = len(self.validation) - self.context - 1
         starts = torch.arange(count) * last // max(1, count - 1)

@@ -1,4 +1,4 @@
-"""Train a small byte-level GPT with DeepSpeed and the optimizer of a JSON config.
+"""Train a small byte-level GPT with DeepSpeed and a configured optimizer.
 
 Start it with any launcher that runs one process per device; `demo.py` starts it with two optimizers on the same data:
 
@@ -46,7 +46,7 @@ def import_deepspeed() -> ModuleType:
 
 
 def learning_rate_factor(warmup: int, steps: int) -> Callable[[int], float]:
-    """Return the learning rate schedule: linear warm-up, then cosine decay from 1 to 0.1."""
+    """Return the schedule: linear warm-up, then cosine decay to 0.1."""
 
     def factor(done: int) -> float:
         if done < warmup:
@@ -98,7 +98,7 @@ class Trainer:
         return done
 
     def train_step(self, step: int) -> float:
-        """Train step `step`, counted from 1; return the loss of its global batch."""
+        """Train step `step`, counted from 1; return its global loss."""
         accumulation = self.engine.gradient_accumulation_steps()
         total = torch.zeros((), device=self.engine.device)
         for micro_step in range((step - 1) * accumulation, step * accumulation):
@@ -120,7 +120,7 @@ class Trainer:
         return self._mean_over_ranks(total / VALIDATION_BATCHES)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint, then set `latest` to it when all ranks have written."""
+        """Write a checkpoint, then set `latest` when all ranks have finished."""
         self.engine.save_checkpoint(str(self.folder.checkpoints), tag=checkpoint_tag(step), save_latest=False)
         if self.rank == 0:
             self.folder.commit(step)

@@ -96,7 +96,7 @@ class DurationFile:
 
 
 class FailureFile:
-    """Prints each failure immediately and appends it to a file, which survives a kill.
+    """Prints each failure immediately and appends it to a file.
 
     Args:
         config: pytest's configuration of this session.
@@ -152,12 +152,12 @@ def reference_cpu(native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(params=["kernel", "cpu"])
 def backend(request: pytest.FixtureRequest) -> torch.device:
-    """Run a test with the Triton kernel ("kernel") and the native CPU kernel ("cpu")."""
+    """Device of the Triton kernel ("kernel") and of the native kernel ("cpu")."""
     return request.getfixturevalue("device" if request.param == "kernel" else "native_cpu")
 
 
 class Recording(TorchDispatchMode):
-    """Record kernel launches and tensor operations in a block, and replay them in order.
+    """Records kernel launches and tensor operations in a block, and replays them.
 
     As in a CUDA graph, a replay writes the same memory and runs no other Python code.
     """
@@ -218,7 +218,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
 
 @pytest.fixture(scope="session")
 def launch_deepspeed() -> Callable[..., dict[str, Any]]:
-    """Function that runs cases of a DeepSpeed worker and returns their results; see `launch`."""
+    """The function `launch`."""
     return launch
 
 
@@ -229,7 +229,7 @@ def launch(
     world_size: int = 2,
     interpreted: bool = False,
 ) -> dict[str, Any]:
-    """Run a worker on `world_size` ranks and return its results; all processes end with the call.
+    """Run a worker on some ranks and return its results.
 
     Args:
         folder: working folder for the cases, results and log.

@@ -1,4 +1,4 @@
-"""Clipping by the gradient norm of several gloo ranks. Oracle: one process (clipping_worker.py)."""
+"""Clipping by the norm of several ranks equals one process (clipping_worker.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INTERPRETED = ("fsdp2", "manual", "unequal parts", "idle rank")
 
 @pytest.fixture(scope="module", params=["compiled", "interpreted"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Results of each case on both ranks, with the native CPU kernel or the Triton interpreter."""
+    """Results of both ranks, with the native kernel or the interpreter."""
     interpreted = request.param == "interpreted"
     cases = {name: case for name, case in CASES.items() if not interpreted or name in INTERPRETED}
     return launch(tmp_path_factory.mktemp("norm"), 2, cases, str(int(interpreted)), "clipping_worker.py")

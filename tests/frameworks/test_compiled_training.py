@@ -1,4 +1,4 @@
-"""Training steps within torch.compile: the graph breaks at the optimizer, which runs uncompiled.
+"""Training inside torch.compile; the graph breaks at the optimizer, which runs uncompiled.
 
 Oracle: the uncompiled function, bit for bit. Dynamo's frame count must not grow after two steps.
 """

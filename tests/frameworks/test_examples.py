@@ -1,4 +1,4 @@
-"""The demo with two CPU processes; a resumed run must equal an uninterrupted run."""
+"""The demo with two CPU processes; resumed runs equal uninterrupted ones."""
 
 import importlib.util
 import json
@@ -189,7 +189,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 
 def kill_after_checkpoint(arguments: list[object], folder: Path) -> None:
-    """Start the demo and kill all its processes after the first complete checkpoint in `folder`."""
+    """Start the demo; kill its processes after the first complete checkpoint."""
     import psutil
 
     process = subprocess.Popen(

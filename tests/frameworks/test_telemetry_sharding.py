@@ -35,7 +35,7 @@ def numbers(optimizer: AdaX) -> dict[str, Any]:
 
 
 def model_case(case: dict[str, Any], mesh: Any) -> list[dict[str, Any]]:
-    """Return the telemetry of a model under FSDP2 and of the unsharded model."""
+    """Return the telemetry of an FSDP2 model and of the unsharded model."""
     from sharding_runs import DTYPES, Model, options, train
     from torch.distributed.fsdp import fully_shard
 
@@ -53,7 +53,7 @@ def model_case(case: dict[str, Any], mesh: Any) -> list[dict[str, Any]]:
 
 
 def order_case(mesh: Any) -> list[dict[str, Any]]:
-    """Return telemetry if rank 1 needs two launches, because one of its shards is unaligned."""
+    """Return telemetry when an unaligned shard gives rank 1 two launches."""
     from torch.distributed.tensor import DTensor, Shard
 
     found = []

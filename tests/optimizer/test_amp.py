@@ -1,4 +1,4 @@
-"""Automatic mixed precision with an unmodified torch.amp.GradScaler; the step unscales and skips.
+"""An unmodified torch.amp.GradScaler; the step unscales gradients and skips overflows.
 
 Oracle: the same optimizer with unscaled gradients, without the overflow steps. Results match bit for bit, because
 scales are powers of two and host and device compute the same scalars.
@@ -48,7 +48,7 @@ each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
 @pytest.fixture(autouse=True)
 def scaler_checks_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make GradScaler check bfloat16 gradients in float32; PyTorch 2.11 rejects them on a GPU."""
+    """Make GradScaler check bfloat16 gradients in float32, as PyTorch 2.11 needs."""
     check = torch._amp_foreach_non_finite_check_and_unscale_
 
     def check_in_float32(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
@@ -72,7 +72,7 @@ def gradient(param: Tensor, step: int) -> Tensor:
 
 
 def backward(params: Sequence[Tensor], step: int, scaler: torch.amp.GradScaler, infinite: bool = False) -> None:
-    """Run a backward pass that gives `gradient` times the scale; freeze the first parameter at FROZEN."""
+    """Backpropagate `gradient` times the scale; at FROZEN, freeze the first parameter."""
     trained = params[step in FROZEN :]
     for param in params:
         param.grad = None

@@ -32,7 +32,7 @@ def trained(optimizer_class: type, device: torch.device, **options: Any) -> Opti
 
 
 def contents(optimizer: Optimizer) -> list[Any]:
-    """Return the bits of all that a step or a load may change; repr makes NaN equal itself."""
+    """Return bits of parameters, states and options; repr makes NaN equal."""
     found: list[Any] = []
     for index, group in enumerate(optimizer.param_groups):
         found.extend((index, name, repr(value)) for name, value in sorted(group.items()) if name != "params")

@@ -1,4 +1,4 @@
-"""Steps with device coefficients equal steps with host coefficients, and replay without host work.
+"""Steps with device coefficients equal host ones and replay without host work.
 
 Without a GPU, the fixture `recording` replaces the CUDA graph; test_cuda_graphs.py tests real graphs.
 """

@@ -1,4 +1,4 @@
-"""The torch.optim contract, except memory layouts and checkpoints, which have their own files.
+"""The torch.optim contract; other files test memory layouts and checkpoints.
 
 The classes differ only in the scalars of a step. Tests with groups and schedulers run for all classes, others for one.
 """

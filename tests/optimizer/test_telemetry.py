@@ -1,4 +1,4 @@
-"""Compare telemetry with norms and counts that torch computes from weights before and after a step.
+"""Compare telemetry with torch's norms and counts before and after a step.
 
 Bound: sums add float32 squares, so norms may differ from float64 by a factor of 1e-5; counts are exact.
 """
@@ -59,7 +59,7 @@ def weights(optimizer: AdaX, param: Tensor) -> Tensor:
 
 
 def take(optimizer: AdaX, params: Sequence[Tensor]) -> dict[Tensor, list[Tensor]]:
-    """Step; return [gradient, old weights, new weights] of each parameter with a gradient."""
+    """Step; return [gradient, old weights, new weights] by parameter with a gradient."""
     trained = [param for param in params if param.grad is not None]
     before = [weights(optimizer, param) for param in trained]
     grads = [torch.view_as_real(param.grad) if param.is_complex() else param.grad for param in trained]

@@ -1,4 +1,4 @@
-"""Telemetry changes no step, state dict or buffer; reading it when it is off raises."""
+"""Telemetry changes no step or state dict; invalid reads raise."""
 
 from __future__ import annotations
 

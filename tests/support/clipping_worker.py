@@ -1,4 +1,4 @@
-"""Compare clipping by the norm of several ranks with one process, bit for bit.
+"""Compare clipping on several ranks with one process, bit for bit.
 
 Usage: as sharding_worker.py. Gradients are small integers; their squares have the same float sum in any order.
 """
@@ -31,7 +31,7 @@ def full_gradient(param: Tensor, index: int, step: int) -> Tensor:
 
 
 def set_gradients(run: Run, step: int, nan: bool = False) -> None:
-    """Set gradients; `nan` sets the first element, which is on rank 0 of a sharded parameter."""
+    """Set gradients; with `nan`, the first element (on rank 0) is NaN."""
     for index, param in enumerate(run[1].param_groups[0]["params"]):
         grad = full_gradient(param, index, step)
         if nan and index == 0:

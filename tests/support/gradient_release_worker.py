@@ -1,4 +1,4 @@
-"""Compare gradient release with `step()` under FSDP2 on two ranks; check that DDP raises.
+"""Compare gradient release with `step()` under FSDP2; check that DDP raises.
 
 Usage, once per rank: RANK=... python gradient_release_worker.py FOLDER
 

@@ -1,4 +1,4 @@
-"""Mutation testing: apply one fault at a time and check that a test fails.
+"""Mutation testing: apply each fault and check that a test fails.
 
 Usage: python tests/support/mutants.py [NAME ...]
 

@@ -1,4 +1,4 @@
-"""Fork ranks from a process that has imported torch and DeepSpeed, to save seconds.
+"""Fork ranks from a process that has already imported torch and DeepSpeed.
 
 ranks.py runs `TRITON_INTERPRET=... python rank_server.py`. Each line of stdin is a JSON object:
 

@@ -31,7 +31,7 @@ def run_ranks(
     log: Path,
     timeout: float = LAUNCH_TIMEOUT_S,
 ) -> None:
-    """Run a script on all ranks; if one fails, raise with the end of the log.
+    """Run a script on all ranks; a failure raises the log's end.
 
     The ranks have `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`, one thread each and no GPU.
     rank_server.py forks them.

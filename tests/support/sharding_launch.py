@@ -19,7 +19,7 @@ def launch(
     interpret: str = "0",
     worker: str = "sharding_worker.py",
 ) -> Results:
-    """Run a worker on all ranks; return a list of the ranks' results for each case."""
+    """Run a worker on all ranks; return {case: [result of each rank]}."""
     own = folder / f"{world_size}-{interpret}"
     own.mkdir()
     (own / "cases.json").write_text(json.dumps([{**case, "name": name} for name, case in cases.items()]))

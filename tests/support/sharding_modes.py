@@ -1,4 +1,4 @@
-"""Checks for all modes: sharded steps, copies and checkpoints equal the unsharded run."""
+"""Checks for all modes: sharded steps, copies, checkpoints equal the unsharded run."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def load_checkpoint(folder: Path, run: Run) -> Run:
 
 
 def check_without_shards(case: Case, folder: Path) -> list[str]:
-    """Load the checkpoint of two ranks in one process without a process group."""
+    """Load the checkpoint of two ranks without a process group."""
     loaded = load_checkpoint(folder / case["name"], build(case, None, seed=1))
     return differ(train(loaded, range(SAVED_AT, STEPS)), train(build(case, None), range(STEPS)))
 

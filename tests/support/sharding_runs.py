@@ -20,7 +20,7 @@ Run = tuple[nn.Module, AdaX]
 
 
 class Model(nn.Module):
-    """Shapes for all kinds of shards: uneven, empty, quantized in two and three dimensions."""
+    """Model with uneven, empty and quantized shards of two and three dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def train(run: Run, steps: Iterable[int]) -> Run:
 
 
 def named(run: Run) -> dict[str, Tensor]:
-    """Return the optimizer's parameters by name; a deepcopy has other parameters than the model."""
+    """Return the optimizer's parameters by name; a deepcopied optimizer has its own."""
     names = [name for name, _ in run[0].named_parameters()]
     return dict(zip(names, run[1].param_groups[0]["params"], strict=True))
 
@@ -95,7 +95,7 @@ def tensors_of(run: Run) -> dict[str, Tensor]:
 
 
 def differing(tensors: dict[str, Tensor], expected: dict[str, Tensor], gather: bool = False) -> list[str]:
-    """Return names of tensors with different dtypes, shapes or bits, or missing in one run.
+    """Return names of missing tensors and of different dtypes, shapes, bits.
 
     Args:
         tensors: sharded or plain tensors by name.

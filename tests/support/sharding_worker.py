@@ -1,4 +1,4 @@
-"""Run sharding cases on a rank and compare them with an unsharded run.
+"""Run sharding cases on a rank and compare with an unsharded run.
 
 Usage, once per rank: RANK=... WORLD_SIZE=... python sharding_worker.py CASES.json STORE FOLDER
 
