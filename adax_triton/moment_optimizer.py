@@ -15,11 +15,11 @@ from adax_triton.state import master_weights
 from adax_triton.state.allocation import STATE_TENSORS, allocate_states, is_new, state_mismatch
 from adax_triton.state.checkpoint import (
     check_state_dict,
+    copy_loaded_state,
     keep_lr_tensors,
     params_with_wrapped_tensors,
-    restore,
     with_int_counts,
-    with_own_options,
+    with_kept_options,
     wrap_tensors,
 )
 from adax_triton.state.parameters import check_param, is_frozen
@@ -235,11 +235,11 @@ class MomentOptimizer(Optimizer):
             return self._step_external(external_step, conditions)
         key = "step", next((id(group["params"][0]) for group in self.param_groups if group["params"]), 0)
         plan = self._plans.get(key)
-        if plan is None or not plan.matches(self.param_groups, self.state, conditions):
+        if plan is None or not plan.try_reuse(self.param_groups, self.state, conditions):
             plan = self._new_plan(key, collect(self.param_groups, self.state, conditions, self.options.keep_float32))
         self._run(plan, conditions)
 
-    def _new_plan(self, key: tuple[str, int], collected: Collected, covers_all: bool = True) -> StepPlan:
+    def _new_plan(self, key: tuple[str, int], collected: Collected, covers_all_params: bool = True) -> StepPlan:
         """Return a new plan for checked parameters, and keep it if later steps can reuse it."""
         normalize_counts(collected.params, self.state)
         host = HostScalars(
@@ -247,7 +247,7 @@ class MomentOptimizer(Optimizer):
                 (item.group_index, 1 if is_new(state) else state["step"] + 1)
                 for item in collected.params
                 for state in [self.state.get(item.param, {})]
-                if not (collected.on_device and uses_triton(item.param))
+                if not (collected.counts_on_device and uses_triton(item.param))
             ]
         )
         host.compute(self.param_groups)
@@ -261,7 +261,7 @@ class MomentOptimizer(Optimizer):
             self._launch_cache,
             self.options.telemetry,
             self.options.norm_process_group,
-            covers_all,
+            covers_all_params,
         )
         self._plans.pop(key, None)
         if key[0] == "step" or len(self._plans) >= self._most_plans:
@@ -307,25 +307,27 @@ class MomentOptimizer(Optimizer):
         parts, group_of = external_step.parts, self._group_indices()
         key = "external", id(parts[0].param) if parts else 0
         plan = self._plans.get(key)
-        planned_before = conditions.is_default and all(part.param in group_of for part in parts)
+        may_reuse = conditions.is_default and all(part.param in group_of for part in parts)
         if (
             plan is None
-            or not planned_before
-            or not plan.matches(self.param_groups, self.state, conditions, params_with_external_grads(parts, group_of))
+            or not may_reuse
+            or not plan.try_reuse(
+                self.param_groups, self.state, conditions, params_with_external_grads(parts, group_of)
+            )
         ):
             checked_external_grads(parts, external_step.grad_factor, telemetry=False)  # a tensor may have changed since
             collected = collect_external(parts, conditions, group_of, self.param_groups, self.state)
-            plan = self._new_plan(key, collected, covers_all=False)
+            plan = self._new_plan(key, collected, covers_all_params=False)
         self._run(plan, conditions._replace(grad_factor=external_step.grad_factor))
 
     def _step_one(self, param: Tensor, group_index: int) -> None:
         conditions, key = DEFAULT_CONDITIONS, ("release", id(param))
         plan = self._plans.get(key)
         given = [ParamWithGrad(param, group_index, (param.grad,))] if param.grad is not None else []
-        if plan is None or not plan.matches(self.param_groups, self.state, conditions, given):
+        if plan is None or not plan.try_reuse(self.param_groups, self.state, conditions, given):
             only = {param: group_index}
             collected = collect(self.param_groups, self.state, conditions, self.options.keep_float32, only)
-            plan = self._new_plan(key, collected, covers_all=False)
+            plan = self._new_plan(key, collected, covers_all_params=False)
         self._run(plan, conditions)
 
     def _create_states(self, params: list[tuple[Tensor, int]]) -> None:
@@ -413,7 +415,7 @@ class MomentOptimizer(Optimizer):
         def check_and_wrap(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             check_state_dict(given, optimizer.param_groups)
             wrapped = wrap_tensors(given, optimizer.state)
-            return {**wrapped, "param_groups": with_own_options(optimizer.param_groups, given)}
+            return {**wrapped, "param_groups": with_kept_options(optimizer.param_groups, given)}
 
         # Last of the pre-hooks, so that it sees the result of the user's own hooks.
         handle = self.register_load_state_dict_pre_hook(check_and_wrap)
@@ -426,7 +428,7 @@ class MomentOptimizer(Optimizer):
         before, own_groups = self.__dict__.get("state", {}), self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         keep_lr_tensors(self.param_groups, own_groups)
-        if "_memory" not in self.__dict__:  # unpickled; otherwise keep the tables that captured graphs read
+        if "_launch_cache" not in self.__dict__:  # unpickled; otherwise keep the tables that captured graphs read
             self._prepare()
         self._plans.clear()
         for group in self.param_groups:
@@ -442,7 +444,7 @@ class MomentOptimizer(Optimizer):
             self.state[param] = own if state_mismatch(existing, param) is None else {}
         self._create_states([(param, group_of[param]) for param in loaded if is_new(self.state[param])])
         for param, values in loaded.items():
-            restore(values, into=self.state[param], param=param)
+            copy_loaded_state(values, self.state[param], param)
 
     def __getattr__(self, name: str) -> Any:
         renamed = "; lay_beside was renamed to set_external_grads" if name == "lay_beside" else ""

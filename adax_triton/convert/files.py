@@ -19,6 +19,7 @@ from torch import nn
 
 from adax_triton.optimizers import AdaX
 from adax_triton.state.precision import precision_of
+from adax_triton.state.validation import with_current_names
 
 from .state_dicts import (
     HYPERPARAMETERS,
@@ -163,7 +164,7 @@ def convert_precision(
     Raises:
         ValueError: another package saved the state dict, or `master_weights` is given and it has no masters.
     """
-    groups = state_dict["param_groups"]
+    groups = [with_current_names(group) for group in state_dict["param_groups"]]
     if not all("second_moment" in group for group in groups):
         raise ValueError("states and master_weights need a state dict of adax_triton; convert it to adax or adam first")
     if master_weights is not None and not all(group.get("master_weights") for group in groups):
@@ -183,7 +184,7 @@ def convert_precision(
         id(dummies[key]) for group in groups for key in group["params"] if _is_float32_exception(saved.get(key), group)
     }
     optimizer = AdaX(own_groups, keep_float32=lambda param: id(param) in exceptions)
-    optimizer.load_state_dict({"state": state_dict["state"], "param_groups": list(groups)})
+    optimizer.load_state_dict({"state": state_dict["state"], "param_groups": groups})
     keys = list(dummies)
     loaded = {keys[index]: state for index, state in optimizer.state_dict()["state"].items()}
     return {**state_dict, "state": loaded, "param_groups": [{**group, **changes} for group in groups]}

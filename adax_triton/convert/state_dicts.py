@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from adax_triton.state.step_counts import checked_count
-from adax_triton.state.validation import OLD_CHECKPOINT_DEFAULTS, as_float, validate_group
+from adax_triton.state.validation import OLD_CHECKPOINT_DEFAULTS, as_float, validate_group, with_current_names
 from adax_triton.update.coefficients import one_minus_power
 
 _ADAM = {"second_moment": "adam", "eps_placement": "normalized"}
@@ -322,7 +322,10 @@ def _scaled(moment: Tensor, factor: float, scale: Callable[[Any, Any], Any]) -> 
 
 def _validated_group(group: Mapping[str, Any], where: str, required: dict[str, Any]) -> dict[str, Any]:
     """Return a group's hyper-parameters; raise unless they are valid and equal those in `required`."""
-    own = {**OLD_CHECKPOINT_DEFAULTS, **{key: group[key] for key in HYPERPARAMETERS if key in group}}
+    own = {
+        **OLD_CHECKPOINT_DEFAULTS,
+        **{key: value for key, value in with_current_names(group).items() if key in HYPERPARAMETERS},
+    }
     try:
         validate_group(own)
     except (TypeError, ValueError) as error:
