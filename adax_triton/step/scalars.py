@@ -278,9 +278,7 @@ def lr_address(group: Mapping[str, Any], device: torch.device) -> int:
     if not isinstance(lr, Tensor) or lr.device != device:
         return 0
     if lr.dtype != torch.float32:
-        raise TypeError(
-            f"Invalid type of lr: expected a number or a float32 tensor on {device}, got a tensor of {lr.dtype}"
-        )
+        raise TypeError(f"Invalid type of lr: a tensor on {device} must be float32, got {lr.dtype}")
     return lr.data_ptr()
 
 
