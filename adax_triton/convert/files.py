@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -93,7 +93,7 @@ def _state_dict_of(saved: Any, source: Path, key: str | None) -> dict[str, Any]:
     raise ValueError(f"{where} is not the state dict of an optimizer; {advice}")
 
 
-def _is_state_dict(value: Any) -> bool:
+def _is_state_dict(value: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict) and {"state", "param_groups"} <= set(value)
 
 
