@@ -1,1 +1,1 @@
-"""Adapters to training frameworks, one module each; importing a module registers AdaX with its framework."""
+"""Adapters to training frameworks; importing a module registers AdaX with its framework."""

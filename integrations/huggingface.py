@@ -1,15 +1,18 @@
 """AdaX in the Trainer of transformers, with DeepSpeed.
 
-    import adax_triton.integrations.huggingface  # registers the types of DeepSpeed configurations, too
+    import adax_triton.integrations.huggingface  # also registers the types of DeepSpeed configurations
 
     config = {"optimizer": {"type": "AdaX", "params": {"lr": "auto"}}, ...}
     trainer = Trainer(model, TrainingArguments(deepspeed=config, learning_rate=1.5e-3), ...)
 
-Without DeepSpeed the Trainer steps the optimizer it is given. With it, it forgets an optimizer object passed as
-`optimizers=` and makes an AdamW, or what the configuration names, in its place; importing this module makes that an
-error. What `deepspeed_in_use` says of the Trainer and Accelerate needs `adax_triton.integrations.deepspeed` alone.
+Without DeepSpeed the Trainer steps the optimizer that you pass as `optimizers=`. With DeepSpeed it drops that object
+and steps AdamW, or the optimizer of the configuration. Importing this module turns that into an error: it replaces
+`transformers.trainer.deepspeed_init`. Without the replacement the run goes on with AdamW, and only the log says so; see
+tests/frameworks/test_huggingface.py::test_dropped_optimizer_is_logged.
 
-Run with transformers 5.24.0 and accelerate 1.15.0.
+All other checks of the Trainer and of Accelerate need only `adax_triton.integrations.deepspeed`.
+
+Tested with transformers 5.24.0 and accelerate 1.15.0.
 """
 
 import functools
@@ -23,31 +26,32 @@ from adax_triton.moment_optimizer import MomentOptimizer
 
 __all__ = ["register", "unregister"]
 
-# What `register` replaced; empty when not registered.
+# The original `deepspeed_init`; empty when not registered.
 _originals: list[Callable[..., Any]] = []
 
 
 def register() -> None:
-    """Have the Trainer refuse to drop an optimizer of this package. Idempotent; importing this module calls it.
+    """Make the Trainer raise instead of dropping an optimizer of this package.
 
-    Also registers `adax_triton.integrations.deepspeed`, which stays registered after `unregister`.
+    Idempotent; importing this module calls it. It also registers `adax_triton.integrations.deepspeed`, which stays
+    registered after `unregister`.
 
     Raises:
-        ImportError: DeepSpeed is older than the oldest version its adapter was run with.
+        ImportError: DeepSpeed is older than the oldest tested version.
     """
     deepspeed_adapter.register()
     if not _originals:
         _originals.append(transformers.trainer.deepspeed_init)
-        transformers.trainer.deepspeed_init = _refuse_to_drop(transformers.trainer.deepspeed_init)
+        transformers.trainer.deepspeed_init = _raise_if_dropped(transformers.trainer.deepspeed_init)
 
 
 def unregister() -> None:
-    """Take back what `register` did to the Trainer. Idempotent."""
+    """Undo what `register` did to the Trainer. Idempotent."""
     while _originals:
         transformers.trainer.deepspeed_init = _originals.pop()
 
 
-def _refuse_to_drop(original: Callable[..., Any]) -> Callable[..., Any]:
+def _raise_if_dropped(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def deepspeed_init(trainer: Any, num_training_steps: int, inference: bool = False) -> Any:
         given = trainer.optimizer
@@ -55,9 +59,9 @@ def _refuse_to_drop(original: Callable[..., Any]) -> Callable[..., Any]:
         if not inference and isinstance(given, MomentOptimizer) and not isinstance(optimizer, MomentOptimizer):
             name = type(given).__name__
             raise ValueError(
-                f"optimizers=({name}, ...): with DeepSpeed the Trainer drops an optimizer object and would step "
-                f"another; pass optimizer_cls_and_kwargs=({name}, {{...}}) instead, or override create_optimizer, or "
-                f'name "{name}" in the "optimizer" section of the DeepSpeed configuration alone'
+                f"optimizers=({name}, ...): with DeepSpeed the Trainer drops an optimizer object and steps another "
+                f"optimizer; pass optimizer_cls_and_kwargs=({name}, {{...}}) instead, or override create_optimizer, or "
+                f'name "{name}" in the "optimizer" section of the DeepSpeed configuration'
             )
         return optimizer, lr_scheduler
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder after a process died at any operation on files. Oracle: what was in it before, or the new one."""
+"""Kill a save before every file operation: the folder must then have the old or the new checkpoint, complete."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from adax_triton.integrations.deepspeed.checkpoints.atomic_save import begin, begin_in_place, folder_to_load, publish
+from adax_triton.integrations.deepspeed.checkpoints.atomic_save import (
+    folder_to_load,
+    prepare_in_place,
+    prepare_staging,
+    publish,
+)
 
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
 
 
 def save(folder: Path, tag: str, contents: str) -> None:
-    in_place = not begin(str(folder), tag)
+    in_place = not prepare_staging(str(folder), tag)
     if in_place:
-        begin_in_place(str(folder), tag)
+        prepare_in_place(str(folder), tag)
     staged = folder / (tag if in_place else f"{tag}.saving")
     (staged / "inner").mkdir()
     for name in ("weights", "inner/states"):
@@ -35,7 +40,7 @@ def save(folder: Path, tag: str, contents: str) -> None:
 
 
 def contents(folder: Path) -> str:
-    """Return what the checkpoint to be loaded has; it must be whole."""
+    """Return the contents of the checkpoint to load, which must be complete."""
     name, _ = folder_to_load(str(folder), None)
     assert name is not None
     (found,) = {(folder / name / file).read_text() for file in ("weights", "inner/states")}
@@ -46,12 +51,12 @@ def contents_or_none(folder: Path) -> str | None:
     try:
         return contents(folder)
     except ValueError as error:
-        assert "complete are: none" in str(error)
+        assert "complete checkpoints: none" in str(error)
         return None
 
 
-def dies(before_operation: int, action: Callable[[], None]) -> bool:
-    """Run an action in a process that is killed before one of its operations on files; False if it has fewer."""
+def is_killed(before_operation: int, action: Callable[[], None]) -> bool:
+    """Run an action in a process that kills itself before its n-th file operation; False if it has fewer."""
     pid = os.fork()
     if pid == 0:
         left = before_operation
@@ -68,42 +73,42 @@ def dies(before_operation: int, action: Callable[[], None]) -> bool:
             action()
             os._exit(0)
         finally:
-            os._exit(1)  # never back into pytest
+            os._exit(1)  # must not return to pytest
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status in (0, -signal.SIGKILL)
     return status != 0
 
 
-def found_after_each_death(
+def found_after_each_kill(
     folder: Path, tag: str, read: Callable[[Path], Any], expecting: Callable[[], AbstractContextManager[Any]]
 ) -> list[Any]:
-    """Return what is there after a death before each operation of a save, the last time after none."""
+    """Return the folder's contents after a kill before each operation of a save, and after a full save."""
     found = []
     for count in itertools.count():
         place = folder / str(count)
         place.mkdir()
         with expecting():
             save(place, "same", "old")
-            died = dies(count, lambda place=place: save(place, tag, "new" * 100))
+            killed = is_killed(count, lambda place=place: save(place, tag, "new" * 100))
             found.append(read(place))
             save(place, tag, "newer")
         assert contents(place) == "newer"
         assert {path.name for path in place.iterdir()} == {"same", tag, "latest"}
-        if not died:
+        if not killed:
             break
     return found
 
 
 @pytest.mark.parametrize("tag", ["same", "other"])
-def test_death_at_any_operation_leaves_a_whole_checkpoint(tmp_path: Path, tag: str) -> None:
-    found = found_after_each_death(tmp_path, tag, contents, contextlib.nullcontext)
+def test_kill_at_any_operation_leaves_a_complete_checkpoint(tmp_path: Path, tag: str) -> None:
+    found = found_after_each_kill(tmp_path, tag, contents, contextlib.nullcontext)
     assert len(found) > 21
     switched = found.index("new" * 100)
     assert found == ["old"] * switched + ["new" * 100] * (len(found) - switched)
 
 
 @pytest.mark.parametrize("tag", ["same", "other"])
-def test_death_without_rename_leaves_a_whole_checkpoint_or_none(
+def test_kill_without_rename_leaves_a_complete_checkpoint_or_none(
     tmp_path: Path, tag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -112,30 +117,30 @@ def test_death_without_rename_leaves_a_whole_checkpoint_or_none(
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, refuse)
     refused = functools.partial(pytest.warns, UserWarning, match=r"cannot rename folders \(Function not implemented\)")
-    found = found_after_each_death(tmp_path, tag, contents_or_none, refused)
+    found = found_after_each_kill(tmp_path, tag, contents_or_none, refused)
     kinds = ["old", "new" * 100] if tag == "other" else ["old", None, "new" * 100]
     assert [kind for kind, _ in itertools.groupby(found)] == kinds
 
 
-def test_incomplete_folder_is_refused_by_tag_and_passed_over_without_one(tmp_path: Path) -> None:
+def test_incomplete_folder_raises_by_tag_and_is_skipped_without(tmp_path: Path) -> None:
     for tag in ("first", "second"):
         save(tmp_path, tag, tag)
     (tmp_path / "second" / "inner" / "states").write_text("sec")
     name, warning = folder_to_load(str(tmp_path), None)
     assert name == "first"
     assert warning is not None and "second is not a complete checkpoint; loading 'first' instead" in warning
-    with pytest.raises(ValueError, match="second is not a complete checkpoint; complete are: first"):
+    with pytest.raises(ValueError, match="second is not a complete checkpoint; complete checkpoints: first"):
         folder_to_load(str(tmp_path), "second")
-    with pytest.raises(ValueError, match="third is not a complete checkpoint; complete are: first"):
+    with pytest.raises(ValueError, match="third is not a complete checkpoint; complete checkpoints: first"):
         folder_to_load(str(tmp_path), "third")
     (tmp_path / "latest").write_text("")
     assert folder_to_load(str(tmp_path), None)[0] == "first"
     (tmp_path / "first" / "weights").unlink()
-    with pytest.raises(ValueError, match="is not a complete checkpoint; complete are: none"):
+    with pytest.raises(ValueError, match="is not a complete checkpoint; complete checkpoints: none"):
         folder_to_load(str(tmp_path), None)
 
 
-def test_folder_of_another_program_is_left_to_its_reader(tmp_path: Path) -> None:
+def test_folder_of_another_program_is_loaded_unchecked(tmp_path: Path) -> None:
     assert folder_to_load(str(tmp_path), None) == (None, None)
     for tag in ("theirs", "theirs.saving"):
         (tmp_path / tag).mkdir()

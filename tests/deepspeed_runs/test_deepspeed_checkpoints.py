@@ -1,7 +1,7 @@
-"""AdaX through DeepSpeed checkpoints: other layouts, other optimizers, and what is refused.
+"""AdaX with DeepSpeed checkpoints: of other ranks and stages, of other optimizers, and those that raise.
 
 Oracle: a run in one process that never stops, in deepspeed_checkpoint_worker.py. Three launches, on one, two and one
-rank, carry every case of this file; each test reads the results of its case.
+rank, run all cases of this file; each test reads the results of its case.
 """
 
 from pathlib import Path
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.deepspeed
 FP32_TOLERANCE = 1e-7
 
 Case = dict[str, Any]
-Leg = dict[str, Any]
+Segment = dict[str, Any]
 FP32_ACCUMULATION = {"config": {"data_types": {"grad_accum_dtype": "fp32"}}, "accumulate_in_fp32": True}
-# A leg that resumes is configured with another learning rate, which must come from the checkpoint, for every group.
+# A segment that resumes is configured with a wrong learning rate; the checkpoint's must replace it in every group.
 RESUMES = {"params": {"lr": 0.5}}
 UNIVERSAL = {"universal": True, **RESUMES}
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 1e-2, "torch_adam": True}}
@@ -30,16 +30,16 @@ SGD = {"type": "SGD", "params": {"lr": 1.0}, "config": {"zero_allow_untested_opt
 OTHER_ADAM = {"type": "AdamW", "params": {"lr": 2e-2, "betas": [0.8, 0.99], "torch_adam": True}}
 
 
-def named(cases: dict[str, list[Leg]]) -> list[Any]:
-    return [pytest.param({"name": name, "legs": legs}, id=name) for name, legs in cases.items()]
+def named(cases: dict[str, list[Segment]]) -> list[Any]:
+    return [pytest.param({"name": name, "segments": segments}, id=name) for name, segments in cases.items()]
 
 
-def bf16(stage: int, **more: Any) -> Leg:
+def bf16(stage: int, **more: Any) -> Segment:
     return {"stage": stage, "dtype": "bf16", **more}
 
 
-# Three groups with their own lr and weight decay, a tied, a frozen and a one-element parameter in every case; the last
-# leaves one of two ranks only padding.
+# Every case has three groups with their own lr and weight decay, a tied, a frozen and a one-element parameter. The
+# last leaves one of two ranks only padding.
 UNIVERSALS = named(
     {
         "z1-1-rank-to-2-to-1": [
@@ -73,7 +73,7 @@ SWITCHES = named(
         "universal-z1-to-z2": [bf16(1, **ADAMW), bf16(2, switch=True, universal=True, **TO_ADAX)],
     }
 )
-# Converted off line: hyper-parameters stay as they were, whatever is configured.
+# Converted on disk: the checkpoint's hyper-parameters replace the configured ones.
 ADAMW_GROUPS = {"lr": 1e-2, "weight_decay": 1e-2, "eps": 1e-8}
 CONFIGURED = {"lr": 0.5, "weight_decay": 0.5, "eps": 1e-3}
 TO_CONVERTED_ADAXW = {"type": "AdaXW", "params": {**ADAMW_GROUPS, "betas": [0.9, 1e-3]}, "configured": CONFIGURED}
@@ -92,7 +92,7 @@ CONVERSIONS = named(
 OFFLOADED = {"stage": 2, "dtype": "fp32", "zero": {"offload_optimizer": {"device": "cpu"}}}
 CPU_ADAM: Case = {
     "name": "cpu-adam-and-back",
-    "legs": [
+    "segments": [
         {**OFFLOADED, **CPU_ADAMW},
         {**OFFLOADED, "switch": True, **TO_ADAXW},
         {**OFFLOADED, "switch": True, **CPU_ADAMW},
@@ -110,10 +110,10 @@ OWN_MASTERS = {
     "bf16_masters": True,
 }
 NO_STATES = {"load_optimizer_states": False}
-REFUSED = {"expect_error": True, "steps": 1}
-REFUSALS = [
-    pytest.param({"name": name, "legs": [*before, {**leg, **REFUSED}]}, words, id=name)
-    for name, before, leg, words in (
+RAISES = {"expect_error": True, "steps": 1}
+LOADS_THAT_RAISE = [
+    pytest.param({"name": name, "segments": [*before, {**segment, **RAISES}]}, words, id=name)
+    for name, before, segment, words in (
         ("8bit-universal", [bf16(2, steps=1, **LOWEST)], bf16(2, universal=True, **LOWEST), ["'8bit'", "float32"]),
         ("8bit_v16-universal-z3", [bf16(3, steps=1, **LOW)], bf16(3, universal=True, **LOW), ["'8bit_v16'", "float32"]),
         ("z2-to-z3", [bf16(2, steps=1)], bf16(3, universal=True), ["below ZeRO 3", "zero_to_fp32"]),
@@ -140,65 +140,65 @@ REFUSALS = [
             bf16(1, switch=True, universal=True, **OTHER_ADAM),
             ["load_universal=true", "AdamW"],
         ),
-        ("sgd-within-switch", [bf16(1, steps=1)], bf16(1, switch=True, **SGD), ["runs SGD", "AdamW"]),
+        ("sgd-within-switch", [bf16(1, steps=1)], bf16(1, switch=True, **SGD), ["optimizer is SGD", "AdamW"]),
     )
 ]
-# DeepSpeed gives every group the hyper-parameters of the first; ours are kept from it, others are not.
+# DeepSpeed gives every group the hyper-parameters of the first; the adapter prevents it for AdaX only.
 OTHER_OPTIMIZER: Case = {
     "name": "z3-adamw-universal",
-    "legs": [bf16(3, steps=1, **ADAMW), bf16(3, steps=1, universal=True, **ADAMW)],
+    "segments": [bf16(3, steps=1, **ADAMW), bf16(3, steps=1, universal=True, **ADAMW)],
 }
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    cases = [parameter.values[0] for parameter in (*UNIVERSALS, *SWITCHES, *CONVERSIONS, *TO_LOW, *REFUSALS)]
+    cases = [parameter.values[0] for parameter in (*UNIVERSALS, *SWITCHES, *CONVERSIONS, *TO_LOW, *LOADS_THAT_RAISE)]
     built = Path(cpp_extension._get_build_directory("cpu_adam", verbose=False)) / "cpu_adam.so"
     cases += [OTHER_OPTIMIZER, *([CPU_ADAM] if built.exists() else [])]
     return launch(tmp_path_factory.mktemp("checkpoints"), cases, ["0", "1", "2"])
 
 
-def assert_never_stopped(case: Case, legs: list[dict[str, Any]]) -> None:
+def assert_exact(case: Case, segments: list[dict[str, Any]]) -> None:
     taken = 0
-    for leg, result in zip(case["legs"], legs, strict=True):
-        taken += leg.get("steps", 2)
-        assert result["deviation"] <= (FP32_TOLERANCE if leg.get("dtype", "fp32") == "fp32" else 0.0)
+    for segment, result in zip(case["segments"], segments, strict=True):
+        taken += segment.get("steps", 2)
+        assert result["deviation"] <= (FP32_TOLERANCE if segment.get("dtype", "fp32") == "fp32" else 0.0)
         assert result["steps"] == [taken]
 
 
 @pytest.mark.parametrize("case", UNIVERSALS)
-def test_universal_checkpoint_goes_on_as_if_never_stopped(results: dict[str, Any], case: Case) -> None:
-    assert_never_stopped(case, results[case["name"]])
+def test_universal_checkpoint_continues_exactly(results: dict[str, Any], case: Case) -> None:
+    assert_exact(case, results[case["name"]])
 
 
 def test_other_optimizers_keep_deepspeeds_overwritten_groups(results: dict[str, Any]) -> None:
-    # Fails when DeepSpeed repairs it; then the adapter's wrapper for it can go as well.
+    # Fails when DeepSpeed fixes it: then simplify universal.load_every_group_at_stage_3.
     first, second = results[OTHER_OPTIMIZER["name"]]
     assert first["weight_decay"] == [1e-2, 0.0, 1e-2]
     assert second["weight_decay"] == [1e-2, 1e-2, 1e-2]
 
 
 @pytest.mark.parametrize("case", SWITCHES)
-def test_switch_goes_on_with_converted_states(results: dict[str, Any], case: Case) -> None:
-    legs = results[case["name"]]
-    assert_never_stopped(case, legs)
-    assert [leg["optimizer"] for leg in legs] == [leg["type"] for leg in case["legs"]]
+def test_switch_continues_with_converted_states(results: dict[str, Any], case: Case) -> None:
+    segments = results[case["name"]]
+    assert_exact(case, segments)
+    assert [segment["optimizer"] for segment in segments] == [segment["type"] for segment in case["segments"]]
 
 
 @pytest.mark.parametrize("case", CONVERSIONS)
-def test_converted_checkpoint_is_loaded_as_any_other(results: dict[str, Any], case: Case) -> None:
-    legs = results[case["name"]]
-    assert_never_stopped(case, legs)
-    assert [leg["weight_decay"] for leg in legs] == [[1e-2, 0.0, 1e-2]] * len(legs)
+def test_converted_checkpoint_loads(results: dict[str, Any], case: Case) -> None:
+    segments = results[case["name"]]
+    assert_exact(case, segments)
+    assert [segment["weight_decay"] for segment in segments] == [[1e-2, 0.0, 1e-2]] * len(segments)
 
 
-def test_deepspeeds_cpu_adam_is_switched_from_and_to(results: dict[str, Any]) -> None:
+def test_switch_from_and_to_deepspeeds_cpu_adam(results: dict[str, Any]) -> None:
     if CPU_ADAM["name"] not in results:
         pytest.skip("needs DeepSpeed's cpu_adam, built once by deepspeed.ops.op_builder.CPUAdamBuilder().load()")
-    legs = results[CPU_ADAM["name"]]
-    assert [leg["optimizer"] for leg in legs] == ["DeepSpeedCPUAdam", "AdaXW"] * 2
-    assert [leg["steps"] for leg in legs] == [[2], [4], [6], [8]]
-    assert max(leg["deviation"] for leg in legs) < 1e-6  # its sums are vectorised otherwise than torch's
+    segments = results[CPU_ADAM["name"]]
+    assert [segment["optimizer"] for segment in segments] == ["DeepSpeedCPUAdam", "AdaXW"] * 2
+    assert [segment["steps"] for segment in segments] == [[2], [4], [6], [8]]
+    assert max(segment["deviation"] for segment in segments) < 1e-6  # its sums have another order than torch's
 
 
 @pytest.mark.parametrize("case", TO_LOW)
@@ -210,13 +210,13 @@ def test_universal_checkpoint_is_loaded_into_low_states(results: dict[str, Any],
 
 
 def test_zero_to_fp32_returns_the_masters(results: dict[str, Any]) -> None:
-    found = [leg for legs in results.values() for leg in legs if "zero_to_fp32" in leg]
-    assert {leg["stage"] for leg in found if leg["optimizer"] in ("AdaX", "AdaXW")} == {1, 2, 3}
-    assert {leg["zero_to_fp32"] for leg in found} == {0.0}
+    found = [segment for segments in results.values() for segment in segments if "zero_to_fp32" in segment]
+    assert {segment["stage"] for segment in found if segment["optimizer"] in ("AdaX", "AdaXW")} == {1, 2, 3}
+    assert {segment["zero_to_fp32"] for segment in found} == {0.0}
 
 
-@pytest.mark.parametrize(("case", "words"), REFUSALS)
-def test_checkpoint_that_cannot_be_loaded_is_refused(results: dict[str, Any], case: Case, words: list[str]) -> None:
+@pytest.mark.parametrize(("case", "words"), LOADS_THAT_RAISE)
+def test_checkpoint_that_cannot_be_loaded_raises(results: dict[str, Any], case: Case, words: list[str]) -> None:
     result = results[case["name"]][-1]
     assert result.get("error") == "ValueError", result
     for word in words:

@@ -1,4 +1,4 @@
-"""Frozen weights of integers, as QLoRA has them, under DeepSpeed's stages that take them."""
+"""Frozen integer weights, as in QLoRA, at the ZeRO stages that support them."""
 
 import json
 from pathlib import Path

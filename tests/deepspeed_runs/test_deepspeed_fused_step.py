@@ -1,6 +1,6 @@
-"""Steps with the passes around them fused, under real DeepSpeed engines on two gloo CPU ranks.
+"""Fused steps under real DeepSpeed engines on two gloo CPU ranks.
 
-Oracle: the same run with `"fuse": "off"`. That those agree with a single process is in test_deepspeed.py.
+Oracle: the same run with `"fuse": "off"`, which test_deepspeed.py compares with a single process.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ BF16_OPTIMIZER = {"data_types": {"grad_accum_dtype": "fp32"}}
 BF16_MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
 FP16_AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
 CHECKED_BF16 = {"bf16": {"enabled": True, "check_grad_overflow": True}}
-CROSSING = ((1, "bf16"), (2, "fp16"), (3, "fp32"))  # stages and dtypes whose checkpoints go back and forth
+CROSSING = ((1, "bf16"), (2, "fp16"), (3, "fp32"))  # stages and dtypes whose checkpoints are exchanged
 
 
 def named(cases: dict[str, Case]) -> list[Any]:
     return [pytest.param({"name": name, **case}, id=name) for name, case in cases.items()]
 
 
-# Three groups, a tied, a frozen and a one-element parameter, which leaves a rank nothing but padding, in every case.
+# Every case has three groups, a tied, a frozen and a one-element parameter, which leaves a rank only padding.
 EXACT = named(
     {
         f"z{stage}-{dtype}": {"stage": stage, "dtype": dtype, "crossing": (stage, dtype) in CROSSING}
@@ -75,7 +75,7 @@ OVERFLOWS = named(
         "z3-fp16-cpu-offload-overflow": {"stage": 3, "dtype": "fp16", "overflow_at": 1, "zero": CPU_OFFLOAD},
     }
 )
-# What keeps a step from being fused, and what is said of it.
+# (name, case that cannot be fused, part of the logged reason)
 UNFUSED = [
     (
         "z2-bf16-masters",
@@ -97,7 +97,7 @@ LINKED = named(
         for stage, dtype in ((1, "fp32"), (2, "fp32"))
     }
 )
-# The interpreter cuts float32 to bfloat16 where DeepSpeed's copy rounds.
+# Not in bfloat16: the interpreter truncates float32 to it, and DeepSpeed's copy rounds.
 INTERPRETED = named(
     {
         "z2-fp16-interpreted": {"stage": 2, "dtype": "fp16", "width": 4, "config": CLIPPING},
@@ -127,13 +127,13 @@ def result_of(results: dict[str, Any], case: Case) -> dict[str, Any]:
 
 
 def assert_fused(result: dict[str, Any]) -> None:
-    assert [result["described"][fuse]["tier"] for fuse in ("auto", "off")] == ["full", "none"]
-    assert not result["said"]
+    assert [result["described"][fuse]["fused_step"] for fuse in ("auto", "off")] == ["full", "none"]
+    assert not result["logged"]
 
 
 def assert_close(result: dict[str, Any]) -> None:
     assert result["norms"]["auto"] == pytest.approx(result["norms"]["off"], rel=1e-6)
-    assert min(result["norms"]["off"]) > 0.1  # so that clipping, if any, clips
+    assert min(result["norms"]["off"]) > 0.1  # above the clipping threshold
     assert result["deviation"] <= 1e-6
 
 
@@ -146,19 +146,19 @@ def test_fused_step_is_bit_exact(results: dict[str, Any], case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [parameter for parameter in EXACT if parameter.values[0].get("crossing")])
-def test_checkpoints_cross_between_fused_and_not(results: dict[str, Any], case: Case) -> None:
+def test_checkpoints_load_between_fused_and_unfused(results: dict[str, Any], case: Case) -> None:
     assert result_of(results, case)["crossed"] == 0.0
 
 
 @pytest.mark.parametrize("case", CLIPPED)
-def test_clipped_step_differs_by_the_norms_last_bits_at_most(results: dict[str, Any], case: Case) -> None:
+def test_clipped_step_differs_in_the_last_bits_of_the_norm(results: dict[str, Any], case: Case) -> None:
     result = result_of(results, case)
     assert_fused(result)
     assert_close(result)
 
 
 @pytest.mark.parametrize("case", OVERFLOWS)
-def test_overflow_on_one_rank_is_no_step(results: dict[str, Any], case: Case) -> None:
+def test_overflow_on_one_rank_skips_the_step(results: dict[str, Any], case: Case) -> None:
     result = result_of(results, case)
     assert_fused(result)
     assert result["skipped"] == {"auto": 1, "off": 1}
@@ -167,24 +167,22 @@ def test_overflow_on_one_rank_is_no_step(results: dict[str, Any], case: Case) ->
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
-def test_unknown_step_is_left_in_place_and_said_once(results: dict[str, Any], case: Case) -> None:
+def test_unknown_step_is_kept_and_logged_once(results: dict[str, Any], case: Case) -> None:
     result = result_of(results, case)
-    expected = "none" if "optimizer" in case["name"] else "hooks"
-    assert result["described"]["auto"]["tier"] == expected
-    assert "none of those that were verified" in result["described"]["auto"]["reason"]
-    assert len(result["said"]) == 1
-    assert result["described"]["auto"]["reason"] in result["said"][0]
+    expected = "none" if "optimizer" in case["name"] else "partial"
+    assert result["described"]["auto"]["fused_step"] == expected
+    assert "is not a verified version" in result["described"]["auto"]["reason"]
+    assert len(result["logged"]) == 1
+    assert result["described"]["auto"]["reason"] in result["logged"][0]
     assert_close(result)
 
 
 @pytest.mark.parametrize(("name", "case", "reason"), UNFUSED, ids=[name for name, *_ in UNFUSED])
-def test_what_cannot_be_fused_is_left_to_deepspeed_and_said_once(
-    results: dict[str, Any], name: str, case: Case, reason: str
-) -> None:
+def test_unfusable_step_is_kept_and_logged_once(results: dict[str, Any], name: str, case: Case, reason: str) -> None:
     result = result_of(results, {"name": name})
-    assert result["described"]["auto"]["tier"] == "none"
+    assert result["described"]["auto"]["fused_step"] == "none"
     assert reason in result["described"]["auto"]["reason"]
-    assert len(result["said"]) == 1
+    assert len(result["logged"]) == 1
     assert result["deviation"] == 0.0
 
 
@@ -196,14 +194,14 @@ def test_states_are_linked_to_the_parameters_of_all_groups(results: dict[str, An
 
 
 @pytest.mark.parametrize("case", INTERPRETED)
-def test_kernel_steps_pieces_where_they_lie(interpreted: dict[str, Any], case: Case) -> None:
+def test_kernel_reads_gradient_pieces_in_place(interpreted: dict[str, Any], case: Case) -> None:
     result = result_of(interpreted, case)
     assert_fused(result)
     assert result["norms"]["auto"] == pytest.approx(result["norms"]["off"], rel=1e-6)
     assert result["deviation"] <= (1e-6 if "config" in case else 0.0)
 
 
-def test_describe_says_what_an_engine_does(results: dict[str, Any]) -> None:
+def test_describe_returns_how_an_engine_steps(results: dict[str, Any]) -> None:
     described = results["z2-bf16"]["described"]
     assert described["auto"]["wrapper"] == described["off"]["wrapper"] == "DeepSpeedZeroOptimizer"
     assert described["auto"]["reason"] == ""

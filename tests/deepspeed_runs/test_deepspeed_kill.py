@@ -1,8 +1,8 @@
-"""A rank is killed at any moment, and nothing is lost but the steps since the last checkpoint.
+"""Kill a rank at any moment: only the steps since the last checkpoint are lost.
 
-Oracle: the same run, never killed; losses, weights, states and schedule are compared bit for bit. One launch of
-deepspeed_kill_server.py makes all kills. KILLS sets their number, KILL_SEED what they are drawn from; by default there
-is one of each way, the same in every run. `make soak` draws hundreds.
+Oracle: the same run without kills; losses, weights, states and schedule are compared bit for bit. One launch of
+deepspeed_kill_server.py makes all kills. The variable KILLS is their number, KILL_SEED the random seed; by default
+there is one kill of each way, the same in every run. `make soak` makes hundreds.
 """
 
 import json
@@ -31,22 +31,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-def test_killed_run_goes_on_as_if_never_killed(results: dict[str, Any]) -> None:
+def test_killed_run_continues_exactly(results: dict[str, Any]) -> None:
     assert results["failures"] == [], f"KILL_SEED={SEED}"
     assert len(results["kills"]) == KILLS
     assert {kill["way"] for kill in results["kills"]} == {"step", "bytes", "operation"}
 
 
-def test_nothing_is_lost_but_steps_since_the_last_checkpoint(results: dict[str, Any]) -> None:
+def test_only_steps_since_the_last_checkpoint_are_lost(results: dict[str, Any]) -> None:
     lost = [kill["lost"] for kill in results["kills"]]
     assert max(lost) == 2  # steps from checkpoint to checkpoint
 
 
-def test_damaged_checkpoint_is_refused_by_tag_and_passed_over_without_one(results: dict[str, Any]) -> None:
+def test_damaged_checkpoint_raises_by_tag_and_is_skipped_without(results: dict[str, Any]) -> None:
     damaged = results["damaged"]
     assert len(damaged["refused"]) == 2  # on both ranks
     for message in damaged["refused"]:
-        assert "global_step10 is not a complete checkpoint; complete are: global_step8, global_step6" in message
+        assert "global_step10 is not a complete checkpoint; complete checkpoints: global_step8, global_step6" in message
     assert damaged["loaded"] == [8]
     assert damaged["warned"]
     assert damaged["problems"] == []

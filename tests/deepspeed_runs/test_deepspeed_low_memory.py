@@ -12,7 +12,7 @@ pytestmark = pytest.mark.deepspeed
 Case = dict[str, Any]
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 STEPS = 4
-# Wide enough for codes in the flat partitions of both ranks.
+# Wide enough that the flat partitions of both ranks have quantized states.
 CASES: list[Case] = [
     {
         "name": f"z{stage}-bf16-{states}{'-cpu-offload' if zero else ''}",
@@ -28,7 +28,7 @@ CASES: list[Case] = [
         *((3, "8bit_v16", {}), (3, "8bit", CPU_OFFLOAD)),
     )
 ]
-# DeepSpeed keeps no masters beside these; the optimizer keeps what the weights of 16 bits lack.
+# Here the optimizer keeps master weights, and DeepSpeed keeps none.
 OWN_MASTERS: list[Case] = [
     {
         "name": f"z{stage}-own-masters-{states}",
@@ -58,7 +58,7 @@ def test_low_memory_states_follow_single_process_and_resume(results: dict[str, A
     if case["stage"] == 0:
         assert result["deviation"] == 0.0
     else:
-        # Random bits count elements from the start of a partition, so the roundings are others than in one process.
+        # Random bits depend on the index in the partition, so rounding differs from that in one process.
         assert 0.0 < result["deviation"] < 0.2 * result["moved"]
     assert result["moved"] > 5e-3
     assert result["steps"] == result["resume_steps"] == [STEPS]
@@ -66,7 +66,7 @@ def test_low_memory_states_follow_single_process_and_resume(results: dict[str, A
 
 
 @pytest.mark.parametrize("case", OWN_MASTERS, ids=[case["name"] for case in OWN_MASTERS])
-def test_own_masters_and_states_take_the_place_of_deepspeeds(results: dict[str, Any], case: Case) -> None:
+def test_own_masters_and_states_replace_deepspeeds(results: dict[str, Any], case: Case) -> None:
     result = results[case["name"]]
     assert "failure" not in result, result["failure"]
     dtypes = {"bfloat16": "torch.bfloat16", "8bit_v16": "torch.uint8", "8bit": "torch.uint8"}

@@ -1,4 +1,4 @@
-"""AdaX whose states DeepSpeed swaps to files: resumed, and what is refused.
+"""AdaX with states that DeepSpeed swaps to NVMe: resumed runs, and checkpoints that raise.
 
 Oracle: as in test_deepspeed_checkpoints.py.
 """
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.deepspeed
 FP32_TOLERANCE = 1e-7
 
 Case = dict[str, Any]
-RESUMES = {"params": {"lr": 0.5}}  # the checkpoint's has to stand
-REFUSED = {"expect_error": True, "steps": 1}
+RESUMES = {"params": {"lr": 0.5}}  # wrong; the checkpoint's must replace it
+RAISES = {"expect_error": True, "steps": 1}
 
 
 def bf16(**more: Any) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def bf16(**more: Any) -> dict[str, Any]:
 
 
 SWAPPED = {
-    "sub_group_size": 4000,  # the two largest matrices are swapped, all else is not
+    "sub_group_size": 4000,  # only the two largest matrices are swapped
     "stage3_param_persistence_threshold": 100000,
     "offload_optimizer": {"device": "nvme", "nvme_path": "$FOLDER/swapped"},
 }
@@ -32,8 +32,8 @@ PIPELINED = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 12}
 PIPELINED_SWAPPED = {**SWAPPED, "offload_optimizer": {**SWAPPED["offload_optimizer"], **PIPELINED}}
 WIDE = {"width": 800, "frozen": False}
 RESUMED: dict[str, Case] = {
-    name: {"name": name, "legs": legs}
-    for name, legs in {
+    name: {"name": name, "segments": segments}
+    for name, segments in {
         "plain": [bf16(zero=SWAPPED, **WIDE), bf16(zero=SWAPPED, **WIDE, **RESUMES)],
         "pipelined": [bf16(zero=PIPELINED_SWAPPED, **WIDE), bf16(zero=PIPELINED_SWAPPED, **WIDE, **RESUMES)],
         # One layer is frozen: with two of them fp16 overflows in the third step.
@@ -47,8 +47,8 @@ RESUMED: dict[str, Case] = {
         ],
     }.items()
 }
-REFUSALS = [
-    pytest.param({"name": name, "legs": [first, {**second, **REFUSED}]}, words, id=name)
+LOADS_THAT_RAISE = [
+    pytest.param({"name": name, "segments": [first, {**second, **RAISES}]}, words, id=name)
     for name, first, second, words in (
         ("nvme-to-cpu", bf16(steps=1, zero=SWAPPED), bf16(), ["saved with optimizer offload"]),
         ("cpu-to-nvme", bf16(steps=1), bf16(zero=SWAPPED), ["saved without optimizer offload"]),
@@ -68,19 +68,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("needs libaio, for DeepSpeed's async_io")
-    refused = [parameter.values[0] for parameter in REFUSALS]
-    return launch(tmp_path_factory.mktemp("nvme"), [*RESUMED.values(), *refused], ["0", "1", "2"])
+    raising = [parameter.values[0] for parameter in LOADS_THAT_RAISE]
+    return launch(tmp_path_factory.mktemp("nvme"), [*RESUMED.values(), *raising], ["0", "1", "2"])
 
 
 @pytest.mark.parametrize("case", RESUMED.values(), ids=RESUMED)
-def test_nvme_resume_goes_on_as_if_never_stopped(results: dict[str, Any], case: Case) -> None:
-    tolerance = FP32_TOLERANCE if case["legs"][0].get("dtype", "fp32") == "fp32" else 0.0
-    assert max(leg["deviation"] for leg in results[case["name"]]) <= tolerance
-    assert [leg["steps"] for leg in results[case["name"]]] == [[2], [4]]
+def test_nvme_resume_continues_exactly(results: dict[str, Any], case: Case) -> None:
+    tolerance = FP32_TOLERANCE if case["segments"][0].get("dtype", "fp32") == "fp32" else 0.0
+    assert max(segment["deviation"] for segment in results[case["name"]]) <= tolerance
+    assert [segment["steps"] for segment in results[case["name"]]] == [[2], [4]]
 
 
-@pytest.mark.parametrize(("case", "words"), REFUSALS)
-def test_checkpoint_of_other_offload_is_refused(results: dict[str, Any], case: Case, words: list[str]) -> None:
+@pytest.mark.parametrize(("case", "words"), LOADS_THAT_RAISE)
+def test_checkpoint_of_other_offload_raises(results: dict[str, Any], case: Case, words: list[str]) -> None:
     result = results[case["name"]][-1]
     assert result.get("error") == "ValueError", result
     for word in words:

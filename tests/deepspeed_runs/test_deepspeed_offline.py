@@ -1,6 +1,6 @@
-"""`adax-triton convert` on folders that it refuses; those that it converts are in test_deepspeed_checkpoints.py.
+"""`adax-triton convert` on DeepSpeed folders that it cannot convert; test_deepspeed_checkpoints.py converts others.
 
-Oracle: the sentence, and a folder in which nothing has changed.
+Oracle: the error, and a folder in which nothing has changed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def state_dict(optimizer_class: type, **options: Any) -> dict[str, Any]:
 
 
 def checkpoint(tmp_path: Path, *state_dicts: Any) -> Path:
-    """Return a folder as DeepSpeed saves one at ZeRO 2, with the optimizer's state dict of each rank."""
+    """Return a folder such as DeepSpeed saves at ZeRO 2, with the optimizer's state dict of each rank."""
     folder = tmp_path / "saved" / "tag"
     folder.mkdir(parents=True)
     for name, states in zip(FILES, state_dicts, strict=False):
@@ -39,7 +39,7 @@ def checkpoint(tmp_path: Path, *state_dicts: Any) -> Path:
     return folder
 
 
-def refused(source: Path, words: list[str], capsys: pytest.CaptureFixture[str], *options: str) -> None:
+def assert_error(source: Path, words: list[str], capsys: pytest.CaptureFixture[str], *options: str) -> None:
     root = source.parents[1]
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     assert main(["convert", str(source), str(root / "target"), *options]) == 1
@@ -72,10 +72,10 @@ LOW["state"][0]["group_exponents"] = torch.zeros(1, 1, dtype=torch.uint8)
         ([ADAM], ["--to", "adax", "--states", "8bit_v16"], ["--states is for files"]),
     ],
 )
-def test_checkpoint_that_does_not_fit_is_refused_and_leaves_no_target(
+def test_checkpoint_that_cannot_be_converted_leaves_no_target(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], saved: list[Any], options: list[str], words: list[str]
 ) -> None:
-    refused(checkpoint(tmp_path, *saved), words, capsys, *options)
+    assert_error(checkpoint(tmp_path, *saved), words, capsys, *options)
 
 
 @pytest.mark.parametrize(
@@ -86,18 +86,18 @@ def test_checkpoint_that_does_not_fit_is_refused_and_leaves_no_target(
         ("expp_rank_0_mp_rank_00_optim_states.pt", ["no optimizer files of ZeRO", "expp_rank_0"]),
     ],
 )
-def test_checkpoint_of_another_kind_is_refused(
+def test_checkpoint_of_another_kind_raises(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: list[str]
 ) -> None:
     folder = checkpoint(tmp_path, ADAM, ADAM)
     (folder / name).mkdir()
-    refused(folder, words, capsys, "--to", "adax")
+    assert_error(folder, words, capsys, "--to", "adax")
 
 
-def test_incomplete_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomplete_checkpoint_raises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = checkpoint(tmp_path, ADAM, ADAM)
     (folder / "complete.json").write_text('{"saved": 0, "files": {"absent": 1}}')
-    refused(folder, ["tag is not a complete checkpoint"], capsys, "--to", "adax")
+    assert_error(folder, ["tag is not a complete checkpoint"], capsys, "--to", "adax")
     assert main(["convert", str(folder.parent), str(tmp_path / "target"), "--to", "adax"]) == 1
     assert "tag is not a complete checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "target").exists()

@@ -1,6 +1,6 @@
-"""Bytes that a step under ZeRO moves, counted by a dispatch trace in a process of its own.
+"""Bytes that a step under ZeRO moves, counted by a dispatch trace in a separate process.
 
-Oracle: of DeepSpeed's own passes, the sums of their formulas; of fused steps, ceilings, in bench/zero_passes/passes.py.
+Oracles: byte formulas for DeepSpeed's own passes, upper limits for fused steps, both in bench/zero_passes/passes.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from adax_triton import AdaX, ExternalGrads
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.deepspeed
 
-# What DeepSpeed's own passes move around a step of 28 bytes; less, and a ceiling would mean nothing.
+# Bytes per parameter of DeepSpeed's step, of which the optimizer's step takes 28. If DeepSpeed moves fewer bytes, the
+# upper limits of fused steps mean nothing.
 UNFUSED = {
     "ZeRO 1, bf16": 74,
     "ZeRO 2, bf16": 74,
@@ -34,7 +35,7 @@ UNFUSED = {
     "ZeRO 2, bf16, CPU offload": 46,
     "ZeRO 3, bf16, CPU offload": 42,
 }
-WIDTH = "192"  # the layers are then stepped one by one, as large ones are
+WIDTH = "192"  # wide enough that each layer is stepped by itself, as large ones are
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,8 @@
-"""What the DeepSpeed adapter changes on import, what unregister takes back, and what check_config refuses."""
+"""Registration with DeepSpeed, its undoing, and the settings for which check_config raises."""
 
+import ast
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import TESTS
 
 from adax_triton import AdaX, AdaXW
 
@@ -15,9 +19,13 @@ deepspeed = pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.deepspeed
 
 
+# Replaced only for DeepSpeed before 0.19.8.
+OLDER_VERSIONS = {"DeepSpeedZeroOptimizer_Stage3._overflow_check_and_loss_scale_update"}
+
+
 @pytest.fixture
 def adapter() -> Iterator[ModuleType]:
-    """The adapter, registered; unregistered afterwards so that no other test runs under its patches."""
+    """The adapter, registered; unregistered afterwards so that no other test runs with its patches."""
     from adax_triton.integrations import deepspeed as module
 
     module.register()
@@ -25,16 +33,15 @@ def adapter() -> Iterator[ModuleType]:
     module.unregister()
 
 
-def deepspeed_hooks() -> dict[str, Any]:
-    """Everything of DeepSpeed and torch that the adapter may change."""
-    engine = deepspeed.runtime.engine.DeepSpeedEngine
-    unfused = deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer
+def module_of(adapter: ModuleType) -> ModuleType:
+    """Return the module register.py; the package has the function under this name."""
+    return inspect.getmodule(adapter.register)
+
+
+def deepspeed_contents(adapter: ModuleType) -> dict[str, Any]:
+    """Return the contents of all classes and lists of DeepSpeed and torch that the adapter changes."""
     return {
-        "engine": dict(vars(engine)),
-        "unfused": dict(vars(unfused)),
-        "one_cycle": dict(vars(deepspeed.runtime.lr_schedules.OneCycle)),
-        "stage_3": dict(vars(deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3)),
-        "cpu_adam": dict(vars(deepspeed.ops.adam.DeepSpeedCPUAdam)),
+        **{owner.__name__: dict(vars(owner)) for owner, _, _ in module_of(adapter)._replacements()},
         "names": list(deepspeed.runtime.config.DEEPSPEED_OPTIMIZERS),
         "torch": dict(vars(torch.optim)),
     }
@@ -49,37 +56,37 @@ def zero(stage: int = 2, **settings: Any) -> dict[str, Any]:
 
 
 def test_register_is_idempotent_and_unregister_restores_everything(adapter: ModuleType) -> None:
-    registered = deepspeed_hooks()
+    registered = deepspeed_contents(adapter)
     adapter.register()
-    assert deepspeed_hooks() == registered
+    assert deepspeed_contents(adapter) == registered
     adapter.unregister()
-    original = deepspeed_hooks()
+    original = deepspeed_contents(adapter)
     adapter.unregister()
-    assert deepspeed_hooks() == original
+    assert deepspeed_contents(adapter) == original
     for part, contents in registered.items():
         assert contents != original[part], f"{part} is listed here but not changed by register"
     assert not [name for name in original["names"] if "adax" in name]
     adapter.register()
     adapter.unregister()
-    assert deepspeed_hooks() == original
+    assert deepspeed_contents(adapter) == original
 
 
-def test_register_refuses_an_older_deepspeed_and_names_both_versions(
+def test_register_raises_for_an_older_deepspeed_with_both_versions(
     adapter: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter.unregister()
-    original = deepspeed_hooks()
+    original = deepspeed_contents(adapter)
     monkeypatch.setattr(deepspeed, "__version__", "0.14.4")
-    with pytest.raises(ImportError, match=rf">= {adapter.OLDEST_DEEPSPEED}, found 0\.14\.4"):
+    with pytest.raises(ImportError, match=rf">= {module_of(adapter).OLDEST_DEEPSPEED}, found 0\.14\.4"):
         adapter.register()
-    assert deepspeed_hooks() == original
+    assert deepspeed_contents(adapter) == original
 
 
-def test_register_warns_once_of_a_newer_deepspeed(adapter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_register_warns_once_for_a_newer_deepspeed(adapter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter.unregister()
     monkeypatch.setattr(deepspeed, "__version__", "99.0.1")
     with pytest.warns(
-        UserWarning, match=rf"to {adapter.NEWEST_DEEPSPEED}, found 99\.0\.1.*DEEPSPEED=99\.0\.1"
+        UserWarning, match=rf"to {module_of(adapter).NEWEST_DEEPSPEED}, found 99\.0\.1.*DEEPSPEED=99\.0\.1"
     ) as caught:
         adapter.register()
         adapter.register()
@@ -89,10 +96,10 @@ def test_register_warns_once_of_a_newer_deepspeed(adapter: ModuleType, monkeypat
 def test_register_does_not_replace_another_optimizer(adapter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter.unregister()
     monkeypatch.setattr(torch.optim, "adaxw", torch.optim.SGD, raising=False)
-    original = deepspeed_hooks()
+    original = deepspeed_contents(adapter)
     with pytest.raises(RuntimeError, match=r"torch\.optim\.adaxw already exists"):
         adapter.register()
-    assert deepspeed_hooks() == original
+    assert deepspeed_contents(adapter) == original
 
 
 @pytest.mark.parametrize("optimizer_type", ["AdaX", "adaxw", "ADAXW"])
@@ -128,14 +135,14 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize("optimizer_type", ["AdaX", "ADAXW"])
 @pytest.mark.parametrize(("sections", "words"), REFUSED, ids=["fp16-stage-0", "zenflow", "super-offload", "ratio"])
-def test_check_config_refuses_and_names_the_remedy(
+def test_check_config_raises_with_the_remedy(
     adapter: ModuleType, optimizer_type: str, sections: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(ValueError) as caught:
         adapter.check_config(config(optimizer_type, **sections))
     for word in words:
         assert word in str(caught.value)
-    # The same settings are DeepSpeed's business when the optimizer is not ours.
+    # Other optimizers pass.
     adapter.check_config(config("AdamW", **sections))
 
 
@@ -147,14 +154,14 @@ def test_check_config_refuses_and_names_the_remedy(
         ("off", "adax_triton='off'"),
     ],
 )
-def test_check_config_refuses_what_it_does_not_know_of_fusing(adapter: ModuleType, section: Any, message: str) -> None:
+def test_check_config_raises_for_an_unknown_fuse_option(adapter: ModuleType, section: Any, message: str) -> None:
     for optimizer in (None, AdaX([torch.nn.Parameter(torch.ones(1))])):
         with pytest.raises(ValueError, match=message):
             adapter.check_config(config(adax_triton=section), optimizer)
 
 
 @pytest.mark.parametrize("sections", [sections for sections, _ in REFUSED])
-def test_check_config_refuses_for_a_client_optimizer(adapter: ModuleType, sections: dict[str, Any]) -> None:
+def test_check_config_raises_for_a_client_optimizer(adapter: ModuleType, sections: dict[str, Any]) -> None:
     optimizer = AdaX([torch.nn.Parameter(torch.ones(1))])
     forced = {"zero_force_ds_cpu_optimizer": False}
     with pytest.raises(ValueError, match="AdaX"):
@@ -211,7 +218,7 @@ def test_unknown_params_are_all_named_with_the_accepted_ones(
     ids=str,
 )
 @pytest.mark.parametrize("as_object", [False, True], ids=["config", "object"])
-def test_what_needs_all_gradients_at_once_is_refused(
+def test_options_that_need_all_gradients_at_once_raise(
     adapter: ModuleType, option: dict[str, Any], remedy: str, as_object: bool
 ) -> None:
     settings = config()
@@ -233,11 +240,22 @@ def test_package_itself_does_not_import_deepspeed() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0
 
 
-def test_unregister_takes_back_every_wrapped_method(adapter: ModuleType) -> None:
-    wrapped = {(owner, name): vars(owner)[name] for owner, name, _ in adapter._methods_to_wrap()}
+def test_unregister_restores_every_method(adapter: ModuleType) -> None:
+    replaced = {(owner, name): vars(owner)[name] for owner, name, _ in module_of(adapter)._replacements()}
     adapter.unregister()
-    for (owner, name), method in wrapped.items():
+    for (owner, name), method in replaced.items():
         assert vars(owner)[name] is method.__wrapped__
+
+
+def test_docstring_lists_the_replaced_methods_with_tests_that_exist(adapter: ModuleType) -> None:
+    module = module_of(adapter)
+    listed = re.findall(r"^(\w+\.\w+)[^\n]*\n((?:    .*\n)+)", module.__doc__, flags=re.MULTILINE)
+    names = {name for name, _ in listed}
+    assert {f"{owner.__name__}.{name}" for owner, name, _ in module._replacements()} | OLDER_VERSIONS == names
+    for name, text in listed:
+        file, test = re.search(r"(\w+/test_\w+\.py)::(test_\w+)", text).groups()
+        functions = [node for node in ast.parse((TESTS / file).read_text()).body if isinstance(node, ast.FunctionDef)]
+        assert test in {function.name for function in functions}, name
 
 
 NVME_OFFLOAD = {"offload_optimizer": {"device": "nvme", "nvme_path": "/swapped"}}
@@ -262,9 +280,7 @@ NVME_OFFLOAD = {"offload_optimizer": {"device": "nvme", "nvme_path": "/swapped"}
     ],
     ids=["elastic", "universal-z0", "nvme-universal", "nvme-8bit_v16"],
 )
-def test_settings_that_lose_a_checkpoint_are_refused(
-    adapter: ModuleType, sections: dict[str, Any], words: list[str]
-) -> None:
+def test_settings_that_lose_a_checkpoint_raise(adapter: ModuleType, sections: dict[str, Any], words: list[str]) -> None:
     settings = config(**sections)
     with pytest.raises(ValueError) as caught:
         adapter.check_config(settings)

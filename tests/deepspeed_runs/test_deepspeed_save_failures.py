@@ -1,6 +1,6 @@
-"""An error on one rank of a DeepSpeed save or load is raised on every rank, at once, and spoils nothing.
+"""An error on one rank of a DeepSpeed save or load is raised on every rank, at once, and no checkpoint is damaged.
 
-One pair of processes, deepspeed_save_failures_worker.py, runs every case with real DeepSpeed.
+One pair of processes, deepspeed_save_failures_worker.py, runs all cases with real DeepSpeed.
 """
 
 import errno
@@ -15,7 +15,7 @@ from ranks import run_ranks
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.deepspeed
 
-SECONDS = 10  # the ranks would otherwise wait for 30
+SECONDS = 10  # ranks that hang end after 30
 
 
 def failure(action: str, stage: int, function: str, error: str, rank: int, call: int = 1, **options: bool) -> Any:
@@ -25,7 +25,7 @@ def failure(action: str, stage: int, function: str, error: str, rank: int, call:
     return pytest.param(dict(zip(keys, values, strict=True)), id=name)
 
 
-# Rank 0 writes two files, rank 1 one; rank 0 alone creates folders, renames and flushes.
+# Rank 0 writes two files, rank 1 one. Only rank 0 creates folders, renames and flushes.
 SAVES = [
     failure("save", 2, "torch.save", "ENOSPC", 0),
     failure("save", 2, "torch.save", "ENOSPC", 1),
@@ -35,11 +35,11 @@ SAVES = [
     failure("save", 2, "torch.save", "vanishes", 0),
     failure("save", 3, "torch.save", "vanishes", 1),
     failure("save", 2, "os.mkdir", "EACCES", 0),
-    failure("save", 2, "os.rename", "ENOSPC", 0),  # of the trial
-    failure("save", 3, "os.rename", "EIO", 0, call=2),  # of the checkpoint
-    failure("save", 2, "os.replace", "ENOSPC", 0),  # of the list
+    failure("save", 2, "os.rename", "ENOSPC", 0),  # the trial rename
+    failure("save", 3, "os.rename", "EIO", 0, call=2),  # the checkpoint
+    failure("save", 2, "os.replace", "ENOSPC", 0),  # complete.json
     failure("save", 2, "os.fsync", "EIO", 0),
-    failure("save", 3, "deepspeed.runtime.engine.copyfile", "ENOSPC", 0),  # of zero_to_fp32.py
+    failure("save", 3, "deepspeed.runtime.engine.copyfile", "ENOSPC", 0),  # zero_to_fp32.py
 ]
 LOADS = [
     failure("load", 2, "os.listdir", "ENOENT", 1),
@@ -54,14 +54,14 @@ LOADS = [
     failure("load", 3, "torch.load", "vanishes", 1, call=3),
     failure("load", 3, "torch.load", "EIO", 1, call=4, load_optimizer_states=False),
 ]
-# The second of the weights' files; then DeepSpeed gathers the weights.
+# The second file of weights, after which DeepSpeed gathers them.
 UNIVERSALS = [failure("universal", stage, "torch.load", "EIO", 1, call=6) for stage in (2, 3)]
 FILE_SYSTEMS = [
     pytest.param({"name": f"no-{without}-{error}", "without": without, "error": error}, id=f"no-{without}-{error}")
     for without, error in (("fsync", "EINVAL"), ("rename", "ENOSYS"), ("rename", "EMFILE"))
 ]
 
-Results = list[dict[str, Any]]  # of each rank
+Results = list[dict[str, Any]]  # one for each rank
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def assert_raised_alike(found: Results, rank: int, error: str) -> None:
+def assert_raised_on_both_ranks(found: Results, rank: int, error: str) -> None:
     assert found[0]["error"] == found[1]["error"]
     assert max(of_rank["seconds"] for of_rank in found) < SECONDS
-    if error == "vanishes":  # the other rank may find that out first
+    if error == "vanishes":  # the other rank may notice it first
         assert "rank " in found[0]["error"]
     else:
         number = errno.ENOSPC if error == "full" else getattr(errno, error)
@@ -88,41 +88,41 @@ def assert_raised_alike(found: Results, rank: int, error: str) -> None:
 @pytest.mark.parametrize("case", SAVES)
 def test_failed_save_raises_on_every_rank_and_publishes_nothing(results: Results, case: dict[str, Any]) -> None:
     found = [of_rank[case["name"]] for of_rank in results]
-    assert_raised_alike(found, case["rank"], case["error"])
+    assert_raised_on_both_ranks(found, case["rank"], case["error"])
     for of_rank in found:
         assert of_rank["latest_stayed"]
         assert [name for name in of_rank["left"] if not name.endswith(".saving")] == []
-        assert of_rank["left"] == [] or case["call"] == 2  # a complete one that could not be renamed
+        assert of_rank["left"] == [] or case["call"] == 2  # complete, but its rename failed
         assert of_rank["saved_then"]
 
 
 @pytest.mark.parametrize("case", LOADS)
 def test_failed_load_raises_on_every_rank(results: Results, case: dict[str, Any]) -> None:
     found = [of_rank[case["name"]] for of_rank in results]
-    assert_raised_alike(found, case["rank"], case["error"])
+    assert_raised_on_both_ranks(found, case["rank"], case["error"])
     assert all(of_rank["saved_then"] for of_rank in found)
 
 
 @pytest.mark.parametrize("case", UNIVERSALS)
 def test_failed_load_of_a_universal_checkpoint_raises_on_every_rank(results: Results, case: dict[str, Any]) -> None:
     found = [of_rank[case["name"]] for of_rank in results]
-    assert_raised_alike(found, case["rank"], case["error"])
+    assert_raised_on_both_ranks(found, case["rank"], case["error"])
     assert [of_rank["loaded"] for of_rank in found] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_training_goes_on_as_if_nothing_had_failed(results: Results, stage: int) -> None:
+def test_training_continues_exactly_after_failures(results: Results, stage: int) -> None:
     assert [of_rank[f"stage-{stage}"]["deviation"] for of_rank in results] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("case", FILE_SYSTEMS)
-def test_file_system_without_an_operation_gets_whole_checkpoints(results: Results, case: dict[str, Any]) -> None:
+def test_file_system_without_an_operation_gets_complete_checkpoints(results: Results, case: dict[str, Any]) -> None:
     found = [of_rank[case["name"]] for of_rank in results]
-    assert_raised_alike(found, 1, "ENOSPC")
+    assert_raised_on_both_ranks(found, 1, "ENOSPC")
     assert [len(of_rank["warnings"]) for of_rank in found] == [1, 0]
     assert os.strerror(getattr(errno, case["error"])) in found[0]["warnings"][0]
     for of_rank in found:
         assert of_rank["loaded"] == 0.0
         assert of_rank["folder_first"] == ""
-        assert "third is not a complete checkpoint; complete are: second, first" in of_rank["folder_third"]
+        assert "third is not a complete checkpoint; complete checkpoints: second, first" in of_rank["folder_third"]
         assert of_rank["names"] == ["first", "second", *(["third"] if case["without"] == "rename" else [])]

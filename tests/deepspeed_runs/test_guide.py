@@ -1,8 +1,8 @@
-"""docs/deepspeed.md: every configuration in a real engine on gloo CPU ranks, every program run, every sum of memory.
+"""docs/deepspeed.md: run every configuration and program on gloo CPU ranks, and check the memory table.
 
-Changed of the guide's configurations are "nvme_path" and, without libaio, the device "nvme", which becomes "cpu";
-test_deepspeed_nvme.py has more of NVMe. The model is that of deepspeed_worker.py; two ranks stand
-for several GPUs. Oracles: for the resumed run the one that went on; for the memory, sizes of the engines' tensors.
+The test changes "nvme_path" and, without libaio, the device "nvme" to "cpu"; test_deepspeed_nvme.py has more tests of
+NVMe. It uses the model of deepspeed_worker.py, and two ranks instead of several GPUs. Oracles: the uninterrupted run
+for the resumed one, and the sizes of an engine's tensors for the memory.
 """
 
 import json
@@ -76,19 +76,19 @@ def test_section_trains_with_the_optimizer_it_names(results: dict[str, Any], hea
     assert result["finite"] and result["moved"] > 1e-4
 
 
-def test_resumed_run_goes_on_as_the_one_on_more_gpus(results: dict[str, Any]) -> None:
+def test_resume_on_fewer_gpus_continues_exactly(results: dict[str, Any]) -> None:
     result = result_of(results, "Resume on fewer GPUs")
     assert result["loaded_deviation"] == 0.0
     assert result["resume_deviation"] == 0.0
 
 
 @pytest.mark.parametrize("heading", SECTIONS)
-def test_memory_is_that_of_the_engine(results: dict[str, Any], heading: str) -> None:
+def test_memory_matches_the_engine(results: dict[str, Any], heading: str) -> None:
     result = result_of(results, heading)
     if result["config"]["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
-        pytest.skip("what this small a model would swap stays in memory")
+        pytest.skip("states of so small a model stay in memory")
     parts = deepspeed_memory.parts_of(result["config"], SECTIONS[heading][1])
-    # Partitions are padded, and the codes of one that ends within a group of 32 have a group of their own.
+    # Partitions are padded, and the last group of 32 codes may be incomplete.
     assert result["kept"] == pytest.approx({part.name: part.bytes for part in parts}, rel=0.01)
 
 
@@ -123,6 +123,6 @@ def test_command_prints_the_parts_of_a_configuration(tmp_path: Path, capsys: pyt
     ],
     ids=lambda value: str(value),
 )
-def test_sums_that_do_not_apply_are_refused(change: dict[str, Any], gpus: int, words: str) -> None:
+def test_unsupported_configuration_raises(change: dict[str, Any], gpus: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         deepspeed_memory.parts_of({**configuration("7B on one GPU"), **change}, gpus)

@@ -1,7 +1,6 @@
-"""AdaX through the Trainer of transformers and through Accelerate, on two gloo CPU ranks; a small GPT-2, random tokens.
+"""AdaX with the Trainer of transformers and with Accelerate: a small GPT-2 on two gloo CPU ranks.
 
-Oracle: a single-process run on the batches that the ranks saw, in huggingface_worker.py. One launch runs every case of
-this file.
+Oracle: a single-process run on the same batches, in huggingface_oracle.py. One launch runs all cases of this file.
 """
 
 import subprocess
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.deepspeed
 
 Case = dict[str, Any]
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-# Adam's eps hides the rounding of gradients that are 0 but for it, such as those of biases of keys.
+# The large eps hides the rounding of gradients that are nearly 0, such as those of the biases of keys.
 DECOUPLED = {"type": "AdaXW", "params": {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4}}
 AUTO = {"lr": "auto", "weight_decay": "auto"}
 
@@ -44,12 +43,12 @@ TRAINED: dict[str, Case] = {
     "accelerate-object-z3": {"through": "accelerate", "given": "object", "config": zero(3)},
     "accelerate-object-without-deepspeed": {"through": "accelerate", "given": "object", "config": None},
 }
-REFUSED: dict[str, tuple[Case, list[str]]] = {
+RAISES: dict[str, tuple[Case, list[str]]] = {
     "trainer-auto-betas": (
         {"section": {"lr": "auto", "betas": "auto", "eps": "auto"}},
         ["beta2=0.999", "AdaX", '"auto"', "remove betas and eps", "adam_beta2=1e-4"],
     ),
-    "trainer-own-betas": (  # refused by the Trainer, whose advice "auto" leads to the case above
+    "trainer-own-betas": (  # the Trainer's error; it suggests "auto", which leads to the error above
         {"section": {"lr": "auto", "betas": [0.9, 1e-4]}},
         ["mismatch", "adam_beta1+adam_beta2", "auto"],
     ),
@@ -66,7 +65,7 @@ REFUSED: dict[str, tuple[Case, list[str]]] = {
         ["optimizers=(AdaX", "drops", "optimizer_cls_and_kwargs=(AdaX", '"optimizer" section'],
     ),
 }
-# What the Trainer drops is gone before DeepSpeed sees anything.
+# The Trainer drops the optimizer before DeepSpeed is called.
 DROPPED: Case = {"name": "trainer-object-only-deepspeed", "given": "object", "only_deepspeed": True}
 EXAMPLES = [
     {"name": script, "through": script, "arguments": ["--steps", "30", "--width", "16", "--batch", "4"]}
@@ -79,8 +78,8 @@ def results(
     tmp_path_factory: pytest.TempPathFactory, launch_deepspeed: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
     trained = [{"name": name, **case} for name, case in TRAINED.items()]
-    refused = [{"name": name, "expect_error": True, **case} for name, (case, _) in REFUSED.items()]
-    folder, cases = tmp_path_factory.mktemp("huggingface"), [*trained, *refused, DROPPED, *EXAMPLES]
+    raising = [{"name": name, "expect_error": True, **case} for name, (case, _) in RAISES.items()]
+    folder, cases = tmp_path_factory.mktemp("huggingface"), [*trained, *raising, DROPPED, *EXAMPLES]
     return launch_deepspeed(folder, cases, "huggingface_worker.py")
 
 
@@ -102,7 +101,7 @@ def test_follows_a_single_process(results: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "expected"),
     [
         ("trainer-section", ["AdaX: lr 0.01 (default 0.0015), betas (0.9, 0.0001), eps 1e-12,", "states float32"]),
         ("trainer-section-auto-betas", ["betas (0.9, 0.0001), eps 1e-08 (default 1e-12),"]),
@@ -110,32 +109,32 @@ def test_follows_a_single_process(results: dict[str, Any], name: str) -> None:
         ("accelerate-object-z3", ["AdaX: ", "weight_decay 0.01 (default 0.0005)"]),
     ],
 )
-def test_log_says_once_what_steps(results: dict[str, Any], name: str, said: list[str]) -> None:
+def test_optimizer_is_logged_once(results: dict[str, Any], name: str, expected: list[str]) -> None:
     first, others = result_of(results, name)["log"]
     engines = 2 if "resume_at" in TRAINED[name] else 1
     assert len(first) == engines and not others
-    for words in ["INFO: DeepSpeed steps ", *said]:
+    for words in ["INFO: DeepSpeed steps ", *expected]:
         assert words in first[0]
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_another_optimizer_and_its_betas_are_refused(results: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize("name", RAISES)
+def test_replaced_optimizer_or_betas_raise(results: dict[str, Any], name: str) -> None:
     result = result_of(results, name)
     assert result.get("error") == "ValueError", result
-    for words in REFUSED[name][1]:
+    for words in RAISES[name][1]:
         assert words in result["message"]
 
 
-def test_dropped_optimizer_is_warned_of_where_only_the_deepspeed_adapter_is_imported(results: dict[str, Any]) -> None:
+def test_dropped_optimizer_is_logged(results: dict[str, Any]) -> None:
     result = result_of(results, DROPPED["name"])
     assert result["optimizer"] == "torch.optim.adamw.AdamW"
     (line,), others = result["log"]
-    assert line.startswith("WARNING: DeepSpeed steps torch.optim.adamw.AdamW, no optimizer of adax_triton")
+    assert line.startswith("WARNING: DeepSpeed steps torch.optim.adamw.AdamW, which is not an optimizer of adax_triton")
     assert "optimizer_cls_and_kwargs" in line and not others
 
 
 @pytest.mark.parametrize("name", [case["name"] for case in EXAMPLES])
-def test_example_learns_and_says_what_steps(results: dict[str, Any], name: str) -> None:
+def test_example_learns_and_logs_its_optimizer(results: dict[str, Any], name: str) -> None:
     result = result_of(results, name)
     (line,) = [line for line in result["printed"][0].splitlines() if line.startswith("adax_triton.optimizers.AdaXW: ")]
     first = float(line.split("loss ")[1].split(",")[0])
@@ -145,7 +144,7 @@ def test_example_learns_and_says_what_steps(results: dict[str, Any], name: str) 
 
 
 @pytest.mark.parametrize(
-    ("params", "refused"),
+    ("params", "raises"),
     [
         ({"betas": [0.9, 0.999]}, True),
         ({"betas": [0.9, 0.1]}, False),
@@ -155,14 +154,14 @@ def test_example_learns_and_says_what_steps(results: dict[str, Any], name: str) 
     ],
     ids=str,
 )
-def test_only_betas_of_adam_are_refused(params: dict[str, Any], refused: bool) -> None:
-    from adax_triton.integrations.deepspeed.optimizer_in_use import refuse_betas_of_adam
+def test_betas_of_adam_raise(params: dict[str, Any], raises: bool) -> None:
+    from adax_triton.integrations.deepspeed.optimizer_in_use import check_betas
 
-    if refused:
+    if raises:
         with pytest.raises(ValueError, match=r"beta2=0\.999.*AdaXW.*remove betas from optimizer\.params"):
-            refuse_betas_of_adam("AdaXW", params)
+            check_betas("AdaXW", params)
     else:
-        refuse_betas_of_adam("AdaXW", params)
+        check_betas("AdaXW", params)
 
 
 def test_unregister_restores_the_trainer(results: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""DeepSpeed's async_io in a minute instead of five: its files with torch's headers are compiled as one.
+"""Build DeepSpeed's async_io in one minute instead of five, by compiling several source files as one.
 
-As a script, by `make env`: builds it where libaio is, so that the first test that needs it does not.
+`make env` runs this script, which builds async_io if libaio is installed, so that no test has to.
 """
 
 import os
@@ -13,28 +13,28 @@ import torch
 from deepspeed.ops import op_builder
 from torch.utils import cpp_extension
 
-# Folders of sources in which every file includes torch's headers, which takes half a minute each time.
+# Source folders whose files all include torch's headers, which takes half a minute per file.
 _MERGED = ("py_lib", "pin_memory")
 
 
 def build_root() -> Path:
-    """Return the folder that the modules are built in, one for each set of versions."""
+    """Return the build folder of the installed versions."""
     versions = f"{deepspeed.__version__}-{torch.__version__}-{sys.version_info.major}.{sys.version_info.minor}"
     return Path(cpp_extension.get_default_build_root()) / f"merged-{versions}"
 
 
 def merge_sources() -> None:
-    """Have DeepSpeed compile copies of its sources, into folders of their own."""
+    """Patch DeepSpeed to compile merged copies of its sources, in separate folders."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(build_root())
     for name in ("PinMemoryBuilder", "AsyncIOBuilder"):
-        if hasattr(op_builder, name):  # versions before 0.19.8 have no former
+        if hasattr(op_builder, name):  # versions before 0.19.8 have no PinMemoryBuilder
             merge_sources_of(getattr(op_builder, name))
 
 
 def merge_sources_of(builder: Any) -> None:
     folder, include_paths = build_root() / f"{builder.NAME}-sources", builder().include_paths()
     sources = merged(folder, builder().sources(), include_paths)
-    flags = [flag for flag in builder().cxx_args() if flag not in ("-g", "-O3")]  # they take half of the time
+    flags = [flag for flag in builder().cxx_args() if flag not in ("-g", "-O3")]  # these double the build time
     builder.sources = lambda self: sources
     builder.cxx_args = lambda self: flags
     builder.include_paths = lambda self: [str(folder / path) for path in include_paths]
@@ -54,14 +54,14 @@ def merged(folder: Path, sources: list[str], include_paths: list[str]) -> list[s
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file unless it is so already, which ninja would take for a change."""
+    """Write a file only if its content differs, so that ninja does not rebuild."""
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
 
 if __name__ == "__main__":
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where torch looks for ninja
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # torch looks for ninja there
     if op_builder.AsyncIOBuilder().is_compatible(verbose=False):
         merge_sources()
         op_builder.AsyncIOBuilder().load()

@@ -1,4 +1,4 @@
-"""What every worker of DeepSpeed cases does on its rank, but for running a case."""
+"""Shared setup and result files of the DeepSpeed workers."""
 
 import json
 import os
@@ -15,14 +15,14 @@ import torch.distributed as dist
 
 Case = dict[str, Any]
 
-MEETING_TIMEOUT = timedelta(seconds=120)
+RANKS_TIMEOUT = timedelta(seconds=120)
 
 
 def start() -> None:
-    """Meet the other ranks."""
-    # An inference-only kernel that DeepSpeed would compile for every new environment.
+    """Initialise the process group."""
+    # DeepSpeed would compile this inference-only kernel for every new environment.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", timeout=MEETING_TIMEOUT, verbose=False)
+    deepspeed.init_distributed("gloo", timeout=RANKS_TIMEOUT, verbose=False)
 
 
 def run_cases(
@@ -32,15 +32,15 @@ def run_cases(
     run: Callable[[Case], Any],
     others: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run the cases of a file, write {case name: result} on rank 0, and leave the other ranks.
+    """Run the cases of a file, write {case name: result} on rank 0, and end the process group.
 
     Args:
         cases_path: a JSON list of dictionaries, each with a name.
-        results_path: of the JSON file to write. The result of a case that raises is {"failure": traceback}, whatever
-            the rank. One that raises on some ranks and leaves the others waiting ends this process.
-        defaults: of every case.
+        results_path: the JSON file to write. If a case raises on any rank, its result is {"failure": tracebacks}. If
+            it raises on some ranks while the others wait, this process ends.
+        defaults: default values of every case.
         run: returns the result of a case.
-        others: results of no case. Default: None.
+        others: more entries of the results file. Default: None.
     """
     results = dict(others or {})
     for given in json.loads(Path(cases_path).read_text()):
@@ -60,23 +60,25 @@ def run_cases(
 
 
 def failures_of_ranks(shared: Path, failure: str | None) -> list[str | None]:
-    """Return what failed on each rank; they meet by files, as collectives may be out of step after a failure.
+    """Return the failure of each rank, exchanged by files: after a failure, collectives may be out of sync.
 
     Args:
-        shared: files that begin with it are written.
-        failure: of this rank.
+        shared: prefix of the files.
+        failure: the traceback of this rank, or None.
 
     Raises:
-        TimeoutError: a rank does not come.
+        TimeoutError: a rank has written no file.
     """
     own = Path(f"{shared}.{dist.get_rank()}")
     part = Path(f"{own}.part")
     part.write_text(json.dumps(failure))
     part.rename(own)
     files = [Path(f"{shared}.{rank}") for rank in range(dist.get_world_size())]
-    deadline = time.monotonic() + MEETING_TIMEOUT.total_seconds()
+    deadline = time.monotonic() + RANKS_TIMEOUT.total_seconds()
     while not all(file.exists() for file in files):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{', '.join(file.name for file in files if not file.exists())} does not come")
+            raise TimeoutError(
+                f"{', '.join(file.name for file in files if not file.exists())} not written within {RANKS_TIMEOUT}"
+            )
         time.sleep(0.01)
     return [json.loads(file.read_text()) for file in files]

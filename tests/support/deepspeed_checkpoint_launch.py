@@ -1,4 +1,4 @@
-"""The launches of deepspeed_checkpoint_worker.py, one after another, each on its number of ranks."""
+"""Launch deepspeed_checkpoint_worker.py several times, each time on another number of ranks."""
 
 import json
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from ranks import run_ranks
 RANKS_OF_LAUNCH = {"0": 1, "1": 2, "2": 1}
 ENVIRONMENT = {
     "TRITON_INTERPRET": "0",
-    "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",  # also where DeepSpeed asks for the contrary: nothing of ours needs it
+    "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",  # also for loads where DeepSpeed passes weights_only=False
 }
 
 
 def launch(folder: Path, cases: Sequence[dict[str, Any]], launches: Sequence[str]) -> dict[str, Any]:
-    """Run cases, with files in a folder, and return {case name: [result of each leg]}."""
+    """Run cases with their files in a folder, and return {case name: [result of each segment]}."""
     worker, given = Path(__file__).with_name("deepspeed_checkpoint_worker.py"), folder / "cases.json"
     given.write_text(json.dumps(cases))
     results: dict[str, Any] = {}
     for name in launches:
         arguments, log = [str(given), str(folder), name], folder / f"ranks-{name}.log"
         run_ranks(worker, arguments, RANKS_OF_LAUNCH[name], folder, ENVIRONMENT, log)
-        for case, legs in json.loads((folder / f"results-{name}.json").read_text()).items():
-            assert isinstance(legs, list), f"{case}: {legs['failure']}"
-            results.setdefault(case, []).extend(legs)
+        for case, segments in json.loads((folder / f"results-{name}.json").read_text()).items():
+            assert isinstance(segments, list), f"{case}: {segments['failure']}"
+            results.setdefault(case, []).extend(segments)
     return results

@@ -1,11 +1,11 @@
-"""Carry runs through DeepSpeed checkpoints on one rank and, on rank 0, compare them with a run that never stopped.
+"""Run the cases of test_deepspeed_checkpoints.py on one rank, and compare them with uninterrupted runs.
 
 Usage, once per rank: RANK=... WORLD_SIZE=... python deepspeed_checkpoint_worker.py CASES.json FOLDER LAUNCH
 
-A case is a list of legs (see `LEG_DEFAULTS`), each an engine that loads what the one before has saved. A launch runs
-the legs of its number, so that legs may have other numbers of ranks; FOLDER carries the checkpoints from launch to
-launch, and FOLDER/results-LAUNCH.json becomes {case name: [result of each leg]}. The oracle is a loop in one process,
-as in deepspeed_oracle.py.
+A case is a list of segments of a run (see `SEGMENT_DEFAULTS`). Each segment is an engine that loads the checkpoint of
+the previous one. A launch runs the segments of its number, so segments may differ in the number of ranks. FOLDER keeps
+the checkpoints between launches. FOLDER/results-LAUNCH.json becomes {case name: [result of each segment]}. The oracle
+is a loop in one process, as in deepspeed_oracle.py.
 """
 
 import argparse
@@ -33,15 +33,15 @@ from torch import Tensor, nn
 from adax_triton import AdaX, AdaXW
 from adax_triton.cli import main as cli
 
-PARTS = 2  # of a batch, one for each of two ranks; one rank takes both in turn
-LEG_DEFAULTS = {
+PARTS = 2  # of a batch, one for each of two ranks; a single rank takes both in turn
+SEGMENT_DEFAULTS = {
     **CASE_DEFAULTS,
     "steps": 2,
     "launch": 1,
-    "universal": False,  # load the checkpoint of the leg before by way of a universal one
+    "universal": False,  # convert the checkpoint to a universal one before loading it
     "switch": False,  # load it within switching_optimizer
-    "convert": None,  # or options of `adax-triton convert`: load what that makes of it, as any checkpoint
-    "configured": {},  # more "optimizer.params", which the checkpoint's have to replace
+    "convert": None,  # or options of `adax-triton convert`, with which to convert it before
+    "configured": {},  # wrong "optimizer.params", which the checkpoint's must replace
     "load": {},  # more arguments of load_checkpoint
     "save_latest": True,
     "expect_error": False,
@@ -53,42 +53,42 @@ OTHERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 def uninterrupted(case: dict[str, Any]) -> list[list[dict[str, Tensor]]]:
-    """Return the weights after every step of every leg."""
-    model = build_model(case["legs"][0]).to(DTYPES[case["legs"][0]["dtype"]])
+    """Return the weights after every step of every segment."""
+    model = build_model(case["segments"][0]).to(DTYPES[case["segments"][0]["dtype"]])
     masters = {name: nn.Parameter(param.detach().float().clone()) for name, param in trainable(model).items()}
-    optimizer, done, legs = None, 0, []
-    for leg in case["legs"]:
-        if leg["expect_error"]:
+    optimizer, done, segments = None, 0, []
+    for segment in case["segments"]:
+        if segment["expect_error"]:
             break
-        model = model.to(DTYPES[leg["dtype"]])
+        model = model.to(DTYPES[segment["dtype"]])
         lp_params = trainable(model)
-        optimizer = next_optimizer(leg, optimizer, model, masters)
+        optimizer = next_optimizer(segment, optimizer, model, masters)
         weights = []
         with torch.no_grad():
             for name, param in lp_params.items():
                 param.copy_(masters[name])
-        for step in range(done, done + leg["steps"]):
-            for name, grad in averaged_gradients(model, step, leg).items():
+        for step in range(done, done + segment["steps"]):
+            for name, grad in averaged_gradients(model, step, segment).items():
                 masters[name].grad = grad
             optimizer.step()
             with torch.no_grad():
                 for name, param in lp_params.items():
                     param.copy_(masters[name])
             weights.append({name: master.detach().clone() for name, master in masters.items()})
-        done += leg["steps"]
-        legs.append(weights)
-    return legs
+        done += segment["steps"]
+        segments.append(weights)
+    return segments
 
 
 def next_optimizer(
-    leg: dict[str, Any], before: torch.optim.Optimizer | None, model: nn.Module, masters: dict[str, nn.Parameter]
+    segment: dict[str, Any], before: torch.optim.Optimizer | None, model: nn.Module, masters: dict[str, nn.Parameter]
 ) -> torch.optim.Optimizer:
-    if before is not None and not leg["switch"] and leg["convert"] is None:
+    if before is not None and not segment["switch"] and segment["convert"] is None:
         return before
     master_of = {id(param): masters[name] for name, param in trainable(model).items()}
     groups = [{**g, "params": [master_of[id(p)] for p in g["params"] if p.requires_grad]} for g in model.groups()]
-    params = {key: value for key, value in leg["params"].items() if key != "torch_adam"}
-    optimizer = {**OPTIMIZERS, **OTHERS}[leg["type"].lower()](groups, **params)
+    params = {key: value for key, value in segment["params"].items() if key != "torch_adam"}
+    optimizer = {**OPTIMIZERS, **OTHERS}[segment["type"].lower()](groups, **params)
     if before is not None:
         to_adax = isinstance(optimizer, (AdaX, AdaXW))
         for group, group_before in zip(optimizer.param_groups, before.param_groups, strict=True):
@@ -157,61 +157,63 @@ def convert(source: Path, options: list[str]) -> Path:
     return target
 
 
-def run_leg(case: dict[str, Any], index: int, expected: list[dict[str, Tensor]], folder: Path) -> dict[str, Any]:
-    leg = case["legs"][index]
-    # A seed of its own, so that nothing but the checkpoint can bring the weights back.
-    zero = json.loads(json.dumps(leg["zero"]).replace("$FOLDER", str(folder)))
-    config = {"gradient_accumulation_steps": PARTS // dist.get_world_size(), **leg["config"]}
-    if leg["universal"]:
+def run_segment(case: dict[str, Any], index: int, expected: list[dict[str, Tensor]], folder: Path) -> dict[str, Any]:
+    segment = case["segments"][index]
+    # Every segment has another seed, so only the checkpoint can restore the weights.
+    zero = json.loads(json.dumps(segment["zero"]).replace("$FOLDER", str(folder)))
+    config = {"gradient_accumulation_steps": PARTS // dist.get_world_size(), **segment["config"]}
+    if segment["universal"]:
         config["checkpoint"] = {"load_universal": True}
-        if leg["launch"] == case["legs"][index - 1]["launch"]:
+        if segment["launch"] == case["segments"][index - 1]["launch"]:
             to_universal(folder / str(index - 1))
-    Init.param_id = 0  # as in a process of its own; files of NVMe offload are named by it
-    params = {**leg["params"], **leg["configured"]}
-    engine = start_engine({**leg, "params": params, "zero": zero, "config": config}, build_model(leg, seed=index))
+    Init.param_id = 0  # as in a new process, because it names the files of NVMe offload
+    params = {**segment["params"], **segment["configured"]}
+    engine = start_engine(
+        {**segment, "params": params, "zero": zero, "config": config}, build_model(segment, seed=index)
+    )
     if index:
-        before = sum(other["steps"] for other in case["legs"][:index])
-        source, tag = folder / str(index - 1), "universal" if leg["universal"] else "saved"
-        if leg["convert"] is not None:
-            source, tag = convert(source, leg["convert"]), None
-        with switching_optimizer(engine) if leg["switch"] else nullcontext():
-            engine.load_checkpoint(str(source), tag=tag, **leg["load"])
+        before = sum(other["steps"] for other in case["segments"][:index])
+        source, tag = folder / str(index - 1), "universal" if segment["universal"] else "saved"
+        if segment["convert"] is not None:
+            source, tag = convert(source, segment["convert"]), None
+        with switching_optimizer(engine) if segment["switch"] else nullcontext():
+            engine.load_checkpoint(str(source), tag=tag, **segment["load"])
     else:
         before = 0
-    weights = train(engine, range(before, before + leg["steps"]))
+    weights = train(engine, range(before, before + segment["steps"]))
     result: dict[str, Any] = {
         "deviation": max(deviation(*pair) for pair in zip(weights, expected, strict=True)),
         "steps": of_all_ranks({int(state["step"]) for state in engine.basic_optimizer.state.values()}),
         "weight_decay": [group["weight_decay"] for group in engine.basic_optimizer.param_groups],
-        "stage": leg["stage"],
+        "stage": segment["stage"],
         "wrapper": type(engine.optimizer).__name__,
         "optimizer": type(engine.basic_optimizer).__name__,
         "states": sorted({str(state["exp_avg_sq"].dtype) for state in engine.basic_optimizer.state.values()}),
     }
-    if index + 1 < len(case["legs"]):
+    if index + 1 < len(case["segments"]):
         target = folder / str(index)
-        engine.save_checkpoint(str(target), tag="saved", save_latest=leg["save_latest"])
-        if leg["stage"] > 0 and "nvme" not in str(zero) and result["wrapper"] != "BF16_Optimizer":
+        engine.save_checkpoint(str(target), tag="saved", save_latest=segment["save_latest"])
+        if segment["stage"] > 0 and "nvme" not in str(zero) and result["wrapper"] != "BF16_Optimizer":
             with allowing_saved_classes():
                 found = get_fp32_state_dict_from_zero_checkpoint(str(target), tag="saved")
             result["zero_to_fp32"] = deviation({name: found[name] for name in weights[-1]}, weights[-1])
-        if case["legs"][index + 1]["universal"] and case["legs"][index + 1]["launch"] != leg["launch"]:
+        if case["segments"][index + 1]["universal"] and case["segments"][index + 1]["launch"] != segment["launch"]:
             to_universal(target)
     engine.destroy()
     return result
 
 
 def run_case(case: dict[str, Any], folder: Path, launch: int) -> list[dict[str, Any]]:
-    legs = [leg["launch"] for leg in case["legs"]]
-    expected = uninterrupted(case) if launch in legs else []
+    segments = [segment["launch"] for segment in case["segments"]]
+    expected = uninterrupted(case) if launch in segments else []
     results = []
-    for index, leg in enumerate(case["legs"]):
-        if leg["launch"] != launch:
+    for index, segment in enumerate(case["segments"]):
+        if segment["launch"] != launch:
             continue
         try:
-            results.append(run_leg(case, index, expected[index] if index < len(expected) else [], folder))
+            results.append(run_segment(case, index, expected[index] if index < len(expected) else [], folder))
         except Exception as error:
-            if not leg["expect_error"]:
+            if not segment["expect_error"]:
                 raise
             results.append({"error": type(error).__name__, "message": str(error)})
         dist.barrier()
@@ -225,12 +227,12 @@ def main(cases_path: str, folder: str, launch: str) -> None:
         merge_sources()
 
     def run(case: dict[str, Any]) -> list[dict[str, Any]]:
-        legs = [{**LEG_DEFAULTS, **leg} for leg in case["legs"]]
+        segments = [{**SEGMENT_DEFAULTS, **segment} for segment in case["segments"]]
         case_folder = Path(folder) / case["name"]
         try:
-            return run_case({**case, "legs": legs}, case_folder, int(launch))
+            return run_case({**case, "segments": segments}, case_folder, int(launch))
         finally:
-            if dist.get_rank() == 0 and all(leg["launch"] <= int(launch) for leg in legs):
+            if dist.get_rank() == 0 and all(segment["launch"] <= int(launch) for segment in segments):
                 shutil.rmtree(case_folder, ignore_errors=True)
 
     run_cases(cases_path, str(Path(folder) / f"results-{launch}.json"), {}, run)

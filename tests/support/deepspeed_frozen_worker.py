@@ -1,4 +1,4 @@
-"""Train a model with frozen weights of integers under DeepSpeed, with fused and with plain steps.
+"""Train a model with frozen integer weights under DeepSpeed, with fused and with unfused steps.
 
 Usage, once per rank: RANK=... WORLD_SIZE=2 python deepspeed_frozen_worker.py RESULT.json
 
@@ -19,7 +19,7 @@ DTYPES = {"uint8": torch.uint8, "int8": torch.int8, "bool": torch.bool}
 
 
 class Quantized(nn.Module):
-    """A frozen weight of integers, and two trained layers."""
+    """A model with a frozen integer weight and two trained layers."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

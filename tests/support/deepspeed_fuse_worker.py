@@ -1,4 +1,4 @@
-"""Run DeepSpeed cases on one rank, each with its step fused and as DeepSpeed takes it, and compare the two.
+"""Run each DeepSpeed case on one rank with a fused and with an unfused step, and compare the two.
 
 Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=2 python deepspeed_fuse_worker.py CASES.json RESULTS.json
 
@@ -16,7 +16,7 @@ import deepspeed
 import deepspeed_oracle
 import torch
 import torch.distributed as dist
-from adax_triton.integrations.deepspeed.fused_step import zero_steps as deepspeed_fuse_steps
+from adax_triton.integrations.deepspeed.fused_step import zero_steps
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from deepspeed_cases import run_cases, start
@@ -27,23 +27,23 @@ from torch import Tensor
 CASE_DEFAULTS = {
     **deepspeed_oracle.CASE_DEFAULTS,
     "steps": 3,
-    "unknown": False,  # as with a DeepSpeed whose step() is none of those known
-    "crossing": False,  # a run whose engines take turns, each going on from the checkpoint of the other
-    "linked": False,  # one step, then look at the states that DeepSpeed has linked to the parameters
+    "unknown": False,  # simulate a DeepSpeed with an unknown step()
+    "crossing": False,  # also run fused and unfused engines in turn, each from the other's checkpoint
+    "linked": False,  # take one step and check the states that DeepSpeed links to the parameters
 }
 MASTERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 MODEL_WEIGHTS = ("bit16_groups_flat", "bf16_groups_flat")
 
 
 def engine_of(case: dict[str, Any], fuse: str, seed: int = 0) -> Any:
-    known = {} if case["unknown"] else deepspeed_fuse_steps.VERIFIED_STEPS
+    known = {} if case["unknown"] else zero_steps.VERIFIED_STEPS
     case = {**case, "config": {**case["config"], "adax_triton": {"fuse": fuse}}}
-    with mock.patch.object(deepspeed_fuse_steps, "VERIFIED_STEPS", known):
+    with mock.patch.object(zero_steps, "VERIFIED_STEPS", known):
         return start_engine(case, build_model(case, seed))
 
 
 def snapshot(engine: Any) -> dict[str, Tensor]:
-    """All that a step changes: on this rank, or under ZeRO 3, whose padding is never written, of whole parameters."""
+    """Return copies of all tensors that a step changes: of this rank, or gathered parameters at ZeRO 3."""
     if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
         return whole_parameters(engine)
     found = {}
@@ -72,7 +72,7 @@ def whole_parameters(engine: Any) -> dict[str, Tensor]:
 
 
 def deviation(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """The largest difference on any rank, relative to the largest value of its tensor; infinite for unlike tensors."""
+    """Return the largest difference on any rank, relative to its tensor's largest value; infinity if names differ."""
     worst = float("inf")
     if list(left) == list(right):
         worst = max(
@@ -104,7 +104,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def crossed(case: dict[str, Any], uninterrupted: dict[str, Tensor]) -> float:
-    """The deviation of a run of three steps: fused, not fused, fused."""
+    """Return the deviation of a run with a fused, an unfused and a fused step, each from the previous checkpoint."""
     with tempfile.TemporaryDirectory() as directory:
         folder: list[str] = [directory]
         dist.broadcast_object_list(folder)
@@ -121,7 +121,7 @@ def crossed(case: dict[str, Any], uninterrupted: dict[str, Tensor]) -> float:
 
 
 def run_linked_case(case: dict[str, Any]) -> dict[str, Any]:
-    """How far the first moments that DeepSpeed links to parameters are from (1 - b1) times the mean gradients."""
+    """Return the distance of the linked first moments from (1 - b1) times the mean gradients."""
     gradients = averaged_gradients(build_model(case), 0, case)
     worst = {}
     for fuse in ("auto", "off"):
@@ -135,8 +135,8 @@ def run_linked_case(case: dict[str, Any]) -> dict[str, Any]:
     return {"worst": worst}
 
 
-class Said(logging.Handler):
-    """What was logged of fused steps."""
+class FusedStepLog(logging.Handler):
+    """Warnings about fused steps."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -148,20 +148,20 @@ class Said(logging.Handler):
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    said = Said()
-    deepspeed.utils.logger.addHandler(said)
+    log = FusedStepLog()
+    deepspeed.utils.logger.addHandler(log)
     try:
         result = run_linked_case(case) if case["linked"] else run_case(case)
     finally:
-        deepspeed.utils.logger.removeHandler(said)
-    return {**result, "said": said.messages}
+        deepspeed.utils.logger.removeHandler(log)
+    return {**result, "logged": log.messages}
 
 
 def main(cases_path: str, results_path: str) -> None:
     start()
-    # DeepSpeed asks the accelerator whether fp16 is offered; on a CPU its logic is the same.
+    # DeepSpeed asks whether the accelerator supports fp16; its logic is the same on a CPU.
     get_accelerator().is_fp16_supported = lambda: True
-    # It collects garbage a dozen times while one of these is built.
+    # It collects garbage a dozen times while DeepSpeed builds a BF16_Optimizer.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
     run_cases(cases_path, results_path, CASE_DEFAULTS, run)
 

@@ -1,18 +1,18 @@
-"""Kill ranks of a 2-rank ZeRO 2 run, restart it from its checkpoints, and compare it with a run that is never killed.
+"""Kill ranks of a 2-rank ZeRO 2 run, restart it from its checkpoints, and compare it with an uninterrupted run.
 
 Usage: python deepspeed_kill_server.py FOLDER KILLS SEED
 
-This process imports torch and DeepSpeed once and forks the ranks of every attempt, which starts them in a fraction of a
-second. FOLDER/results.json becomes {"kills": [...], "failures": [...], ...}; a failure is a sentence. No
-process outlives the script. At the end the run that was not killed is started again from a damaged checkpoint.
+This process imports torch and DeepSpeed once and forks the ranks of every attempt, so that they start in a fraction of
+a second. FOLDER/results.json becomes {"kills": [...], "failures": [sentences], ...}. No process outlives the script. At
+the end, the uninterrupted run is started again from a damaged checkpoint.
 
-A kill is SIGKILL to one rank, in one of three ways in turn; which rank, and when, is drawn from SEED:
+A kill is a SIGKILL to one rank, in one of three ways in turn. SEED determines the rank and the moment:
 
-- "step": the parent sends it when the rank says that it has taken some step;
-- "bytes": within some file of some checkpoint, after part of its bytes have been written;
-- "operation": before some operation on files or folders (open, mkdir, rename, remove, ...) of some checkpoint.
+- "step": the parent sends it when the rank reports a certain step;
+- "bytes": in a file of a checkpoint, after part of its bytes are written;
+- "operation": before an operation on files or folders (open, mkdir, rename, remove, ...) of a checkpoint.
 
-The other rank is killed a little later, wherever it is by then.
+The other rank is killed a little later, at any point of its code.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
-import deepspeed.runtime.zero.muon.muon_optimizer  # takes torch._inductor along, as every rank would for itself
+import deepspeed.runtime.zero.muon.muon_optimizer  # also imports torch._inductor, once for all ranks
 import torch
 from deepspeed_worker import CASE_DEFAULTS, batch, build_model, start_engine
 
@@ -43,28 +43,31 @@ FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.sca
 
 
 class Plan(NamedTuple):
-    """When a rank is killed; never, if `way` is None or, for a start from a damaged checkpoint, "damaged"."""
+    """When a rank is killed.
+
+    No rank is, if `way` is None, or if it is "damaged", for the start from a damaged checkpoint.
+    """
 
     way: str | None = None
     rank: int = 0
-    count: int = 0  # of the step since the start, of the file, of the operation
-    part: float = 0.0  # of the bytes of the file
+    count: int = 0  # number of the step since the start, of the file or of the operation
+    part: float = 0.0  # share of the file's bytes that are written
 
 
 class Attempt(NamedTuple):
-    """What the ranks of an attempt said before they ended."""
+    """The reports of the ranks of an attempt, until they ended."""
 
     refused: list[str]
     killed: bool
-    losses: dict[tuple[int, int], str]  # of (rank, step)
-    loaded: set[int]  # steps that the checkpoint had, as each rank says
-    saved: int  # steps of the last checkpoint that was saved
+    losses: dict[tuple[int, int], str]  # by (rank, step)
+    loaded: set[int]  # steps of the loaded checkpoint, as the ranks report them
+    saved: int  # steps of the last saved checkpoint
     final: dict[int, str]  # digest of a rank's weights and states at the end
     end: str  # for messages
 
 
 class Run(NamedTuple):
-    """The kills of a run, and what was not as it has to be."""
+    """The kills of a run, and its differences from the uninterrupted run."""
 
     kills: list[dict[str, Any]]
     problems: list[str]
@@ -73,34 +76,36 @@ class Run(NamedTuple):
 # A rank.
 
 
-def run_rank(rank: int, folder: Path, tag: str | None, plan: Plan, attempt: int, say: Callable[[str], object]) -> None:
-    # DeepSpeed wants an address, although the ranks meet by a file.
+def run_rank(
+    rank: int, folder: Path, tag: str | None, plan: Plan, attempt: int, report: Callable[[str], object]
+) -> None:
+    # DeepSpeed requires an address, although the ranks find each other by a file.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-    meeting = f"file://{folder}.meeting-{attempt}"
+    init_method = f"file://{folder}.ranks-{attempt}"
     deepspeed.init_distributed(
-        "gloo", timeout=timedelta(seconds=60), init_method=meeting, rank=rank, world_size=2, verbose=False
+        "gloo", timeout=timedelta(seconds=60), init_method=init_method, rank=rank, world_size=2, verbose=False
     )
-    # A seed of its own, so that nothing but the checkpoint can bring the weights back.
+    # Every attempt has another seed, so only the checkpoint can restore the weights.
     engine = start_engine(CASE, build_model(CASE, seed=attempt if (folder / "latest").exists() else 0))
     if plan.way == "damaged":
         try:
             engine.load_checkpoint(str(folder), tag=f"global_step{STEPS}")
         except ValueError as error:
-            say(f"refused {error}")
+            report(f"refused {error}")
     engine.load_checkpoint(str(folder))
-    say(f"loaded {engine.global_steps}")
+    report(f"loaded {engine.global_steps}")
     dying = arm(plan if plan.rank == rank else Plan(), folder)
     while engine.global_steps < STEPS:
         loss = engine(*batch(engine.global_steps, 0, rank))
         engine.backward(loss)
         engine.step()
-        say(f"step {engine.global_steps} {loss.item().hex()}")
+        report(f"step {engine.global_steps} {loss.item().hex()}")
         if engine.global_steps % SAVE_EVERY == 0:
             dying["saving"] = True
             engine.save_checkpoint(str(folder), tag=tag)
             dying["saving"] = False
-            say(f"saved {engine.global_steps}")
-    say(f"final {digest(engine)}")
+            report(f"saved {engine.global_steps}")
+    report(f"final {digest(engine)}")
 
 
 def digest(engine: Any) -> str:
@@ -116,7 +121,10 @@ def digest(engine: Any) -> str:
 
 
 def arm(plan: Plan, folder: Path) -> dict[str, bool]:
-    """Make this process kill itself within a checkpoint as planned; the caller says when it saves one."""
+    """Make this process kill itself while it saves a checkpoint, as planned.
+
+    The caller sets "saving" in the returned dictionary while it saves.
+    """
     saving = {"saving": False}
     seen = 0
 
@@ -152,7 +160,7 @@ def arm(plan: Plan, folder: Path) -> dict[str, bool]:
 
 
 def start(rank: int, folder: Path, tag: str | None, plan: Plan, attempt: int) -> tuple[int, Any]:
-    """Fork a rank; return its process id and what it says, to be read without waiting."""
+    """Fork a rank; return its process id and a non-blocking file of its reports."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid:
@@ -173,19 +181,19 @@ def start(rank: int, folder: Path, tag: str | None, plan: Plan, attempt: int) ->
 
 def run_attempt(folder: Path, tag: str | None, plan: Plan, attempt: int, chance: random.Random) -> Attempt:
     ranks = dict(enumerate(start(rank, folder, tag, plan, attempt) for rank in range(2)))
-    said: dict[int, list[list[str]]] = {0: [], 1: []}
+    reports: dict[int, list[list[str]]] = {0: [], 1: []}
     exits: dict[int, int] = {}
 
     def listen() -> None:
         for rank, (pid, lines) in ranks.items():
-            said[rank] += [line.split() for line in lines.readlines()]
+            reports[rank] += [line.split() for line in lines.readlines()]
             if rank not in exits and (ended := os.waitpid(pid, os.WNOHANG))[0]:
                 exits[rank] = os.waitstatus_to_exitcode(ended[1])
 
     deadline = time.monotonic() + ATTEMPT_TIMEOUT_S
     while len(exits) < 2 and not any(exits.values()) and time.monotonic() < deadline:
         listen()
-        steps = sum(words[0] == "step" for words in said[plan.rank])
+        steps = sum(words[0] == "step" for words in reports[plan.rank])
         if plan.way == "step" and steps >= plan.count and plan.rank not in exits:
             os.kill(ranks[plan.rank][0], signal.SIGKILL)
             exits[plan.rank] = os.waitstatus_to_exitcode(os.waitpid(ranks[plan.rank][0], 0)[1])
@@ -198,13 +206,13 @@ def run_attempt(folder: Path, tag: str | None, plan: Plan, attempt: int, chance:
         if rank not in exits:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        said[rank] += [line.split() for line in lines.readlines()]
+        reports[rank] += [line.split() for line in lines.readlines()]
         lines.close()
-    return summary(said, by_itself, plan)
+    return summary(reports, by_itself, plan)
 
 
-def summary(said: dict[int, list[list[str]]], exits: dict[int, int], plan: Plan) -> Attempt:
-    words = [(rank, line) for rank in said for line in said[rank]]
+def summary(reports: dict[int, list[list[str]]], exits: dict[int, int], plan: Plan) -> Attempt:
+    words = [(rank, line) for rank in reports for line in reports[rank]]
     return Attempt(
         refused=[" ".join(line[1:]) for _, line in words if line[0] == "refused"],
         killed=exits.get(plan.rank) == -signal.SIGKILL,
@@ -212,7 +220,7 @@ def summary(said: dict[int, list[list[str]]], exits: dict[int, int], plan: Plan)
         loaded={int(line[1]) for _, line in words if line[0] == "loaded"},
         saved=max([int(line[1]) for _, line in words if line[0] == "saved"], default=0),
         final={rank: line[1] for rank, line in words if line[0] == "final"},
-        end=f"exit codes {exits}, last words {[said[rank][-1:] for rank in said]}",
+        end=f"exit codes {exits}, last reports {[reports[rank][-1:] for rank in reports]}",
     )
 
 
@@ -227,25 +235,25 @@ def next_plan(number: int, chance: random.Random) -> Plan:
     return Plan(way, rank, count, chance.random())
 
 
-def problems(attempt: Attempt, unbroken: Attempt, saved: int) -> list[str]:
-    """Return what an attempt did otherwise than the unbroken run, or lost of what was saved before it."""
+def problems(attempt: Attempt, reference: Attempt, saved: int) -> list[str]:
+    """Return the differences from the uninterrupted run, and steps lost although they were saved."""
     found = []
     if not attempt.killed and len(attempt.final) < 2:
         found.append("it ended by itself")
     if len(attempt.loaded) != 1 or min(attempt.loaded) < saved:
         found.append(f"it loaded {sorted(attempt.loaded)} steps, {saved} were saved")
-    found += [f"loss of (rank, step) {at}" for at in attempt.losses if attempt.losses[at] != unbroken.losses[at]]
-    found += [f"final weights of rank {rank}" for rank in attempt.final if attempt.final[rank] != unbroken.final[rank]]
+    found += [f"loss of (rank, step) {at}" for at in attempt.losses if attempt.losses[at] != reference.losses[at]]
+    found += [f"final weights of rank {rank}" for rank in attempt.final if attempt.final[rank] != reference.final[rank]]
     return [f"{problem}: {attempt.end}" for problem in found]
 
 
-def run_to_end(folder: Path, tag: str | None, plans: Iterator[Plan], unbroken: Attempt, chance: random.Random) -> Run:
-    """Start a run again until it ends, killing it as planned while plans last."""
+def run_to_end(folder: Path, tag: str | None, plans: Iterator[Plan], reference: Attempt, chance: random.Random) -> Run:
+    """Restart a run until it finishes, and kill it as planned as long as there are plans."""
     run = Run([], [])
     saved = 0
     for number in itertools.count():
         attempt = run_attempt(folder, tag, plan := next(plans, Plan()), number, chance)
-        run.problems.extend(f"attempt {number}, {plan}: {text}" for text in problems(attempt, unbroken, saved))
+        run.problems.extend(f"attempt {number}, {plan}: {text}" for text in problems(attempt, reference, saved))
         if run.problems or len(attempt.final) == 2:
             return run
         saved = max(saved, attempt.saved, *attempt.loaded)
@@ -253,14 +261,14 @@ def run_to_end(folder: Path, tag: str | None, plans: Iterator[Plan], unbroken: A
     raise AssertionError("unreachable")
 
 
-def start_from_damaged(folder: Path, unbroken: Attempt) -> dict[str, Any]:
-    """Cut a file of the last checkpoint of a run that has ended short, and go on from the folder."""
+def start_from_damaged(folder: Path, reference: Attempt) -> dict[str, Any]:
+    """Truncate a file of a finished run's last checkpoint, and resume from the folder."""
     (file,) = (folder / f"global_step{STEPS}").glob("*zero_pp_rank_1_*_optim_states.pt")
     os.truncate(file, file.stat().st_size - 1)
     attempt = run_attempt(folder, None, Plan("damaged"), STEPS, random.Random(0))
     return {
         "loaded": sorted(attempt.loaded),
-        "problems": problems(attempt, unbroken, 0),
+        "problems": problems(attempt, reference, 0),
         "refused": attempt.refused,
         "warned": f"loading 'global_step{STEPS - SAVE_EVERY}' instead" in Path(f"{folder}.log").read_text(),
     }
@@ -268,22 +276,22 @@ def start_from_damaged(folder: Path, unbroken: Attempt) -> dict[str, Any]:
 
 def main(folder: str, kills: str, seed: str) -> None:
     torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # looked up once, before there are ranks
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # set once, before any rank is forked
     chance = random.Random(int(seed))
     began = time.monotonic()
-    unbroken = run_attempt(Path(folder) / "unbroken", None, Plan(), 0, chance)
-    failures = problems(unbroken, unbroken, 0)
+    reference = run_attempt(Path(folder) / "reference", None, Plan(), 0, chance)
+    failures = problems(reference, reference, 0)
     killed: list[dict[str, Any]] = []
     runs = 0
     while len(killed) < int(kills) and not failures:
         plans = (next_plan(number, chance) for number in range(len(killed), int(kills)))
-        # Under one tag every checkpoint takes the place of the one before.
-        run = run_to_end(Path(folder) / f"run-{runs}", ("last", None)[runs % 2], plans, unbroken, chance)
+        # With a fixed tag, every save replaces the previous checkpoint.
+        run = run_to_end(Path(folder) / f"run-{runs}", ("last", None)[runs % 2], plans, reference, chance)
         killed += run.kills
         failures += [f"run {runs}, {text}" for text in run.problems]
         runs += 1
     results = {"kills": killed, "runs": runs, "failures": failures, "seconds": time.monotonic() - began}
-    results["damaged"] = start_from_damaged(Path(folder) / "unbroken", unbroken)
+    results["damaged"] = start_from_damaged(Path(folder) / "reference", reference)
     (Path(folder) / "results.json").write_text(json.dumps(results))
 
 

@@ -1,4 +1,4 @@
-"""A mixture of experts under DeepSpeed's expert parallelism, for deepspeed_worker.py."""
+"""A mixture-of-experts case with DeepSpeed's expert parallelism, for deepspeed_worker.py."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class MixtureOfExperts(nn.Module):
-    """One expert on each rank; no token is dropped, so that nothing depends on random numbers."""
+    """One expert on each rank, without dropped tokens, so that the result does not depend on random numbers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -27,8 +27,8 @@ class MixtureOfExperts(nn.Module):
 
 
 def run_moe_case(case: dict[str, Any]) -> dict[str, Any]:
-    """Train, and return this rank's weights: those of the experts are other ones on each rank."""
-    torch.manual_seed(dist.get_rank())  # DeepSpeed broadcasts what is not an expert's
+    """Train, and return the results of this rank; expert weights differ between ranks."""
+    torch.manual_seed(dist.get_rank())  # DeepSpeed broadcasts all weights but the experts'
     model = MixtureOfExperts(case["width"])
     config = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,

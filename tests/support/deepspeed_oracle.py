@@ -1,6 +1,6 @@
-"""The model, data and cases of deepspeed_worker.py, and its oracle: one process without DeepSpeed.
+"""The model, data and case defaults of deepspeed_worker.py, and its oracle: one process without DeepSpeed.
 
-The oracle is a plain loop: all ranks' gradients are computed here, averaged, clipped, and given to AdaX on float32
+The oracle is a plain loop. It computes the gradients of all ranks, averages and clips them, and steps AdaX on float32
 master weights.
 """
 
@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class CautiousAdaX(AdaX):
-    """A subclass as users write them."""
+    """A subclass such as a user writes."""
 
     def __init__(self, params: Any, lr: float = 1e-2, weight_decay: float = 1e-2) -> None:
         super().__init__(params, lr=lr, weight_decay=weight_decay)
@@ -35,28 +35,31 @@ CASE_DEFAULTS = {
     "dtype": "fp32",
     "zero": {},  # more of "zero_optimization"
     "config": {},  # more of the configuration
-    "client": None,  # "instance" or "callable": hand deepspeed.initialize an optimizer instead of the section
+    "client": None,  # "instance" or "callable": pass it to deepspeed.initialize instead of the section
     "width": 16,
-    "frozen": True,  # whether one layer is
-    "unused": False,  # whether a parameter has no part in the loss
+    "frozen": True,  # freeze one layer
+    "unused": False,  # add a parameter that the loss does not use
     "steps": 4,
-    "resume_at": None,  # save after this many steps, load into a new engine, go on, and compare
-    "overflow_at": None,  # the step at which rank 1 alone has an infinite loss
-    "hyperparameters": None,  # by step and group, for the oracle: what a scheduler is to set
-    "client_scheduler": None,  # a factor: hand deepspeed.initialize torch's StepLR
-    "compile": False,  # the engine
-    "offload_at": None,  # the step after which the engine's states go to the host and back
-    "offload": None,  # which; all by default
-    "moe": False,  # a model of its own, see deepspeed_moe.py
-    "reduce_each_micro_batch": False,  # DeepSpeed's order of summation on this path, for the oracle
+    "resume_at": None,  # save after this many steps, load into a new engine, continue, and compare
+    "overflow_at": None,  # the step at which rank 1 has an infinite gradient
+    "hyperparameters": None,  # expected values of a scheduler, by step and group; the oracle uses them
+    "client_scheduler": None,  # a factor: pass torch's StepLR to deepspeed.initialize
+    "compile": False,  # call engine.compile
+    "offload_at": None,  # after this step, offload the engine's states to the host and reload them
+    "offload": None,  # kinds of states to offload; default all
+    "moe": False,  # train the model of deepspeed_moe.py
+    "reduce_each_micro_batch": False,  # the oracle adds gradients in DeepSpeed's order
     "accumulate_in_fp32": False,
-    "bf16_masters": False,  # whether the optimizer keeps what weights of 16 bits lack, and not DeepSpeed
+    "bf16_masters": False,  # the optimizer keeps the master weights, not DeepSpeed
     "expect_error": False,
 }
 
 
 class TiedModel(nn.Module):
-    """A tied weight, a frozen layer, and a one-element parameter that leaves a rank of its group only padding."""
+    """A model with a tied weight, a frozen layer, and a one-element parameter in a group of its own.
+
+    Of that group, one of two ranks owns only padding.
+    """
 
     def __init__(self, width: int, frozen: bool = True, unused: bool = False) -> None:
         super().__init__()
@@ -99,7 +102,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def averaged_gradients(model: TiedModel, step: int, case: dict[str, Any]) -> dict[str, Tensor]:
     micro_steps = case["config"].get("gradient_accumulation_steps", 1)
     names, params = zip(*trainable(model).items(), strict=True)
-    # Powers of two: the scale leaves every bit of a normal number alone.
+    # A power of two changes only the exponent of a normal number.
     scale = 2.0**8 if case["dtype"] == "fp16" else 1.0
 
     def gradients(micro_step: int, rank: int) -> list[Tensor]:
@@ -111,7 +114,7 @@ def averaged_gradients(model: TiedModel, step: int, case: dict[str, Any]) -> dic
         return [functools.reduce(operator.add, tensors) for tensors in zip(*parts, strict=True)]
 
     def mean_over_ranks(parts: list[list[Tensor]]) -> list[Tensor]:
-        # DeepSpeed communicates in the type of the model also where it accumulates in float32.
+        # DeepSpeed communicates in the dtype of the model, even if it accumulates in float32.
         parts = [[g.to(p.dtype) for g, p in zip(part, params, strict=True)] for part in parts]
         return [g / WORLD_SIZE for g in total(parts)]
 

@@ -2,7 +2,7 @@
 
 Usage, once per rank: RANK=... WORLD_SIZE=2 python deepspeed_save_failures_worker.py CASES.json FOLDER
 
-FOLDER/rank-RANK.json becomes {case name: what this rank saw}. The cases run one after the other in the same engines.
+FOLDER/rank-RANK.json becomes {case name: results of this rank}. The cases run one after the other in the same engines.
 """
 
 import errno
@@ -63,15 +63,15 @@ def replaced(name: str, replacement: Callable[[Callable[..., Any]], Callable[...
 
 
 def move_away(folder: Path) -> None:
-    """Make a folder vanish at once, which removing its files one by one while another rank adds some may not do."""
+    """Make a folder vanish in one operation; deleting its files could race with a rank that adds some."""
     elsewhere = tempfile.mkdtemp(dir=folder.parents[1])
-    with suppress(FileNotFoundError):  # has vanished before
+    with suppress(FileNotFoundError):  # it has vanished already
         folder.rename(Path(elsewhere, "vanished"))
 
 
 @contextmanager
 def failing(failure: Failure) -> Iterator[None]:
-    """From its n-th call on a function fails on one rank, or the folder of its file vanishes."""
+    """Make a function fail on one rank from its n-th call on, or the folder of its file vanish."""
     calls = 0
 
     def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +84,7 @@ def failing(failure: Failure) -> Iterator[None]:
             elif calls >= failure["call"]:
                 if failure["function"] == "os.access":
                     return False
-                if failure["error"] == "full":  # what torch.save says of it
+                if failure["error"] == "full":  # the error of torch.save on a full disk
                     raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0")
                 number = getattr(errno, failure["error"])
                 raise OSError(number, os.strerror(number))
@@ -103,18 +103,18 @@ def failing(failure: Failure) -> Iterator[None]:
 
 @contextmanager
 def file_system_without(operation: str, number: int) -> Iterator[None]:
-    """Within the block a file system refuses fsync of folders, or every rename but those of empty folders."""
+    """Simulate a file system without fsync of folders, or that renames only empty folders, in the block."""
 
     def is_folder(path: Any) -> bool:
         return stat.S_ISDIR((os.fstat if isinstance(path, int) else os.stat)(path).st_mode)
 
     def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
-        def refuses(path: Any, *args: Any) -> Any:
+        def fails(path: Any, *args: Any) -> Any:
             if is_folder(path) if operation == "fsync" else not is_folder(path) or os.listdir(path):
                 raise OSError(number, os.strerror(number))
             return original(path, *args)
 
-        return refuses
+        return fails
 
     with ExitStack() as stack:
         for name in ("os.fsync",) if operation == "fsync" else ("os.rename", "os.replace"):
@@ -133,7 +133,7 @@ def error_of(action: Callable[..., Any], *arguments: Any, **options: Any) -> dic
 
 
 def run_failure(failure: Failure, engine: Any, folder: str) -> dict[str, Any]:
-    """Save, train, save or load with the failure, and do the same without it."""
+    """Save and train; save or load with the failure; then train, save and load without it."""
     engine.save_checkpoint(folder)
     train(engine)
     action = engine.save_checkpoint if failure["action"] == "save" else engine.load_checkpoint
@@ -160,7 +160,7 @@ def run_failure(failure: Failure, engine: Any, folder: str) -> dict[str, Any]:
 
 
 def run_file_system(case: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Save twice on a file system, cut a third save short, and load."""
+    """Save on a file system without an operation, interrupt the last save, and load."""
     engine = build(2)
     with file_system_without(case["without"], getattr(errno, case["error"])):
         train(engine)
@@ -173,8 +173,9 @@ def run_file_system(case: dict[str, Any], folder: str) -> dict[str, Any]:
         with failing({"rank": 1, "function": "torch.save", "call": 1, "error": "ENOSPC"}):
             found = error_of(engine.save_checkpoint, folder, "third")
         found |= {f"folder_{tag}": error_of(folder_to_load, folder, tag)["error"] for tag in ("first", "third")}
-        said = [str(warning.message) for warning in caught]
-        found["warnings"] = [text for text in said if "refuses fsync" in text or "cannot rename folders" in text]
+        texts = [str(warning.message) for warning in caught]
+        expected = ("does not support fsync", "cannot rename folders")
+        found["warnings"] = [text for text in texts if any(words in text for words in expected)]
     other = build(2, seed=1)
     other.load_checkpoint(folder)
     found["loaded"] = difference(other, weights)
@@ -200,7 +201,7 @@ def run_universal(failure: Failure, engine: Any, folder: str) -> dict[str, Any]:
 
 
 def main(cases_path: str, folder: str) -> None:
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # avoids its compilation
     deepspeed.init_distributed("gloo", timeout=timedelta(seconds=30), verbose=False)
     torch.set_num_threads(1)
     results = {}
@@ -214,11 +215,11 @@ def main(cases_path: str, folder: str) -> None:
         else:
             results[case["name"]] = run_failure(case, engines[case["stage"]], path)
     for stage, engine in engines.items():
-        unbroken = build(stage)
-        while unbroken.global_steps < engine.global_steps:
-            train(unbroken)
-        results[f"stage-{stage}"] = {"deviation": difference(engine, master_weights(unbroken))}
-        unbroken.destroy()
+        uninterrupted = build(stage)
+        while uninterrupted.global_steps < engine.global_steps:
+            train(uninterrupted)
+        results[f"stage-{stage}"] = {"deviation": difference(engine, master_weights(uninterrupted))}
+        uninterrupted.destroy()
         engine.destroy()
     Path(folder, f"rank-{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Run DeepSpeed cases on one rank and, on rank 0, compare each with the single-process run of deepspeed_oracle.py.
+"""Run DeepSpeed cases on one rank, and compare each with the single-process run of deepspeed_oracle.py.
 
 Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=2 python deepspeed_worker.py CASES.json RESULTS.json
 
@@ -81,7 +81,7 @@ def train(engine: Any, steps: range, case: dict[str, Any]) -> Iterator[dict[str,
             engine.step()
         if step == case["offload_at"]:
             include = case["offload"] and [OffloadStateTypeEnum(kind) for kind in case["offload"]]
-            # Older versions pin through torch, which needs a device for that.
+            # Older versions pin memory with torch, which needs a GPU.
             engine.offload_states(include=include, pin_memory=hasattr(get_accelerator(), "pin_empty_like"))
             engine.reload_states()
         yield master_weights(engine)
@@ -89,7 +89,7 @@ def train(engine: Any, steps: range, case: dict[str, Any]) -> Iterator[dict[str,
 
 @contextmanager
 def overflowing(engine: Any) -> Iterator[None]:
-    """Make one of all gradients infinite in backward passes of the block."""
+    """Make one gradient infinite in the backward passes of the block."""
     param = next(iter(trainable(engine.module).values()))
     hook = param.register_hook(lambda grad: grad * float("inf"))
     try:
@@ -99,7 +99,7 @@ def overflowing(engine: Any) -> Iterator[None]:
 
 
 def deviation(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest absolute difference; infinite when any value is not finite."""
+    """Return the largest absolute difference, or infinity if a value is not finite."""
     worst = max(float((found[name] - expected[name]).abs().max()) for name in expected)
     return worst if all(bool(value.isfinite().all()) for value in found.values()) else float("inf")
 
@@ -111,7 +111,7 @@ def of_both_ranks(values: set[Any]) -> list[Any]:
 
 
 def step_counts(engine: Any) -> list[int]:
-    """Every distinct step count in the optimizer states of both ranks; -1 for a rank without states."""
+    """Return the distinct step counts in the states of both ranks; -1 for a rank without states."""
     return of_both_ranks({int(state["step"]) for state in engine.basic_optimizer.state.values()} or {-1})
 
 
@@ -159,7 +159,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def resume(case: dict[str, Any], folder: str, uninterrupted: dict[str, Tensor]) -> dict[str, Any]:
-    # Another seed, so that nothing but the checkpoint can bring the weights back.
+    # With another seed, only the checkpoint can restore the weights.
     engine = start_engine(case, build_model(case, seed=1))
     path, _ = engine.load_checkpoint(folder, tag="saved")
     *_, weights = train(engine, range(case["resume_at"], case["steps"]), case)
@@ -172,26 +172,23 @@ def resume(case: dict[str, Any], folder: str, uninterrupted: dict[str, Tensor]) 
     return result
 
 
-def run_refused_case(case: dict[str, Any]) -> dict[str, Any]:
-    model = build_model(case)
+def run_case_that_raises(case: dict[str, Any]) -> dict[str, Any]:
     try:
-        start_engine(case, model)
+        start_engine(case, build_model(case))
     except Exception as error:
-        # Stage 3 partitions the parameters, and the 16-bit types convert them, before the optimizer is built.
-        untouched = all(p.dtype == torch.float32 and p.numel() > 0 for p in model.parameters())
-        return {"error": type(error).__name__, "message": str(error), "model_untouched": untouched}
-    return {"error": None, "message": "", "model_untouched": False}
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"error": None, "message": ""}
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     if case["expect_error"]:
-        return run_refused_case(case)
+        return run_case_that_raises(case)
     return run_moe_case(case) if case["moe"] else run_case(case)
 
 
 def main(cases_path: str, results_path: str) -> None:
     start()
-    # DeepSpeed asks the accelerator whether fp16 is offered; on a CPU its logic is the same.
+    # DeepSpeed asks whether the accelerator supports fp16; its logic is the same on a CPU.
     get_accelerator().is_fp16_supported = lambda: True
     run_cases(cases_path, results_path, CASE_DEFAULTS, run)
 

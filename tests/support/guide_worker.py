@@ -1,11 +1,10 @@
-"""Run the cases of docs/deepspeed.md on one rank: each section's configuration in a real engine, and its programs.
+"""Run sections of docs/deepspeed.md on one rank: the configuration in a real engine, and the programs.
 
 Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=... python guide_worker.py CASES.json RESULTS.json
 
 CASES.json is a list of {"name": heading of a section, "folder": where it runs}; RESULTS.json becomes {heading: result}.
-The configuration is that of the guide but for "nvme_path" and, without libaio, the device "nvme", which becomes "cpu".
-Sections that go on from a checkpoint find it in the folder, from the section before or from a run of AdamW that is made
-here.
+The configuration is the guide's, with another "nvme_path"; without libaio the device "nvme" becomes "cpu". A section
+that loads a checkpoint finds it in the folder: from the section before, or from a run of AdamW that is made here.
 """
 
 import json
@@ -28,7 +27,7 @@ from paths import ROOT
 from torch import Tensor
 
 GUIDE = ROOT / "docs" / "deepspeed.md"
-WIDTH = 128  # wide enough for codes in the flat partitions of both ranks
+WIDTH = 128  # wide enough that the flat partitions of both ranks have quantized states
 STEPS = 2
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
 
@@ -61,7 +60,7 @@ def build_model(seed: int = 0) -> TiedModel:
 
 
 def batches(steps: range, accumulation: int) -> list[tuple[Tensor, Tensor]]:
-    """This rank's batches of some steps; two ranks, or one that accumulates two, see the same."""
+    """Return this rank's batches of some steps; one rank that accumulates two batches sees those of two ranks."""
     found = []
     for step in steps:
         for part in range(accumulation):
@@ -79,7 +78,7 @@ def train(engine: Any, steps: range) -> None:
 
 
 def start_adamw(config: dict[str, Any]) -> None:
-    """What came before the switch: two steps of AdamW, saved."""
+    """Train two AdamW steps and save a checkpoint to switch from."""
     model = build_model()
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config={**config, "optimizer": ADAMW}
@@ -100,7 +99,7 @@ def run_section(name: str) -> dict[str, Any]:
     if "switching_optimizer" in str(blocks):
         start_adamw(config)
     loads = "load_checkpoint" in str(blocks)
-    model = build_model(seed=1 if loads else 0)  # so that nothing but a checkpoint can bring the weights back
+    model = build_model(seed=1 if loads else 0)  # another seed, so only the checkpoint can restore the weights
     namespace: dict[str, Any] = {"model": model}
     namespace["batches"] = batches(range(STEPS), config.get("gradient_accumulation_steps", 1))
     for program in blocks.get("python") or common["python"]:
@@ -118,9 +117,9 @@ def run_section(name: str) -> dict[str, Any]:
     result["steps"] = sorted({int(state["step"]) for state in engine.basic_optimizer.state.values()})
     result["moved"] = deviation(weights, after_program)
     if blocks.get("sh"):
-        loaded, unbroken = torch.load(trajectory)
+        loaded, uninterrupted = torch.load(trajectory)
         result["loaded_deviation"] = deviation(after_program, loaded)
-        result["resume_deviation"] = deviation(weights, unbroken)
+        result["resume_deviation"] = deviation(weights, uninterrupted)
     elif dist.get_rank() == 0:
         torch.save((after_program, weights), trajectory)
     result["kept"] = kept_bytes(engine)
@@ -129,7 +128,7 @@ def run_section(name: str) -> dict[str, Any]:
 
 
 def kept_bytes(engine: Any) -> dict[str, float]:
-    """Bytes per parameter of this rank's tensors, by the names of bench/memory/deepspeed.py; no swapped ones."""
+    """Return bytes per parameter of this rank's tensors in memory, by the names in bench/memory/deepspeed.py."""
     zero, parameters = engine.optimizer, [param for param in engine.module.parameters() if param.requires_grad]
     *whole, last = batches(range(1), engine.gradient_accumulation_steps())
     for inputs, targets in whole:

@@ -1,7 +1,7 @@
-"""A small GPT-2 on random tokens, and what one process, with neither DeepSpeed nor Accelerate, makes of it.
+"""A small GPT-2 on random tokens, and its training in one process without DeepSpeed and Accelerate.
 
-A plain loop over the batches that the ranks' models were called with: gradients of each rank's, averaged, clipped, and
-given to the optimizer.
+The oracle is a plain loop over the batches that the ranks' models were called with. It computes each rank's gradients,
+averages and clips them, and steps the optimizer.
 """
 
 import copy
@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import adax_triton
 
 WORLD_SIZE = 2
-MAX_NORM = 0.3  # of gradients whose norm is about 0.6
+MAX_NORM = 0.3  # the gradients' norm is about 0.6
 
 
 def build_model(seed: int = 0) -> GPT2LMHeadModel:
@@ -32,7 +32,7 @@ def random_tokens() -> list[dict[str, Tensor]]:
 
 
 class Recorder:
-    """The arguments of every call of a model in training."""
+    """Record the arguments of every call of a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -43,7 +43,7 @@ class Recorder:
 
 
 def by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The Trainer's groups: no decay for biases and norms, which here are the vectors."""
+    """Return the Trainer's groups: no decay for biases and norms, which are the vectors of this model."""
     vectors = [param for param in model.parameters() if param.ndim == 1]
     others = [param for param in model.parameters() if param.ndim > 1]
     return [{"params": others, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -56,7 +56,7 @@ def single_process_weights(case: dict[str, Any], calls_of_ranks: list[list[dict[
     optimizer = getattr(adax_triton, case["type"])(groups, **case["params"])
     params = list(model.parameters())
     for calls in zip(*calls_of_ranks, strict=True):
-        # The Trainer divides a rank's loss by the tokens of all ranks, and makes up for the average over them.
+        # The Trainer divides a rank's loss by the tokens of all ranks, and rescales it because DeepSpeed averages.
         losses = [model(**call).loss * (WORLD_SIZE if "num_items_in_batch" in call else 1) for call in calls]
         gradients = [torch.autograd.grad(loss, params) for loss in losses]
         for param, *parts in zip(params, *gradients, strict=True):

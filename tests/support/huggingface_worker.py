@@ -1,4 +1,4 @@
-"""Run the Trainer of transformers, and Accelerate, on one rank; on rank 0, compare with a single-process AdaX run.
+"""Run the Trainer of transformers and Accelerate on one rank, and compare with a single-process AdaX run.
 
 Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=2 python huggingface_worker.py CASES.json RESULTS.json
 
@@ -45,20 +45,20 @@ MICRO_BATCH = 4
 STEPS = 4
 CASE_DEFAULTS = {
     "through": "trainer",  # or "accelerate", or the file name of an example
-    "given": "section",  # how the optimizer is named: see `run_trainer` and `run_accelerate`
+    "given": "section",  # how the optimizer is passed: see `make_trainer` and `run_accelerate`
     "type": "AdaX",
-    "params": {"lr": 1e-2, "weight_decay": 1e-2},  # of the optimizer, and of the oracle
-    "section": None,  # "optimizer.params" of the configuration, where those are not `params`
-    "config": {"zero_optimization": {"stage": 2}},  # of DeepSpeed; None: without it
-    "arguments": {},  # more of TrainingArguments, or of the example's command line
+    "params": {"lr": 1e-2, "weight_decay": 1e-2},  # of the optimizer and of the oracle
+    "section": None,  # "optimizer.params" of the configuration. None: `params`
+    "config": {"zero_optimization": {"stage": 2}},  # DeepSpeed configuration. None: without DeepSpeed
+    "arguments": {},  # more TrainingArguments, or arguments of the example's command line
     "resume_at": None,
-    "only_deepspeed": False,  # as for a user who has imported integrations.deepspeed alone
+    "only_deepspeed": False,  # simulate a user who imports integrations.deepspeed alone
     "expect_error": False,
 }
 
 
 class LogLines(logging.Handler):
-    """What the adapter has logged on this rank."""
+    """The adapter's log of this rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def of_ranks(value: Any) -> list[Any]:
 
 
 def start_over(case: dict[str, Any]) -> None:
-    """Forget what the frameworks keep from one run to the next in a process, and import what the case imports."""
+    """Reset the state that the frameworks keep in a process, and register as the case does."""
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     huggingface.unregister()
@@ -106,7 +106,7 @@ def deepspeed_config(case: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class OverridingTrainer(Trainer):
-    """A Trainer that makes its own optimizer."""
+    """A Trainer with its own `create_optimizer`."""
 
     adax: Any = None
 
@@ -161,7 +161,7 @@ def run_trainer(case: dict[str, Any]) -> dict[str, Any]:
         result["moved"] = deviation(weights, dict(build_model().named_parameters()))
         if case["resume_at"] is not None:
             start_over(case)
-            model = build_model(seed=1)  # so that nothing but the checkpoint can bring the weights back
+            model = build_model(seed=1)  # another seed, so only the checkpoint can restore the weights
             trainer = make_trainer(case, model, folder, None)
             trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{case['resume_at']}")
             result["resume_deviation"] = deviation(whole_weights(model), weights)
@@ -195,7 +195,7 @@ def run_accelerate(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def described(model: Any, optimizer: Any) -> dict[str, Any]:
-    """What steps, below all wrappers."""
+    """Return the class of the innermost optimizer, and of the wrapped model."""
     basic = getattr(model, "basic_optimizer", None) or optimizer.optimizer
     return {"optimizer": f"{type(basic).__module__}.{type(basic).__name__}", "wrapper": type(model).__name__}
 
@@ -230,7 +230,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def registration() -> dict[str, bool]:
-    """What `register` and `unregister`, each called twice, do to the Trainer."""
+    """Call `register` and `unregister` twice each, and return whether the Trainer is as expected."""
     huggingface.unregister()
     original = transformers.trainer.deepspeed_init
     huggingface.register()
@@ -246,7 +246,7 @@ def registration() -> dict[str, bool]:
 def main(cases_path: str, results_path: str) -> None:
     start()
     sys.path.insert(0, str(ROOT / "examples"))
-    # Accelerate runs DeepSpeed on several ranks only where it finds GPUs; past that, its logic is the same.
+    # Accelerate needs GPUs to run DeepSpeed on several ranks. Without this check its logic is the same on CPUs.
     PartialState._prepare_backend = lambda self, cpu, sagemaker_dp, backend: ("gloo", DistributedType.MULTI_CPU)
     run_cases(cases_path, results_path, CASE_DEFAULTS, run_case, {"registration": registration()})
 

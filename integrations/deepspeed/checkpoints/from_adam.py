@@ -1,4 +1,4 @@
-"""Going on with AdaX from a DeepSpeed checkpoint of Adam, and back."""
+"""Continue with AdaX from a DeepSpeed checkpoint of Adam, and back."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,27 +12,28 @@ from adax_triton.moment_optimizer import MomentOptimizer
 
 @contextmanager
 def switching_optimizer(engine: Any) -> Iterator[None]:
-    """Within the block, `engine.load_checkpoint` takes checkpoints of Adam for AdaX, and of AdaX for Adam.
+    """Let `engine.load_checkpoint` convert checkpoints of Adam for AdaX, and of AdaX for Adam, within the block.
 
         with switching_optimizer(engine):
             engine.load_checkpoint(folder)
 
-    An engine that runs AdaX or AdaXW takes checkpoints of DeepSpeed's and torch's Adam and AdamW. An engine that runs
-    one of those takes checkpoints of AdaX and AdaXW. Weights, moments and step counts come from the checkpoint, all
+    An engine with AdaX or AdaXW loads checkpoints of DeepSpeed's and torch's Adam and AdamW. An engine with one of
+    those loads checkpoints of AdaX and AdaXW. Weights, moments and step counts come from the checkpoint, all
     hyper-parameters from the engine's own configuration. With m, v normalised as in this package:
 
         Adam to AdaX:   m = exp_avg / (1 - b1^t),   v = exp_avg_sq / (1 - b2^t)     b1, b2 of the checkpoint
         AdaX to Adam:   exp_avg = m (1 - b1^t),     exp_avg_sq = v (1 - b2^t)       b1, b2 of the engine
 
-    At the same number of ranks and ZeRO stage; an engine of AdaX also takes universal checkpoints. A state of the
-    scheduler is loaded as always: pass `load_lr_scheduler_states=False` where the new optimizer's is another.
+    The number of ranks and the ZeRO stage must be those of the checkpoint, except that an engine with AdaX also loads
+    universal checkpoints. DeepSpeed loads the state of the scheduler, too: pass `load_lr_scheduler_states=False` if
+    the new run has another schedule.
 
     Args:
         engine: from `deepspeed.initialize`.
 
     Raises:
-        ValueError: the engine runs another optimizer, or has groups of several rules; from `load_checkpoint`, before
-            anything of the optimizer changes, a checkpoint that does not fit: see `conversion`.
+        ValueError: the engine has another optimizer, or groups of several rules. From `load_checkpoint`, before the
+            optimizer changes: the checkpoint cannot be converted, see `adax_triton.convert.state_dicts`.
 
     Source: `adax_triton.convert.state_dicts.adax_from_adam` and its inverse.
     """
@@ -40,17 +41,17 @@ def switching_optimizer(engine: Any) -> Iterator[None]:
     if isinstance(optimizer, MomentOptimizer):
         rules = {group["second_moment"] for group in optimizer.param_groups}
         if rules != {"adax"}:
-            raise ValueError(f"the engine's second_moment is {sorted(rules)}; only 'adax' can be switched to")
-        convert = _into_adax
+            raise ValueError(f"the engine's groups have second_moment {sorted(rules)}; expected 'adax' alone")
+        convert = _to_adax
     elif type(optimizer).__name__ in ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"):
         if engine.load_universal_checkpoint():
             raise ValueError(
-                f"checkpoint.load_universal=true: DeepSpeed's {type(optimizer).__name__} cannot be switched to from a "
-                "universal checkpoint of AdaX; load an ordinary one"
+                f"checkpoint.load_universal=true: DeepSpeed's {type(optimizer).__name__} cannot load a universal "
+                "checkpoint of AdaX; load an ordinary checkpoint"
             )
-        convert = _into_deepspeed_adam
+        convert = _to_adam
     else:
-        raise ValueError(f"the engine runs {type(optimizer).__name__}; expected AdaX, AdaXW, Adam or AdamW")
+        raise ValueError(f"the engine's optimizer is {type(optimizer).__name__}; expected AdaX, AdaXW, Adam or AdamW")
     handle = optimizer.register_load_state_dict_pre_hook(convert)
     try:
         yield
@@ -59,35 +60,35 @@ def switching_optimizer(engine: Any) -> Iterator[None]:
 
 
 def adax_from_deepspeed_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e-4) -> dict[str, Any]:
-    """Return a state dict of DeepSpeed's or torch's Adam as one from which AdaX and AdaXW start warm.
+    """Convert a state dict of DeepSpeed's or torch's Adam for a warm start of AdaX or AdaXW.
 
     Args:
-        state_dict: of the optimizer itself, as in the files of ZeRO. DeepSpeed's groups do not say which weight decay
-            they have; theirs becomes that of AdaX.
+        state_dict: the state dict of the optimizer inside ZeRO's, as in the files of ZeRO. A group without
+            "decoupled_weight_decay", as in DeepSpeed's Adam, gets AdaX's L2 weight decay.
         beta2: AdaX's growth rate. Default: 1e-4.
 
     Raises:
-        ValueError: it was saved by this package; else as `conversion`.
+        ValueError: this package saved it, or `adax_triton.convert.state_dicts` cannot convert it.
     """
     groups = []
     for index, group in enumerate(state_dict["param_groups"]):
         if "second_moment" in group:
             raise ValueError(
-                f"param_groups[{index}] was saved by adax_triton; load it as it is, outside switching_optimizer"
+                f"param_groups[{index}] was saved by adax_triton; load the checkpoint outside switching_optimizer"
             )
         groups.append({"decoupled_weight_decay": False, **group})
     return adax_from_adam(from_torch_adam({**state_dict, "param_groups": groups}), beta2=beta2)
 
 
 def deepspeed_adam_from_adax(state_dict: Mapping[str, Any], betas: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Return an AdaX state dict of this package as one that DeepSpeed's and torch's Adam load.
+    """Convert an AdaX state dict of this package for DeepSpeed's and torch's Adam.
 
     Args:
-        state_dict: of the optimizer itself, as in the files of ZeRO.
-        betas: Adam's, for each group.
+        state_dict: the state dict of the optimizer inside ZeRO's, as in the files of ZeRO.
+        betas: Adam's (beta1, beta2) of each group.
 
     Raises:
-        ValueError: as `conversion`.
+        ValueError: `adax_triton.convert.state_dicts` cannot convert it.
     """
     groups = [
         {**group, "betas": (beta1, group["betas"][1])}
@@ -101,16 +102,16 @@ def deepspeed_adam_from_adax(state_dict: Mapping[str, Any], betas: Sequence[tupl
         group["bias_correction"] = True
     for state in converted["state"].values():
         if state:
-            state["step"] = int(state["step"])  # DeepSpeed's Adam takes nothing else; torch's makes a tensor of it
+            state["step"] = int(state["step"])  # DeepSpeed's Adam needs an int; torch's converts it to a tensor
     return converted
 
 
-def _into_adax(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _to_adax(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     converted = adax_from_deepspeed_adam(state_dict)
     return {**converted, "param_groups": _own_groups(optimizer, converted["param_groups"])}
 
 
-def _into_deepspeed_adam(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _to_adam(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     own = _own_groups(optimizer, state_dict["param_groups"])
     converted = deepspeed_adam_from_adax(state_dict, [group["betas"] for group in own])
     return {**converted, "param_groups": own}
@@ -119,6 +120,7 @@ def _into_deepspeed_adam(optimizer: torch.optim.Optimizer, state_dict: dict[str,
 def _own_groups(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if len(saved) != len(optimizer.param_groups):
         raise ValueError(
-            f"the checkpoint has {len(saved)} parameter groups, the optimizer {len(optimizer.param_groups)}"
+            f"the checkpoint has {len(saved)} parameter groups, the optimizer {len(optimizer.param_groups)}; "
+            "create the optimizer with the groups of the run that saved it"
         )
     return [{**own, "params": group["params"]} for own, group in zip(optimizer.param_groups, saved, strict=True)]

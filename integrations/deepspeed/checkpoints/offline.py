@@ -1,4 +1,4 @@
-"""DeepSpeed checkpoints of Adam as checkpoints of AdaX and back, off line; see `adax_triton.cli.convert`."""
+"""Convert DeepSpeed checkpoints between Adam and AdaX on disk, for `adax-triton convert`."""
 
 import os
 import shutil
@@ -10,43 +10,43 @@ import torch
 
 from adax_triton.convert.files import Progress, reject_unsafe_pickles
 
-from .atomic_save import LIST, folder_to_load, list_files, write_flushed
+from .atomic_save import MANIFEST, folder_to_load, replace_file, write_manifest
 from .from_adam import adax_from_deepspeed_adam, deepspeed_adam_from_adax
 from .universal import read_optimizer_file
 
 FORMS = ("adax", "adaxw", "adam", "adamw")
-# Where the file of a rank has the state dict of the optimizer itself: ZeRO 1 and 2, BF16_Optimizer; ZeRO 3.
+# Keys of the optimizer's own state dict in a rank's file: of ZeRO 1, 2 and BF16_Optimizer, and of ZeRO 3.
 _KEYS = ("base_optimizer_state", "optimizer_state_dict")
 
 
 def convert_folder(
     source: Path, target: Path, to: str | None, beta2: float | None, lr: float | None, progress: Progress
 ) -> str:
-    """Write a checkpoint of ZeRO 1, 2 or 3 with the optimizer's states converted, all else copied.
+    """Write a copy of a ZeRO 1, 2 or 3 checkpoint with converted optimizer states.
 
-    The optimizer files of one rank at a time are in memory. The result is what `switching_optimizer` would load, and
-    its number of ranks is that of the source.
+    The copy has the states that `switching_optimizer` would load, and the source's number of ranks. Only one optimizer
+    file at a time is in memory.
 
     Args:
         source: a checkpoint, or a folder of checkpoints and `latest`.
-        target: a folder of checkpoints with this one and `latest`; must not exist.
-        to: one of `FORMS`. The w stands for decoupled weight decay.
+        target: the folder of checkpoints to create, with this one and `latest`.
+        to: one of `FORMS`; names that end in w have decoupled weight decay.
         beta2: betas[1] of the new rule. Default: None, 1e-4 for AdaX and 0.999 for Adam.
         lr: learning rate of all groups. Default: None, those of the checkpoint.
-        progress: of a number of files and a label; yields what is called with files done and a name.
+        progress: (number of files, label) -> context manager of a function of (files done, file name).
 
     Returns:
-        A sentence of what has been written.
+        A sentence for the user: the folder and the number of files.
 
     Raises:
-        ValueError: the checkpoint is of another kind, not complete, or of an optimizer that cannot be converted; no
+        ValueError: the checkpoint is of another kind, incomplete, or of an optimizer that cannot be converted. No
             target is left.
     """
     if to not in FORMS:
-        raise ValueError(f"--to {to}: a DeepSpeed checkpoint is converted to {', '.join(FORMS)}")
-    folder = _checkpoint(source)
+        raise ValueError(f"--to {to}: a DeepSpeed checkpoint can be converted to {', '.join(FORMS)}")
+    folder = _checkpoint_folder(source)
     optimizer_files = _optimizer_files(folder)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LIST]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     part = target.with_name(f"{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -55,14 +55,14 @@ def convert_folder(
                 written = part / folder.name / path.relative_to(folder)
                 written.parent.mkdir(parents=True, exist_ok=True)
                 if path in optimizer_files:
-                    torch.save(_converted(path, to, beta2, lr), written)
+                    torch.save(_convert_file(path, to, beta2, lr), written)
                 else:
-                    shutil.copyfile(path, written)  # no link: DeepSpeed writes over files of the same tag in place
+                    shutil.copyfile(path, written)  # a link would change when DeepSpeed overwrites the source
                 advance(1, path.name)
-        list_files(str(part / folder.name))
+        write_manifest(str(part / folder.name))
         if (folder.parent / "zero_to_fp32.py").is_file():
             shutil.copy(folder.parent / "zero_to_fp32.py", part)
-        write_flushed(str(part / "latest"), folder.name)
+        replace_file(str(part / "latest"), folder.name)
         os.rename(part, target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -70,8 +70,8 @@ def convert_folder(
     return f"{target / folder.name}: {len(optimizer_files)} optimizer files converted, {len(files)} files in all"
 
 
-def _checkpoint(source: Path) -> Path:
-    """Return the folder of a tag, which must be complete if that is known."""
+def _checkpoint_folder(source: Path) -> Path:
+    """Return the folder of a tag; raise if its `complete.json` says that it is incomplete."""
     at_tag = not (source / "latest").is_file()
     folder, tag = (source.absolute().parent, source.absolute().name) if at_tag else (source, None)
     name, warning = folder_to_load(str(folder), tag)
@@ -83,20 +83,22 @@ def _checkpoint(source: Path) -> Path:
 def _optimizer_files(folder: Path) -> set[Path]:
     names = sorted(path.name for path in folder.iterdir())
     if "zero" in names:
-        raise ValueError(f"{folder} is a universal checkpoint; convert the one that it was made from")
+        raise ValueError(f"{folder} is a universal checkpoint; convert the checkpoint that it was made from")
     if "offloaded_tensors" in names:
-        raise ValueError(f"{folder} was saved with optimizer offload to NVMe, whose states are in files of the swapper")
+        raise ValueError(
+            f"{folder} was saved with optimizer offload to NVMe; convert a checkpoint that was saved without it"
+        )
     found = {path for path in folder.iterdir() if path.name.endswith("_optim_states.pt")}
     other = sorted(path.name for path in found if "zero_pp_rank_" not in path.name)
     if not found or other:
         raise ValueError(
-            f"{folder} has no optimizer files of ZeRO{', but ' + other[0] if other else ''}; of ZeRO 0 in fp32 convert "
-            "the file of model states, with --key optimizer"
+            f"{folder} has no optimizer files of ZeRO{', but ' + other[0] if other else ''}; expected ZeRO 1, 2 or 3 "
+            "(for ZeRO 0 in fp32, convert the file of model states with --key optimizer)"
         )
     return found
 
 
-def _converted(path: Path, to: str, beta2: float | None, lr: float | None) -> dict[str, Any]:
+def _convert_file(path: Path, to: str, beta2: float | None, lr: float | None) -> dict[str, Any]:
     with reject_unsafe_pickles(path):
         saved: dict[str, Any] = read_optimizer_file(str(path))
     zero = saved["optimizer_state_dict"]
@@ -104,7 +106,7 @@ def _converted(path: Path, to: str, beta2: float | None, lr: float | None) -> di
     if not isinstance(zero.get(key), Mapping) or "param_groups" not in zero[key]:
         raise ValueError(f"{path} is an elastic checkpoint; save it with zero_optimization.elastic_checkpoint=false")
     try:
-        zero[key] = _state_dict_of_other_rule(zero[key], to, beta2)
+        zero[key] = _converted_state_dict(zero[key], to, beta2)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path.name}: {error}") from None
     for group in zero[key]["param_groups"]:
@@ -114,10 +116,10 @@ def _converted(path: Path, to: str, beta2: float | None, lr: float | None) -> di
     return saved
 
 
-def _state_dict_of_other_rule(state_dict: Mapping[str, Any], to: str, beta2: float | None) -> dict[str, Any]:
+def _converted_state_dict(state_dict: Mapping[str, Any], to: str, beta2: float | None) -> dict[str, Any]:
     if to.startswith("adax"):
         return adax_from_deepspeed_adam(state_dict, beta2=1e-4 if beta2 is None else beta2)
     if not all("second_moment" in group for group in state_dict["param_groups"]):
-        raise ValueError(f"it was not saved by adax_triton; --to {to} is for checkpoints of AdaX and AdaXW")
+        raise ValueError(f"the checkpoint was not saved by adax_triton; --to {to} needs one of AdaX or AdaXW")
     decay = 0.999 if beta2 is None else beta2
     return deepspeed_adam_from_adax(state_dict, [(group["betas"][0], decay) for group in state_dict["param_groups"]])

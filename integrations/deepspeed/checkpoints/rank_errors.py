@@ -1,4 +1,4 @@
-"""An error on one rank of a DeepSpeed save or load is raised on every rank, instead of leaving the others waiting."""
+"""Raise an error of one rank's save or load on every rank, so that no rank hangs."""
 
 import contextlib
 import errno
@@ -12,55 +12,54 @@ import torch
 _FULL_BELOW_BYTES = 2**20
 _KINDS = (ValueError, TypeError, AssertionError, RuntimeError)
 
-Meet = Callable[..., list[Any]]
+Gather = Callable[..., list[Any]]
 
 
 @contextlib.contextmanager
-def failing_together(engine: Any, writes_to: str | None = None) -> Iterator[Meet]:
-    """Raise on every rank what one rank raises in the block.
+def raise_on_every_rank(engine: Any, writes_to: str | None = None) -> Iterator[Gather]:
+    """Raise on every rank the error that one rank raises in the block.
 
-    The ranks meet at the end of the block, in the calls of the function that is yielded, and before each collective of
-    DeepSpeed's save and load that a rank could miss because of an error. A rank that fails goes to the next meeting.
+    The ranks exchange errors at the end of the block, in each call of the yielded function, and before each DeepSpeed
+    collective that a rank could miss after an error. A rank with an error goes straight to the next exchange.
 
     Args:
         engine: the DeepSpeed engine that saves or loads in the block.
-        writes_to: the folder that the block writes to. Default: None, it only reads.
+        writes_to: the folder that the block writes to. Default: None, the block only reads.
 
     Yields:
-        Function of a small value: returns the values of all ranks.
+        gather(value): returns the values of all ranks, in the order of ranks. Values are small and picklable.
 
     Raises:
         OSError, ValueError, TypeError, AssertionError, RuntimeError: the error of the first rank that failed, with its
-            number; another type is raised as RuntimeError.
+            number. An error of another type becomes a RuntimeError.
     """
-    shared: list[Exception] = []
+    errors: list[Exception] = []
 
-    def meet(value: Any = None, error: Exception | None = None) -> list[Any]:
+    def gather(value: Any = None, error: Exception | None = None) -> list[Any]:
         everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(
-            everywhere, (value, None if error is None else _of_this_rank(error, writes_to))
-        )
-        shared.extend(found for _, found in everywhere if found is not None)
-        if shared:
-            raise shared[0] from error
+        sent = (value, None if error is None else _with_rank(error, writes_to))
+        torch.distributed.all_gather_object(everywhere, sent)
+        errors.extend(found for _, found in everywhere if found is not None)
+        if errors:
+            raise errors[0] from error
         return [value for value, _ in everywhere]
 
     with contextlib.ExitStack() as restoring:
-        for owner, name in _before_collectives(engine):
-            restoring.callback(_call_before(meet, owner, name))
+        for owner, name in _methods_before_collectives(engine):
+            restoring.callback(_call_first(gather, owner, name))
         try:
-            yield meet
+            yield gather
         except Exception as error:
-            if not shared:
-                meet(error=error)
+            if not errors:
+                gather(error=error)
             raise
-        meet()
+        gather()
 
 
-def _of_this_rank(error: Exception, writes_to: str | None) -> Exception:
-    """Return an error that other ranks can unpickle and that names this one."""
+def _with_rank(error: Exception, writes_to: str | None) -> Exception:
+    """Return the error with this rank's number, in a type that other ranks can unpickle."""
     rank = f"rank {torch.distributed.get_rank()}"
-    if isinstance(error, RuntimeError) and writes_to and _is_full(writes_to):  # torch.save does not say why it failed
+    if isinstance(error, RuntimeError) and writes_to and _is_full(writes_to):  # torch.save gives no reason
         return OSError(errno.ENOSPC, f"{rank}: {os.strerror(errno.ENOSPC)}", writes_to)
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, f"{rank}: {error.strerror}", error.filename)
@@ -75,8 +74,8 @@ def _is_full(folder: str) -> bool:
         return False
 
 
-def _before_collectives(engine: Any) -> list[tuple[Any, str]]:
-    """Return (owner, method name) of what DeepSpeed calls on every rank or, after an error, is to call on none."""
+def _methods_before_collectives(engine: Any) -> list[tuple[Any, str]]:
+    """Return (owner, method name) of the DeepSpeed methods that precede a collective."""
     methods = (
         (engine.optimizer, "checkpoint_event_prologue"),  # partitions small weights at ZeRO 3
         (engine, "load_module_state_dict"),  # gathers and broadcasts weights at ZeRO 3
@@ -87,9 +86,9 @@ def _before_collectives(engine: Any) -> list[tuple[Any, str]]:
     return [(owner, name) for owner, name in methods if hasattr(owner, name)]
 
 
-def _call_before(meet: Meet, owner: Any, name: str) -> Callable[[], None]:
-    """Have `meet` called before a method of one object; return what takes that back."""
+def _call_first(gather: Gather, owner: Any, name: str) -> Callable[[], None]:
+    """Call `gather` before a method of one object, and return a function that undoes it."""
     original = getattr(owner, name)
     replaced = vars(owner).get(name)
-    setattr(owner, name, lambda *args, **named: (meet(), original(*args, **named))[1])
+    setattr(owner, name, lambda *args, **named: (gather(), original(*args, **named))[1])
     return lambda: delattr(owner, name) if replaced is None else setattr(owner, name, replaced)

@@ -1,12 +1,7 @@
-"""Universal checkpoints of DeepSpeed, for optimizers of this package: what DeepSpeed overwrites or leaves out.
+"""Fix saving and loading of DeepSpeed's universal checkpoints; `register` says what goes wrong without it.
 
-- At ZeRO 3 every group would get the hyper-parameters of the first. Here each gets its own.
-- At ZeRO 1 and 2 a rank that owns only padding of a group would fail, and the others wait for it. Here it gets states
-  of zeros. `BF16_Optimizer` saves paddings that the conversion cannot take off; here they are those of the rank.
-- Frozen parameters and buffers would keep their initial values. Here they are restored.
-
-States are loaded through the optimizer's own `load_state_dict`, so that a second moment of another rule is refused, and
-states are kept as the optimizer is configured to keep them.
+States are loaded through the optimizer's own `load_state_dict`. It raises for a second moment of another rule, and
+keeps states in the precision that the optimizer is configured with.
 """
 
 import functools
@@ -27,28 +22,28 @@ from adax_triton.state.precision import is_quantized
 
 Method = Callable[..., Any]
 
-# What DeepSpeed's optimizer files hold besides tensors and plain values.
+# Classes in DeepSpeed's optimizer files, in addition to tensors and plain values.
 _SAVED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 @contextmanager
 def allowing_saved_classes() -> Iterator[None]:
-    """Within the block `torch.load(weights_only=True)` reads what DeepSpeed saves; also within another such block."""
+    """Let `torch.load(weights_only=True)` read DeepSpeed's files within the block, which may be nested."""
     allowed = torch.serialization.get_safe_globals()
-    # At its end the inner of two blocks of torch's would take the classes from the outer one, too.
+    # torch's inner block removes its classes at its end, also those of an outer block: so add only new ones.
     with torch.serialization.safe_globals([saved for saved in _SAVED_CLASSES if saved not in allowed]):
         yield
 
 
 def read_optimizer_file(path: str) -> Any:
-    """Return what DeepSpeed has saved, by `torch.load(weights_only=True)`."""
+    """Return the contents of a DeepSpeed file, by `torch.load(weights_only=True)`."""
     with allowing_saved_classes():
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextmanager
 def partitions_in_groups(zero: Any) -> Iterator[None]:
-    """Within the block a ZeRO 3 optimizer's partitions are in its groups, from which it keeps them between steps."""
+    """Put ZeRO 3's partitions into the parameter groups within the block; ZeRO removes them between steps."""
     zero._set_fp32_optimizer_param_groups()
     try:
         yield
@@ -57,7 +52,7 @@ def partitions_in_groups(zero: Any) -> Iterator[None]:
 
 
 def load_every_group(original: Method) -> Method:
-    """Wrap `ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir`: ZeRO 1 and 2, and `BF16_Optimizer`."""
+    """Replace `load_hp_checkpoint_state_from_checkpoint_dir` of ZeRO 1 and 2 and of BF16_Optimizer."""
 
     @functools.wraps(original)
     def load_hp_checkpoint_state_from_checkpoint_dir(self: Any, lp_groups_name: str, checkpoint_dir: str) -> None:
@@ -72,7 +67,7 @@ def load_every_group(original: Method) -> Method:
         with _padding_as_parameters(self, lp_groups_name) as name:
             original(self, name, checkpoint_dir)
         for mapping, fragment in zip(mappings, weights, strict=True):
-            mapping.hp_fragment = fragment  # DeepSpeed 0.19.1 leaves a moment in its place
+            mapping.hp_fragment = fragment  # DeepSpeed 0.19.1 replaces it by a moment
         _load_states(self.optimizer, groups, loaded)
         for lp_params, group in zip(lp_groups, self.optimizer.param_groups, strict=True):
             lazy_init_hp_params_optimizer_state(lp_params, group["params"][0], self.optimizer.state)
@@ -81,7 +76,7 @@ def load_every_group(original: Method) -> Method:
 
 
 def load_every_group_at_stage_3(original: Method) -> Method:
-    """Wrap `DeepSpeedZeroOptimizer_Stage3.load_hp_checkpoint_state_from_checkpoint_dir_stage3`."""
+    """Replace `load_hp_checkpoint_state_from_checkpoint_dir_stage3` of ZeRO 3."""
 
     @functools.wraps(original)
     def load_hp_checkpoint_state_from_checkpoint_dir_stage3(self: Any, checkpoint_dir: str) -> None:
@@ -98,8 +93,8 @@ def load_every_group_at_stage_3(original: Method) -> Method:
     return load_hp_checkpoint_state_from_checkpoint_dir_stage3
 
 
-def save_paddings_of_the_rank(original: Method) -> Method:
-    """Wrap `BF16_Optimizer.state_dict`, in which the last rank has the padding of all ranks."""
+def save_own_paddings(original: Method) -> Method:
+    """Replace `BF16_Optimizer.state_dict`, which saves the padding of all ranks on the last rank."""
 
     @functools.wraps(original)
     def state_dict(self: Any) -> dict[str, Any]:
@@ -115,13 +110,13 @@ def save_paddings_of_the_rank(original: Method) -> Method:
 
 
 def restore_frozen_and_buffers(engine: Any, path: str) -> None:
-    """Restore from a universal checkpoint what no optimizer steps: frozen parameters, and buffers.
+    """Restore frozen parameters and buffers from a universal checkpoint.
 
     Args:
-        engine: that has loaded the checkpoint.
-        path: the file of model states that it has read.
+        engine: the engine, after DeepSpeed has loaded the checkpoint.
+        path: the file of model states that DeepSpeed has read.
     """
-    # DeepSpeed has read this file in the same way; it may hold the user's own objects.
+    # Read as DeepSpeed does, because the file may hold objects of the user.
     paths = [path.replace("zero_pp_rank_0_", f"zero_pp_rank_{rank}_") for rank in _saved_ranks(engine)]
     saved = [engine.checkpoint_engine.load(name, map_location="cpu") for name in paths]
     fragments = [states.get("frozen_param_fragments") or {} for states in saved]
@@ -138,7 +133,7 @@ def restore_frozen_and_buffers(engine: Any, path: str) -> None:
 
 
 def _saved_ranks(engine: Any) -> range:
-    # Below ZeRO 3 every rank's modules are the same, and there is one file.
+    # Below ZeRO 3 all ranks have the same module, in one file.
     return range(engine.loaded_checkpoint_dp_world_size if engine.zero_optimization_partition_weights() else 1)
 
 
@@ -151,31 +146,31 @@ def _copy_partition(fragments: Sequence[Tensor], partition: Tensor, zero: Any) -
     whole = torch.cat([fragment.flatten() for fragment in fragments])
     first = torch.distributed.get_rank(zero.dp_process_group) * partition.numel()
     part = whole[first : first + partition.numel()]
-    partition.view(-1)[: part.numel()].copy_(part)  # what is missing is padding
+    partition.view(-1)[: part.numel()].copy_(part)  # the rest of the last partition is padding
 
 
 def _saved_groups(checkpoint_dir: str) -> list[dict[str, Any]]:
-    """Return the hyper-parameters of each group of a universal checkpoint."""
+    """Return the hyper-parameters of each group of a universal checkpoint; raise if its states are incomplete."""
     groups = read_optimizer_file(os.path.join(checkpoint_dir, "zero", "optimizer_state.pt"))["param_groups"]
     for index, group in enumerate(groups):
-        # The conversion cuts states by elements of the weights, which tears codes from their group exponents.
+        # The conversion slices states by elements of the weights, and the codes lose their group exponents.
         if is_quantized(group.get("states", "float32")):
             raise ValueError(
-                f"{checkpoint_dir} was converted from states={group['states']!r} (param_groups[{index}]), which a "
-                "universal checkpoint cannot hold: load the original checkpoint at its own number of ranks into an "
-                'optimizer with states="float32", save that, and convert it'
+                f"{checkpoint_dir} was converted from states={group['states']!r} (param_groups[{index}]); a universal "
+                "checkpoint needs float32 or bfloat16. Load the original checkpoint at its own number of ranks into "
+                'an optimizer with states="float32", save that, and convert it'
             )
         if group.get("master_weights") is not None:
             raise ValueError(
                 f"{checkpoint_dir} was converted from master_weights={group['master_weights']!r} "
-                f"(param_groups[{index}]), of which a universal checkpoint holds the 16-bit weights alone: go on from "
-                "the original checkpoint, at its own number of ranks"
+                f"(param_groups[{index}]); a universal checkpoint holds only the 16-bit weights. Load the original "
+                "checkpoint at its own number of ranks"
             )
     return groups
 
 
 def _load_groups(optimizer: MomentOptimizer, saved_groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Load groups without states, and return them as they are then; what does not fit is refused without a change."""
+    """Load parameter groups without states, and return them; raise before any change."""
     optimizer.load_state_dict({"state": {}, "param_groups": _with_own_params(optimizer, saved_groups)})
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
@@ -183,13 +178,13 @@ def _load_groups(optimizer: MomentOptimizer, saved_groups: Sequence[Mapping[str,
 def _load_states(
     optimizer: MomentOptimizer, saved_groups: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Load anew the float32 states that DeepSpeed has put into any optimizer, and undo what it did to the groups."""
+    """Load the float32 states that DeepSpeed has set, in the optimizer's precision, and restore its groups."""
     groups = _with_own_params(optimizer, saved_groups)
     states = {}
-    for own, group, right in zip(optimizer.param_groups, groups, loaded, strict=True):
-        own.update(right)
+    for own, group, loaded_group in zip(optimizer.param_groups, groups, loaded, strict=True):
+        own.update(loaded_group)
         for param, key in zip(own["params"], group["params"], strict=True):
-            states[key] = optimizer.state.pop(param)  # one that is there would stay as it is kept
+            states[key] = optimizer.state.pop(param)  # if present, it would keep its precision
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
@@ -198,16 +193,17 @@ def _with_own_params(
 ) -> list[dict[str, Any]]:
     if len(saved_groups) != len(optimizer.param_groups):
         raise ValueError(
-            f"the checkpoint has {len(saved_groups)} parameter groups, the optimizer {len(optimizer.param_groups)}"
+            f"the checkpoint has {len(saved_groups)} parameter groups, the optimizer {len(optimizer.param_groups)}; "
+            "create the optimizer with the groups of the run that saved it"
         )
-    # At ZeRO 3 a group's number of partitions changes with their size and with the number of ranks.
+    # At ZeRO 3 the number of partitions in a group depends on their size and on the number of ranks.
     own_params = iter(torch.optim.Optimizer.state_dict(optimizer)["param_groups"])
     return [{**saved, "params": next(own_params)["params"]} for saved in saved_groups]
 
 
 @contextmanager
 def _padding_as_parameters(zero: Any, lp_groups_name: str) -> Iterator[str]:
-    """Yield the name of an attribute with every group's parameters, of which each has one on this rank at least."""
+    """Yield the name of an attribute with all groups' parameters, and a stand-in where this rank owns only padding."""
     lp_groups, stand_ins = [], []
     for lp_params in getattr(zero, lp_groups_name):
         if all(lp_param._hp_mapping is None for lp_param in lp_params):
@@ -227,7 +223,7 @@ def _padding_as_parameters(zero: Any, lp_groups_name: str) -> Iterator[str]:
 
 
 class _Padding:
-    """Stands for the parameters of a group of which a rank owns only padding; DeepSpeed counts on one at least."""
+    """A parameter of no elements, for a group of which this rank owns only padding."""
 
     def __init__(self) -> None:
         self.optim_fragment: dict[str, Tensor] = {}

@@ -1,17 +1,17 @@
-"""Fewer passes around a step under DeepSpeed's ZeRO, for optimizers of this package only.
+"""Choose how much of a ZeRO step is fused into the optimizer's, and describe it.
 
-DeepSpeed checks gradients, measures them, joins, casts, unscales and clips them, steps, and casts the weights back: up
-to 78 bytes per parameter, of which the step is 28. Here gradients are read once for norm and check together, then by
-the step as they lie, in their dtype; the factor that unscales and clips reaches the step on the device; and the step
-writes the weights in the model's dtype. See `docs/deepspeed-passes.md`.
+DeepSpeed checks gradients for inf and NaN, measures their norm, joins, casts, unscales and clips them, steps, and casts
+the weights back. That moves up to 78 bytes per parameter, of which the step itself needs 28. The fused step reads each
+gradient once for norm and check, and once in the step, in place and in its own dtype. The factor that unscales and
+clips stays on the device, and the step also writes the weights in the model's dtype. See docs/deepspeed-passes.md.
 
-An engine's ZeRO optimizer gets another class when it has been built, no class of DeepSpeed's changes. In the
-configuration, `"adax_triton": {"fuse": "off"}` leaves it as it is; the default is "auto", which fuses what it can.
+A built engine's ZeRO optimizer gets a subclass of its class; no DeepSpeed class changes. The default is
+`"adax_triton": {"fuse": "auto"}` in the configuration, which fuses as much as it can; "off" fuses nothing.
 """
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -22,13 +22,13 @@ from adax_triton.moment_optimizer import MomentOptimizer
 from adax_triton.state.allocation import local_state_tensors
 from adax_triton.step.collect import needs_device
 
-from .zero_methods import LateLinks, Zero3Hooks, Zero12Hooks
+from .zero_methods import DelayedStateLinks, Zero3Methods, Zero12Methods
 from .zero_steps import BF16Step, Zero12Step, is_verified, methods_of
 
 SECTION = "adax_triton"
 MODES = ("auto", "off")
 
-# The methods that the hooks stand in for, and what they take.
+# DeepSpeed methods that `zero_methods` replaces or calls, with their arguments.
 _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "DeepSpeedZeroOptimizer": {
         "unscale_and_clip_grads": ("grad_groups_flat", "total_norm"),
@@ -49,22 +49,23 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-class Fusion(NamedTuple):
-    """How far an engine's step is fused.
+class FusedStep(NamedTuple):
+    """How much of an engine's step is fused.
 
-    tier: "full", the passes around the step are part of it; "hooks", some are; "none".
-    reason: why not "full"; empty if it is.
+    Fields:
+        extent: "full", all passes around the step; "partial", some of them; "none".
+        reason: why `extent` is not "full"; empty if it is.
     """
 
-    tier: str
+    extent: str
     reason: str
 
 
 def fuse_mode(config: Mapping[str, Any]) -> str:
-    """Return what a DeepSpeed configuration says of `fuse`: "auto", the default, or "off".
+    """Return `fuse` of a DeepSpeed configuration: "auto", the default, or "off".
 
     Raises:
-        ValueError: another value, or another key in its section.
+        ValueError: another value, or another key in the section "adax_triton".
     """
     section = config.get(SECTION, {})
     if not isinstance(section, Mapping) or set(section) - {"fuse"}:
@@ -76,15 +77,17 @@ def fuse_mode(config: Mapping[str, Any]) -> str:
 
 
 def describe(engine: Any) -> dict[str, Any]:
-    """Return how a DeepSpeed engine steps an optimizer of this package.
+    """Return how much of an engine's step is fused, the precision of its states, and its classes.
 
     Args:
         engine: from `deepspeed.initialize`.
 
     Returns:
-        `optimizer` and `wrapper`, names of classes; `tier` and `reason`, see `Fusion`; `states`, the dtypes of each
-        kind of state on this rank, and `state_bytes`, their bytes, both empty before the first step; `deepspeed`, its
-        version.
+        optimizer, wrapper: class names of the optimizer and of DeepSpeed's wrapper.
+        fused_step, reason: how much of the step is fused, and why not more; see `FusedStep`.
+        states: the dtypes of each kind of state on this rank, sorted. Empty before the first step.
+        state_bytes: bytes of these states on this rank.
+        deepspeed: the version of DeepSpeed.
 
     Raises:
         ValueError: the engine's optimizer is not one of this package.
@@ -98,47 +101,41 @@ def describe(engine: Any) -> dict[str, Any]:
         for name, value in local_state_tensors(state).items():
             states.setdefault(name, set()).add(str(value.dtype).removeprefix("torch."))
             count += value.numel() * value.element_size()
-    fusion: Fusion = engine.adax_fusion
+    fused_step: FusedStep = engine.adax_fused_step
     return {
         "optimizer": type(optimizer).__name__,
         "wrapper": type(engine.optimizer).__name__,
-        "tier": fusion.tier,
-        "reason": fusion.reason,
+        "fused_step": fused_step.extent,
+        "reason": fused_step.reason,
         "states": {name: sorted(dtypes) for name, dtypes in states.items()},
         "state_bytes": count,
         "deepspeed": deepspeed.__version__,
     }
 
 
-def fuse_after_building(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `DeepSpeedEngine._configure_optimizer`, which builds the ZeRO optimizer around ours."""
+def fuse(wrapper: Any, config: Mapping[str, Any]) -> FusedStep:
+    """Give a ZeRO optimizer the fused step that fits it, in place, and log it.
 
-    @functools.wraps(original)
-    def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
-        original(self, client_optimizer, model_parameters)
-        if isinstance(self.basic_optimizer, MomentOptimizer):
-            self.adax_fusion = _fuse(self.optimizer, fuse_mode(self._config._param_dict))
-
-    return _configure_optimizer
-
-
-def _fuse(wrapper: Any, mode: str) -> Fusion:
-    name = type(wrapper).__name__
-    if mode == "off":
-        mixin, fusion = None, Fusion("none", f'"{SECTION}": {{"fuse": "off"}} in the configuration')
-    else:
-        mixin, fusion = _choose(wrapper)
-        log_dist(
-            f"adax_triton: fused step of {name}: {fusion.tier}" + (f", for {fusion.reason}" if fusion.reason else ""),
-            ranks=[0],
-            level=logging.WARNING if fusion.reason and type(wrapper) in _upstream_classes() else logging.INFO,
-        )
+    Args:
+        wrapper: DeepSpeed's optimizer around one of this package, or that optimizer itself.
+        config: the DeepSpeed configuration.
+    """
     upstream: type = type(wrapper)
+    if fuse_mode(config) == "off":
+        mixin, fused_step = None, FusedStep("none", f'"{SECTION}": {{"fuse": "off"}} in the configuration')
+    else:
+        mixin, fused_step = _choose_mixin(wrapper)
+        log_dist(
+            f"adax_triton: fused step of {upstream.__name__}: {fused_step.extent}"
+            + (f", because {fused_step.reason}" if fused_step.reason else ""),
+            ranks=[0],
+            level=logging.WARNING if fused_step.reason and upstream in _upstream_classes() else logging.INFO,
+        )
     if mixin is None and upstream is _upstream_classes()[0]:
-        mixin = LateLinks
+        mixin = DelayedStateLinks
     if mixin is not None:
-        wrapper.__class__ = _fused_class(mixin, upstream)
-    return fusion
+        wrapper.__class__ = _subclass(mixin, upstream)
+    return fused_step
 
 
 def _upstream_classes() -> tuple[type, type, type]:
@@ -150,33 +147,33 @@ def _upstream_classes() -> tuple[type, type, type]:
 
 
 @functools.cache
-def _fused_class(mixin: type, upstream: type) -> type:
-    # Of upstream's name, by which DeepSpeed and others may ask what they have.
+def _subclass(mixin: type, upstream: type) -> type:
+    # Under the upstream name, because DeepSpeed and others compare names.
     return type(upstream.__name__, (mixin, upstream), {"__module__": upstream.__module__})
 
 
-def _choose(wrapper: Any) -> tuple[type | None, Fusion]:
+def _choose_mixin(wrapper: Any) -> tuple[type | None, FusedStep]:
     zero_12, zero_3, bf16 = _upstream_classes()
     upstream = type(wrapper)
     if upstream not in (zero_12, zero_3, bf16):
-        return None, Fusion("none", f"{upstream.__name__} has no fused step")
-    reason = _obstacle(wrapper) or _unknown_method(upstream)
+        return None, FusedStep("none", f"{upstream.__name__} has no fused step")
+    reason = _why_not_fused(wrapper) or _changed_method(upstream)
     if reason is not None:
-        return None, Fusion("none", reason)
+        return None, FusedStep("none", reason)
     if upstream is zero_3:
-        return Zero3Hooks, Fusion("full", "")
+        return Zero3Methods, FusedStep("full", "")
     if is_verified(upstream):
-        return (Zero12Step if upstream is zero_12 else BF16Step), Fusion("full", "")
-    reason = f"{upstream.__name__}.step() of DeepSpeed {deepspeed.__version__} is none of those that were verified"
-    return (Zero12Hooks, Fusion("hooks", reason)) if upstream is zero_12 else (None, Fusion("none", reason))
+        return (Zero12Step if upstream is zero_12 else BF16Step), FusedStep("full", "")
+    reason = f"{upstream.__name__}.step() of DeepSpeed {deepspeed.__version__} is not a verified version"
+    return (Zero12Methods, FusedStep("partial", reason)) if upstream is zero_12 else (None, FusedStep("none", reason))
 
 
-def _obstacle(wrapper: Any) -> str | None:
-    """Return what about a ZeRO optimizer of a known class keeps its step from being fused, or None."""
+def _why_not_fused(wrapper: Any) -> str | None:
+    """Return why the step of a ZeRO optimizer cannot be fused, or None."""
     if getattr(wrapper, "torch_autocast_gradscaler", None) is not None:
-        return "torch_autocast with fp16 steps through a GradScaler"
+        return "torch_autocast in fp16 steps through a GradScaler"
     if getattr(wrapper, "zenflow", False):
-        return "zenflow steps by itself"
+        return "zenflow has a step of its own"
     if getattr(wrapper, "swap_optimizer", False) or getattr(wrapper, "params_in_nvme_and_cpu", False):
         return "states or weights are offloaded to NVMe"
     masters = next(
@@ -191,15 +188,16 @@ def _obstacle(wrapper: Any) -> str | None:
         return "the learning rate is a tensor on the device"
     if isinstance(wrapper, deepspeed.runtime.bf16_optimizer.BF16_Optimizer):
         if wrapper.has_moe_layers:
-            return "BF16_Optimizer with MoE layers"
+            return "BF16_Optimizer has MoE layers"
         if wrapper.grad_acc_dtype != torch.float32:
             return f"BF16_Optimizer accumulates gradients in {wrapper.grad_acc_dtype}"
     return None
 
 
-def _unknown_method(upstream: type) -> str | None:
+def _changed_method(upstream: type) -> str | None:
+    """Return which method of a DeepSpeed class is missing or takes other arguments than expected, or None."""
     for name, expected in _METHODS.get(upstream.__name__, {}).items():
         method = methods_of(upstream).get(name)
         if method is None or tuple(argument.arg for argument in method.args.args)[1:] != expected:
-            return f"{upstream.__name__}.{name} of DeepSpeed {deepspeed.__version__} is not the method it was"
+            return f"{upstream.__name__}.{name} of DeepSpeed {deepspeed.__version__} has changed"
     return None

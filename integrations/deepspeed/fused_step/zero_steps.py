@@ -1,7 +1,7 @@
-"""Steps in place of those of DeepSpeed's ZeRO 1 and 2 and BF16_Optimizer, where theirs is one that these were held to.
+"""`step()` methods that replace those of ZeRO 1 and 2 and of BF16_Optimizer.
 
-They do what DeepSpeed's do, in the same order, but for the passes over gradients and weights. A `step()` that is not
-among `VERIFIED_STEPS` may do something else: then these stay out of the way.
+They do the same as DeepSpeed's, in the same order, without the extra passes over gradients and weights. They are used
+only if the code of DeepSpeed's `step()` is one that they were compared with, see `VERIFIED_STEPS`.
 """
 
 import ast
@@ -14,28 +14,29 @@ from typing import Any
 
 import torch
 from deepspeed import comm
-from deepspeed.runtime import utils as runtime_utils  # of which older versions lack some
+from deepspeed.runtime import utils as runtime_utils  # as a module, because older versions lack some functions
 from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor
 
 from adax_triton.state.precision import PARAM_DTYPES
 from adax_triton.step.external_grads import ExternalGrads
 
-from .zero_methods import Zero12Hooks
+from .zero_methods import Zero12Methods
 
-# `step_hash` of the class of that name, and the last DeepSpeed in which it was found.
+# Class name -> {`step_hash` of the class: the newest DeepSpeed that has it}.
 VERIFIED_STEPS = {
     "DeepSpeedZeroOptimizer": {"2debb4f6bc7c9f6abd155e63b4ab3e2c195e97e854d74f152cd97af220e7d294": "0.19.8"},
     "BF16_Optimizer": {"67ae0c483bb4b2e26aac22cdd1d298861de0a61b39d36fd5c11fefa7a3b189ae": "0.19.8"},
 }
-_CLIP_EPS = 1e-6  # of deepspeed.runtime.utils.clip_tensors_by_global_norm
+_CLIP_EPS = 1e-6  # as in deepspeed.runtime.utils.clip_tensors_by_global_norm
 
 
 @functools.cache
 def methods_of(upstream: type) -> dict[str, ast.FunctionDef]:
-    """Return the methods that a class itself defines, by name; none if its module has no source.
+    """Return the source of the methods that a class itself defines, by name.
 
-    DeepSpeed's decorators hide signatures from `inspect`.
+    The result is empty if the module has no source. `inspect.signature` would not do: DeepSpeed's decorators hide
+    signatures.
     """
     try:
         module = ast.parse(inspect.getsource(sys.modules[upstream.__module__]))
@@ -46,7 +47,7 @@ def methods_of(upstream: type) -> dict[str, ast.FunctionDef]:
 
 
 def step_hash(upstream: type) -> str:
-    """Return the SHA-256 of the code of a class's `step`, whatever its comments, docstring and layout."""
+    """Return the SHA-256 of a class's `step`, without comments, docstring and formatting."""
     function = copy.deepcopy(methods_of(upstream)["step"])
     if ast.get_docstring(function) is not None:
         del function.body[0]
@@ -54,15 +55,15 @@ def step_hash(upstream: type) -> str:
 
 
 def is_verified(upstream: type) -> bool:
-    """Whether the `step` of a class of DeepSpeed's is one that the step here was held to."""
+    """Return whether the `step` of a DeepSpeed class is in `VERIFIED_STEPS`."""
     return "step" in methods_of(upstream) and step_hash(upstream) in VERIFIED_STEPS.get(upstream.__name__, {})
 
 
-class Zero12Step(Zero12Hooks):
-    """ZeRO 1 and 2: the step reads the pieces of a partition's gradient and writes the weights in the model's dtype."""
+class Zero12Step(Zero12Methods):
+    """ZeRO 1 and 2: the step reads the pieces of a gradient in place and writes the weights in the model's dtype."""
 
     def step(self, closure: Any = None) -> None:
-        """As DeepSpeed's; a closure is ignored there too."""
+        """Do DeepSpeed's step; it ignores a closure, too."""
         self.micro_step_id = stage_1_and_2.INITIAL_MICRO_STEP_ID
         self._wait_for_offload_copies()
         if self.cpu_offload:
@@ -128,8 +129,8 @@ class Zero12Step(Zero12Hooks):
             written, gradients = self.param_buffer_of_bit16_for_cpu_offload_groups[index], [master.grad]
         else:
             self.free_grad_in_param_list(self.params_not_in_partition[index])
-            written, gradients = model_weights, self._pieces(index, master)
-        self._part = ExternalGrads(master, gradients, written)
+            written, gradients = model_weights, self._gradient_pieces(index, master)
+        self._external_grads = ExternalGrads(master, gradients, written)
         self.unscale_and_clip_grads([master], norm)
         self.timers(stage_1_and_2.OPTIMIZER_GRADIENTS_TIMER).stop()
         self.timers(stage_1_and_2.OPTIMIZER_STEP_TIMER).start()
@@ -143,7 +144,7 @@ class Zero12Step(Zero12Hooks):
         self.averaged_gradients[index] = None
         self.timers(stage_1_and_2.OPTIMIZER_STEP_TIMER).stop()
 
-    def _pieces(self, index: int, master: Tensor) -> list[Tensor]:
+    def _gradient_pieces(self, index: int, master: Tensor) -> list[Tensor]:
         flat = self._get_preflattened_grad_partition(index)
         given = list(self.averaged_gradients[index]) if flat is None else [flat]
         pieces = [piece if piece.dtype in PARAM_DTYPES else piece.to(master.dtype) for piece in given]
@@ -154,17 +155,17 @@ class Zero12Step(Zero12Hooks):
 
 
 class BF16Step:
-    """BF16_Optimizer: gradients are clipped by the step, which also writes the weights in bfloat16."""
+    """BF16_Optimizer: the step clips the gradients and also writes the weights in bfloat16."""
 
     @torch.no_grad()
     def step(self: Any, closure: Any = None) -> None:
-        """As DeepSpeed's.
+        """Do DeepSpeed's step.
 
         Raises:
             NotImplementedError: a closure is given.
         """
         if closure is not None:
-            raise NotImplementedError(f"{type(self).__name__} does not support closure.")
+            raise NotImplementedError(f"{type(self).__name__} does not support a closure; call engine.step()")
         self.overflow = False
         gradients, _ = self.get_grads_for_norm()
         norm = runtime_utils.get_global_norm_of_tensors(input_tensors=gradients, mpu=self.mpu, norm_type=self.norm_type)
