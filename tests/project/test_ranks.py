@@ -80,7 +80,7 @@ def run_rank(cases_path: str, results_path: str) -> None:
 
     def run(case: dict[str, Any]) -> list[int]:
         if "patience" in case:
-            deepspeed_cases.MEETING_TIMEOUT = timedelta(seconds=case["patience"])
+            deepspeed_cases.RANKS_TIMEOUT = timedelta(seconds=case["patience"])
         if case["fails"] == int(os.environ["RANK"]):
             raise ArithmeticError(f"on rank {os.environ['RANK']}")
         if case["waits"]:
