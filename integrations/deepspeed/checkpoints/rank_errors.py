@@ -75,7 +75,11 @@ def _is_full(folder: str) -> bool:
 
 
 def _methods_before_collectives(engine: Any) -> list[tuple[Any, str]]:
-    """Return (owner, method name) of the DeepSpeed methods that precede a collective."""
+    """Return (owner, method name) of the DeepSpeed methods that precede a collective.
+
+    Without an exchange before one of them, an error on one rank leaves the others waiting until the timeout of the
+    process group: tests/deepspeed_runs/test_deepspeed_save_failures.py fails for each.
+    """
     methods = (
         (engine.optimizer, "checkpoint_event_prologue"),  # partitions small weights at ZeRO 3
         (engine, "load_module_state_dict"),  # gathers and broadcasts weights at ZeRO 3
