@@ -31,7 +31,7 @@ DeepSpeedZeroOptimizer_Stage3.reload_states
     `engine.reload_states()` raises the same error.
     deepspeed_runs/test_deepspeed_paths.py::test_path_follows_single_process
 DeepSpeedZeroOptimizer_Stage3._overflow_check_and_loss_scale_update, before 0.19.8
-    Silent: one infinite gradient in bf16 makes the weights NaN.
+    Silent: one infinite gradient in bf16 makes the weights infinite or NaN.
     deepspeed_runs/test_deepspeed_paths.py::test_infinite_gradient_on_one_rank_skips_the_step
 OptimizerSwapper._adjust_for_misaligned_lengths
     Silent: with NVMe offload, AdaX gets wrong gradients. The weights are off by 2e-2 after two steps.
