@@ -1,9 +1,8 @@
-"""Host time of a step: from the call of `step()` to its last launch, in steady state.
+"""Time that a step takes on the host: from the call of `step()` to its last launch, after warm-up.
 
-On a GPU the launches are real, the device is idle before each call, and torch's fused and foreach AdamW and the replay
-of a CUDA graph are timed too. On a CPU the kernels' launch functions are replaced by functions that do nothing, so what
-Triton itself takes to launch is not in the figure. "Same" steps find each gradient where it was, "fresh" ones find
-other tensors elsewhere, as after `zero_grad(set_to_none=True)`.
+On a GPU the launches are real, the device is idle before each call, and torch's AdamW and the replay of a CUDA graph
+are timed too. On a CPU launches do nothing, so Triton's launch time is not included. "same": the gradients keep their
+addresses. "fresh": each step has new gradient tensors, as after `zero_grad(set_to_none=True)`.
 """
 
 from __future__ import annotations
@@ -12,33 +11,33 @@ import argparse
 import contextlib
 import importlib
 import itertools
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
+from adax_triton.bench.harness.command import add_device, add_json, count, publish
 from adax_triton.bench.harness.environment import describe
-from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.harness.progress import progress
-from adax_triton.bench.harness.timing import p20_and_p80
+from adax_triton.bench.harness.timing import quantiles, wait
 from torch import Tensor
 
 from adax_triton import AdaXW
 
 COUNTS = (1, 150, 1000, 5000)
 GOAL_US, GOAL_US_PER_TENSOR = 60.0, 0.05
+_NUMEL = 64  # float32 elements of each tensor
+_WARM_UP = 3
 _LAUNCHES = {
     "adax_step": "adax_step",
     "coefficients": "prepare_step",
     "grad_norm": "grad_norm_partials",
-    "telemetry": "sum_rows",
+    "telemetry": "add_rows",
 }
-_NUMEL = 64
 _MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "max_grad_norm": {"max_grad_norm": 1.0},
@@ -46,13 +45,13 @@ _MODES: dict[str, dict[str, Any]] = {
 }
 
 Step = Callable[[], object]
-Builders = dict[str, Callable[[list[Tensor]], Step]]
-REPLAY = "adax_triton.AdaXW, replay of a CUDA graph"  # its gradients cannot lie elsewhere
+Build = Callable[[list[Tensor]], Step]
+REPLAY = "adax_triton.AdaXW, replay of a CUDA graph"  # always at the same gradient addresses
 
 
-def builders(device: torch.device) -> Builders:
-    """Return what is timed, each made of a list of parameters: our modes, and on a GPU a replay and torch's AdamW."""
-    ours: Builders = {
+def builders(device: torch.device) -> dict[str, Build]:
+    """Return {name: function that makes the step of some parameters}."""
+    ours: dict[str, Build] = {
         f"adax_triton.AdaXW {mode}": lambda params, options=options: AdaXW(params, lr=1e-3, **options).step  # type: ignore[misc]
         for mode, options in _MODES.items()
     }
@@ -66,7 +65,7 @@ def builders(device: torch.device) -> Builders:
 
 
 def replay(params: list[Tensor]) -> Step:
-    """Return the replay of a step that was captured in a CUDA graph; the parameters have gradients."""
+    """Capture a step in a CUDA graph and return its replay; the parameters have gradients."""
     optimizer = AdaXW(params, lr=1e-3, capturable=True)
     optimizer.step()
     graph = torch.cuda.CUDAGraph()
@@ -77,10 +76,10 @@ def replay(params: list[Tensor]) -> Step:
 
 @contextlib.contextmanager
 def launching(device: torch.device) -> Iterator[None]:
-    """Have steps of tensors on a device launch: really on a GPU, into nothing on a CPU.
+    """Take the Triton path within the block: real launches on a GPU, none on a CPU.
 
     Raises:
-        RuntimeError: Triton was imported before without its interpreter, so that CPU tensors take another path.
+        RuntimeError: Triton was imported without its interpreter, so CPU tensors take another path.
     """
     if device.type == "cuda":
         yield
@@ -89,69 +88,56 @@ def launching(device: torch.device) -> Iterator[None]:
     from adax_triton.kernels.launch import is_interpreted
 
     if not is_interpreted():
-        raise RuntimeError("bench host: set TRITON_INTERPRET=1, or run it in a process of its own")
+        raise RuntimeError("Triton was imported without its interpreter; set TRITON_INTERPRET=1 or use a new process")
     with contextlib.ExitStack() as stack:
-        for module, function in _LAUNCHES.items():
-            stack.enter_context(
-                mock.patch.object(importlib.import_module(f"adax_triton.kernels.{module}"), function, _nothing)
-            )
+        for name, function in _LAUNCHES.items():
+            module = importlib.import_module(f"adax_triton.kernels.{name}")
+            stack.enter_context(mock.patch.object(module, function, lambda *_: None))
         yield
 
 
-def _nothing(*_: object) -> None:
-    pass
-
-
-def measure(
-    build: Callable[[list[Tensor]], Step], tensors: int, fresh: bool, device: torch.device, rounds: int
-) -> dict[str, float]:
-    """Return median, p20 and p80 of the host time of a step, and the median until the device is done; microseconds.
+def measure(build: Build, tensors: int, fresh: bool, device: torch.device, rounds: int) -> dict[str, float]:
+    """Return median, p20 and p80 of the host time, and the median until the device is done, in us.
 
     Args:
-        build: makes the step of a list of parameters.
-        tensors: number of parameters, of 64 float32 elements each.
-        fresh: whether each step finds other gradients than the last one.
+        build: returns the step of some parameters.
+        tensors: number of parameters.
+        fresh: whether each step has new gradient tensors.
         device: of the parameters.
         rounds: timed steps.
     """
     params = [torch.zeros(_NUMEL, device=device, requires_grad=True) for _ in range(tensors)]
     gradients = [[torch.ones(_NUMEL, device=device) for _ in range(tensors)] for _ in range(2)]
-    _give(params, gradients[0])
+    _set_gradients(params, gradients[0])
     step = build(params)
     times, done = [], []
-    for index in range(-3, rounds):
-        _give(params, gradients[index % 2 if fresh else 0])
-        _wait(device)
+    for index in range(_WARM_UP + rounds):
+        _set_gradients(params, gradients[(index + 1) % 2 if fresh else 0])
+        wait(device)
         start = time.perf_counter()
         step()
-        times.append((time.perf_counter() - start) * 1e6)
-        _wait(device)
-        done.append((time.perf_counter() - start) * 1e6)
-    p20, p80 = p20_and_p80(times[3:])
-    median, until_done = statistics.median(times[3:]), statistics.median(done[3:])
-    return {"median_us": median, "p20_us": p20, "p80_us": p80, "done_us": until_done}
+        times.append(time.perf_counter() - start)
+        wait(device)
+        done.append(time.perf_counter() - start)
+    until_done = 1e6 * statistics.median(done[_WARM_UP:])
+    return quantiles(times[_WARM_UP:], "us", 1e6) | {"done_us": until_done}
 
 
-def _give(params: list[Tensor], gradients: list[Tensor]) -> None:
+def _set_gradients(params: list[Tensor], gradients: list[Tensor]) -> None:
     for param, gradient in zip(params, gradients, strict=True):
         param.grad = gradient
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def run(counts: list[int], device: torch.device, rounds: int) -> dict[str, Any]:
+def run(counts: Sequence[int], device: torch.device, rounds: int) -> dict[str, Any]:
     """Return the host times of every optimizer, JSON-friendly."""
     rows = []
     chosen = [
-        ((name, build), fresh, tensors)
+        (name, build, fresh, tensors)
         for (name, build), fresh, tensors in itertools.product(builders(device).items(), (False, True), counts)
         if not (fresh and name == REPLAY)
     ]
     with launching(device), progress(len(chosen), "bench host") as advance:
-        for (name, build), fresh, tensors in chosen:
+        for name, build, fresh, tensors in chosen:
             advance(0, f"{name}: {tensors:,} tensors")
             found = measure(build, tensors, fresh, device, max(5, min(rounds, rounds * 150 // tensors)))
             rows.append({"name": name, "tensors": tensors, "fresh": fresh, **found})
@@ -161,43 +147,32 @@ def run(counts: list[int], device: torch.device, rounds: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the result as Markdown: host times, and on a GPU the times until the device is done."""
+    """Return the host times, and on a GPU the times until the device is done."""
+    real = result["launches"] == "real"
     counts = sorted({row["tensors"] for row in result["rows"]})
-    lines = [
-        "microseconds from the call to the last launch, median"
-        + (" (in brackets: until the device is done)" if result["launches"] == "real" else "")
-        + f"; launches {result['launches']}",
-        "",
-        f"| step | gradients | {' | '.join(f'{count:,} tensors' for count in counts)} |",
-        f"|---|---|{'---|' * len(counts)}",
-    ]
     found = {(row["name"], row["fresh"], row["tensors"]): row for row in result["rows"]}
+    rows = []
     for name, fresh in dict.fromkeys((row["name"], row["fresh"]) for row in result["rows"]):
-        times = (found[name, fresh, count] for count in counts)
-        # Where launches are replaced there is no device to wait for.
-        cells = (
-            f"{row['median_us']:,.0f}" + (f" ({row['done_us']:,.0f})" if result["launches"] == "real" else "")
-            for row in times
-        )
-        lines.append(f"| {name} | {'fresh' if fresh else 'same'} | {' | '.join(cells)} |")
-    goals = " | ".join(f"{GOAL_US + GOAL_US_PER_TENSOR * count:,.0f}" for count in counts)
-    return "\n".join([*lines, f"| goal | | {goals} |"])
+        times = [found[name, fresh, tensors] for tensors in counts]
+        cells = [f"{row['median_us']:,.0f}" + (f" ({row['done_us']:,.0f})" if real else "") for row in times]
+        rows.append([name, "fresh" if fresh else "same", *cells])
+    goals = [f"{GOAL_US + GOAL_US_PER_TENSOR * tensors:,.0f}" for tensors in counts]
+    rows.append(["goal", "", *goals])
+    text = "microseconds from the call to the last launch, median"
+    text += (" (in brackets: until the device is done)" if real else "") + f"; launches {result['launches']}"
+    titles = ["step", "gradients", *(f"{tensors:,} tensors" for tensors in counts)]
+    return "\n".join([text, "", *markdown_table(titles, rows)])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `adax-triton bench host`."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=torch.device(default))
-    parser.add_argument("--tensors", type=int, nargs="+", default=list(COUNTS), metavar="N", help="numbers of tensors")
-    parser.add_argument("--rounds", type=int, default=300, help="timed steps, fewer of more than 150 tensors")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the result")
+    add_device(parser)
+    parser.add_argument("--tensors", type=count, nargs="+", default=COUNTS, metavar="N", help="numbers of tensors")
+    parser.add_argument("--rounds", type=count, default=300, help="timed steps; fewer for more than 150 tensors")
+    add_json(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure, print the table and keep the result; return 0."""
-    result = run(arguments.tensors, arguments.device, arguments.rounds)
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{origin(result)}\n\n{table(result)}")
+    """Measure and print; return 0."""
+    publish(run(arguments.tensors, arguments.device, arguments.rounds), table, arguments.json)
     return 0

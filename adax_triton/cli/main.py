@@ -13,12 +13,12 @@ COMMANDS = {
 }
 BENCHMARKS = {
     "memory": "bytes per parameter of every mode, beside other optimizers",
-    "step": "time of one step beside torch's and DeepSpeed's AdamW",
-    "host": "what a step costs the host, for 1 to 5,000 tensors",
-    "cpu": "time of a step on a CPU, next to torch's and DeepSpeed's AdamW and to another copy of this package",
-    "functions": "functions and files that a first and a later step call",
+    "step": "time of one step next to other optimizers, in every precision",
+    "host": "time of a step on the host, for 1 to 5,000 tensors",
+    "cpu": "time of a step on a CPU, next to torch's and DeepSpeed's AdamW",
+    "functions": "Python functions and files that a first and a later step execute",
     "train": "tokens per second and memory of a small GPT, in plain PyTorch and under DeepSpeed",
-    "scale": "time of a step against its elements and tensors, and a model of it up to 1T parameters",
+    "scale": "time of a step against elements and tensors; a model of ZeRO up to 1T parameters",
     "report": "tables and plots of result files",
 }
 

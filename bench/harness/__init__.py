@@ -1,1 +1,1 @@
-"""Shared by all benchmarks: devices, clocks, providers, workloads."""
+"""Shared by all benchmarks: environment, providers, workloads, correctness check, clock, tables, command line."""

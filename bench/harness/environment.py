@@ -1,8 +1,8 @@
-"""What a result must say of where it was measured.
+"""Machine, versions and commit of a measurement.
 
     python -m adax_triton.bench.harness.environment cuda
 
-prints what the driver's own program says of the GPU, then one line of JSON: what `describe` returns.
+prints the output of nvidia-smi, then the result of `describe` as one line of JSON.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ import torch
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Return device, versions, commit and date of a run, JSON-friendly."""
+    """Return date, commit, versions and device, JSON-friendly."""
+    installed = versions(("triton", "deepspeed"))
     described: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "deepspeed": _version("deepspeed"),
+        "triton": installed.get("triton"),
+        "deepspeed": installed.get("deepspeed"),
         "device": _cpu_name(),
         "threads": torch.get_num_threads(),
     }
@@ -47,15 +48,28 @@ def describe(device: torch.device) -> dict[str, Any]:
     return described
 
 
-def commit() -> str:
-    """Return the variable COMMIT; else the checkout's commit, `-dirty` if its code differs; without git "unknown".
+def origin(result: dict[str, Any]) -> str:
+    """Return machine, versions, commit and date of a result in one line."""
+    environment = result["environment"]
+    parts = [environment["device"]]
+    if environment.get("driver"):
+        parts.append(f"driver {environment['driver']}")
+    if environment.get("threads") is not None:
+        parts.append(f"{environment['threads']} thread{'' if environment['threads'] == 1 else 's'}")
+    parts += [f"{name} {environment[name]}" for name in ("torch", "triton", "deepspeed") if environment.get(name)]
+    return ", ".join([*parts, f"commit {environment['commit']}", environment["date"][:10]])
 
-    The checkout is where this file lies, or where the variable CHECKOUT says: a copy cannot ask git for it.
+
+def commit() -> str:
+    """Return $COMMIT, or the commit of the checkout, or "unknown".
+
+    The suffix "-dirty" marks a checkout whose code differs from its commit. Set $CHECKOUT to the checkout if this file
+    is a copy outside of it.
     """
     if os.environ.get("COMMIT"):
         return os.environ["COMMIT"]
     where = os.environ.get("CHECKOUT", Path(__file__).resolve().parent)
-    # Results are written one by one, before they are committed together.
+    # Results and pages are not code: several benchmarks write them before all are committed together.
     code = (":(top)", ":(top,exclude)bench/results", ":(top,exclude)docs", ":(top,exclude)*.md")
     try:
         described = _git("describe", "--always", "--abbrev=12", cwd=where)
@@ -69,7 +83,7 @@ def _git(*words: str, cwd: Path | str) -> str:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Return the versions of what is installed among packages, by the names under which they are imported."""
+    """Return {import name: version} of the installed packages."""
     distributions = importlib.metadata.packages_distributions()
     return {
         package: importlib.metadata.version(distributions[package][0])
@@ -79,7 +93,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def driver() -> str | None:
-    """Return the version of a GPU's driver: NVIDIA's, by its own program, or that of the kernel's amdgpu module."""
+    """Return the version of the GPU driver: of nvidia-smi, or of the amdgpu kernel module."""
     amd = Path("/sys/module/amdgpu/version")
     if torch.version.hip is not None:
         return amd.read_text().strip() if amd.exists() else None
@@ -90,20 +104,10 @@ def driver() -> str | None:
         return None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

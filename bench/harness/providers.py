@@ -1,10 +1,12 @@
-"""What a user would step parameters with, ours and the others', each behind one call."""
+"""Optimizers to benchmark, ours and others, behind one interface."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,35 +18,40 @@ from .modes import FP32, MODES, Mode
 
 Rule = dict[str, Any]
 Step = Callable[[], Any]
+Build = Callable[[list[Tensor], Rule], Step]
 
 OURS = "adax_triton.AdaXW"
-# What steps are timed with.
+# Hyper-parameters of timed steps.
 ADAX_RULE: Rule = {"lr": 1e-3, "betas": (0.9, 1e-4), "eps": 1e-12, "weight_decay": 0.05}
 ADAM_RULE: Rule = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05}
-_MOST_COMPILED = 1000
 RULES = {"adax": ADAX_RULE, "adam": ADAM_RULE}
+# A bfloat16 parameter is read twice and written once; two 8-bit moments with their scales are read and written.
+_BLOCKWISE_8BIT = 4 + 2 + 2 * 2 * (1 + 4 / 256)  # a float32 scale per 256 elements
+_FLASHOPTIM = 4 + 2 + 2 * 2 * (1 + 2 / 32)  # a float16 scale per 32 elements
+_RECOMPILE_LIMIT = 1000
+_NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to step parameters, in one mode.
+    """One optimizer in one mode.
 
     Attributes:
         name: as shown in tables.
         mode: its dtypes.
-        build: makes the step of a list of parameters under a rule: `lr`, `betas`, `eps`, decoupled `weight_decay`. What
-            it raises says why it cannot here.
-        second_moment: the rule its result is checked against.
-        bytes_per_element: bytes that one pass over its own formats moves. Default: those of the mode.
+        build: `build(params, rule)` returns the step; the rule has `lr`, `betas`, `eps` and decoupled `weight_decay`.
+            The table shows the error if it raises.
+        second_moment: the rule of the correctness check.
+        bytes_per_element: bytes that one fused update moves in its own formats. Default: those of the mode.
         device_types: where it runs.
-        package: what must be installed for it.
-        most_tensors: of a list on a GPU that it is timed on by default, and 1 on a CPU; for what compiles a list for
-            minutes. Default: any number.
+        package: what must be installed.
+        most_tensors: for a provider that compiles long lists for minutes, the longest list that it is timed on by
+            default on a GPU; on a CPU that is 1. Default: no limit.
     """
 
     name: str
     mode: Mode
-    build: Callable[[list[Tensor], Rule], Step]
+    build: Build
     second_moment: str = "adam"
     bytes_per_element: float = 0.0
     device_types: tuple[str, ...] = ("cuda", "cpu")
@@ -57,56 +64,94 @@ class Provider:
 
     @property
     def label(self) -> str:
-        """The name, and the mode unless it is fp32; unique among providers."""
+        """The name, and the mode unless it is fp32. Unique among the providers of a device."""
         return self.name if self.mode == FP32 else f"{self.name}, {self.mode.name}"
 
     def missing_on(self, device: torch.device) -> str | None:
-        """Return why it cannot be built for a device, without importing it; or None."""
+        """Return why it cannot run on a device, or None; imports nothing."""
         if device.type not in self.device_types:
             return f"not for {'a CPU' if device.type == 'cpu' else 'a GPU'}"
         return None if importlib.util.find_spec(self.package) else f"{self.package} is not installed"
 
 
-def ours(name: str, kind: type[AdaXW] | type[AdamW], mode: Mode) -> Provider:
-    """Return one of our optimizers in a mode."""
+def ours(name: str, kind: type[AdaXW] | type[AdamW], mode: Mode, options: Mapping[str, Any] = _NO_OPTIONS) -> Provider:
+    """Return one of our optimizers in a mode, with additional options."""
 
     def build(params: list[Tensor], rule: Rule) -> Step:
         states, master_weights = mode.precision
-        rounding = mode.weight_rounding
-        optimizer = kind(params, states=states, master_weights=master_weights, weight_rounding=rounding, **rule)
-        return optimizer.step
+        kept = {"states": states, "master_weights": master_weights, "weight_rounding": mode.weight_rounding}
+        return kind(params, **kept, **rule, **options).step
 
     return Provider(name, mode, build, second_moment="adax" if kind is AdaXW else "adam", package="adax_triton")
 
 
-def _fused(params: list[Tensor], rule: Rule) -> Step:
-    return torch.optim.AdamW(params, fused=True, **rule).step
+def _imported(path: str, options: Mapping[str, Any] = _NO_OPTIONS) -> Build:
+    """Return a builder that imports the class `path` when it is called."""
+    module, _, name = path.rpartition(".")
 
+    def build(params: list[Tensor], rule: Rule) -> Step:
+        return getattr(importlib.import_module(module), name)(params, **rule, **options).step
 
-def _foreach(params: list[Tensor], rule: Rule) -> Step:
-    return torch.optim.AdamW(params, foreach=True, **rule).step
+    return build
 
 
 def _compiled(params: list[Tensor], rule: Rule) -> Step:
     optimizer = torch.optim.AdamW(params, foreach=True, **rule)
-    # Every optimizer is another compilation of one function; past the limit PyTorch would run them uncompiled.
+    # Each optimizer compiles the function again; past the limit PyTorch would run it uncompiled.
     dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_COMPILED)
-    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, _MOST_COMPILED)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _RECOMPILE_LIMIT)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, _RECOMPILE_LIMIT)
     return torch.compile(lambda: optimizer.step())
 
 
-# The states of torch's AdamW have the dtype of the parameters.
-PROVIDERS = (
+def _other(
+    name: str,
+    path: str,
+    modes: tuple[str, ...],
+    options: Mapping[str, Any] = _NO_OPTIONS,
+    device_types: tuple[str, ...] = ("cuda", "cpu"),
+    moved: float = 0.0,
+    most_tensors: int | None = None,
+) -> list[Provider]:
+    """Return the optimizer class `path` of another package, in the modes that are nearest to its own dtypes."""
+    package, build = path.partition(".")[0], _imported(path, options)
+    return [Provider(name, MODES[mode], build, "adam", moved, device_types, package, most_tensors) for mode in modes]
+
+
+_GPU = ("cuda",)
+_LIKE_PARAMS = ("fp32", "bf16 + bfloat16")  # states have the dtype of the parameters
+_FLOAT32 = ("fp32", "bf16 + float32")  # states are float32
+_MASTERS_32, _MASTERS_24 = ("bf16 + float32 + 32-bit masters",), ("bf16 + bfloat16 + 24-bit masters",)
+_8BIT, _8BIT_MASTERS = ("bf16 + 8bit",), ("bf16 + 8bit + 24-bit masters",)
+_FUSED_ADAM = {"adam_w_mode": True}
+_TE, _TE_PATH = "Transformer Engine FusedAdam", "transformer_engine.pytorch.optimizers.FusedAdam"
+_TE_MASTERS = {"master_weights": True, "store_param_remainders": True}
+_FLASH, _FLASH_PATH = "FlashOptim", "flashoptim.FlashAdamW"
+PROVIDERS: tuple[Provider, ...] = (
     *(ours(OURS, AdaXW, mode) for mode in MODES.values()),
     ours("adax_triton.AdamW", AdamW, FP32),
-    *(
-        Provider(f"torch AdamW {name}", mode, build, most_tensors=most_tensors)
-        for name, build, most_tensors in (
-            ("fused", _fused, None),
-            ("foreach", _foreach, None),
-            ("compiled", _compiled, 150),
-        )
-        for mode in (FP32, MODES["bf16 + bfloat16"])
+    *_other("torch AdamW fused", "torch.optim.AdamW", _LIKE_PARAMS, {"fused": True}),
+    *_other("torch AdamW foreach", "torch.optim.AdamW", _LIKE_PARAMS, {"foreach": True}),
+    *(Provider("torch AdamW compiled", MODES[mode], _compiled, most_tensors=150) for mode in _LIKE_PARAMS),
+    *_other("DeepSpeedCPUAdam", "deepspeed.ops.adam.DeepSpeedCPUAdam", _FLOAT32, {"adamw_mode": True}, ("cpu",)),
+    *_other("DeepSpeed FusedAdam", "deepspeed.ops.adam.FusedAdam", _LIKE_PARAMS, _FUSED_ADAM, _GPU),
+    *_other("Apex FusedAdam", "apex.optimizers.FusedAdam", _FLOAT32, _FUSED_ADAM, _GPU),
+    *_other(_TE, _TE_PATH, _FLOAT32, _FUSED_ADAM | dict.fromkeys(_TE_MASTERS, False), _GPU),
+    *_other(_TE, _TE_PATH, _MASTERS_32, _FUSED_ADAM | _TE_MASTERS, _GPU),
+    *_other(_FLASH, _FLASH_PATH, ("fp32",), {"quantize": False, "master_weight_bits": None}, _GPU),
+    *_other(_FLASH, _FLASH_PATH, _MASTERS_24, {"quantize": False, "master_weight_bits": 24}, _GPU),
+    *_other(_FLASH, _FLASH_PATH, _8BIT, {"quantize": True, "master_weight_bits": None}, _GPU, _FLASHOPTIM),
+    *_other(_FLASH, _FLASH_PATH, _8BIT_MASTERS, {"quantize": True, "master_weight_bits": 24}, _GPU, _FLASHOPTIM + 2),
+    *_other("optimi AdamW", "optimi.AdamW", _LIKE_PARAMS, {"kahan_sum": False}),
+    # Kahan's bfloat16 compensation moves as many bytes as a 16-bit master.
+    *_other("optimi AdamW, Kahan", "optimi.AdamW", ("bf16 + bfloat16 + 32-bit masters",), {"kahan_sum": True}),
+    *_other(
+        "torchao AdamW8bit",
+        "torchao.optim.AdamW8bit",
+        _8BIT,
+        {"bf16_stochastic_round": True},
+        moved=_BLOCKWISE_8BIT,
+        most_tensors=150,
     ),
+    *_other("bitsandbytes AdamW8bit", "bitsandbytes.optim.AdamW8bit", _8BIT, moved=_BLOCKWISE_8BIT),
 )

@@ -1,4 +1,4 @@
-"""Clocks for calls, and what a device can say of a call: its memory, its caches, its launches."""
+"""Timers, and what a device reports of a call: memory, caches, launches."""
 
 from __future__ import annotations
 
@@ -14,54 +14,49 @@ import torch
 
 Call = Callable[[], Any]
 
-# Of the last-level cache, overwritten before each timed call.
-CACHES = 2
+CACHES = 2  # multiples of the last-level cache that are overwritten before each timed call
 _CPU_CACHE_BYTES = 32 * 2**20
-# The longest the device is kept busy before a call, in seconds.
-_MOST_BUSY_S = 0.02
+_MAX_BUSY_S = 0.02  # the longest that the GPU is kept busy before a call
+# Idle OpenMP threads spin for some milliseconds, and each runtime has its own: they would slow the next call down.
+_PAUSE_S = 0.02
 
 
 class Clock:
-    """Times calls on a device whose caches are cold, as after a backward pass.
+    """Times calls with cold caches, as after a backward pass.
 
-    On a GPU the caches are overwritten on the device, for longer than the host takes to launch the call: what is timed
-    there is the device's share alone, as in training, where the host is ahead. The host's share is timed by itself.
-
-    Args:
-        device: where the calls work.
+    A GPU overwrites its caches for longer than the host takes to launch the call, so only device time is measured, as
+    in training, where the host is ahead. Host time is measured separately.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._filler = torch.empty(CACHES * cache_bytes(device), dtype=torch.uint8, device=device)
-        self._fill_s = math.inf
-        for _ in range(3):  # the first call loads the kernel
-            self._fill_s = min(self._fill_s, time_call(lambda: self._filler.fill_(1), device))
+        # The first call loads the kernel.
+        self._fill_s = min(time_call(lambda: self._filler.fill_(1), device) for _ in range(3))
 
     def time(self, call: Call, host_s: float | None) -> float:
         """Return the seconds of one call.
 
         Args:
-            call: what is timed.
-            host_s: seconds the host takes to launch it, on a GPU.
+            call: function to time.
+            host_s: seconds that the host takes to launch it on a GPU; None on a CPU.
         """
-        for _ in range(self._fills(host_s)):
+        for _ in range(1 if host_s is None else 1 + math.ceil(min(2 * host_s, _MAX_BUSY_S) / self._fill_s)):
             self._filler.fill_(1)
+        if self._device.type == "cpu":
+            time.sleep(_PAUSE_S)
         return time_call(call, self._device)
 
     def host_time(self, call: Call) -> float | None:
-        """Return the seconds after which one call returns while the device is idle; None where the call is the work."""
+        """Return the seconds until a call has launched its work on an idle GPU; None on a CPU."""
         if self._device.type != "cuda":
             return None
-        torch.cuda.synchronize(self._device)
+        wait(self._device)
         start = time.perf_counter()
         call()
         seconds = time.perf_counter() - start
-        torch.cuda.synchronize(self._device)
+        wait(self._device)
         return seconds
-
-    def _fills(self, host_s: float | None) -> int:
-        return 1 if host_s is None else 1 + math.ceil(min(2 * host_s, _MOST_BUSY_S) / self._fill_s)
 
 
 def p20_and_p80(times: Sequence[float]) -> tuple[float, float]:
@@ -70,8 +65,21 @@ def p20_and_p80(times: Sequence[float]) -> tuple[float, float]:
     return deciles[1], deciles[7]
 
 
+def quantiles(times: Sequence[float], unit: str = "ms", per_second: float = 1e3) -> dict[str, float]:
+    """Return {"median_ms", "p20_ms", "p80_ms"} of times in seconds, or those of another unit."""
+    p20, p80 = p20_and_p80(times)
+    found = {"median": statistics.median(times), "p20": p20, "p80": p80}
+    return {f"{name}_{unit}": per_second * seconds for name, seconds in found.items()}
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def time_call(call: Call, device: torch.device) -> float:
-    """Return the seconds of one call: of the device on a GPU, from the work before it to the call's own end."""
+    """Return the seconds of one call; on a GPU device time, from the end of earlier work."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -79,22 +87,19 @@ def time_call(call: Call, device: torch.device) -> float:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    return time_until_done(call, device)
 
 
 def time_until_done(call: Call, device: torch.device) -> float:
     """Return the seconds of one call until the device has finished, compilation included."""
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     return time.perf_counter() - start
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Return the bytes of the last-level cache; 32 MiB where a CPU does not say."""
+    """Return the bytes of the last-level cache; 32 MiB where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -102,10 +107,10 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Return the bytes that new tensors can take; infinity where the system does not say."""
+    """Return the bytes that new tensors can take; infinity where they are unknown."""
     if device.type == "cuda":
-        held_back = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held_back
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     info = Path("/proc/meminfo")
     for line in info.read_text().splitlines() if info.exists() else []:
         if line.startswith("MemAvailable:"):
@@ -114,32 +119,14 @@ def free_bytes(device: torch.device) -> float:
 
 
 def release(device: torch.device) -> None:
-    """Give memory of tensors that are gone back to the device."""
+    """Return the memory of deleted tensors to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-class Peak:
-    """Bytes allocated on a GPU above those at the start of a `with` block, at most; None on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.bytes: int | None = None
-
-    def __enter__(self) -> Peak:
-        if self._device.type == "cuda":
-            self._before = torch.cuda.memory_allocated(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self._device) - self._before
-
-
 def count_launches(call: Call) -> int | None:
-    """Return the kernels that one call launches on a GPU, by the profiler; None where it sees none."""
+    """Return the kernels that one call launches on a GPU; None if the profiler sees none."""
     activities = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activities.CPU, activities.CUDA]) as profile:
         call()
@@ -148,7 +135,7 @@ def count_launches(call: Call) -> int | None:
 
 
 def kernels_among(events: Iterable[Any]) -> int:
-    """Return how many of a profile's events are kernels: neither copies, nor fills by the driver, nor annotations."""
+    """Return the number of kernels in a profile, without copies, fills and annotations."""
     device = torch.autograd.DeviceType.CUDA
     return sum(
         event.device_type == device and not event.is_user_annotation and not event.name.startswith(("Memcpy", "Memset"))

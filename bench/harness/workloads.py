@@ -1,48 +1,63 @@
-"""Lists of tensor shapes to step: of real models, by formula, in the order of their modules."""
+"""Lists of tensor shapes to step: those of real models, in the order of their modules."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 Shapes = list[tuple[int, ...]]
 
 
+def elements(shapes: Shapes) -> int:
+    """Return the number of elements of all tensors."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
 def flat(numel: int) -> Shapes:
-    """Return one flat tensor, as ZeRO hands its partition over."""
+    """Return one flat tensor, such as a partition of ZeRO."""
     return [(numel,)]
+
+
+def many_small(tensors: int = 1000, numel: int = 4096) -> Shapes:
+    """Return many small tensors, whose step is bound by the cost of the call."""
+    return [(numel,)] * tensors
+
+
+def _block(width: int) -> Shapes:
+    """Return a transformer block with biases: norm, attention, norm, and a perceptron four times as wide."""
+    attention: Shapes = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    perceptron: Shapes = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [(width,), (width,), *attention, (width,), (width,), *perceptron]
 
 
 def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> Shapes:
     """Return the 148 tensors of GPT-2 small."""
-    block: Shapes = [
-        *((width,), (width,)),
-        *((3 * width, width), (3 * width,), (width, width), (width,)),
-        *((width,), (width,)),
-        *((4 * width, width), (4 * width,), (width, 4 * width), (width,)),
-    ]
-    return [(vocabulary, width), (context, width), *(block * layers), (width,), (width,)]
+    return [(vocabulary, width), (context, width), *(_block(width) * layers), (width,), (width,)]
+
+
+def vit_l() -> Shapes:
+    """Return the 296 tensors of ViT-L/16 at 224 pixels."""
+    width, tokens = 1024, 197
+    stem: Shapes = [(1, 1, width), (width, 3, 16, 16), (width,), (1, tokens, width)]
+    return [*stem, *(_block(width) * 24), (width,), (width,), (1000, width), (1000,)]
 
 
 def llama3_8b(ranks: int = 1) -> Shapes:
-    """Return one rank's share of the 291 tensors of Llama 3 8B, each sharded by rows, as FSDP2 does."""
+    """Return one rank's share of the 291 tensors of Llama 3 8B, each sharded by rows as in FSDP2."""
     width, key_value, hidden, vocabulary = 4096, 1024, 14336, 128256
-    block: Shapes = [
-        *((width, width), (key_value, width), (key_value, width), (width, width)),
-        *((hidden, width), (hidden, width), (width, hidden)),
-        *((width,), (width,)),
-    ]
+    attention: Shapes = [(width, width), (key_value, width), (key_value, width), (width, width)]
+    block: Shapes = [*attention, (hidden, width), (hidden, width), (width, hidden), (width,), (width,)]
     whole = [(vocabulary, width), *(block * 32), (width,), (vocabulary, width)]
     return [(shape[0] // ranks, *shape[1:]) for shape in whole]
 
 
 def resnet50() -> Shapes:
-    """Return the 161 tensors of ResNet-50: convolutions without bias, two tensors of each batch norm, a classifier."""
+    """Return the 161 tensors of ResNet-50: convolutions without bias, batch norms and a classifier."""
 
     def normalized(channels: int, *convolution: int) -> Shapes:
         return [(channels, *convolution), (channels,), (channels,)]
 
-    shapes = normalized(64, 3, 7, 7)
-    inputs = 64
+    shapes, inputs = normalized(64, 3, 7, 7), 64
     for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
         for block in range(blocks):
             shapes += normalized(width, inputs, 1, 1) + normalized(width, width, 3, 3)
@@ -53,25 +68,7 @@ def resnet50() -> Shapes:
     return [*shapes, (1000, inputs), (1000,)]
 
 
-def vit_l() -> Shapes:
-    """Return the 296 tensors of ViT-L/16 at 224 pixels."""
-    width, hidden, tokens = 1024, 4096, 197
-    block: Shapes = [
-        *((width,), (width,)),
-        *((3 * width, width), (3 * width,), (width, width), (width,)),
-        *((width,), (width,)),
-        *((hidden, width), (hidden,), (width, hidden), (width,)),
-    ]
-    stem: Shapes = [(1, 1, width), (width, 3, 16, 16), (width,), (1, tokens, width)]
-    return [*stem, *(block * 24), (width,), (width,), (1000, width), (1000,)]
-
-
-def many_small(tensors: int = 1000, numel: int = 4096) -> Shapes:
-    """Return many tensors of few elements, where the call costs more than the memory traffic."""
-    return [(numel,)] * tensors
-
-
-# name on the command line: name in tables, shapes.
+# Name on the command line: (name in tables, shapes).
 LISTS: dict[str, tuple[str, Callable[[], Shapes]]] = {
     "gpt2": ("GPT-2 small, 148 tensors", gpt2),
     "llama3-8b-shard": ("Llama 3 8B, an eighth, 291 tensors", lambda: llama3_8b(ranks=8)),

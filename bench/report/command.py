@@ -1,11 +1,11 @@
-"""`adax-triton bench report`: result files as Markdown tables and pictures, and the benchmark section of a README.
+"""Write result files as Markdown tables and pictures, and the benchmark section of a README.
 
-A README's section stands between two marks, which stay:
+The section of a README is between two markers:
 
     <!-- bench:begin -->
     <!-- bench:end -->
 
-It names every file that it was made from: `--readme README.md` without files makes it again from those.
+It names the files that it was made from. `--readme README.md` without files makes it again from those.
 """
 
 from __future__ import annotations
@@ -19,43 +19,41 @@ from pathlib import Path
 from typing import Any
 
 from adax_triton.bench import host
-from adax_triton.bench.harness.origin import origin
-from adax_triton.bench.precision import long_run
-from adax_triton.bench.precision import study as precision_study
+from adax_triton.bench.harness.environment import origin
+from adax_triton.bench.harness.markdown import markdown_table
+from adax_triton.bench.precision import long_run, study
 from adax_triton.bench.report import plots
-from adax_triton.bench.step import counted_steps, cpu, launch_variants, scale
-from adax_triton.bench.step import functions as step_functions
+from adax_triton.bench.step import counted_steps, cpu, functions, launch_variants, scale
 from adax_triton.bench.step import table as step_table
-from adax_triton.bench.step.table import markdown_row
 from adax_triton.bench.training import command as train
-from adax_triton.bench.zero_passes import passes as deepspeed_step
+from adax_triton.bench.zero_passes import passes
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _SOURCE = re.compile(r"^From `([^`]+\.json)`", re.MULTILINE)
+# A key that tells the kind of a result that does not name its benchmark.
+_KIND_BY_KEY = {"workloads": "step", "cases": "train", "kinds": "precision", "rates": "modes", "final": "long run"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
+    """Add the options of `adax-triton bench report`."""
     parser.add_argument(
         "files",
         nargs="*",
         type=Path,
         metavar="FILE",
-        help="JSON files that benchmarks wrote; default, with --readme: those that its section names",
+        help="JSON files of benchmarks; default with --readme: those that its section names",
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and a PNG per file here")
-    parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help=f"rewrite what stands between its {BEGIN} and {END}"
-    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and the PNG files here")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite the text between {BEGIN} and {END}")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the tables, or write what the options ask for; return 2 where that cannot be."""
+    """Print the tables, or write what the options ask for; return 2 for invalid files."""
     try:
         files = arguments.files or (files_of(arguments.readme) if arguments.readme is not None else [])
         if not files:
-            raise ValueError("files: expected at least one result")
-        text = report(files)
+            raise ValueError("files: got none; give at least one result")
+        text = document(files)
         if arguments.readme is not None:
             rewrite(arguments.readme, files)
         if arguments.out is not None:
@@ -72,37 +70,32 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
     """Return the kind of a result, and the result.
 
     Raises:
-        ValueError: the file is not JSON, or not of a benchmark of this package.
+        ValueError: the file is not JSON, or not a result of this package.
         OSError: it cannot be read.
     """
     try:
         result = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
     keys = set(result) if isinstance(result, dict) else set()
-    signs = {"workloads": "step", "cases": "train", "kinds": "precision", "rates": "modes", "final": "long run"}
     found = result.get("benchmark") if keys else None
-    kind = found or next((kind for sign, kind in signs.items() if sign in keys), None)
+    kind = found or next((kind for key, kind in _KIND_BY_KEY.items() if key in keys), None)
     if kind not in TABLES or "environment" not in keys:
         raise ValueError(f"{path}: not a result of a benchmark of this package")
     return kind, result
 
 
 def modes_table(result: dict[str, Any]) -> str:
-    """Return `examples/compare_modes.py`'s result as Markdown."""
-    titles = ["lr", "weights and states", "validation loss", "difference from float32"]
-    lines = [
-        f"{result['weights']:,} weights, {result['steps']} steps, {result['seeds']} seeds",
-        "",
-        markdown_row(titles),
-        "|---" * len(titles) + "|",
-    ]
+    """Return a table of a result of `examples/compare_modes.py`."""
+    rows = []
     for rate in result["rates"]:
         for name, row in rate["modes"].items():
             error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
             difference = "" if name == "float32" else f"{row['difference']:+.4f}{error}"
-            lines.append(markdown_row([f"{rate['lr']:g}", name, f"{row['mean']:.4f}", difference]))
-    return "\n".join(lines)
+            rows.append([f"{rate['lr']:g}", name, f"{row['mean']:.4f}", difference])
+    titles = ["lr", "weights and states", "validation loss", "difference from float32"]
+    run = f"{result['weights']:,} weights, {result['steps']} steps, {result['seeds']} seeds"
+    return "\n".join([run, "", *markdown_table(titles, rows)])
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -111,47 +104,35 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "scale": scale.table,
     "host": host.table,
     "counters": counted_steps.table,
-    "precision": precision_study.table,
+    "precision": study.table,
     "long run": long_run.table,
     "modes": modes_table,
     "cpu": cpu.table,
-    "functions": step_functions.table,
-    "passes": deepspeed_step.table,
+    "functions": functions.table,
+    "passes": passes.table,
     "variants": launch_variants.table,
 }
 
 
-def report(files: Sequence[Path]) -> str:
-    """Return all results as Markdown.
+def document(files: Sequence[Path], pictures: bool = False) -> str:
+    """Return all results as Markdown, with the pictures that `write` draws if asked for.
 
     Raises:
-        ValueError: a file is no result.
+        ValueError: a file is not a result.
     """
     parts = []
     for path in files:
         kind, result = read(path)
-        parts.append(f"## {path.stem}\n\n{kind}: {origin(result)}\n\n{TABLES[kind](result)}\n")
-    return "\n".join(parts)
-
-
-def document(files: Sequence[Path]) -> str:
-    """Return all results as Markdown, with the pictures that `write` draws.
-
-    Raises:
-        ValueError: a file is no result.
-    """
-    parts = []
-    for path in files:
-        has_picture = read(path)[0] in plots.DRAWINGS
-        parts.append(report([path]) + (f"\n![{path.stem}]({path.stem}.png)\n" if has_picture else ""))
+        picture = f"\n![{path.stem}]({path.stem}.png)\n" if pictures and kind in plots.DRAWINGS else ""
+        parts.append(f"## {path.stem}\n\n{kind}: {origin(result)}\n\n{TABLES[kind](result)}\n{picture}")
     return "\n".join(parts)
 
 
 def write(folder: Path, files: Sequence[Path]) -> None:
-    """Write report.md, and a picture of each file whose kind has one.
+    """Write report.md, and the picture of each file whose kind has one.
 
     Raises:
-        ValueError: a file is no result, or two have one name.
+        ValueError: a file is not a result, or two have the same name.
         ImportError: matplotlib is not installed.
     """
     stems = [path.stem for path in files]
@@ -162,63 +143,51 @@ def write(folder: Path, files: Sequence[Path]) -> None:
         kind, result = read(path)
         if kind in plots.DRAWINGS:
             plots.draw(result, kind, folder / f"{path.stem}.png")
-    (folder / "report.md").write_text(document(files))
+    (folder / "report.md").write_text(document(files, pictures=True))
 
 
 def section(files: Sequence[Path], root: Path) -> str:
-    """Return what stands between the marks of a README.
+    """Return the text between the markers of a README.
 
     Args:
         files: results of the step benchmark, below `root`.
-        root: the README's folder, from which files are named.
+        root: folder of the README; files are named relative to it.
 
     Raises:
-        ValueError: a file is no result of the step benchmark, or not below `root`.
+        ValueError: a file is not a result of the step benchmark, or not below `root`.
     """
     parts = []
     for path in files:
         kind, result = read(path)
         if not path.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"{path}: not below {root}, so the README cannot name it")
-        name = path.resolve().relative_to(root.resolve()).as_posix()
         if kind != "step":
-            raise ValueError(f"{path}: the README shows results of `bench step`, this is one of {kind!r}")
+            raise ValueError(f"{path}: the README shows results of `bench step`, got one of {kind!r}")
+        name = path.resolve().relative_to(root.resolve()).as_posix()
         parts.append(f"From `{name}`: {origin(result)}.\n\n{step_table.summary(result)}\n")
     return "\n".join(parts)
 
 
 def files_of(readme: Path) -> list[Path]:
-    """Return the files that a README's section was made from.
-
-    Raises:
-        ValueError: the README has no marks.
-    """
+    """Return the files that the section of a README was made from; raise ValueError without markers."""
     return [readme.parent / name for name in _SOURCE.findall(_split(readme)[1])]
 
 
 def rewrite(readme: Path, files: Sequence[Path]) -> None:
-    """Replace what stands between the marks.
+    """Replace the text between the markers.
 
     Raises:
-        ValueError: the README does not have each mark once, in order, or a file is no result.
+        ValueError: the README does not have each marker once, in order, or a file is not a result.
     """
     before, _, after = _split(readme)
     readme.write_text(f"{before}{BEGIN}\n{section(files, readme.parent)}{END}{after}")
 
 
-def between_marks(readme: Path) -> str:
-    """Return what stands between the marks.
-
-    Raises:
-        ValueError: the README does not have each mark once, in order.
-    """
-    return _split(readme)[1]
-
-
 def _split(readme: Path) -> tuple[str, str, str]:
+    """Return the text before, between and after the markers."""
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme}: expected {BEGIN} and then {END}, once each")
     before, _, rest = text.partition(BEGIN)
     between, _, after = rest.partition(END)
-    return before, between.removeprefix("\n"), after
+    return before, between, after

@@ -1,4 +1,4 @@
-"""Pictures of results, drawn by matplotlib, which is imported only here and only when a picture is drawn."""
+"""Pictures of results. matplotlib is imported only when a picture is drawn."""
 
 from __future__ import annotations
 
@@ -6,24 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.environment import origin
 
 OURS_COLOUR, OTHER_COLOUR = "#2563eb", "#94a3b8"
 LINE_COLOURS = ("#2563eb", "#f59e0b", "#0d9488", "#475569", "#dc2626")
 
 
-def is_ours(name: str) -> bool:
-    """Whether a provider or a case is of this package."""
-    return name.startswith("adax_triton") or "AdaX" in name
-
-
 def draw(result: dict[str, Any], kind: str, path: Path) -> None:
-    """Draw a result into a PNG file.
-
-    Args:
-        result: of a benchmark.
-        kind: one of `DRAWINGS`.
-        path: of the file; its folder exists.
+    """Draw a result of one of the kinds in `DRAWINGS` as a PNG file.
 
     Raises:
         ImportError: matplotlib is not installed; the message names the extra.
@@ -39,19 +29,21 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def _bars(axes: Any, names: list[str], lengths: list[float], label: Callable[[float], str], title: str) -> None:
-    colours = [OURS_COLOUR if is_ours(name) else OTHER_COLOUR for name in names]
-    bars = axes.barh(range(len(names)), lengths, color=colours, height=0.7)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.bar_label(bars, [label(length) for length in lengths], padding=3, fontsize=8)
+def _bars(axes: Any, lengths: dict[str, float], label: Callable[[float], str], title: str) -> None:
+    """Draw horizontal bars by name; those of this package are blue."""
+    is_ours = [name.startswith("adax_triton") or "AdaX" in name for name in lengths]
+    colours = [OURS_COLOUR if ours else OTHER_COLOUR for ours in is_ours]
+    bars = axes.barh(range(len(lengths)), list(lengths.values()), color=colours, height=0.7)
+    axes.set_yticks(range(len(lengths)), list(lengths), fontsize=8)
+    axes.bar_label(bars, [label(length) for length in lengths.values()], padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def roofline(result: dict[str, Any]) -> Any:
-    """Return bars of every provider's share of the copy bandwidth, one panel per workload; ours in blue."""
+def bandwidths(result: dict[str, Any]) -> Any:
+    """Return bars of each provider's bandwidth relative to a copy, one panel per workload."""
     panels = []
     for workload in result["workloads"]:
         rows = {name: row for name, row in workload["providers"].items() if row.get("copy_share") and name != "copy"}
@@ -60,30 +52,25 @@ def roofline(result: dict[str, Any]) -> Any:
     figure = _figure(9, 0.9 + sum(0.26 * height + 0.6 for height in heights))
     grid = figure.subplots(len(panels), squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})[:, 0]
     for axes, (name, shares) in zip(grid, panels, strict=True):
-        _bars(axes, list(shares), list(shares.values()), lambda share: f"{share:.0%}", name)
+        _bars(axes, shares, "{:.0%}".format, name)
         axes.axvline(1.0, color="black", linewidth=0.8)
-    grid[-1].set_xlabel("bytes per second by formula, over those of a copy measured in the same run")
+    grid[-1].set_xlabel("bandwidth relative to a copy in the same run")
     figure.suptitle(origin(result), fontsize=9)
     return figure
 
 
 def lines(result: dict[str, Any]) -> Any:
-    """Return step time against elements, and against tensors, with slopes; our fitted formula is dashed."""
+    """Return step time against elements, and against tensors, with slopes."""
     figure = _figure(10, 5.2)
-    panels = figure.subplots(1, 2)
-    axes_names = (("elements", "numel", "elements of one tensor"), ("tensors", "tensors", "tensors"))
-    for axes, (line, key, label) in zip(panels, axes_names, strict=True):
-        present = {name: row for name, row in result["providers"].items() if "absent" not in row}
+    present = {name: row for name, row in result["providers"].items() if "absent" not in row}
+    small = f"tensors of {result['tensor_size']:,} elements"
+    axes_names = (("elements", "numel", "elements of one tensor"), ("tensors", "tensors", small))
+    for axes, (line, key, label) in zip(figure.subplots(1, 2), axes_names, strict=True):
         for index, (name, row) in enumerate(present.items()):
             sizes, times = ([point[unit] for point in row[line]] for unit in (key, "median_ms"))
-            colour = LINE_COLOURS[index % len(LINE_COLOURS)]
             slope = f"{name}, slope {row[f'{line}_slope']:.2f}, last {row[f'{line}_slope_last']:.2f}"
-            axes.loglog(sizes, times, "o-", markersize=4, color=colour, label=slope)
-            if all("model_error" in point for point in row[line]):
-                formula = [point["median_ms"] * (1 + point["model_error"]) for point in row[line]]
-                axes.loglog(sizes, formula, "--", color=colour, linewidth=1, label="by formula")
-        small = f" of {result['tensor_size']:,} elements" if line == "tensors" else ""
-        axes.set_xlabel(label + small)
+            axes.loglog(sizes, times, "o-", markersize=4, color=LINE_COLOURS[index % len(LINE_COLOURS)], label=slope)
+        axes.set_xlabel(label)
         axes.set_ylabel("step, ms")
         axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0))
         axes.spines[["top", "right"]].set_visible(False)
@@ -92,13 +79,13 @@ def lines(result: dict[str, Any]) -> Any:
 
 
 def speeds(result: dict[str, Any]) -> Any:
-    """Return bars of tokens per second by case; ours in blue."""
+    """Return bars of tokens per second by case."""
     rows = {name: row["tokens_per_s"] for name, row in result["cases"].items() if "tokens_per_s" in row}
     figure = _figure(9, 1.2 + 0.28 * len(rows))
     axes = figure.subplots()
-    _bars(axes, list(rows), list(rows.values()), lambda speed: f"{speed:,.0f}", origin(result))
+    _bars(axes, rows, "{:,.0f}".format, origin(result))
     axes.set_xlabel("tokens per second")
     return figure
 
 
-DRAWINGS: dict[str, Callable[[dict[str, Any]], Any]] = {"step": roofline, "scale": lines, "train": speeds}
+DRAWINGS: dict[str, Callable[[dict[str, Any]], Any]] = {"step": bandwidths, "scale": lines, "train": speeds}

@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.markdown import markdown_row
 from adax_triton.bench.harness.modes import MODES
 from adax_triton.bench.harness.providers import OURS, PROVIDERS, RULES
 from adax_triton.bench.harness.timing import release
@@ -22,7 +23,6 @@ from adax_triton.bench.harness.workloads import flat
 from adax_triton.state.precision import bytes_loaded, bytes_stored
 
 from .measure import make_params
-from .table import markdown_row
 
 # Of a row of the result that `gpu_check.py` makes of it.
 COLUMNS = {

@@ -1,171 +1,271 @@
-"""Time of a step on a CPU, next to torch's fused AdamW, DeepSpeedCPUAdam and another copy of this package.
+"""Time a step on a CPU: ours next to torch's fused AdamW and DeepSpeedCPUAdam.
 
-The sides of a workload take turns, so that a drift of the machine affects all of them; medians are compared. A side
-whose package is missing is named below the table. Ratios are our time over the other's: below 1, ours is faster.
-
-    adax-triton bench cpu --package FOLDER --json bench/results/cpu.json
-
-compares with the copy of `adax_triton` in a folder, which steps in a process of its own.
+In addition to `bench step`, it times the CPU step of ZeRO offload, telemetry, gradient release, and the first step of a
+new process. The measurement is that of `bench step`: interleaved, with cold caches, and checked at the first step.
+Missing packages are listed below the table. ratio = our time / other time, so below 1 ours is faster.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-import statistics
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
+from adax_triton.bench.harness.command import add_json, count, publish
 from adax_triton.bench.harness.environment import describe
-from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.markdown import markdown_table
+from adax_triton.bench.harness.modes import FP32
 from adax_triton.bench.harness.progress import progress
-from adax_triton.bench.harness.timing import p20_and_p80
+from adax_triton.bench.harness.providers import OURS, PROVIDERS, RULES, Provider, Rule, Step, ours
+from adax_triton.bench.harness.timing import Clock, quantiles, time_call
+from adax_triton.bench.harness.workloads import Shapes, flat, gpt2, many_small
+from torch import Tensor
 
+from adax_triton import AdaXW, ExternalGrads, GradientRelease
 from adax_triton.step.cpu_kernel import build_problem
 
-from .cpu_processes import BASELINE, Baseline, check_package, first_steps
-from .cpu_workloads import CPU, OURS, WITHOUT, WORKLOADS, Sizes, Timed, seconds, started
+from .measure import make_params, measure
 
-LEAST_ROUNDS = 5
+CPU = torch.device("cpu")
+OUR_SIDE, FUSED, DEEPSPEED = "ours", "torch AdamW fused", "DeepSpeedCPUAdam"
 FIRST_STEP = "first step of a process, cache {}"
+PROCESSES = 3  # new processes per optimizer whose first step is timed
+SECONDS = 15.0  # time limit of a workload
+_WIDTH = 64  # of the linear layers of gradient release
 
 
-def measure(name: str, sizes: Sizes, rounds: int, limit_s: float, baseline: Baseline | None = None) -> dict[str, Any]:
-    """Time the sides of a workload in turn; return its row, JSON-friendly.
+class Sizes(NamedTuple):
+    """Sizes of the workloads.
 
-    Args:
-        name: of the workload.
-        sizes: of its tensors.
-        rounds: samples of each side, at most.
-        limit_s: seconds after which no round begins, beyond `LEAST_ROUNDS`.
-        baseline: the process of the other copy of the package. Default: none.
+    numel: elements of the flat tensors.
+    gpt2: layers, width, vocabulary and context of GPT-2.
+    tensors: n small tensors of n elements each.
+    linears: linear layers that gradient release steps.
+    first_numel: elements of the tensor that a new process steps.
+    """
+
+    numel: int = 50_000_000
+    gpt2: tuple[int, int, int, int] = (12, 768, 50257, 1024)
+    tensors: int = 1024
+    linears: int = 64
+    first_numel: int = 1_000_000
+
+
+class Workload(NamedTuple):
+    """Tensors of one dtype, and the optimizers that step them, ours first."""
+
+    shapes: Callable[[Sizes], Shapes]
+    providers: tuple[Provider, ...]
+
+
+def _offload(params: list[Tensor], rule: Rule) -> Step:
+    """Return our CPU step of ZeRO offload: float32 weights, bfloat16 gradient, bfloat16 copy of the weights."""
+    (weights,), grads, copies = _own(params), *_bfloat16(params)
+    optimizer, part = AdaXW([weights], **rule), ExternalGrads(weights, grads, copies[0])
+
+    def step() -> None:
+        optimizer.set_external_grads([part])
+        optimizer.step()
+
+    return step
+
+
+def _deepspeed_offload(params: list[Tensor], rule: Rule) -> Step:
+    """Return DeepSpeed's step: it casts the gradient, steps, and casts the weights (`stage_1_and_2.py`, `step`)."""
+    (weights,), grads, copies = _own(params), *_bfloat16(params)
+    weights.grad = torch.zeros_like(weights)
+    cpu_adam = provider(DEEPSPEED).build([weights], rule)
+
+    def step() -> None:
+        weights.grad.copy_(grads[0])
+        cpu_adam()
+        copies[0].copy_(weights.detach())
+
+    return step
+
+
+def _bfloat16(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return [param.grad.bfloat16() for param in params], [param.detach().bfloat16() for param in params]
+
+
+def _released(params: list[Tensor], rule: Rule) -> Step:
+    """Return a backward pass that steps each parameter as soon as it has its gradient."""
+    own = _own(params)
+    GradientRelease(AdaXW(own, **rule))
+    return _backward(own, [param.grad for param in params])
+
+
+def _after_backward(params: list[Tensor], rule: Rule) -> Step:
+    """Return the same backward pass followed by a step of all parameters."""
+    own = _own(params)
+    optimizer, backward = AdaXW(own, **rule), _backward(own, [param.grad for param in params])
+
+    def step() -> None:
+        backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _backward(params: list[Tensor], grads: list[Tensor]) -> Step:
+    """Return the backward pass of a loss that has these gradients."""
+    return lambda: sum((param * grad).sum() for param, grad in zip(params, grads, strict=True)).backward()
+
+
+def _own(params: list[Tensor]) -> list[Tensor]:
+    """Return the same weights as other parameters, without the gradients and hooks of these."""
+    return [param.detach().requires_grad_() for param in params]
+
+
+def provider(label: str) -> Provider:
+    """Return a provider of `bench step` by its label."""
+    return next(one for one in PROVIDERS if one.label == label)
+
+
+def _flat(sizes: Sizes) -> Shapes:
+    return flat(sizes.numel)
+
+
+def _gpt2(sizes: Sizes) -> Shapes:
+    return gpt2(*sizes.gpt2)
+
+
+def _linears(sizes: Sizes) -> Shapes:
+    return [(_WIDTH, _WIDTH), (_WIDTH,)] * sizes.linears
+
+
+_ADAX, _FUSED = provider(OURS), provider(FUSED)
+_BF16 = "bf16 + bfloat16"
+_TELEMETRY = ours("AdaXW with telemetry", AdaXW, FP32, {"telemetry": True})
+_NO_TELEMETRY = ours("AdaXW without telemetry", AdaXW, FP32)
+WORKLOADS = {
+    "fp32, flat": Workload(_flat, (_ADAX, _FUSED, provider(DEEPSPEED))),
+    "fp32, GPT-2 small": Workload(_gpt2, (_ADAX, _FUSED)),
+    "fp32, many small tensors": Workload(lambda sizes: many_small(sizes.tensors, sizes.tensors), (_ADAX, _FUSED)),
+    "fp32, one tensor of 1,000": Workload(lambda sizes: flat(1000), (_ADAX, _FUSED)),
+    "bf16, stochastic": Workload(_flat, (provider(f"{OURS}, {_BF16}"), provider(f"{FUSED}, {_BF16}"))),
+    "ZeRO offload": Workload(
+        _flat,
+        (
+            Provider("AdaXW", FP32, _offload, "adax"),
+            Provider(DEEPSPEED, FP32, _deepspeed_offload, package="deepspeed"),
+        ),
+    ),
+    "8bit_v16, 24bit": Workload(_flat, (provider(f"{OURS}, bf16 + 8bit_v16 + 24-bit masters"),)),
+    "8bit, 24bit": Workload(_flat, (provider(f"{OURS}, bf16 + 8bit + 24-bit masters"),)),
+    "telemetry, flat": Workload(_flat, (_TELEMETRY, _NO_TELEMETRY)),
+    "telemetry, GPT-2 small": Workload(_gpt2, (_TELEMETRY, _NO_TELEMETRY)),
+    "gradient release": Workload(
+        _linears,
+        (Provider("AdaXW", FP32, _released, "adax"), Provider("step after backward", FP32, _after_backward, "adax")),
+    ),
+}
+
+
+def time_workload(name: str, sizes: Sizes, clock: Clock, rounds: int) -> dict[str, Any]:
+    """Time the optimizers of a workload; return its row, JSON-friendly.
 
     Raises:
         RuntimeError: our own step fails.
     """
-    workload = WORKLOADS[name]
-    sides, absent = started(workload, sizes)
-    ours_failed = absent.keys() & {OURS, WITHOUT}
-    if ours_failed:
-        raise RuntimeError(f"{name}: {absent[ours_failed.pop()]}")
-    if baseline is not None:
-        problem = baseline.start(name, sizes)
-        if problem is not None:
-            absent[BASELINE], baseline = problem, None
-    times = _rounds(sides, workload.repeats, rounds, limit_s, baseline)
-    sides.clear()
-    gc.collect()
-    scale = 1e3 / workload.parts(sizes)
-    return row(name, {side: [scale * each for each in samples] for side, samples in times.items()}, absent)
+    shapes, providers = WORKLOADS[name].shapes(sizes), WORKLOADS[name].providers
+    missing = {one.label: why for one in providers if (why := one.missing_on(CPU)) is not None}
+    found = measure([one for one in providers if one.label not in missing], shapes, clock, CPU, rounds, SECONDS)
+    first = found[providers[0].label]
+    if "absent" in first:
+        raise RuntimeError(f"{name}: {first['absent']}")
+    sides = {}
+    for index, one in enumerate(providers):
+        row = found.get(one.label, {"absent": missing.get(one.label)})
+        sides[one.name if index else OUR_SIDE] = {
+            key: row[key] for key in ("median_ms", "p20_ms", "p80_ms", "absent") if key in row
+        }
+    return {"name": name, "rounds": first["rounds"], "sides": with_ratios(sides)}
 
 
-def _rounds(
-    sides: dict[str, Timed], repeats: int, rounds: int, limit_s: float, baseline: Baseline | None
-) -> dict[str, list[float]]:
-    """Return the seconds of each sample by side; those of `WITHOUT` are subtracted."""
-    times: dict[str, list[float]] = {side: [] for side in sides if side != WITHOUT}
-    if baseline is not None:
-        times[BASELINE] = []
-    begun = time.perf_counter()
-    for done in range(rounds):
-        if done >= LEAST_ROUNDS and time.perf_counter() - begun > limit_s:
-            break
-        found = {side: seconds(timed, repeats) for side, timed in sides.items()}
-        without = found.pop(WITHOUT, 0.0)
-        found[OURS] -= without
-        if baseline is not None:
-            theirs = baseline.sample()
-            found[BASELINE] = theirs[OURS] - theirs.get(WITHOUT, 0.0)
-        for side, each in found.items():
-            times[side].append(each)
-    return times
-
-
-def row(name: str, milliseconds: dict[str, list[float]], absent: dict[str, str] | None = None) -> dict[str, Any]:
-    """Return medians, p20 and p80 of each side, and our median over the others'."""
-    sides: dict[str, dict[str, Any]] = {}
-    for side, times in milliseconds.items():
-        p20, p80 = p20_and_p80(times)
-        sides[side] = {"median_ms": statistics.median(times), "p20_ms": p20, "p80_ms": p80}
-    ours = sides[OURS]["median_ms"]
+def with_ratios(sides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add the ratio of our median to every other one."""
     for side, found in sides.items():
-        if side != OURS:
-            found["ours_over_this"] = ours / found["median_ms"]
-    sides |= {side: {"absent": why} for side, why in (absent or {}).items()}
-    return {"name": name, "rounds": len(milliseconds[OURS]), "sides": sides}
+        if side != OUR_SIDE and "median_ms" in found:
+            found["ours_over_this"] = sides[OUR_SIDE]["median_ms"] / found["median_ms"]
+    return sides
 
 
-def run(
-    names: Sequence[str],
-    sizes: Sizes,
-    rounds: int,
-    limit_s: float,
-    processes: int,
-    package: Path | None = None,
-) -> dict[str, Any]:
+def time_first_steps(numel: int, processes: int) -> list[dict[str, Any]]:
+    """Time the first step of new processes, with an empty and then with a filled kernel cache; return two rows."""
+    times: dict[str, dict[str, list[float]]] = {"empty": {}, "filled": {}}
+    for _ in range(processes):
+        for side, label in ((OUR_SIDE, OURS), (FUSED, FUSED)):
+            with tempfile.TemporaryDirectory() as folder:
+                caches = {"XDG_CACHE_HOME": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+                environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": f"{folder}/triton", **caches}
+                for found in times.values():
+                    found.setdefault(side, []).append(_first_step(label, numel, environment))
+    return [
+        {
+            "name": FIRST_STEP.format(cache),
+            "rounds": processes,
+            "sides": with_ratios({side: quantiles(samples) for side, samples in found.items()}),
+        }
+        for cache, found in times.items()
+    ]
+
+
+def _first_step(label: str, numel: int, environment: Mapping[str, str]) -> float:
+    command = [sys.executable, "-P", "-m", "adax_triton.bench.step.cpu", label, str(numel)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(names: Sequence[str], sizes: Sizes, rounds: int, processes: int = PROCESSES) -> dict[str, Any]:
     """Return the rows of workloads and of first steps, JSON-friendly.
 
     Args:
         names: of workloads.
         sizes: of their tensors.
-        rounds, limit_s: see `measure`.
-        processes: whose first step is timed, per side; 0 for none.
-        package: a folder with another copy of `adax_triton`. Default: none.
+        rounds: timed steps of each optimizer at most.
+        processes: new processes per optimizer whose first step is timed; 0 for none.
     """
-    baseline = None if package is None else Baseline(package)
-    rows = []
-    with progress(len(names) + bool(processes), "bench cpu") as advance:
-        try:
-            for name in names:
-                advance(0, name)
-                rows.append(measure(name, sizes, rounds, limit_s, baseline))
-                advance(1, name)
-        finally:
-            if baseline is not None:
-                baseline.close()
-        if processes:
-            advance(0, "first steps")
-            for cache, found in first_steps(sizes, processes, package).items():
-                in_ms = {side: [1e3 * each for each in times] for side, times in found.items()}
-                rows.append(row(FIRST_STEP.format(cache), in_ms))
-            advance(1, "first steps")
-    compared = None if package is None else package.resolve().name
-    return {
-        "benchmark": "cpu",
-        "environment": describe(CPU),
-        "sizes": sizes._asdict(),
-        "package": compared,
-        "rows": rows,
-    }
+    rows, clock = [], Clock(CPU)
+    with progress(len(names) + 1, "bench cpu") as advance:
+        for name in names:
+            advance(0, name)
+            rows.append(time_workload(name, sizes, clock, rounds))
+            advance(1, name)
+        rows += time_first_steps(sizes.first_numel, processes) if processes else []
+        advance(1, "first steps")
+    return {"benchmark": "cpu", "environment": describe(CPU), "sizes": sizes._asdict(), "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the result as Markdown: a line for each workload and side that it is compared with."""
-    sizes = result["sizes"]
-    small = f"{sizes['tensors']:,} small tensors of {sizes['tensors']:,} elements"
-    lines = [
-        f"flat: {sizes['numel']:,} elements; {small}; first step: {sizes['first_numel']:,} elements; median, in "
-        "brackets p20 to p80",
+    """Return one line per workload and compared optimizer."""
+    sizes, lines, absent = result["sizes"], [], []
+    for row in result["rows"]:
+        times = [row["name"], _times(row["sides"][OUR_SIDE])]
+        others = {side: found for side, found in row["sides"].items() if side != OUR_SIDE}
+        compared = [
+            [*times, side, _times(found), _ratio(found["ours_over_this"])]
+            for side, found in others.items()
+            if "absent" not in found
+        ]
+        lines += compared or [[*times, "", "", ""]]
+        absent += [f"{row['name']}, {side}: {found['absent']}" for side, found in others.items() if "absent" in found]
+    text = [
+        f"flat: {sizes['numel']:,} elements; {sizes['tensors']:,} small tensors of {sizes['tensors']:,} elements; "
+        f"first step: {sizes['first_numel']:,} elements; median, in brackets p20 to p80",
         "",
-        "| workload | ours, ms | compared with | its ms | ratio |",
-        "|---|---:|---|---:|---:|",
+        *markdown_table(["workload", "ours, ms", "compared with", "its ms", "ratio"], lines, right=(1, 3, 4)),
     ]
-    absent = []
-    for one in result["rows"]:
-        ours, others = _times(one["sides"][OURS]), {side: at for side, at in one["sides"].items() if side != OURS}
-        timed = {side: found for side, found in others.items() if "absent" not in found}
-        absent += [f"{one['name']}, {side}: {others[side]['absent']}" for side in others if side not in timed]
-        if not timed:
-            lines.append(f"| {one['name']} | {ours} | | | |")
-        for side, found in timed.items():
-            lines.append(f"| {one['name']} | {ours} | {side} | {_times(found)} | {_ratio(found['ours_over_this'])} |")
-    if result["package"] is not None:
-        lines += ["", f"{BASELINE}: {result['package']}"]
-    return "\n".join([*lines, *(["", "Absent: " + "; ".join(absent)] if absent else [])])
+    if result.get("package"):  # the commit of another copy of this package, in older results
+        text += ["", f"baseline: {result['package']}"]
+    return "\n".join([*text, *(["", "Absent: " + "; ".join(absent)] if absent else [])])
 
 
 def _ratio(value: float) -> str:
@@ -179,49 +279,23 @@ def _times(side: dict[str, float]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `adax-triton bench cpu`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--numel", type=int, default=Sizes().numel, help="elements of the flat tensors; other workloads keep their size"
-    )
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="NAME", help="; ".join(WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=30, help="samples of each side, at most")
-    parser.add_argument(
-        "--seconds", type=float, default=15.0, help="of a workload, after which no round begins, but for the first 5"
-    )
-    parser.add_argument("--processes", type=int, default=3, help="whose first step is timed, per side; 0 for none")
-    parser.add_argument("--package", type=Path, metavar="FOLDER", help="has another adax_triton, compared with ours")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the result")
+    parser.add_argument("--rounds", type=count, default=30, help="timed steps at most; default: %(default)s")
+    add_json(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure, print the table and keep the result; return 0, or 2 for arguments that do not fit."""
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        print("bench cpu: TRITON_INTERPRET is set, so Triton's interpreter would step CPU tensors; unset it")
-        return 2
-    for name, least in (("numel", 1), ("rounds", 1), ("seconds", 0), ("processes", 0)):
-        if getattr(arguments, name) < least:
-            print(f"bench cpu: --{name} is {getattr(arguments, name)}; expected at least {least}")
-            return 2
+    """Measure and print; return 2 without the native kernel."""
     problem = build_problem()
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        problem = "TRITON_INTERPRET is set, so Triton's interpreter would step CPU tensors; unset it"
     if problem is not None:
-        print(f"bench cpu: it measures the native kernel. {problem}")
+        print(f"bench cpu needs the native CPU kernel: {problem}", file=sys.stderr)
         return 2
-    if arguments.package is not None:
-        try:
-            check_package(arguments.package)
-        except ValueError as error:
-            print(f"bench cpu: {error}")
-            return 2
-    result = run(
-        arguments.only or list(WORKLOADS),
-        Sizes(numel=arguments.numel),
-        arguments.rounds,
-        arguments.seconds,
-        arguments.processes,
-        arguments.package,
-    )
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{origin(result)}\n\n{table(result)}")
+    publish(run(arguments.only or list(WORKLOADS), Sizes(), arguments.rounds), table, arguments.json)
     return 0
+
+
+if __name__ == "__main__":
+    first, params = provider(sys.argv[1]), make_params(flat(int(sys.argv[2])), CPU, seed=2)
+    print(time_call(first.build(params, RULES[first.second_moment]), CPU))

@@ -1,10 +1,9 @@
-"""Time of one optimizer step, ours beside the others', in one run.
+"""Time one optimizer step, ours and others', in one run.
 
-A provider whose result is not its rule's, by the reference in float64, gets no time (`gate.py`). The others of a mode
-step the same parameters and gradients in turn, each with states of its own, round after round, so that a drift of the
-machine meets them alike; medians are compared. All of it happens twice, on tensors of other values and other places, in
-opposite order, and once for what compiles long. The caches are overwritten before each step. Where not all states fit
-in memory together, providers run in several heats, each with ours and a copy beside them.
+Optimizers with wrong results are not timed (`correctness.py`). The others of a mode step the same parameters and
+gradients in turn, round after round, each with its own states, so that machine drift affects all of them equally. Each
+measurement runs twice, on different tensors and in opposite order; optimizers that compile for long run once. If the
+states do not fit in memory together, optimizers run in batches, each with ours and a copy.
 """
 
 from __future__ import annotations
@@ -12,71 +11,65 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from adax_triton.bench.harness import correctness as gate
+from adax_triton.bench.harness.correctness import reference_at_ends
 from adax_triton.bench.harness.providers import OURS, RULES, Provider, Step
 from adax_triton.bench.harness.timing import (
     Clock,
-    Peak,
     count_launches,
     free_bytes,
-    p20_and_p80,
+    quantiles,
     release,
     time_until_done,
 )
-from adax_triton.bench.harness.workloads import Shapes
+from adax_triton.bench.harness.workloads import Shapes, elements
 from torch import Tensor
 
 COPY = "copy"
 COPY_BYTES_PER_ELEMENT = 8
-# A copy of more float32 elements is no faster, and would take the place of a provider's states.
-MOST_COPIED = 2**30
-LEAST_ROUNDS = 2  # of each set of tensors, whatever the time
-USABLE = 0.85  # of the free memory
-
-Advance = Callable[[str], None]
+MOST_COPIED = 2**30  # float32 elements; a larger copy is not faster and uses memory
+MIN_ROUNDS = 2  # on each set of tensors, whatever the time
+USABLE = 0.85  # fraction of the free memory
 
 
 @dataclasses.dataclass(eq=False)
 class Entry:
-    """One who steps in turn with others, and what was found.
-
-    Attributes:
-        provider: who; None for the copy.
-        times: seconds of each timed step.
-        host_times: seconds of each launch, on a GPU.
-        first_step_s: seconds of the first step on these tensors.
-        peak_bytes: allocated beyond parameters and gradients, from construction to the second step, on a GPU.
-        absent: why there are no times.
-    """
+    """A provider, or None for the copy, and its measurements."""
 
     provider: Provider | None
-    times: list[float] = dataclasses.field(default_factory=list)
-    host_times: list[float] = dataclasses.field(default_factory=list)
+    times: list[float] = dataclasses.field(default_factory=list)  # seconds of each step
+    host_times: list[float] = dataclasses.field(default_factory=list)  # seconds of each launch, on a GPU
     first_step_s: float | None = None
-    peak_bytes: int | None = None
-    absent: str | None = None
+    peak_bytes: int | None = None  # allocated on a GPU until the second step, without parameters and gradients
+    absent: str | None = None  # why there are no times
+
+    @property
+    def label(self) -> str:
+        """Key of the row."""
+        return COPY if self.provider is None else self.provider.label
 
     def start(self, params: list[Tensor], device: torch.device) -> Step:
-        """Return the step, after the first two, of which the first is held against the reference."""
+        """Return the step function after two warm-up steps, the first of which is checked."""
         if self.provider is None:
             return copying(sum(param.numel() for param in params), device)
-        ends = gate.Ends(params)
-        with Peak(device) as peak:
-            step = self.provider.build(params, RULES[self.provider.second_moment])
-            first_step_s = time_until_done(step, device)
-            ends.check(self.provider)
-            time_until_done(step, device)
+        reference, before = reference_at_ends(self.provider, params), 0
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        step = self.provider.build(params, RULES[self.provider.second_moment])
+        first_step_s = time_until_done(step, device)
+        reference.check()
+        time_until_done(step, device)
         if self.first_step_s is None:
-            self.first_step_s, self.peak_bytes = first_step_s, peak.bytes
+            self.first_step_s = first_step_s
+            self.peak_bytes = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
         return step
 
 
 def make_params(shapes: Shapes, device: torch.device, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Return parameters with gradients, random, each tensor its own allocation."""
+    """Return random parameters with gradients, each tensor in its own allocation."""
     generator = torch.Generator(device=device).manual_seed(seed)
     params = []
     for shape in shapes:
@@ -87,7 +80,7 @@ def make_params(shapes: Shapes, device: torch.device, seed: int, dtype: torch.dt
 
 
 def copying(numel: int, device: torch.device) -> Step:
-    """Return a copy of so many float32 elements, `MOST_COPIED` at most."""
+    """Return a function that copies `numel` float32 elements, at most `MOST_COPIED`."""
     source = torch.randn(min(numel, MOST_COPIED), device=device)
     target = source.clone()
     return lambda: target.copy_(source)
@@ -100,84 +93,74 @@ def measure(
     device: torch.device,
     rounds: int,
     seconds: float,
-    advance: Advance = lambda now: None,
 ) -> dict[str, dict[str, Any]]:
-    """Time providers of one mode, all of which have passed the gate, on tensors of `shapes`.
+    """Time checked providers of one mode.
 
     Args:
-        providers: whose turn it is; ours first.
+        providers: optimizers to time, ours first.
         shapes: of the parameters.
         clock: of the device.
-        device: where.
+        device: of the parameters.
         rounds: timed steps of each provider at most, half of them on each set of tensors.
-        seconds: after which no round is begun, beyond `LEAST_ROUNDS` of each set.
-        advance: called with what is done, before it.
+        seconds: no round begins later than this, except the first `MIN_ROUNDS` of each set.
 
     Returns:
-        A row per provider, by label, and of the copy: what `summarize` returns, or why there is none.
+        {label: row} of the providers and the copy; a row is that of `summarize`, or `{"mode", "absent"}`.
     """
     rows: dict[str, dict[str, Any]] = {}
-    numel = sum(torch.Size(shape).numel() for shape in shapes)
-    chosen = heats(providers, numel, device)
-    if not chosen:
-        (mode,) = {provider.mode for provider in providers}
+    numel = elements(shapes)
+    batches = memory_batches(providers, numel, device)
+    if not batches:
+        mode = providers[0].mode
         needed, free = (2 * mode.param_dtype.itemsize + mode.state_bytes) * numel, free_bytes(device)
-        why = f"{needed / 1e9:.0f} GB beside a copy do not fit in {USABLE:.0%} of {free / 1e9:.0f} GB"
+        why = f"needs {needed / 1e9:.0f} GB and a copy; {USABLE:.0%} of {free / 1e9:.0f} GB are usable"
         return {provider.label: {"mode": provider.mode.name, "absent": why} for provider in providers}
-    for heat in chosen:
-        entries = [Entry(None), *map(Entry, heat)]
-        run_heat(entries, shapes, clock, device, rounds, seconds / len(chosen), advance)
-        found = {name_of(entry): summarize(entry, entries, numel) for entry in entries}
-        ours = next((row.get("median_ms") for name, row in found.items() if name.startswith(OURS)), None)
-        for name, row in found.items():
+    for batch in batches:
+        entries = [Entry(None), *map(Entry, batch)]
+        run_batch(entries, shapes, clock, device, rounds, seconds / len(batches))
+        found = {entry.label: summarize(entry, entries[0], numel) for entry in entries}
+        ours = next((row.get("median_ms") for label, row in found.items() if label.startswith(OURS)), None)
+        for label, row in found.items():
             if ours is not None and "median_ms" in row and row.get("elements", numel) == numel:
                 row["ours_over_this"] = ours / row["median_ms"]
-            rows.setdefault(name, row)
+            rows.setdefault(label, row)
     return rows
 
 
-def name_of(entry: Entry) -> str:
-    """Return the key of an entry's row."""
-    return COPY if entry.provider is None else entry.provider.label
-
-
-def heats(providers: list[Provider], numel: int, device: torch.device) -> list[list[Provider]]:
-    """Return providers in groups whose states fit in memory together, ours in each; none where not even one fits."""
+def memory_batches(providers: list[Provider], numel: int, device: torch.device) -> list[list[Provider]]:
+    """Split providers into batches whose states fit in memory, each with ours; [] if none fits."""
     mode = providers[0].mode
     shared = 2 * mode.param_dtype.itemsize * numel + COPY_BYTES_PER_ELEMENT * min(numel, MOST_COPIED)
-    room = int((USABLE * free_bytes(device) - shared) / (mode.state_bytes * numel)) if numel else len(providers)
+    room = int((USABLE * free_bytes(device) - shared) / (mode.state_bytes * numel))
     if room >= len(providers):
         return [providers]
     if room < 2 or not providers[0].name.startswith(OURS):
         return [[provider] for provider in providers] if room >= 1 else []
-    ours, *others = providers
-    return [[ours, *others[at : at + room - 1]] for at in range(0, len(others), room - 1)]
+    return [[providers[0], other] for other in providers[1:]]
 
 
-def run_heat(
-    entries: list[Entry],
-    shapes: Shapes,
-    clock: Clock,
-    device: torch.device,
-    rounds: int,
-    seconds: float,
-    advance: Advance,
+def run_batch(
+    entries: list[Entry], shapes: Shapes, clock: Clock, device: torch.device, rounds: int, seconds: float
 ) -> None:
-    """Time entries in turn, on two sets of tensors made in opposite order, and leave the times in them."""
+    """Time entries in turn on two sets of tensors, and store the times in them."""
     (dtype,) = {entry.provider.mode.param_dtype for entry in entries if entry.provider is not None}
     begun = time.perf_counter()
     halves = ((2, entries, -(-rounds // 2), seconds / 2), (3, entries[::-1], rounds // 2, seconds))
     for seed, order, most, until in halves:
-        if not most:
-            continue
-        params = make_params(shapes, device, seed, dtype)
-        # What compiles for long does so once.
-        again = [entry for entry in order if not (entry.times and entry.provider and entry.provider.most_tensors)]
-        steps = _start_all(again, params, device, advance)
+        params = make_params(shapes, device, seed, dtype) if most else []
+        steps = {}
+        for entry in order if most else []:
+            compiles_long = entry.provider is not None and entry.provider.most_tensors is not None
+            if entry.absent is None and not (entry.times and compiles_long):
+                try:
+                    steps[entry] = entry.start(params, device)
+                except Exception as error:  # the row shows it
+                    entry.absent = reason(error)
+            if entry.absent is not None:
+                release(device)
         for done in range(most):
-            if done >= LEAST_ROUNDS and time.perf_counter() - begun > until:
+            if done >= MIN_ROUNDS and time.perf_counter() - begun > until:
                 break
-            advance(f"round {len(entries[0].times) + 1}/{rounds}")
             for entry, step in steps.items():
                 host_s = clock.host_time(step)
                 if host_s is not None:
@@ -188,66 +171,47 @@ def run_heat(
         release(device)
 
 
-def _start_all(order: list[Entry], params: list[Tensor], device: torch.device, advance: Advance) -> dict[Entry, Step]:
-    steps = {}
-    for entry in order:
-        if entry.absent is not None:
-            continue
-        advance(f"first step of {name_of(entry)}")
-        try:
-            steps[entry] = entry.start(params, device)
-        except Exception as error:  # whatever stops a provider is what its row says
-            entry.absent = reason(error)
-        if entry.absent is not None:
-            release(device)
-    return steps
-
-
 def reason(error: Exception) -> str:
-    """Return an error's kind and the first line of its text."""
+    """Return an error's type and the first line of its text."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
-def summarize(entry: Entry, entries: list[Entry], numel: int) -> dict[str, Any]:
-    """Return the row of one entry of a heat, JSON-friendly.
+def summarize(entry: Entry, copy: Entry, numel: int) -> dict[str, Any]:
+    """Return the row of an entry, JSON-friendly: ms, host us, and bytes by formula over time.
 
-    Times are in ms, launches by the host in us, bandwidths by formula; the share is that of this heat's copy.
+    Args:
+        entry: with times, or the reason for none.
+        copy: the copy of the same batch, to whose bandwidth `copy_share` is relative.
+        numel: elements of all parameters.
     """
     row: dict[str, Any] = {} if entry.provider is None else {"mode": entry.provider.mode.name}
     if entry.absent is not None:
         return row | {"absent": entry.absent, "failed": True}
-    elements = min(numel, MOST_COPIED) if entry.provider is None else numel
+    copied = min(numel, MOST_COPIED)
+    copy_bandwidth = COPY_BYTES_PER_ELEMENT * copied / statistics.median(copy.times) if copy.times else None
     per_element = COPY_BYTES_PER_ELEMENT if entry.provider is None else entry.provider.bytes_per_element
-    median = statistics.median(entry.times)
-    p20, p80 = p20_and_p80(entry.times)
-    bandwidth = per_element * elements / median
-    (copy,) = (other for other in entries if other.provider is None)
-    copied = COPY_BYTES_PER_ELEMENT * min(numel, MOST_COPIED)
+    bandwidth = per_element * (copied if entry.provider is None else numel) / statistics.median(entry.times)
     return row | {
         "bytes_per_element": per_element,
         "rounds": len(entry.times),
-        "median_ms": median * 1e3,
-        "p20_ms": p20 * 1e3,
-        "p80_ms": p80 * 1e3,
+        **quantiles(entry.times),
         "gb_per_s": bandwidth / 1e9,
-        "copy_share": bandwidth / (copied / statistics.median(copy.times)) if copy.times else None,
+        "copy_share": None if copy_bandwidth is None else bandwidth / copy_bandwidth,
         "host_us": statistics.median(entry.host_times) * 1e6 if entry.host_times else None,
         "peak_bytes": entry.peak_bytes,
         "launches": None,
         "first_step_s": entry.first_step_s,
-        **({"elements": elements} if entry.provider is None else {}),
+        **({"elements": copied} if entry.provider is None else {}),
     }
 
 
 def launches_of(provider: Provider, shapes: Shapes, device: torch.device) -> int | None:
-    """Return the kernels that a step of `shapes` launches; None on a CPU, and where the profiler sees none.
+    """Return the kernels that a step launches on a GPU; None if the profiler sees none.
 
-    A profiler that has run once slows launches down, so this comes after all that is timed.
+    The profiler slows later launches down, so run it after all timing.
     """
-    if device.type != "cuda":
-        return None
     params = make_params(shapes, device, seed=2, dtype=provider.mode.param_dtype)
     step = provider.build(params, RULES[provider.second_moment])
-    time_until_done(step, device)
-    time_until_done(step, device)
+    for _ in range(2):
+        time_until_done(step, device)
     return count_launches(step)

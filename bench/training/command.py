@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adax_triton.bench.harness.environment import describe
-from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.environment import describe, origin
 from adax_triton.bench.harness.progress import progress
 from adax_triton.bench.harness.timing import p20_and_p80
 from adax_triton.bench.step.run import NOT_REACHED

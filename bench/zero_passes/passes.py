@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from adax_triton.bench.harness.environment import describe
-from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.environment import describe, origin
 from torch import nn
 
 from .traffic import Traffic

@@ -32,7 +32,7 @@ def test_table_has_every_optimizer_count_and_goal() -> None:
     assert len(lines) == 5 + 2 * len(names)
     assert "replaced by nothing" in lines[0]
     assert lines[2] == "| step | gradients | 1 tensors | 3 tensors |"
-    assert lines[-1] == "| goal | | 60 | 60 |"
+    assert lines[-1] == "| goal |  | 60 | 60 |"
     assert all(row["p20_us"] <= row["median_us"] <= row["p80_us"] for row in result["rows"])
 
 

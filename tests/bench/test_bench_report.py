@@ -127,7 +127,7 @@ def test_summary_has_a_row_per_mode_next_to_the_fastest_other() -> None:
         "torch AdamW fused": {"mode": "fp32", "median_ms": 3.0},
         "another": {"mode": "fp32", "median_ms": 2.5},
         "absent": {"mode": "fp32", "absent": "not here"},
-        f"adax_triton.AdaXW, {low}": {"mode": low, "median_ms": 0.75, "bytes_per_element": 14.0625, "copy_share": 0.5},
+        f"adax_triton.AdaXW, {8bit_v16}": {"mode": low, "median_ms": 0.75, "bytes_per_element": 14.0625, "copy_share": 0.5},
     }
     large = {"numel": 1000, "tensors": 1, "providers": rows}
     small = {"numel": 5, "tensors": 1, "providers": {"adax_triton.AdaXW": ours | {"median_ms": 0.1}}}
@@ -136,7 +136,7 @@ def test_summary_has_a_row_per_mode_next_to_the_fastest_other() -> None:
     assert lines[0] == "One step of 1,000 weights in one tensor."
     assert lines[4:] == [
         "| fp32 | 28 | 2.00 | 99% | 1.50 | another: 2.50 ms |",
-        f"| {low} | 14.06 | 0.75 | 50% | 4.00 |  |",
+        f"| {8bit_v16} | 14.06 | 0.75 | 50% | 4.00 |  |",
     ]
 
 
@@ -204,7 +204,7 @@ def test_readme_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     assert first.endswith(f"|\n{report.END}\n\nafter\n")
     assert "old" not in first
     assert report.files_of(readme) == files
-    assert report.between_marks(readme) == report.section(files, tmp_path)
+    assert f"{report.BEGIN}\n{report.section(files, tmp_path)}{report.END}" in first
     assert run("--readme", readme) == 0  # the files that it names
     assert readme.read_text() == first
 
@@ -220,7 +220,7 @@ def test_readme_without_its_marks_is_left_alone(text: str, tmp_path: Path, capsy
 
 def test_this_readme_is_what_the_committed_files_give() -> None:
     assert PUBLISHED
-    assert report.between_marks(ROOT / "README.md") == report.section(PUBLISHED, ROOT)
+    assert f"{report.BEGIN}\n{report.section(PUBLISHED, ROOT)}{report.END}" in (ROOT / "README.md").read_text()
 
 
 def test_published_report_is_what_the_committed_files_give() -> None:
@@ -229,7 +229,7 @@ def test_published_report_is_what_the_committed_files_give() -> None:
     stems = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
     files = [ROOT / "bench" / "results" / f"{stem}.json" for stem in stems]
     assert set(PUBLISHED) <= set(files)
-    assert text == report.document(files)
+    assert text == report.document(files, pictures=True)
     assert set(re.findall(r"\]\((.*?\.png)\)", text)) == {path.name for path in folder.glob("*.png")}
 
 

@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from adax_triton.bench.harness import correctness as gate
-from adax_triton.bench.harness import providers, timing, workloads
+from adax_triton.bench.harness import correctness, providers, timing, workloads
+from adax_triton.bench.harness.environment import origin
 from adax_triton.bench.harness.modes import FP32, MODES, Mode
-from adax_triton.bench.harness.origin import origin
-from adax_triton.bench.harness.peers import PEERS
 from adax_triton.bench.harness.providers import PROVIDERS, Provider
 from adax_triton.bench.step import command as step_report
 from adax_triton.bench.step import measure as step
@@ -33,7 +31,7 @@ ONE = {"flat 1,000": workloads.flat(1000)}
 
 @pytest.fixture(autouse=True)
 def few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "SHAPES", [(33, 17), (3,)])
+    monkeypatch.setattr(correctness, "SHAPES", [(33, 17), (3,)])
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**20)
 
 
@@ -92,13 +90,13 @@ def test_workloads_have_their_tensors_and_elements(shapes: workloads.Shapes, ten
 def test_figures_follow_from_times_and_formula() -> None:
     copy, entry = step.Entry(None, times=[0.25, 0.25]), step.Entry(named("adax_triton.AdaXW")[0])
     entry.times, entry.host_times = [0.5, 1.0, 2.0], [1e-4, 2e-4, 3e-4]
-    row = step.summarize(entry, [copy, entry], 10**9)
+    row = step.summarize(entry, copy, 10**9)
     assert row["median_ms"] == 1000.0
     assert row["p20_ms"] == pytest.approx(700.0) and row["p80_ms"] == pytest.approx(1600.0)
     assert row["gb_per_s"] == 28.0
     assert row["copy_share"] == 28 / 32  # the copy moves 8 bytes per element, at 32 GB/s
     assert row["host_us"] == 200.0
-    assert step.summarize(copy, [copy, entry], 10**9)["gb_per_s"] == 32.0
+    assert step.summarize(copy, copy, 10**9)["gb_per_s"] == 32.0
 
 
 def test_wrong_provider_gets_no_number() -> None:
@@ -117,15 +115,15 @@ def test_what_is_not_installed_is_listed_with_the_reason() -> None:
     (fused,) = named("torch AdamW fused")
     elsewhere = dataclasses.replace(fused, name="of a GPU", device_types=("cuda",))
     missing = dataclasses.replace(fused, package="no_such_package")
-    passed, turned_away = step_run.admit([missing, elsewhere], CPU, time.perf_counter() + 60)
+    passed, rejected = step_run.check_all([missing, elsewhere], CPU, time.perf_counter() + 60)
     assert passed == {}
-    reasons = {label: row["absent"] for label, row in turned_away.items()}
+    reasons = {label: row["absent"] for label, row in rejected.items()}
     assert reasons == {fused.label: "no_such_package is not installed", "of a GPU": "not for a CPU"}
 
 
-def test_every_peer_is_listed_on_every_device(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_provider_is_listed_on_every_device(capsys: pytest.CaptureFixture[str]) -> None:
     chosen = step_run.choose(tuple(MODES), None)
-    assert set(chosen) == {*PROVIDERS, *PEERS}
+    assert set(chosen) == set(PROVIDERS)
     groups = {name: list(group) for name, group in itertools.groupby(chosen, lambda provider: provider.mode.name)}
     assert list(groups) == list(MODES) and sum(map(len, groups.values())) == len(chosen)
     assert all(group[0].name == providers.OURS for group in groups.values())
@@ -153,10 +151,10 @@ def test_one_of_ours_that_breaks_fails_the_command(monkeypatch: pytest.MonkeyPat
     assert "adax_triton.AdaXW: RuntimeError: no such kernel" in capsys.readouterr().err
 
 
-def test_gate_closes_in_time() -> None:
+def test_no_check_begins_after_its_time() -> None:
     (fused,) = named("torch AdamW fused")
-    passed, turned_away = step_run.admit([fused], CPU, time.perf_counter() - 1)
-    assert (passed, turned_away[fused.label]["absent"]) == ({}, step_run.NOT_REACHED)
+    passed, rejected = step_run.check_all([fused], CPU, time.perf_counter() - 1)
+    assert (passed, rejected[fused.label]["absent"]) == ({}, step_run.NOT_REACHED)
 
 
 def test_what_compiles_long_does_so_once() -> None:
@@ -176,7 +174,7 @@ def test_what_the_budget_does_not_reach_is_no_failure() -> None:
 def test_long_compilation_is_left_to_those_who_ask_for_it() -> None:
     compiled = dataclasses.replace(named("torch AdamW fused")[0], most_tensors=150)  # on a GPU
     for asked in (False, True):
-        *_, result = step_run.run({"two": [(5,), (7,)]}, CPU, [compiled], rounds=1, budget=60, named=asked)
+        *_, result = step_run.run({"two": [(5,), (7,)]}, CPU, [compiled], rounds=1, budget=60, compile_long=asked)
         row = result["workloads"][0]["providers"][compiled.label]
         assert ("median_ms" in row) == asked
         assert asked or "--only" in row["absent"]
@@ -196,12 +194,12 @@ def test_long_compilation_is_left_to_those_who_ask_for_it() -> None:
     ],
     ids=["all", "two", "one", "none"],
 )
-def test_heats_fit_in_memory_and_hold_ours(
+def test_batches_fit_in_memory_and_have_ours(
     free: float, expected: list[list[str]] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step, "free_bytes", lambda device: free)
     chosen = named("adax_triton.AdaXW", "adax_triton.AdamW", "torch AdamW fused", "torch AdamW foreach")
-    found = [[provider.label for provider in heat] for heat in step.heats(chosen, 10**9, CPU)]
+    found = [[provider.label for provider in batch] for batch in step.memory_batches(chosen, 10**9, CPU)]
     assert found == ([[provider.label] for provider in chosen] if expected is None else expected)
 
 
@@ -252,10 +250,10 @@ def test_list_names_what_would_be_run(capsys: pytest.CaptureFixture[str]) -> Non
     assert {f"  {mode.name}: {mode.bytes_per_element:g}" for mode in MODES.values()} <= set(printed)
     assert "  GPT-2 small, 148 tensors: 124,439,808 elements" in printed
     assert "  adax_triton.AdaXW, bf16 + 8bit_v16" in printed
-    assert main(["bench", "step", "--device", "cpu", "--quick", "--list"]) == 0
+    assert main(["bench", "step", "--device", "cpu", "--sizes", "1e6", "--models", "--modes", "fp32", "--list"]) == 0
     printed = capsys.readouterr().out
     assert "flat 1,000,000" in printed
-    assert "GPT-2" not in printed and "compiled" not in printed
+    assert "GPT-2" not in printed and "bf16" not in printed
 
 
 @pytest.mark.parametrize(
@@ -267,7 +265,6 @@ def test_list_names_what_would_be_run(capsys: pytest.CaptureFixture[str]) -> Non
         (["--sizes", "inf"], "'inf'"),
         (["--sizes", "--models"], "no workload"),
         (["--rounds", "0"], "'0'"),
-        (["--threads", "x"], "'x'"),
         (["--budget", "-1"], "'-1'"),
         (["--modes", "fp64"], "fp64"),
         (["--models", "gpt5"], "gpt5"),

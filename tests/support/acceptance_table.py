@@ -74,7 +74,7 @@ def outcome_of_row(row: Row, outcomes: dict[str, str]) -> str:
 
 def table(rows: list[Row], runs: list[dict[str, Any]]) -> str:
     """Return the table as Markdown: a column for each run, oldest DeepSpeed first."""
-    from adax_triton.bench.harness.origin import origin
+    from adax_triton.bench.harness.environment import origin
 
     versions = [run["environment"]["deepspeed"] for run in runs]
     lines = [f"- {origin(run)}" for run in runs]

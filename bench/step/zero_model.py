@@ -1,0 +1,110 @@
+"""Step time and memory of a GPU under ZeRO by formula, from the bandwidths of a GPU result of `bench step`.
+
+A rank owns P / W of P parameters and steps them as one flat tensor, or in sub-groups of 10^9 at stage 3.
+DeepSpeed makes additional passes over them: `PASSES` has the bytes that these read and write per owned parameter of a
+bfloat16 run, counted with a TorchDispatchMode around DeepSpeed 0.19.8's `optimizer.step()`. `integrations.deepspeed`
+fuses the passes: one read of the bfloat16 gradient for its norm, then one pass that also unscales, clips and writes
+bfloat16 weights. `bench.zero_passes` counts the bytes of both. With r and copy, the bytes per second of a step and of a
+copy:
+
+    unfused  t = P / W (28 / r + 46 / copy)        42 at stage 3
+    fused    t = P / W (30 / r)
+
+Communication is not included, nor is the fixed cost of a launch.
+
+Memory of a GPU: bfloat16 weights and gradients, 2 bytes each, sharded from stage 3 and from stage 2 on; float32 master
+weights and states of owned parameters, 12 bytes. Unfused steps also need flat gradients in bfloat16 and float32, 6
+bytes per owned parameter, of one sub-group at stage 3. Activations and communication buffers are not included.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from adax_triton.bench.harness.markdown import markdown_table
+from adax_triton.bench.harness.providers import OURS
+
+PARAMETERS = {"1B": 1e9, "7B": 7e9, "70B": 70e9, "400B": 400e9, "1T": 1e12}
+WORLD_SIZES = (8, 64, 512, 4096)
+SUB_GROUP = 1e9  # DeepSpeed's default sub_group_size
+# Bytes per owned parameter and step at stages 1 and 2, and at stage 3.
+PASSES = {
+    "overflow check": (4, 0),
+    "norm": (18, 18),
+    "flatten": (4, 4),
+    "cast to float32": (6, 6),
+    "unscale and clip": (8, 8),
+    "copy to bfloat16": (6, 6),
+}
+STEP_BYTES, FUSED_BYTES = 28, 30
+_BFLOAT16, _OWNED, _FLAT_GRADIENTS = 2, 4 + 8, 2 + 4
+
+
+def pass_bytes(stage: int) -> int:
+    """Return the bytes that DeepSpeed's own passes move per owned parameter."""
+    return sum(bytes_[stage == 3] for bytes_ in PASSES.values())
+
+
+def step_seconds(owned: float, stage: int, fused: bool, step_rate: float, copy_rate: float) -> float:
+    """Return the seconds of a step of `owned` parameters; rates in bytes per second."""
+    if fused:
+        return owned * FUSED_BYTES / step_rate
+    return owned * (STEP_BYTES / step_rate + pass_bytes(stage) / copy_rate)
+
+
+def memory_bytes(parameters: float, world: int, stage: int, fused: bool) -> float:
+    """Return the bytes of weights, gradients, masters, states and flat gradients on each of `world` GPUs."""
+    owned = parameters / world
+    weights = _BFLOAT16 * (owned if stage == 3 else parameters)
+    gradients = _BFLOAT16 * (owned if stage >= 2 else parameters)
+    flat = 0.0 if fused else _FLAT_GRADIENTS * (min(owned, SUB_GROUP) if stage == 3 else owned)
+    return weights + gradients + _OWNED * owned + flat
+
+
+def rates_of(result: dict[str, Any]) -> tuple[float, float]:
+    """Return the bytes per second of our fp32 step and of a copy, of the largest flat tensor of a result.
+
+    Raises:
+        ValueError: the result is not of `bench step` on a GPU, or has no such step.
+    """
+    if result.get("benchmark") != "step" or "multiprocessors" not in result["environment"]:
+        raise ValueError("model: expected a result of `bench step` on a GPU; a CPU's figures say nothing about a GPU")
+    timed = [
+        (workload["numel"], workload["providers"])
+        for workload in result["workloads"]
+        if workload["tensors"] == 1 and "gb_per_s" in workload["providers"].get(OURS, {})
+    ]
+    if not timed:
+        raise ValueError(f"model: expected a flat tensor stepped by {OURS} in fp32, got none")
+    _, rows = max(timed, key=lambda one: one[0])
+    return 1e9 * rows[OURS]["gb_per_s"], 1e9 * rows["copy"]["gb_per_s"]
+
+
+def model(result: dict[str, Any]) -> str:
+    """Return the model as Markdown; see `rates_of` for the result and its errors."""
+    rates = rates_of(result)
+    times, memory = [], []
+    for stage, (name, parameters) in itertools.product((1, 2, 3), PARAMETERS.items()):
+        cells: tuple[list[str], list[str]] = [], []
+        for world in WORLD_SIZES:
+            ms = [1e3 * step_seconds(parameters / world, stage, fused, *rates) for fused in (False, True)]
+            gigabytes = [1e-9 * memory_bytes(parameters, world, stage, fused) for fused in (False, True)]
+            cells[0].append(" / ".join(map(_figure, ms)))
+            cells[1].append(" / ".join(map(_figure, gigabytes)))
+        times.append([name, str(stage), *cells[0]])
+        memory.append([name, str(stage), *cells[1]])
+    step_rate, copy_rate = (f"{rate / 1e9:,.0f} GB/s" for rate in rates)
+    titles = ["parameters", "stage", *(f"{world:,} GPUs" for world in WORLD_SIZES)]
+    lines = [
+        f"By formula, not measured: a step at {step_rate}, a copy at {copy_rate}, no communication.",
+        "The first figure is with DeepSpeed's own passes, the second with fused passes.",
+        *("", "Step, ms:", "", *markdown_table(titles, times)),
+        *("", "Memory of a GPU, GB:", "", *markdown_table(titles, memory)),
+    ]
+    return "\n".join(lines)
+
+
+def _figure(value: float) -> str:
+    """Return three significant digits, without an exponent."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
