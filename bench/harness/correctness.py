@@ -117,9 +117,10 @@ def check(provider: Provider, device: torch.device) -> CheckResult:
     reference = Reference(provider, rule, params)
     step: Any = None
     for scale in GRAD_SCALES:
-        for param in params:
-            param.grad = random(param.shape, scale)
-        reference.step([param.grad for param in params])
+        grads = [random(param.shape, scale) for param in params]
+        reference.step(grads)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
         begun = time.perf_counter()
         if step is None:
             step = provider.build(params, rule)
@@ -140,6 +141,7 @@ def reference_at_ends(provider: Provider, params: list[Tensor]) -> Reference:
     generator = torch.Generator(params[0].device).manual_seed(4)
     weights, grads = [], []
     for param in (params[0], params[-1]):
+        assert param.grad is not None
         for end in (slice(0, END_ELEMENTS), slice(max(0, param.numel() - END_ELEMENTS), None)):
             weights.append(param.detach().view(-1)[end])
             grads.append(param.grad.view(-1)[end])

@@ -45,8 +45,7 @@ class Provider:
         bytes_per_element: bytes that one fused update moves in its own formats. Default: those of the mode.
         device_types: where it runs.
         package: what must be installed.
-        most_tensors: for a provider that compiles long lists for minutes, the longest list that it is timed on by
-            default on a GPU; on a CPU that is 1. Default: no limit.
+        compiles_long: whether it compiles lists of tensors for minutes; it is then timed on them only if asked for.
     """
 
     name: str
@@ -56,7 +55,7 @@ class Provider:
     bytes_per_element: float = 0.0
     device_types: tuple[str, ...] = ("cuda", "cpu")
     package: str = "torch"
-    most_tensors: int | None = None
+    compiles_long: bool = False
 
     def __post_init__(self) -> None:
         if not self.bytes_per_element:
@@ -79,7 +78,11 @@ def ours(name: str, kind: type[AdaXW] | type[AdamW], mode: Mode, options: Mappin
 
     def build(params: list[Tensor], rule: Rule) -> Step:
         states, master_weights = mode.precision
-        kept = {"states": states, "master_weights": master_weights, "weight_rounding": mode.weight_rounding}
+        kept: dict[str, Any] = {
+            "states": states,
+            "master_weights": master_weights,
+            "weight_rounding": mode.weight_rounding,
+        }
         return kind(params, **kept, **rule, **options).step
 
     return Provider(name, mode, build, second_moment="adax" if kind is AdaXW else "adam", package="adax_triton")
@@ -111,11 +114,11 @@ def _other(
     options: Mapping[str, Any] = _NO_OPTIONS,
     device_types: tuple[str, ...] = ("cuda", "cpu"),
     moved: float = 0.0,
-    most_tensors: int | None = None,
+    compiles_long: bool = False,
 ) -> list[Provider]:
     """Return the optimizer class `path` of another package, in the modes that are nearest to its own dtypes."""
     package, build = path.partition(".")[0], _imported(path, options)
-    return [Provider(name, MODES[mode], build, "adam", moved, device_types, package, most_tensors) for mode in modes]
+    return [Provider(name, MODES[mode], build, "adam", moved, device_types, package, compiles_long) for mode in modes]
 
 
 _GPU = ("cuda",)
@@ -132,7 +135,7 @@ PROVIDERS: tuple[Provider, ...] = (
     ours("adax_triton.AdamW", AdamW, FP32),
     *_other("torch AdamW fused", "torch.optim.AdamW", _LIKE_PARAMS, {"fused": True}),
     *_other("torch AdamW foreach", "torch.optim.AdamW", _LIKE_PARAMS, {"foreach": True}),
-    *(Provider("torch AdamW compiled", MODES[mode], _compiled, most_tensors=150) for mode in _LIKE_PARAMS),
+    *(Provider("torch AdamW compiled", MODES[mode], _compiled, compiles_long=True) for mode in _LIKE_PARAMS),
     *_other("DeepSpeedCPUAdam", "deepspeed.ops.adam.DeepSpeedCPUAdam", _FLOAT32, {"adamw_mode": True}, ("cpu",)),
     *_other("DeepSpeed FusedAdam", "deepspeed.ops.adam.FusedAdam", _LIKE_PARAMS, _FUSED_ADAM, _GPU),
     *_other("Apex FusedAdam", "apex.optimizers.FusedAdam", _FLOAT32, _FUSED_ADAM, _GPU),
@@ -151,7 +154,7 @@ PROVIDERS: tuple[Provider, ...] = (
         _8BIT,
         {"bf16_stochastic_round": True},
         moved=_BLOCKWISE_8BIT,
-        most_tensors=150,
+        compiles_long=True,
     ),
     *_other("bitsandbytes AdamW8bit", "bitsandbytes.optim.AdamW8bit", _8BIT, moved=_BLOCKWISE_8BIT),
 )

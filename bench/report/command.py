@@ -36,13 +36,8 @@ _KIND_BY_KEY = {"workloads": "step", "cases": "train", "kinds": "precision", "ra
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `adax-triton bench report`."""
-    parser.add_argument(
-        "files",
-        nargs="*",
-        type=Path,
-        metavar="FILE",
-        help="JSON files of benchmarks; default with --readme: those that its section names",
-    )
+    files_help = "JSON files of benchmarks; default with --readme: those that its section names"
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=files_help)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and the PNG files here")
     parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite the text between {BEGIN} and {END}")
 
@@ -67,12 +62,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def read(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the kind of a result, and the result.
-
-    Raises:
-        ValueError: the file is not JSON, or not a result of this package.
-        OSError: it cannot be read.
-    """
+    """Return the kind of a result, and the result, or raise ValueError if the file is not one."""
     try:
         result = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -115,11 +105,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def document(files: Sequence[Path], pictures: bool = False) -> str:
-    """Return all results as Markdown, with the pictures that `write` draws if asked for.
-
-    Raises:
-        ValueError: a file is not a result.
-    """
+    """Return all results as Markdown, with the pictures that `write` draws if asked for."""
     parts = []
     for path in files:
         kind, result = read(path)
@@ -129,12 +115,7 @@ def document(files: Sequence[Path], pictures: bool = False) -> str:
 
 
 def write(folder: Path, files: Sequence[Path]) -> None:
-    """Write report.md, and the picture of each file whose kind has one.
-
-    Raises:
-        ValueError: a file is not a result, or two have the same name.
-        ImportError: matplotlib is not installed.
-    """
+    """Write report.md, and the picture of each file whose kind has one."""
     stems = [path.stem for path in files]
     if len(set(stems)) < len(stems):
         raise ValueError(f"files: two have the same name, in {stems}; pictures are named after them")
@@ -147,15 +128,7 @@ def write(folder: Path, files: Sequence[Path]) -> None:
 
 
 def section(files: Sequence[Path], root: Path) -> str:
-    """Return the text between the markers of a README.
-
-    Args:
-        files: results of the step benchmark, below `root`.
-        root: folder of the README; files are named relative to it.
-
-    Raises:
-        ValueError: a file is not a result of the step benchmark, or not below `root`.
-    """
+    """Return the text between the markers of a README in the folder `root`, from results of `bench step`."""
     parts = []
     for path in files:
         kind, result = read(path)
@@ -169,22 +142,18 @@ def section(files: Sequence[Path], root: Path) -> str:
 
 
 def files_of(readme: Path) -> list[Path]:
-    """Return the files that the section of a README was made from; raise ValueError without markers."""
+    """Return the files that the section of a README was made from."""
     return [readme.parent / name for name in _SOURCE.findall(_split(readme)[1])]
 
 
 def rewrite(readme: Path, files: Sequence[Path]) -> None:
-    """Replace the text between the markers.
-
-    Raises:
-        ValueError: the README does not have each marker once, in order, or a file is not a result.
-    """
+    """Replace the text between the markers."""
     before, _, after = _split(readme)
     readme.write_text(f"{before}{BEGIN}\n{section(files, readme.parent)}{END}{after}")
 
 
 def _split(readme: Path) -> tuple[str, str, str]:
-    """Return the text before, between and after the markers."""
+    """Return the text before, between and after the markers; raise ValueError without them."""
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme}: expected {BEGIN} and then {END}, once each")

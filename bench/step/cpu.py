@@ -1,8 +1,8 @@
 """Time a step on a CPU: ours next to torch's fused AdamW and DeepSpeedCPUAdam.
 
-In addition to `bench step`, it times the CPU step of ZeRO offload, telemetry, gradient release, and the first step of a
-new process. The measurement is that of `bench step`: interleaved, with cold caches, and checked at the first step.
-Missing packages are listed below the table. ratio = our time / other time, so below 1 ours is faster.
+The measurement is that of `bench step`, with telemetry, gradient release and the first step of a new process in
+addition. Missing packages are listed below the table. ratio = our time / other time, so below 1 ours is faster.
+`bench.zero_passes` times the CPU step of ZeRO offload.
 """
 
 from __future__ import annotations
@@ -21,107 +21,71 @@ from adax_triton.bench.harness.command import add_json, count, publish
 from adax_triton.bench.harness.environment import describe
 from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.harness.modes import FP32
-from adax_triton.bench.harness.progress import progress
 from adax_triton.bench.harness.providers import OURS, PROVIDERS, RULES, Provider, Rule, Step, ours
-from adax_triton.bench.harness.timing import Clock, quantiles, time_call
+from adax_triton.bench.harness.timing import quantiles, time_call
 from adax_triton.bench.harness.workloads import Shapes, flat, gpt2, many_small
 from torch import Tensor
 
-from adax_triton import AdaXW, ExternalGrads, GradientRelease
+from adax_triton import AdaXW, GradientRelease
 from adax_triton.step.cpu_kernel import build_problem
 
-from .measure import make_params, measure
+from .command import run as run_steps
+from .measure import make_params
+from .table import FUSED
 
 CPU = torch.device("cpu")
-OUR_SIDE, FUSED, DEEPSPEED = "ours", "torch AdamW fused", "DeepSpeedCPUAdam"
+OUR_SIDE = "ours"
 FIRST_STEP = "first step of a process, cache {}"
 PROCESSES = 3  # new processes per optimizer whose first step is timed
-SECONDS = 15.0  # time limit of a workload
-_WIDTH = 64  # of the linear layers of gradient release
+BUDGET_S = 30.0  # time limit of a workload
 
 
 class Sizes(NamedTuple):
-    """Sizes of the workloads.
+    """Sizes of the workloads."""
 
-    numel: elements of the flat tensors.
-    gpt2: layers, width, vocabulary and context of GPT-2.
-    tensors: n small tensors of n elements each.
-    linears: linear layers that gradient release steps.
-    first_numel: elements of the tensor that a new process steps.
-    """
-
-    numel: int = 50_000_000
-    gpt2: tuple[int, int, int, int] = (12, 768, 50257, 1024)
-    tensors: int = 1024
-    linears: int = 64
-    first_numel: int = 1_000_000
+    numel: int = 50_000_000  # elements of the flat tensors
+    gpt2: tuple[int, int, int, int] = (12, 768, 50257, 1024)  # layers, width, vocabulary, context
+    tensors: int = 1024  # n small tensors of n elements each
+    linears: int = 64  # linear layers that gradient release steps
+    first_numel: int = 1_000_000  # elements of the tensor that a new process steps
 
 
 class Workload(NamedTuple):
-    """Tensors of one dtype, and the optimizers that step them, ours first."""
+    """Tensors, and the optimizers of one mode that step them, ours first."""
 
     shapes: Callable[[Sizes], Shapes]
     providers: tuple[Provider, ...]
-
-
-def _offload(params: list[Tensor], rule: Rule) -> Step:
-    """Return our CPU step of ZeRO offload: float32 weights, bfloat16 gradient, bfloat16 copy of the weights."""
-    (weights,), grads, copies = _own(params), *_bfloat16(params)
-    optimizer, part = AdaXW([weights], **rule), ExternalGrads(weights, grads, copies[0])
-
-    def step() -> None:
-        optimizer.set_external_grads([part])
-        optimizer.step()
-
-    return step
-
-
-def _deepspeed_offload(params: list[Tensor], rule: Rule) -> Step:
-    """Return DeepSpeed's step: it casts the gradient, steps, and casts the weights (`stage_1_and_2.py`, `step`)."""
-    (weights,), grads, copies = _own(params), *_bfloat16(params)
-    weights.grad = torch.zeros_like(weights)
-    cpu_adam = provider(DEEPSPEED).build([weights], rule)
-
-    def step() -> None:
-        weights.grad.copy_(grads[0])
-        cpu_adam()
-        copies[0].copy_(weights.detach())
-
-    return step
-
-
-def _bfloat16(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    return [param.grad.bfloat16() for param in params], [param.detach().bfloat16() for param in params]
 
 
 def _released(params: list[Tensor], rule: Rule) -> Step:
     """Return a backward pass that steps each parameter as soon as it has its gradient."""
     own = _own(params)
     GradientRelease(AdaXW(own, **rule))
-    return _backward(own, [param.grad for param in params])
+    return lambda: _backward(own, params)
 
 
 def _after_backward(params: list[Tensor], rule: Rule) -> Step:
     """Return the same backward pass followed by a step of all parameters."""
     own = _own(params)
-    optimizer, backward = AdaXW(own, **rule), _backward(own, [param.grad for param in params])
+    optimizer = AdaXW(own, **rule)
 
     def step() -> None:
-        backward()
+        _backward(own, params)
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def _backward(params: list[Tensor], grads: list[Tensor]) -> Step:
-    """Return the backward pass of a loss that has these gradients."""
-    return lambda: sum((param * grad).sum() for param, grad in zip(params, grads, strict=True)).backward()
-
-
 def _own(params: list[Tensor]) -> list[Tensor]:
-    """Return the same weights as other parameters, without the gradients and hooks of these."""
+    """Return the same weights as other parameters, with their own gradients and hooks."""
     return [param.detach().requires_grad_() for param in params]
+
+
+def _backward(own: list[Tensor], params: list[Tensor]) -> None:
+    """Backpropagate a loss of `own` that has the gradients of `params`."""
+    pairs = [(weights, param.grad) for weights, param in zip(own, params, strict=True)]
+    torch.stack([(weights * grad).sum() for weights, grad in pairs if grad is not None]).sum().backward()
 
 
 def provider(label: str) -> Provider:
@@ -137,56 +101,40 @@ def _gpt2(sizes: Sizes) -> Shapes:
     return gpt2(*sizes.gpt2)
 
 
-def _linears(sizes: Sizes) -> Shapes:
-    return [(_WIDTH, _WIDTH), (_WIDTH,)] * sizes.linears
-
-
-_ADAX, _FUSED = provider(OURS), provider(FUSED)
-_BF16 = "bf16 + bfloat16"
-_TELEMETRY = ours("AdaXW with telemetry", AdaXW, FP32, {"telemetry": True})
-_NO_TELEMETRY = ours("AdaXW without telemetry", AdaXW, FP32)
+_ADAX, _FUSED, _BF16 = provider(OURS), provider(FUSED), "bf16 + bfloat16"
+_TELEMETRY = (
+    ours("AdaXW with telemetry", AdaXW, FP32, {"telemetry": True}),
+    ours("AdaXW without telemetry", AdaXW, FP32),
+)
+_RELEASE = (
+    Provider("AdaXW", FP32, _released, "adax", package="adax_triton"),
+    Provider("step after backward", FP32, _after_backward, "adax", package="adax_triton"),
+)
 WORKLOADS = {
-    "fp32, flat": Workload(_flat, (_ADAX, _FUSED, provider(DEEPSPEED))),
+    "fp32, flat": Workload(_flat, (_ADAX, _FUSED, provider("DeepSpeedCPUAdam"))),
     "fp32, GPT-2 small": Workload(_gpt2, (_ADAX, _FUSED)),
     "fp32, many small tensors": Workload(lambda sizes: many_small(sizes.tensors, sizes.tensors), (_ADAX, _FUSED)),
     "fp32, one tensor of 1,000": Workload(lambda sizes: flat(1000), (_ADAX, _FUSED)),
     "bf16, stochastic": Workload(_flat, (provider(f"{OURS}, {_BF16}"), provider(f"{FUSED}, {_BF16}"))),
-    "ZeRO offload": Workload(
-        _flat,
-        (
-            Provider("AdaXW", FP32, _offload, "adax"),
-            Provider(DEEPSPEED, FP32, _deepspeed_offload, package="deepspeed"),
-        ),
-    ),
     "8bit_v16, 24bit": Workload(_flat, (provider(f"{OURS}, bf16 + 8bit_v16 + 24-bit masters"),)),
     "8bit, 24bit": Workload(_flat, (provider(f"{OURS}, bf16 + 8bit + 24-bit masters"),)),
-    "telemetry, flat": Workload(_flat, (_TELEMETRY, _NO_TELEMETRY)),
-    "telemetry, GPT-2 small": Workload(_gpt2, (_TELEMETRY, _NO_TELEMETRY)),
-    "gradient release": Workload(
-        _linears,
-        (Provider("AdaXW", FP32, _released, "adax"), Provider("step after backward", FP32, _after_backward, "adax")),
-    ),
+    "telemetry, flat": Workload(_flat, _TELEMETRY),
+    "telemetry, GPT-2 small": Workload(_gpt2, _TELEMETRY),
+    "gradient release": Workload(lambda sizes: [(64, 64), (64,)] * sizes.linears, _RELEASE),
 }
 
 
-def time_workload(name: str, sizes: Sizes, clock: Clock, rounds: int) -> dict[str, Any]:
-    """Time the optimizers of a workload; return its row, JSON-friendly.
-
-    Raises:
-        RuntimeError: our own step fails.
-    """
-    shapes, providers = WORKLOADS[name].shapes(sizes), WORKLOADS[name].providers
-    missing = {one.label: why for one in providers if (why := one.missing_on(CPU)) is not None}
-    found = measure([one for one in providers if one.label not in missing], shapes, clock, CPU, rounds, SECONDS)
-    first = found[providers[0].label]
+def time_workload(name: str, sizes: Sizes, rounds: int) -> dict[str, Any]:
+    """Return the row of a workload, JSON-friendly; raise RuntimeError if our own step fails."""
+    shapes, providers = WORKLOADS[name].shapes(sizes), list(WORKLOADS[name].providers)
+    *_, result = run_steps({name: shapes}, CPU, providers, rounds, BUDGET_S)
+    rows = result["workloads"][0]["providers"]
+    first = rows[providers[0].label]
     if "absent" in first:
         raise RuntimeError(f"{name}: {first['absent']}")
-    sides = {}
-    for index, one in enumerate(providers):
-        row = found.get(one.label, {"absent": missing.get(one.label)})
-        sides[one.name if index else OUR_SIDE] = {
-            key: row[key] for key in ("median_ms", "p20_ms", "p80_ms", "absent") if key in row
-        }
+    keys = ("median_ms", "p20_ms", "p80_ms", "absent")
+    sides = {one.name: {key: rows[one.label][key] for key in keys if key in rows[one.label]} for one in providers[1:]}
+    sides = {OUR_SIDE: {key: first[key] for key in keys[:3]}} | sides
     return {"name": name, "rounds": first["rounds"], "sides": with_ratios(sides)}
 
 
@@ -233,14 +181,8 @@ def run(names: Sequence[str], sizes: Sizes, rounds: int, processes: int = PROCES
         rounds: timed steps of each optimizer at most.
         processes: new processes per optimizer whose first step is timed; 0 for none.
     """
-    rows, clock = [], Clock(CPU)
-    with progress(len(names) + 1, "bench cpu") as advance:
-        for name in names:
-            advance(0, name)
-            rows.append(time_workload(name, sizes, clock, rounds))
-            advance(1, name)
-        rows += time_first_steps(sizes.first_numel, processes) if processes else []
-        advance(1, "first steps")
+    rows = [time_workload(name, sizes, rounds) for name in names]
+    rows += time_first_steps(sizes.first_numel, processes) if processes else []
     return {"benchmark": "cpu", "environment": describe(CPU), "sizes": sizes._asdict(), "rows": rows}
 
 

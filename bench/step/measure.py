@@ -150,8 +150,8 @@ def run_batch(
         params = make_params(shapes, device, seed, dtype) if most else []
         steps = {}
         for entry in order if most else []:
-            compiles_long = entry.provider is not None and entry.provider.most_tensors is not None
-            if entry.absent is None and not (entry.times and compiles_long):
+            compiled = entry.times and entry.provider is not None and entry.provider.compiles_long
+            if entry.absent is None and not compiled:  # those that compile for long run in the first half only
                 try:
                     steps[entry] = entry.start(params, device)
                 except Exception as error:  # the row shows it
@@ -177,13 +177,7 @@ def reason(error: Exception) -> str:
 
 
 def summarize(entry: Entry, copy: Entry, numel: int) -> dict[str, Any]:
-    """Return the row of an entry, JSON-friendly: ms, host us, and bytes by formula over time.
-
-    Args:
-        entry: with times, or the reason for none.
-        copy: the copy of the same batch, to whose bandwidth `copy_share` is relative.
-        numel: elements of all parameters.
-    """
+    """Return the row of an entry, JSON-friendly; `copy_share` is relative to the copy of the same batch."""
     row: dict[str, Any] = {} if entry.provider is None else {"mode": entry.provider.mode.name}
     if entry.absent is not None:
         return row | {"absent": entry.absent, "failed": True}

@@ -23,8 +23,8 @@ from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.harness.providers import OURS, PROVIDERS, Provider
 from adax_triton.bench.harness.workloads import flat, many_small
 
+from .command import run as run_steps
 from .measure import COPY
-from .run import run as run_steps
 from .table import FUSED
 from .zero_model import model
 

@@ -1,7 +1,7 @@
 """Step time and memory of a GPU under ZeRO by formula, from the bandwidths of a GPU result of `bench step`.
 
 A rank owns P / W of P parameters and steps them as one flat tensor, or in sub-groups of 10^9 at stage 3.
-DeepSpeed makes additional passes over them: `PASSES` has the bytes that these read and write per owned parameter of a
+DeepSpeed makes additional passes over them: `PASSES` are the bytes that these read and write per owned parameter of a
 bfloat16 run, counted with a TorchDispatchMode around DeepSpeed 0.19.8's `optimizer.step()`. `integrations.deepspeed`
 fuses the passes: one read of the bfloat16 gradient for its norm, then one pass that also unscales, clips and writes
 bfloat16 weights. `bench.zero_passes` counts the bytes of both. With r and copy, the bytes per second of a step and of a
@@ -28,22 +28,16 @@ from adax_triton.bench.harness.providers import OURS
 PARAMETERS = {"1B": 1e9, "7B": 7e9, "70B": 70e9, "400B": 400e9, "1T": 1e12}
 WORLD_SIZES = (8, 64, 512, 4096)
 SUB_GROUP = 1e9  # DeepSpeed's default sub_group_size
-# Bytes per owned parameter and step at stages 1 and 2, and at stage 3.
-PASSES = {
-    "overflow check": (4, 0),
-    "norm": (18, 18),
-    "flatten": (4, 4),
-    "cast to float32": (6, 6),
-    "unscale and clip": (8, 8),
-    "copy to bfloat16": (6, 6),
-}
+# Bytes per owned parameter: norm, flatten, cast to float32, unscale and clip, copy to bfloat16.
+PASSES = 18 + 4 + 6 + 8 + 6
+OVERFLOW_CHECK = 4  # at stages 1 and 2
 STEP_BYTES, FUSED_BYTES = 28, 30
 _BFLOAT16, _OWNED, _FLAT_GRADIENTS = 2, 4 + 8, 2 + 4
 
 
 def pass_bytes(stage: int) -> int:
     """Return the bytes that DeepSpeed's own passes move per owned parameter."""
-    return sum(bytes_[stage == 3] for bytes_ in PASSES.values())
+    return PASSES if stage == 3 else PASSES + OVERFLOW_CHECK
 
 
 def step_seconds(owned: float, stage: int, fused: bool, step_rate: float, copy_rate: float) -> float:
@@ -63,11 +57,7 @@ def memory_bytes(parameters: float, world: int, stage: int, fused: bool) -> floa
 
 
 def rates_of(result: dict[str, Any]) -> tuple[float, float]:
-    """Return the bytes per second of our fp32 step and of a copy, of the largest flat tensor of a result.
-
-    Raises:
-        ValueError: the result is not of `bench step` on a GPU, or has no such step.
-    """
+    """Return the bytes per second of our fp32 step and of a copy, of the largest flat tensor of a GPU result."""
     if result.get("benchmark") != "step" or "multiprocessors" not in result["environment"]:
         raise ValueError("model: expected a result of `bench step` on a GPU; a CPU's figures say nothing about a GPU")
     timed = [
@@ -82,7 +72,7 @@ def rates_of(result: dict[str, Any]) -> tuple[float, float]:
 
 
 def model(result: dict[str, Any]) -> str:
-    """Return the model as Markdown; see `rates_of` for the result and its errors."""
+    """Return the model as Markdown; raise ValueError if the result is not of `bench step` on a GPU."""
     rates = rates_of(result)
     times, memory = [], []
     for stage, (name, parameters) in itertools.product((1, 2, 3), PARAMETERS.items()):

@@ -29,7 +29,7 @@ import torch
 from adax_triton.bench.harness.environment import describe, origin
 from adax_triton.bench.harness.progress import progress
 from adax_triton.bench.harness.timing import p20_and_p80
-from adax_triton.bench.step.run import NOT_REACHED
+from adax_triton.bench.step.command import NOT_REACHED
 
 from .cases import CLIPPING, DTYPES, Case, cases, choose
 from .rank import Job

@@ -17,7 +17,6 @@ from adax_triton.bench.harness.modes import FP32, MODES, Mode
 from adax_triton.bench.harness.providers import PROVIDERS, Provider
 from adax_triton.bench.step import command as step_report
 from adax_triton.bench.step import measure as step
-from adax_triton.bench.step import run as step_run
 from adax_triton.bench.step import table as step_table
 from paths import SUPPORT
 from torch import nn
@@ -102,27 +101,27 @@ def test_figures_follow_from_times_and_formula() -> None:
 def test_wrong_provider_gets_no_number() -> None:
     (fused,) = named("torch AdamW fused")
     wrong = dataclasses.replace(fused, name="wrong", second_moment="adax")
-    *_, result = step_run.run(ONE, CPU, [fused, wrong], rounds=2, budget=60)
+    *_, result = step_report.run(ONE, CPU, [fused, wrong], rounds=2, budget=60)
     rows = result["workloads"][0]["providers"]
     assert "WrongResultError" in rows["wrong"]["absent"]
     assert "median_ms" not in rows["wrong"]
     assert rows["torch AdamW fused"]["rounds"] == rows["copy"]["rounds"] == 2
     assert rows["torch AdamW fused"]["error"] <= rows["torch AdamW fused"]["tolerance"]
-    assert step_run.failures(result) == {}  # not ours
+    assert step_report.failures(result) == {}  # not ours
 
 
 def test_what_is_not_installed_is_listed_with_the_reason() -> None:
     (fused,) = named("torch AdamW fused")
     elsewhere = dataclasses.replace(fused, name="of a GPU", device_types=("cuda",))
     missing = dataclasses.replace(fused, package="no_such_package")
-    passed, rejected = step_run.check_all([missing, elsewhere], CPU, time.perf_counter() + 60)
+    passed, rejected = step_report.check_all([missing, elsewhere], CPU, time.perf_counter() + 60)
     assert passed == {}
     reasons = {label: row["absent"] for label, row in rejected.items()}
     assert reasons == {fused.label: "no_such_package is not installed", "of a GPU": "not for a CPU"}
 
 
 def test_every_provider_is_listed_on_every_device(capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = step_run.choose(tuple(MODES), None)
+    chosen = step_report.choose(tuple(MODES), None)
     assert set(chosen) == set(PROVIDERS)
     groups = {name: list(group) for name, group in itertools.groupby(chosen, lambda provider: provider.mode.name)}
     assert list(groups) == list(MODES) and sum(map(len, groups.values())) == len(chosen)
@@ -145,7 +144,9 @@ def test_one_of_ours_that_breaks_fails_the_command(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("no such kernel")
 
     (ours,) = named("adax_triton.AdaXW")
-    monkeypatch.setattr(step_run, "PROVIDERS", (dataclasses.replace(ours, build=broken), *named("torch AdamW fused")))
+    monkeypatch.setattr(
+        step_report, "PROVIDERS", (dataclasses.replace(ours, build=broken), *named("torch AdamW fused"))
+    )
     words = ["bench", "step", "--device", "cpu", "--sizes", "10", "--models", "--rounds", "1"]
     assert main([*words, "--only", "AdaXW", "fused"]) == 1
     assert "adax_triton.AdaXW: RuntimeError: no such kernel" in capsys.readouterr().err
@@ -153,28 +154,28 @@ def test_one_of_ours_that_breaks_fails_the_command(monkeypatch: pytest.MonkeyPat
 
 def test_no_check_begins_after_its_time() -> None:
     (fused,) = named("torch AdamW fused")
-    passed, rejected = step_run.check_all([fused], CPU, time.perf_counter() - 1)
-    assert (passed, rejected[fused.label]["absent"]) == ({}, step_run.NOT_REACHED)
+    passed, rejected = step_report.check_all([fused], CPU, time.perf_counter() - 1)
+    assert (passed, rejected[fused.label]["absent"]) == ({}, step_report.NOT_REACHED)
 
 
 def test_what_compiles_long_does_so_once() -> None:
     (fused,) = named("torch AdamW fused")
-    slow = dataclasses.replace(fused, name="slow", most_tensors=150)
+    slow = dataclasses.replace(fused, name="slow", compiles_long=True)
     rows = step.measure([fused, slow], [(5,)], timing.Clock(CPU), CPU, rounds=4, seconds=60.0)
     assert [rows[name]["rounds"] for name in ("torch AdamW fused", "slow", "copy")] == [4, 2, 4]
 
 
 def test_what_the_budget_does_not_reach_is_no_failure() -> None:
-    *_, result = step_run.run(ONE, CPU, named("adax_triton.AdaXW"), rounds=1, budget=1e-9)
+    *_, result = step_report.run(ONE, CPU, named("adax_triton.AdaXW"), rounds=1, budget=1e-9)
     row = result["workloads"][0]["providers"]["adax_triton.AdaXW"]
-    assert row["absent"] == step_run.NOT_REACHED
-    assert step_run.failures(result) == {}
+    assert row["absent"] == step_report.NOT_REACHED
+    assert step_report.failures(result) == {}
 
 
 def test_long_compilation_is_left_to_those_who_ask_for_it() -> None:
-    compiled = dataclasses.replace(named("torch AdamW fused")[0], most_tensors=150)  # on a GPU
+    compiled = dataclasses.replace(named("torch AdamW fused")[0], compiles_long=True)
     for asked in (False, True):
-        *_, result = step_run.run({"two": [(5,), (7,)]}, CPU, [compiled], rounds=1, budget=60, compile_long=asked)
+        *_, result = step_report.run({"two": [(5,), (7,)]}, CPU, [compiled], rounds=1, budget=60, compile_long=asked)
         row = result["workloads"][0]["providers"][compiled.label]
         assert ("median_ms" in row) == asked
         assert asked or "--only" in row["absent"]
