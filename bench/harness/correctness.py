@@ -56,13 +56,7 @@ def tolerance(mode: Mode) -> float:
 
 
 class Reference:
-    """Steps a provider's weights in float64 by the reference, with decoupled weight decay.
-
-    Args:
-        provider: whose rule it follows.
-        rule: its hyper-parameters.
-        weights: those that the provider steps, before its first step.
-    """
+    """Steps copies of a provider's weights in float64 by the reference, with decoupled weight decay."""
 
     def __init__(self, provider: Provider, rule: Rule, weights: list[Tensor]) -> None:
         self._provider, self._rule, self._weights = provider, rule, weights
@@ -86,11 +80,7 @@ class Reference:
             adax_update(exact, grad.double(), *moments, **scalars._asdict())
 
     def check(self) -> float:
-        """Compare after the same number of steps, and return the error.
-
-        Raises:
-            WrongResultError: the error of a tensor is above `tolerance`, or not finite.
-        """
+        """Compare after the same number of steps and return the error, or raise WrongResultError."""
         errors = [
             (found.detach().double() - exact).norm() / (exact - start).norm()
             for found, exact, start in zip(self._weights, self._exact, self._start, strict=True)

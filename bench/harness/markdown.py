@@ -11,12 +11,6 @@ def markdown_row(cells: Iterable[str]) -> str:
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Return the lines of a Markdown table.
-
-    Args:
-        titles: of the columns.
-        rows: the cells of each row.
-        right: indices of the columns that are aligned to the right.
-    """
+    """Return the lines of a Markdown table; `right` has the indices of right-aligned columns."""
     rule = "".join("|---:" if index in right else "|---" for index in range(len(titles)))
     return [markdown_row(titles), f"{rule}|", *map(markdown_row, rows)]

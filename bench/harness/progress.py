@@ -12,12 +12,7 @@ from collections.abc import Callable, Iterator
 def progress(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
     """Show a progress bar, or nothing where tqdm is not installed.
 
-    Args:
-        total: units of work.
-        label: title of the bar.
-
-    Yields:
-        `advance(count, text)`: count more units as done, and show what is done now.
+    Yields `advance(count, text)`, which counts more units as done and shows the current task.
     """
     if importlib.util.find_spec("tqdm") is None:
         yield lambda count, text: None

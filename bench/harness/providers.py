@@ -77,12 +77,7 @@ def ours(name: str, kind: type[AdaXW] | type[AdamW], mode: Mode, options: Mappin
     """Return one of our optimizers in a mode, with additional options."""
 
     def build(params: list[Tensor], rule: Rule) -> Step:
-        states, master_weights = mode.precision
-        kept: dict[str, Any] = {
-            "states": states,
-            "master_weights": master_weights,
-            "weight_rounding": mode.weight_rounding,
-        }
+        kept: dict[str, Any] = {**mode.precision._asdict(), "weight_rounding": mode.weight_rounding}
         return kind(params, **kept, **rule, **options).step
 
     return Provider(name, mode, build, second_moment="adax" if kind is AdaXW else "adam", package="adax_triton")

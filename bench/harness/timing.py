@@ -35,12 +35,7 @@ class Clock:
         self._fill_s = min(time_call(lambda: self._filler.fill_(1), device) for _ in range(3))
 
     def time(self, call: Call, host_s: float | None) -> float:
-        """Return the seconds of one call.
-
-        Args:
-            call: function to time.
-            host_s: seconds that the host takes to launch it on a GPU; None on a CPU.
-        """
+        """Return the seconds of one call, which the host launches in `host_s` seconds on a GPU; None on a CPU."""
         for _ in range(1 if host_s is None else 1 + math.ceil(min(2 * host_s, _MAX_BUSY_S) / self._fill_s)):
             self._filler.fill_(1)
         if self._device.type == "cpu":

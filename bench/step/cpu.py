@@ -173,14 +173,7 @@ def _first_step(label: str, numel: int, environment: Mapping[str, str]) -> float
 
 
 def run(names: Sequence[str], sizes: Sizes, rounds: int, processes: int = PROCESSES) -> dict[str, Any]:
-    """Return the rows of workloads and of first steps, JSON-friendly.
-
-    Args:
-        names: of workloads.
-        sizes: of their tensors.
-        rounds: timed steps of each optimizer at most.
-        processes: new processes per optimizer whose first step is timed; 0 for none.
-    """
+    """Return the rows of workloads and of the first steps of new processes, JSON-friendly."""
     rows = [time_workload(name, sizes, rounds) for name in names]
     rows += time_first_steps(sizes.first_numel, processes) if processes else []
     return {"benchmark": "cpu", "environment": describe(CPU), "sizes": sizes._asdict(), "rows": rows}
@@ -221,7 +214,9 @@ def _times(side: dict[str, float]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `adax-triton bench cpu`."""
-    parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="NAME", help="; ".join(WORKLOADS))
+    parser.add_argument(
+        "--only", nargs="+", choices=WORKLOADS, metavar="NAME", help="workloads: " + "; ".join(WORKLOADS)
+    )
     parser.add_argument("--rounds", type=count, default=30, help="timed steps at most; default: %(default)s")
     add_json(parser)
 

@@ -87,25 +87,17 @@ def copying(numel: int, device: torch.device) -> Step:
 
 
 def measure(
-    providers: list[Provider],
-    shapes: Shapes,
-    clock: Clock,
-    device: torch.device,
-    rounds: int,
-    seconds: float,
+    providers: list[Provider], shapes: Shapes, clock: Clock, device: torch.device, rounds: int, seconds: float
 ) -> dict[str, dict[str, Any]]:
-    """Time checked providers of one mode.
+    """Time checked providers of one mode, ours first; return {label: row} of them and of a copy.
 
     Args:
-        providers: optimizers to time, ours first.
+        providers: optimizers to time.
         shapes: of the parameters.
         clock: of the device.
         device: of the parameters.
         rounds: timed steps of each provider at most, half of them on each set of tensors.
         seconds: no round begins later than this, except the first `MIN_ROUNDS` of each set.
-
-    Returns:
-        {label: row} of the providers and the copy; a row is that of `summarize`, or `{"mode", "absent"}`.
     """
     rows: dict[str, dict[str, Any]] = {}
     numel = elements(shapes)

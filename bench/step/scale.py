@@ -43,11 +43,7 @@ _POINT = ("median_ms", "p20_ms", "p80_ms", "host_us")
 def run(
     device: torch.device, sizes: Sequence[int], tensors: Sequence[int], rounds: int, providers: list[Provider]
 ) -> dict[str, Any]:
-    """Measure both lines of fp32 providers, ours first, and of a copy; return the result, JSON-friendly.
-
-    Raises:
-        ValueError: a line has less than two points that fit in memory.
-    """
+    """Measure both lines of fp32 providers, ours first, and of a copy; return the result, JSON-friendly."""
     workloads = {f"elements {size}": flat(size) for size in sorted(set(sizes))}
     workloads |= {f"tensors {number}": many_small(number, TENSOR_SIZE) for number in sorted(set(tensors))}
     *_, measured = run_steps(workloads, device, providers, rounds, BUDGET_S)
@@ -91,11 +87,7 @@ def _slopes(row: dict[str, Any]) -> dict[str, float]:
 
 
 def slope(sizes: Sequence[float], times: Sequence[float]) -> float:
-    """Return the exponent b of times ~ sizes^b, by least squares of the logarithms.
-
-    Raises:
-        ValueError: less than two different sizes.
-    """
+    """Return the exponent b of times ~ sizes^b, by least squares of the logarithms."""
     if len(set(sizes)) < 2:
         raise ValueError(f"sizes, tensors: expected at least two different ones that fit in memory, got {list(sizes)}")
     return statistics.linear_regression([math.log(size) for size in sizes], [math.log(t) for t in times]).slope
