@@ -119,7 +119,7 @@ def test_every_kind_of_result_is_reported(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_summary_has_a_row_per_mode_next_to_the_fastest_other() -> None:
-    low = "bf16 + 8bit_v16 + 24-bit masters"
+    mode = "bf16 + 8bit_v16 + 24-bit masters"
     ours = {"mode": "fp32", "median_ms": 2.0, "bytes_per_element": 28.0, "copy_share": 0.99}
     rows: dict[str, dict[str, Any]] = {
         "adax_triton.AdaXW": ours,
@@ -127,7 +127,12 @@ def test_summary_has_a_row_per_mode_next_to_the_fastest_other() -> None:
         "torch AdamW fused": {"mode": "fp32", "median_ms": 3.0},
         "another": {"mode": "fp32", "median_ms": 2.5},
         "absent": {"mode": "fp32", "absent": "not here"},
-        f"adax_triton.AdaXW, {8bit_v16}": {"mode": low, "median_ms": 0.75, "bytes_per_element": 14.0625, "copy_share": 0.5},
+        f"adax_triton.AdaXW, {mode}": {
+            "mode": mode,
+            "median_ms": 0.75,
+            "bytes_per_element": 14.0625,
+            "copy_share": 0.5,
+        },
     }
     large = {"numel": 1000, "tensors": 1, "providers": rows}
     small = {"numel": 5, "tensors": 1, "providers": {"adax_triton.AdaXW": ours | {"median_ms": 0.1}}}
@@ -136,7 +141,7 @@ def test_summary_has_a_row_per_mode_next_to_the_fastest_other() -> None:
     assert lines[0] == "One step of 1,000 weights in one tensor."
     assert lines[4:] == [
         "| fp32 | 28 | 2.00 | 99% | 1.50 | another: 2.50 ms |",
-        f"| {8bit_v16} | 14.06 | 0.75 | 50% | 4.00 |  |",
+        f"| {mode} | 14.06 | 0.75 | 50% | 4.00 |  |",
     ]
 
 
