@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adax_triton.bench.harness.environment import describe, origin
-from adax_triton.bench.harness.markdown import markdown_row
+from adax_triton.bench.harness.environment import describe
+from adax_triton.bench.harness.origin import origin
 from adax_triton.bench.harness.timing import Call, Clock, release
 
 from .measure import reason
+from .table import markdown_row
 from .variant_cases import DIFFERS, NormCase, StepCase, case_of, compile_variant
 from .variant_sections import SECTIONS, Section, Variant, variants_of
 

@@ -1,0 +1,1 @@
+"""Launch shapes and rewrites of the kernels, timed on a GPU."""
