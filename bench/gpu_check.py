@@ -1,30 +1,30 @@
-"""Check and measure on a GPU machine in two calls: from a bare checkout, no network, no installation.
+"""Test and benchmark a GPU machine in two runs, from a bare checkout, without network or installation.
 
     COMMIT=<hash> python3 bench/gpu_check.py --call 1 [--out FOLDER] [--wheels FOLDER]
     COMMIT=<hash> python3 bench/gpu_check.py --call 2 [--tests FILE ...]
 
-It needs torch, triton and pytest. Call 1 takes at most 240 s and finds what does not work:
+It needs torch, triton and pytest. Call 1 takes at most 240 s and tests:
 
-    device      the GPU, its driver and the software; if it or the doctor fails, everything after it is left out
-    doctor      whether the kernel is right
-    compile     the kernels that many tests share, in parallel
-    tests       those that use a GPU; several at a time where pytest-xdist is installed
-    variants    launch shapes and rewrites of the kernel, timed next to a copy
+    device      GPU, driver and versions; if it or the doctor fails, the other parts are skipped
+    doctor      kernel results
+    compile     kernels that many tests share, in parallel
+    tests       those that use a GPU; in parallel if pytest-xdist is installed
+    variants    launch shapes and rewrites of the kernel, timed together with a copy
 
 Call 2 takes at most 360 s and measures:
 
     device, compile    as in call 1
-    tests              only the files that --tests names
-    counters           bytes and throughput of a step of every mode, by hardware counters, where ncu is installed
-    host, step         these benchmarks, with every peer that can be imported
+    tests              only the files of --tests
+    counters           bytes and throughput of a step in every mode, by hardware counters, if ncu is installed
+    host, step         these benchmarks, with all other optimizers that can be imported
     train              two cases, if time is left
     memcheck, racecheck    a few tests under compute-sanitizer, if time is left
 
-FOLDER is the option, else the variable OUT, else runs/gpu-check. It gets `log.txt`, all output; `failures.txt`, each
-failure as soon as it happens; `summary.json`, exit code and seconds of each part; and one result per benchmark, which
-`adax-triton bench report` reads and bench/results/ can keep. COMMIT names the commit where the checkout has no .git.
-Wheels in the folder that --wheels or the variable WHEELS names can be imported, such as those of other optimizers.
-`--interpret` is the dry run without a GPU: the same commands in Triton's interpreter, small, without profilers.
+FOLDER is --out, $OUT or runs/gpu-check. It gets log.txt with all output; failures.txt with each failure as soon as it
+happens; summary.json with exit code and seconds of each part; and a result per benchmark, which `adax-triton bench
+report` reads and bench/results/ can keep. Set COMMIT if the checkout has no .git. --wheels or $WHEELS is a folder of
+wheels to import, such as other optimizers. --interpret is a dry run without GPU: the same commands in Triton's
+interpreter, small, without profilers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-# Seconds of each part at most, in the order in which they run; and of all together.
+# Seconds per part, in the order in which they run, and in total.
 LIMITS_S: dict[int, dict[str, float]] = {
     1: {"device": 30, "doctor": 40, "compile": 30, "tests": 110, "variants": 90},
     2: {
@@ -59,37 +59,24 @@ LIMITS_S: dict[int, dict[str, float]] = {
 }
 CALL_S = {1: 240.0, 2: 360.0}
 DRY_S = 600.0
-# A benchmark is told to end this much earlier: what it takes to start, and what it is in the middle of.
-MARGINS_S = {"variants": 8.0, "step": 25.0, "train": 15.0}
+MARGINS_S = {"variants": 8.0, "step": 25.0, "train": 15.0}  # of the limit, for startup and the last measurement
 PARTS = tuple(dict.fromkeys([*LIMITS_S[1], *LIMITS_S[2]]))
-NEEDED = ("device", "doctor")  # without a GPU, or with a wrong kernel, the others show nothing
+NEEDED = ("device", "doctor")  # without a GPU, or with a wrong kernel, the other parts show nothing
 
-FIRST = (
-    "step/test_kernel.py",
-    "update/test_rounding.py",
-    "update/test_quantization.py",
+# The kernel's own tests run first.
+RUN_FIRST = (
+    *("step/test_kernel.py", "update/test_rounding.py", "update/test_quantization.py"),
     "state/test_low_memory.py",
-)  # the kernel's own
-# The doctor is a part by itself, and the benchmark checks every mode before it times it.
-ELSEWHERE = (
-    "project/test_doctor.py",
-    "bench/test_bench_correctness.py",
-    "bench/test_bench_step.py",
-    "bench/test_gpu_check.py",
 )
+# Covered by other parts: the doctor, and the step benchmark, which checks every mode before timing it.
+COVERED = ("project/test_doctor.py", *(f"bench/test_{n}.py" for n in ("bench_correctness", "bench_step", "gpu_check")))
 USES_GPU = re.compile(r"\b(device|backend): torch\.device|mark\.gpu")
-MOST_WORKERS = 12  # each has a CUDA context of its own
-SANITIZED = ("step/test_kernel.py", "step_of_any_size or memory_between_tensors")  # sizes around a block's; canaries
-STEP_SIZES = ("1e6", "1e8", "1e9")
-STEP_LISTS = ("gpt2", "llama3-8b-shard", "many-small")
-STEP_MODES = (
-    "fp32",
-    "bf16 + float32 + 24-bit masters",
-    "bf16 + bfloat16",
-    "bf16 + bfloat16 + 24-bit masters",
-    "bf16 + 8bit_v16 + 24-bit masters",
-    "bf16 + 8bit",
-    "bf16 + 8bit + 24-bit masters",
+MAX_WORKERS = 12  # each has its own CUDA context
+SANITIZED = ("step/test_kernel.py", "step_of_any_size or memory_between_tensors")  # block sizes; guard bytes
+STEP_OPTIONS = (
+    *("--sizes", "1e6", "1e8", "1e9", "--models", "gpt2", "llama3-8b-shard", "many-small"),
+    *("--modes", "fp32", "bf16 + float32 + 24-bit masters", "bf16 + bfloat16", "bf16 + bfloat16 + 24-bit masters"),
+    *("bf16 + 8bit_v16 + 24-bit masters", "bf16 + 8bit", "bf16 + 8bit + 24-bit masters"),
 )
 TRAIN_CASES = ("plain / torch AdamW", "plain / AdaXW 8bit_v16, bfloat16 weights, 24-bit masters")
 COMMAND_LINE = ("-c", "import sys; from adax_triton.cli.main import main; sys.exit(main())")
@@ -103,13 +90,13 @@ METRICS = {
 }
 
 
-class Part(NamedTuple):
+class CheckPart(NamedTuple):
     """One part of the check.
 
     Attributes:
-        name: its key in the summary.
-        command: the words after the name of Python's program.
-        profiler: the words before it; the first is the program that must be there.
+        name: key in the summary.
+        command: arguments of the Python executable.
+        profiler: command prefix; the part is skipped if its program is not installed.
         environment: additional variables.
     """
 
@@ -120,53 +107,53 @@ class Part(NamedTuple):
 
 
 def gpu_tests() -> list[str]:
-    """Return the files of tests that run on a GPU where there is one, by the fixtures of conftest.py that they name."""
+    """Return the test files that use GPU fixtures."""
     tests = ROOT / "tests"
     texts = {path.relative_to(tests).as_posix(): path.read_text() for path in sorted(tests.rglob("test_*.py"))}
     found = [name for name, text in texts.items() if USES_GPU.search(text) and "mark.deepspeed" not in text]
-    return [*FIRST, *(name for name in found if name not in (*FIRST, *ELSEWHERE))]
+    return [*RUN_FIRST, *(name for name in found if name not in (*RUN_FIRST, *COVERED))]
 
 
 def stage(target: Path, wheels: Path | None) -> None:
-    """Copy the packages into `target` as an installation would lay them out; the checkout itself cannot be imported."""
-    if wheels is not None:
-        for wheel in sorted(wheels.glob("*.whl")):
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(target)
+    """Copy the packages into `target` as an installation would; the checkout itself cannot be imported."""
+    for wheel in sorted(wheels.glob("*.whl")) if wheels is not None else ():
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     for package, folder in project["tool"]["setuptools"]["package-dir"].items():
         destination = target.joinpath(*package.split("."))
         shutil.copytree(ROOT / folder, destination, ignore=shutil.ignore_patterns("__pycache__", "results"))
 
 
-def part_of(name: str, tests: list[str], result: Path, interpret: bool, seconds: float) -> Part:
+def part_of(name: str, tests: list[str], result: Path, interpret: bool, seconds: float) -> CheckPart:
     """Return a part of the check.
 
     Args:
         name: one of `PARTS`.
-        tests: files of tests/ that the part "tests" runs.
-        result: the file that a benchmark leaves its result in.
-        interpret: the dry run.
-        seconds: how long it may take.
+        tests: files of tests/ for the part "tests".
+        result: output JSON file of a benchmark.
+        interpret: dry run.
+        seconds: time limit.
     """
     if name in ("tests", "memcheck", "racecheck"):
         return tests_part(name, tests, interpret)
-    small = ("--device", "cpu", "--numel", "500") if interpret else ()
     if name == "device":
-        return Part(name, ("-m", "adax_triton.bench.harness.environment", "cpu" if interpret else "cuda"))
+        return CheckPart(name, ("-m", "adax_triton.bench.harness.environment", "cpu" if interpret else "cuda"))
     if name == "doctor":
-        return Part(name, (*COMMAND_LINE, "doctor"))
+        return CheckPart(name, (*COMMAND_LINE, "doctor"))
     if name == "compile":
-        return Part(name, ("-m", "adax_triton.bench.step.compile_kernels", *(("--modes", "fp32") if interpret else ())))
+        small: tuple[str, ...] = ("--modes", "fp32") if interpret else ()
+        return CheckPart(name, ("-m", "adax_triton.bench.step.compile_kernels", *small))
     if name == "counters":
-        counters: tuple[str, ...] = ("ncu", "--clock-control", "none", "--csv", "--print-units", "base")
-        counters += ("--kernel-name", "regex:adax_step", "--metrics", ",".join(METRICS))
-        return Part(name, ("-m", "adax_triton.bench.step.counted_steps", *small), counters)
+        small = ("--device", "cpu", "--numel", "500") if interpret else ()
+        ncu = ("ncu", "--clock-control", "none", "--csv", "--print-units", "base", "--kernel-name", "regex:adax_step")
+        command = ("-m", "adax_triton.bench.step.counted_steps", *small)
+        return CheckPart(name, command, (*ncu, "--metrics", ",".join(METRICS)))
     return benchmark(name, result, interpret, seconds)
 
 
-def tests_part(name: str, tests: list[str], interpret: bool) -> Part:
-    """Return the tests on the GPU, or a few of them under a tool of compute-sanitizer."""
+def tests_part(name: str, tests: list[str], interpret: bool) -> CheckPart:
+    """Return the GPU tests, or a few of them under a tool of compute-sanitizer."""
     pytest: tuple[str, ...] = ("-m", "pytest", "-p", "no:cacheprovider", "--continue-on-collection-errors")
     pytest += ("--rootdir", str(ROOT), "--config-file", str(ROOT / "pyproject.toml"))
     if name == "tests":
@@ -174,43 +161,49 @@ def tests_part(name: str, tests: list[str], interpret: bool) -> Part:
         if importlib.util.find_spec("pytest_timeout"):
             pytest += ("--timeout", "60")
         if importlib.util.find_spec("xdist") and not interpret:
-            pytest += ("-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "worksteal")
-        return Part(name, (*pytest, "--durations=10", *files), environment=(("ONLY_GPU_TESTS", "1"),))
+            pytest += ("-n", str(min(MAX_WORKERS, os.cpu_count() or 1)), "--dist", "worksteal")
+        return CheckPart(name, (*pytest, "--durations=10", *files), environment=(("ONLY_GPU_TESTS", "1"),))
     file, words = SANITIZED
     words = words.rpartition(" or ")[2] if interpret else words
     sanitizer = ("compute-sanitizer", "--tool", name, "--error-exitcode", "77")
-    # It sees overruns only between allocations of the driver.
+    # compute-sanitizer detects overruns only between allocations of the driver.
     uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-    return Part(name, (*pytest, "-k", words, str(ROOT / "tests" / file)), sanitizer, uncached)
+    return CheckPart(name, (*pytest, "-k", words, str(ROOT / "tests" / file)), sanitizer, uncached)
 
 
-def benchmark(name: str, result: Path, interpret: bool, seconds: float) -> Part:
-    """Return a benchmark that leaves its result in a file, within so many seconds."""
-    options: dict[str, tuple[str, ...]] = {"host": (), "variants": ()}
-    options["train"] = ("--steps", "20", "--only", *TRAIN_CASES)
-    options["step"] = ("--sizes", *STEP_SIZES, "--models", *STEP_LISTS, "--modes", *STEP_MODES)
+def benchmark(name: str, result: Path, interpret: bool, seconds: float) -> CheckPart:
+    """Return a benchmark with a time limit that writes its result to a file."""
+    words = (
+        ("-m", "adax_triton.bench.launch_variants.command") if name == "variants" else (*COMMAND_LINE, "bench", name)
+    )
+    options: tuple[str, ...]
     if interpret:
-        few = ("--device", "cpu", "--rounds", "2")
-        options["host"] = (*few, "--tensors", "1", "3")
-        options["train"] = ("--device", "cpu", "--quick", "--steps", "2", "--ranks", "1", "--only", "plain / AdaXW")
-        # Too few weights for anything to be compiled.
-        options["train"] += ("--layers", "1", "--width", "32", "--context", "16", "--warmup", "1")
-        options["step"] = (*few, "--sizes", "500", "--models", "--modes", "fp32", "--only", "fused")
-        options["variants"] = ("--device", "cpu", "--numel", "500", "--rounds", "1", "--modes", "fp32")
-        options["variants"] += ("--variants", "2048x8 r48")
+        options = {
+            "host": ("--rounds", "2", "--tensors", "1", "3"),
+            "step": ("--rounds", "2", "--sizes", "500", "--models", "--modes", "fp32", "--only", "fused"),
+            # Too few weights for anything to be compiled.
+            "train": (
+                *("--steps", "2", "--ranks", "1", "--only", "plain / AdaXW", "--warmup", "1"),
+                *("--layers", "1", "--width", "32", "--context", "16"),
+            ),
+            "variants": ("--numel", "500", "--rounds", "1", "--modes", "fp32", "--variants", "2048x8 r48"),
+        }[name]
+        options += ("--device", "cpu")
+    else:
+        train = ("--steps", "20", "--only", *TRAIN_CASES)
+        options = {"host": (), "step": STEP_OPTIONS, "train": train, "variants": ()}[name]
     if name in MARGINS_S:
-        options[name] += ("--budget", str(round(max(seconds - MARGINS_S[name], 1.0))))
-    words = ("-m", "adax_triton.bench.step.launch_variants") if name == "variants" else (*COMMAND_LINE, "bench", name)
-    return Part(name, (*words, *options[name], "--json", str(result)))
+        options += ("--budget", str(round(max(seconds - MARGINS_S[name], 1.0))))
+    return CheckPart(name, (*words, *options, "--json", str(result)))
 
 
 class Runner:
-    """Runs parts one after another, and keeps what they print.
+    """Runs parts and logs their output.
 
     Args:
-        out: the folder of `log.txt` and `failures.txt`.
-        folder: in which the parts run; Python finds the packages there.
-        interpret: the dry run, without profilers.
+        out: folder of `log.txt` and `failures.txt`.
+        folder: working folder, from which Python imports the packages.
+        interpret: dry run, without profilers.
     """
 
     def __init__(self, out: Path, folder: Path, interpret: bool) -> None:
@@ -218,18 +211,16 @@ class Runner:
         self._folder, self._interpret = folder, interpret
         path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
         self._environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "CHECKOUT": str(ROOT)}
-        self._environment["FAILURES"] = str(self._failures)
-        if interpret:
-            self._environment["TRITON_INTERPRET"] = "1"
+        self._environment |= {"FAILURES": str(self._failures), **({"TRITON_INTERPRET": "1"} if interpret else {})}
         for file in (self._log, self._failures):
             file.write_text("")
 
-    def run(self, part: Part, limit_s: float) -> tuple[dict[str, Any], str]:
-        """Run a part; return its entry of the summary, and its output."""
+    def run(self, part: CheckPart, limit_s: float) -> tuple[dict[str, Any], str]:
+        """Run a part; return its entry in the summary, and its output."""
         self.say(f"== {part.name}")
         profiler = () if self._interpret else part.profiler
         if profiler and shutil.which(profiler[0]) is None:
-            return self.leave_out(f"{profiler[0]} is not on the PATH"), ""
+            return self.skip(f"{profiler[0]} is not on the PATH"), ""
         begun = time.monotonic()
         process = subprocess.Popen(
             [*profiler, sys.executable, *part.command],
@@ -251,20 +242,22 @@ class Runner:
         except subprocess.TimeoutExpired:
             entry |= {"rc": None, "stopped": f"after its limit of {limit_s:.0f} s"}
         finally:
-            stop(process)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the children too
+            process.wait()
             reader.join(5)
         entry["seconds"] = round(time.monotonic() - begun, 1)
         if entry["rc"] != 0:
             self.fail(f"== {part.name}: {entry.get('stopped') or 'exit code ' + str(entry['rc'])}", lines[-20:])
         return entry, "".join(lines)
 
-    def leave_out(self, why: str) -> dict[str, Any]:
+    def skip(self, why: str) -> dict[str, Any]:
         """Return the entry of a part that is not run."""
         self.say(f"left out: {why}")
         return {"left_out": why}
 
     def fail(self, what: str, lines: list[str]) -> None:
-        """Say that a part failed; its last lines go to `failures.txt` too."""
+        """Report a failed part, with its last lines in `failures.txt`."""
         self.say(what)
         with self._failures.open("a") as file:
             file.write("\n".join([what, *(line.rstrip("\n") for line in lines), ""]))
@@ -281,21 +274,14 @@ class Runner:
             lines.append(line)
 
 
-def stop(process: subprocess.Popen[str]) -> None:
-    """End a process and all that it started and that is still there."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def read_counters(text: str) -> list[dict[str, Any]]:
-    """Return, for each mode, what ncu counted in its last launch, per element, next to the formula.
+    """Return the counters of each mode's last launch, per element, with the bytes by formula.
 
     Args:
-        text: the output of ncu, CSV, and of `counted_steps`, JSON, in any order of lines.
+        text: output of ncu (CSV) and of `counted_steps` (JSON), mixed.
 
     Raises:
-        ValueError: there are not as many launches as there should be.
+        ValueError: the number of launches differs from that of the steps.
     """
     lines = text.splitlines()
     modes = [json.loads(line) for line in lines if line.startswith("{")]
@@ -306,57 +292,43 @@ def read_counters(text: str) -> list[dict[str, Any]]:
             launches.setdefault(row["ID"], {})[METRICS[row["Metric Name"]]] = value
     expected = sum(mode["launches"] for mode in modes)
     if not modes or len(launches) != expected:
-        raise ValueError(f"{len(launches)} launches were counted, {expected} were made")
-    found = []
+        raise ValueError(f"ncu counted {len(launches)} launches, expected {expected}; see log.txt")
     values = iter(launches.values())
+    found = []
     for mode in modes:
         *_, last = (next(values) for _ in range(mode["launches"]))
-        moved = last["bytes_read"] + last["bytes_written"]
-        rates = {
-            "read_per_element": last.pop("bytes_read") / mode["numel"],
-            "written_per_element": last.pop("bytes_written") / mode["numel"],
-            "gb_per_s": moved / last["nanoseconds"],
-        }
-        found.append(mode | rates | last)
+        read, written = last.pop("bytes_read"), last.pop("bytes_written")
+        rates = {"read_per_element": read / mode["numel"], "written_per_element": written / mode["numel"]}
+        found.append(mode | rates | {"gb_per_s": (read + written) / last["nanoseconds"]} | last)
     return found
 
 
-def described(entry: dict[str, Any], output: str) -> dict[str, Any]:
-    """Return device, driver, versions and commit from the output of the part "device", as every result has them."""
-    if entry.get("rc") != 0:
-        return {"device": "unknown", "why": (output.strip().splitlines() or ["no output"])[-1]}
-    return json.loads(output.splitlines()[-1])
-
-
 def check(arguments: argparse.Namespace, out: Path, staged: Path) -> dict[str, Any]:
-    """Run all parts; return the summary, which is also left in the folder after each."""
+    """Run all parts; return the summary, which is also written to the folder after each part."""
     interpret, call = arguments.interpret, arguments.call
-    begun, seconds = time.monotonic(), DRY_S if interpret else CALL_S[call]
+    deadline = time.monotonic() + (DRY_S if interpret else CALL_S[call])
     runner = Runner(out, staged, interpret)
     tests = arguments.tests or (gpu_tests() if call == 1 else [])
     entries: dict[str, dict[str, Any]] = {}
     summary: dict[str, Any] = {"call": call, "environment": {"device": "unknown"}, "parts": entries}
     for name in [part for part in LIMITS_S[call] if part in (arguments.only or PARTS) or part == "device"]:
-        left_s = max(seconds - (time.monotonic() - begun), 1.0)
+        left_s = max(deadline - time.monotonic(), 1.0)
         limit_s = left_s if interpret else min(LIMITS_S[call][name], left_s)
-        why = None
-        broken = [part for part in NEEDED if entries.get(part, {}).get("rc", 0) != 0]
-        if broken:
-            why = f"{broken[0]} failed"
-        elif left_s < 1.5 * MARGINS_S.get(name, 4.0):
-            why = "no time is left"
-        elif name == "tests" and not tests:
-            why = "no files are named by --tests"
-        if why is not None:
+        broken = [f"{part} failed" for part in NEEDED if entries.get(part, {}).get("rc", 0) != 0]
+        late = ["no time is left"] if left_s < 1.5 * MARGINS_S.get(name, 4.0) else []
+        unnamed = ["no files are named by --tests"] if name == "tests" and not tests else []
+        if why := [*broken, *late, *unnamed]:
             runner.say(f"== {name}")
-            entries[name] = runner.leave_out(why)
+            entries[name] = runner.skip(why[0])
             continue
         device = re.sub(r"[^a-z0-9]+", "-", summary["environment"]["device"].lower()).strip("-")
         result = out / f"{device}-{name}.json"
         entry, output = runner.run(part_of(name, tests, result, interpret, limit_s), limit_s)
         entries[name] = entry
-        if name == "device":
-            summary["environment"] = described(entry, output)
+        if name == "device" and entry["rc"] == 0:
+            summary["environment"] = json.loads(output.splitlines()[-1])
+        elif name == "device":
+            summary["environment"]["why"] = (output.strip().splitlines() or ["no output"])[-1]
         if name == "counters" and "rc" in entry and not interpret:
             try:
                 write({"benchmark": name, "environment": summary["environment"], "rows": read_counters(output)}, result)
@@ -365,7 +337,7 @@ def check(arguments: argparse.Namespace, out: Path, staged: Path) -> dict[str, A
                 runner.fail(f"== counters: {entry['unread']}", [])
         write(summary, out / "summary.json")
     write(summary, out / "summary.json")
-    failed = [name for name, entry in entries.items() if "left_out" not in entry and entry["rc"] != 0]
+    failed = [name for name, entry in entries.items() if entry.get("rc", 0) != 0]
     runner.say(f"== results in {out}; " + (f"FAILED: {', '.join(failed)}" if failed else "all passed"))
     return summary
 
@@ -376,23 +348,24 @@ def write(content: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    """Run the check; return 0 if every part that could be run passed."""
-    parser = argparse.ArgumentParser(description="Tests and benchmarks for a GPU machine, from a bare checkout.")
-    parser.add_argument("--call", type=int, choices=LIMITS_S, required=True, help="1 checks, 2 measures")
+    """Run the check; return 0 if every part that ran passed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--call", type=int, choices=LIMITS_S, required=True, help="1 tests, 2 measures")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "runs" / "gpu-check")))
-    parser.add_argument("--wheels", type=Path, default=os.environ.get("WHEELS"), help="a folder of wheels to import")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="parts; default: all of the call")
+    parser.add_argument("--wheels", type=Path, default=os.environ.get("WHEELS"), help="folder of wheels to import")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {PARTS}; default: all")
     parser.add_argument("--interpret", action="store_true", help="dry run on the CPU")
     parser.add_argument("--tests", nargs="+", metavar="FILE", help="files of tests/; default: call 1 all, call 2 none")
     arguments = parser.parse_args()
-    if arguments.wheels is not None and not Path(arguments.wheels).is_dir():
-        parser.error(f"--wheels: no folder {arguments.wheels}")
+    wheels = None if arguments.wheels is None else Path(arguments.wheels)
+    if wheels is not None and not wheels.is_dir():
+        parser.error(f"--wheels: no folder {wheels}")
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as staged:
-        stage(Path(staged), None if arguments.wheels is None else Path(arguments.wheels))
+        stage(Path(staged), wheels)
         summary = check(arguments, out, Path(staged))
-    return int(any("left_out" not in entry and entry["rc"] != 0 for entry in summary["parts"].values()))
+    return int(any(entry.get("rc", 0) != 0 for entry in summary["parts"].values()))
 
 
 if __name__ == "__main__":

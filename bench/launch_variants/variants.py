@@ -1,169 +1,111 @@
-"""The variants of kernels that `launch_variants` times, in sections of those that it compares."""
+"""The kernel variants to time, in sections that are compared with each other."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from adax_triton.bench.harness.modes import FP32, MODES, Mode
+from adax_triton.bench.harness.modes import MODES, Mode
 
-_WARP = 32  # threads, on NVIDIA
-FROZEN = 1_000_000  # a step whose w_t is 0 in float32: no second moment changes
+WARP = 32  # threads, on NVIDIA
+LATE_STEP = 1_000_000  # w_t is 0 in float32, so no second moment changes
 
 
 class Variant(NamedTuple):
     """How a kernel is compiled and launched.
 
     Attributes:
-        chunk: elements per program, or per iteration of the norm's kernel.
-        warps: that share them.
-        registers: per thread, at most; None leaves them to the compiler.
-        rewrites: keys of `kernel_rewrites.REWRITES`.
+        label: the name in tables and on the command line, see `parse`.
+        chunk: elements per program; in the norm kernel, per iteration.
+        warps: per program.
+        registers: limit per thread; None leaves it to the compiler.
+        programs: of the norm kernel; None in the step kernel.
         settled: store only the second moments that changed.
-        programs: of the norm's kernel.
+        rewrite: a key of `kernel_rewrites.REWRITES`, or None.
     """
 
+    label: str
     chunk: int
     warps: int
-    registers: int | None = None
-    rewrites: tuple[str, ...] = ()
-    skip_unchanged_v: bool = False
-    programs: int | None = None
-
-    @property
-    def label(self) -> str:
-        """Its name in tables and on the command line, such as `"2048x8 r48 quotient"`."""
-        words = [f"{self.chunk}x{self.warps}"]
-        words += [f"r{self.registers}"] if self.registers is not None else []
-        words += ["+".join(self.rewrites)] if self.rewrites else []
-        words += ["settled"] if self.skip_unchanged_v else []
-        words += [f"p{self.programs}"] if self.programs is not None else []
-        return " ".join(words)
+    registers: int | None
+    programs: int | None
+    skip_unchanged_v: bool
+    rewrite: str | None
 
     @property
     def elements_per_thread(self) -> int:
-        """Elements of a chunk that one thread has."""
-        return self.chunk // (_WARP * self.warps)
+        """Elements of a chunk that one thread updates."""
+        return self.chunk // (WARP * self.warps)
 
     @property
     def options(self) -> dict[str, int]:
-        """The options that Triton compiles it with."""
+        """Triton's compile options."""
         return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
+def parse(label: str) -> Variant:
+    """Return the variant of a label: `CHUNKxWARPS [rREGISTERS] [pPROGRAMS] [settled] [REWRITE]`."""
+    shape, *words = label.split()
+    chunk, warps = map(int, shape.split("x"))
+    numbers = {word[0]: int(word[1:]) for word in words if word[1:].isdigit()}
+    rewrite = next((word for word in words if not word[1:].isdigit() and word != "settled"), None)
+    return Variant(label, chunk, warps, numbers.get("r"), numbers.get("p"), "settled" in words, rewrite)
+
+
 class Section(NamedTuple):
-    """Variants of one kernel that are compared with each other.
+    """Variants of one kernel, compared on the same tensors.
 
     Attributes:
-        name: of the table.
+        name: the title of its table.
         mode: dtypes of the tensors.
-        variants: the most promising first; `variants_of` puts the present one before them.
-        norm: the gradient norm's kernel instead of the step's.
-        steps: compared after all of these; the last is timed.
+        labels: the most promising variants first, separated by commas.
+        norm: the gradient norm kernel instead of the step kernel.
+        steps: step numbers to run before comparing; the last one is timed.
     """
 
     name: str
     mode: Mode
-    variants: tuple[Variant, ...]
+    labels: str
     norm: bool = False
     steps: tuple[int, ...] = (1, 2)
 
+    def variants(self, chosen: list[str] | None = None) -> dict[str, Variant]:
+        """Return the variants by label, of `chosen` only if given; first the one that the package launches."""
+        from adax_triton.kernels.grad_norm import MAX_PARTIALS
+        from adax_triton.kernels.launch import current_backend, launch_shape
 
-def variants_of(section: Section) -> list[Variant]:
-    """Return a section's variants, the one that the package launches first."""
-    from adax_triton.kernels.grad_norm import MAX_PARTIALS
-    from adax_triton.kernels.launch import current_backend, launch_shape
-
-    shape = launch_shape(current_backend())
-    present = Variant(shape.chunk_size, shape.num_warps, programs=MAX_PARTIALS if section.norm else None)
-    return list(dict.fromkeys([present, *section.variants]))
+        shape = launch_shape(current_backend())
+        baseline = f"{shape.chunk_size}x{shape.num_warps}" + (f" p{MAX_PARTIALS}" if self.norm else "")
+        others = [label for label in self.labels.split(", ") if not chosen or label in chosen]
+        return {label: parse(label) for label in [baseline, *others]}
 
 
-_QUOTIENT = ("quotient",)
-_RANDOM = ("constant-random",)
-_ABS = ("abs-product",)
-_FP32 = (
-    Variant(2048, 8, 48),
-    Variant(1024, 8),
-    Variant(1024, 4, 48),
-    Variant(2048, 8, 40),
-    Variant(1024, 4),
-    Variant(2048, 8, 64),
-    Variant(2048, 4),
-    Variant(2048, 8, None, _QUOTIENT),
-    Variant(512, 4),
-    Variant(4096, 16),
+_QUANTIZED = (
+    "1024x4, 2048x8 r48, 2048x8 abs-product, 1024x8, 2048x4, 1024x4 r48, 2048x8 r64, 2048x8 constant-random, "
+    "2048x8 quotient, 512x4, 4096x8"
 )
-_MASTERS = (
-    Variant(2048, 8, 48),
-    Variant(1024, 4, 48),
-    Variant(1024, 8),
-    Variant(2048, 8, 64),
-    Variant(1024, 4),
-    Variant(2048, 4),
-    Variant(2048, 8, None, _QUOTIENT),
-    Variant(2048, 8, None, _RANDOM),
-    Variant(4096, 8),
-)
-_BFLOAT16 = (
-    Variant(2048, 8, 48),
-    Variant(1024, 4),
-    Variant(2048, 4),
-    Variant(1024, 8),
-    Variant(2048, 8, None, _QUOTIENT),
-    Variant(2048, 8, 64),
-    Variant(1024, 4, 48),
-    Variant(2048, 8, None, _RANDOM),
-    Variant(4096, 8),
-)
-_CODES = (
-    Variant(1024, 4),
-    Variant(2048, 8, 48),
-    Variant(2048, 8, None, _ABS),
-    Variant(1024, 8),
-    Variant(2048, 4),
-    Variant(1024, 4, 48),
-    Variant(2048, 8, 64),
-    Variant(2048, 8, None, _RANDOM),
-    Variant(2048, 8, None, _QUOTIENT),
-    Variant(512, 4),
-    Variant(4096, 8),
-)
-_SETTLED = (
-    Variant(2048, 8, skip_unchanged_v=True),
-    Variant(2048, 8, 48),
-    Variant(2048, 8, 48, skip_unchanged_v=True),
-    Variant(1024, 4, 48),
-    Variant(1024, 4, 48, skip_unchanged_v=True),
-)
+_LATE = "2048x8 settled, 2048x8 r48, 2048x8 r48 settled, 1024x4 r48, 1024x4 r48 settled"
 _NORM = (
-    Variant(2048, 8, programs=4096),
-    Variant(4096, 8, programs=1024),
-    Variant(4096, 8, programs=4096),
-    Variant(8192, 8, programs=1024),
-    Variant(2048, 8, programs=528),
-    Variant(8192, 16, programs=528),
-    Variant(2048, 4, programs=2048),
-    Variant(8192, 8, programs=4096),
-    Variant(4096, 16, programs=1024),
-    Variant(2048, 8, programs=16384),
-    Variant(1024, 4, programs=4096),
+    "2048x8 p4096, 4096x8 p1024, 4096x8 p4096, 8192x8 p1024, 2048x8 p528, 8192x16 p528, 2048x4 p2048, 8192x8 p4096, "
+    "4096x16 p1024, 2048x8 p16384, 1024x4 p4096"
 )
 _STEPS = {
-    FP32.name: _FP32,
-    "bf16 + float32 + 24-bit masters": _MASTERS,
-    "bf16 + bfloat16": _BFLOAT16,
-    "bf16 + 8bit_v16 + 24-bit masters": _CODES,
-    "bf16 + 8bit + 24-bit masters": _CODES,
+    "fp32": "2048x8 r48, 1024x8, 1024x4 r48, 2048x8 r40, 1024x4, 2048x8 r64, 2048x4, 2048x8 quotient, 512x4, 4096x16",
+    "bf16 + float32 + 24-bit masters": "2048x8 r48, 1024x4 r48, 1024x8, 2048x8 r64, 1024x4, 2048x4, 2048x8 quotient, "
+    "2048x8 constant-random, 4096x8",
+    "bf16 + bfloat16": "2048x8 r48, 1024x4, 2048x4, 1024x8, 2048x8 quotient, 2048x8 r64, 1024x4 r48, "
+    "2048x8 constant-random, 4096x8",
+    "bf16 + 8bit_v16 + 24-bit masters": _QUANTIZED,
+    "bf16 + 8bit + 24-bit masters": _QUANTIZED,
 }
-_BF16 = MODES["bf16 + bfloat16"]
 SECTIONS = {
     section.name: section
     for section in (
-        *(Section(name, MODES[name], variants) for name, variants in _STEPS.items()),
-        *(Section(f"{mode.name}, frozen", mode, _SETTLED, steps=(1, 2, FROZEN)) for mode in (FP32, _BF16)),
+        *(Section(name, MODES[name], labels) for name, labels in _STEPS.items()),
         *(
-            Section(f"norm of {name}", mode, _NORM, norm=True)
-            for name, mode in (("float32", FP32), ("bfloat16", _BF16))
+            Section(f"{name}, frozen", MODES[name], _LATE, steps=(1, 2, LATE_STEP))
+            for name in ("fp32", "bf16 + bfloat16")
         ),
+        Section("norm of float32", MODES["fp32"], _NORM, norm=True),
+        Section("norm of bfloat16", MODES["bf16 + bfloat16"], _NORM, norm=True),
     )
 }

@@ -1,9 +1,7 @@
-"""Memory per parameter that training with AdaX takes under a DeepSpeed configuration: GPU, host memory and NVMe.
+"""Compute the memory per parameter of a DeepSpeed configuration with AdaX: on the GPU, in host memory and on NVMe.
 
-What DeepSpeed keeps between steps, by the formats alone. On top come activations, communication buckets, the layers
-that ZeRO 3 gathers, with NVMe its buffers, and within a step what `docs/deepspeed-passes.md` says.
-
-    adax-triton bench memory --deepspeed ds_config.json --gpus 8
+Included is what DeepSpeed keeps between steps. Not included are activations, communication buckets, the layers that
+ZeRO 3 gathers, NVMe buffers, and the temporary memory of a step (docs/deepspeed-passes.md).
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from adax_triton.bench.step.table import markdown_row
 
 from adax_triton.state.precision import Precision, bytes_by_state
 
@@ -19,7 +18,7 @@ PLACES = ("GPU", "host", "NVMe")
 
 
 class Part(NamedTuple):
-    """Something that is kept: its name, one of PLACES, and its bytes per parameter of the model on each GPU."""
+    """A kind of stored tensor: name, one of PLACES, bytes per parameter of the model on each GPU."""
 
     name: str
     place: str
@@ -27,19 +26,18 @@ class Part(NamedTuple):
 
 
 def parts_of(config: Mapping[str, Any], gpus: int) -> list[Part]:
-    """Return what is kept under a configuration, per GPU.
+    """Return the stored tensors of a configuration, per GPU.
 
     Args:
-        config: the DeepSpeed configuration, with an "optimizer" of type AdaX or AdaXW, on ZeRO 1, 2 or 3.
-        gpus: the number of GPUs, over which ZeRO partitions.
+        config: a DeepSpeed configuration with an "optimizer" of type AdaX or AdaXW on ZeRO 1, 2 or 3.
+        gpus: number of GPUs that ZeRO partitions over.
 
     Raises:
-        ValueError: the number of GPUs, or a setting to which these sums do not apply.
+        ValueError: `gpus` < 1, or an unsupported setting.
     """
     zero = config.get("zero_optimization", {})
     stage, device = zero.get("stage", 0), zero.get("offload_optimizer", {}).get("device", "none")
-    _refuse_others(config, gpus)
-    params = config["optimizer"].get("params", {})
+    _check(config, stage, gpus)
     half = any(config.get(name, {}).get("enabled") is True for name in ("bf16", "fp16"))
     width, share = (2 if half else 4), 1 / gpus
     place = {"none": "GPU", "cpu": "host", "nvme": "NVMe" if stage == 3 else "host"}[device]
@@ -52,43 +50,42 @@ def parts_of(config: Mapping[str, Any], gpus: int) -> list[Part]:
         if stage < 3 and config.get("gradient_accumulation_steps", 1) > 1:
             parts.append(Part("accumulated gradients", "host", width * share))
     parts.append(Part("float32 weights", place, 4 * share))
-    states = bytes_by_state(torch.float32, Precision(params.get("states", "float32")))
-    return [*parts, *(Part(name, place, size * share) for name, size in states.items())]
+    states = config["optimizer"].get("params", {}).get("states", "float32")
+    sizes = bytes_by_state(torch.float32, Precision(states))
+    return [*parts, *(Part(name, place, size * share) for name, size in sizes.items())]
 
 
-def _refuse_others(config: Mapping[str, Any], gpus: int) -> None:
-    zero, optimizer = config.get("zero_optimization", {}), str(config.get("optimizer", {}).get("type"))
+def _check(config: Mapping[str, Any], stage: Any, gpus: int) -> None:
+    optimizer = str(config.get("optimizer", {}).get("type"))
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
     if optimizer.lower() not in ("adax", "adaxw"):
-        raise ValueError(f"optimizer.type={optimizer!r}: these are the sums of AdaX and AdaXW")
-    if zero.get("stage", 0) not in (1, 2, 3):
-        raise ValueError(f"zero_optimization.stage={zero.get('stage', 0)!r}: these are the sums of ZeRO 1, 2 and 3")
-    others = {
-        "zero_optimization.offload_param": zero.get("offload_param"),
+        raise ValueError(f"optimizer.type={optimizer!r}: expected AdaX or AdaXW")
+    if stage not in (1, 2, 3):
+        raise ValueError(f"zero_optimization.stage={stage!r}: expected 1, 2 or 3")
+    for name in ("bf16", "fp16"):
+        if config.get(name, {}).get("enabled") == "auto":
+            raise ValueError(f'{name}.enabled="auto": set it to true or false')
+    unsupported = {
+        "zero_optimization.offload_param": config.get("zero_optimization", {}).get("offload_param"),
         "data_types": config.get("data_types"),
         "bf16.bf16_master_weights_and_grads": config.get("bf16", {}).get("bf16_master_weights_and_grads"),
     }
-    for name in ("bf16", "fp16"):
-        if config.get(name, {}).get("enabled") == "auto":
-            raise ValueError(f'{name}.enabled="auto" does not say what the weights are; set it to true or false')
-    for name, value in others.items():
+    for name, value in unsupported.items():
         if value:
-            raise ValueError(f"{name}={value!r} keeps other formats than these sums have; remove it")
+            raise ValueError(f"{name}={value!r} is not supported by this estimate; remove it")
 
 
 def totals(config: Mapping[str, Any], gpus: int) -> dict[str, float]:
-    """Return the bytes per parameter of the model in each of PLACES, per GPU; arguments as those of `parts_of`."""
-    sums = dict.fromkeys(PLACES, 0.0)
-    for part in parts_of(config, gpus):
-        sums[part.place] += part.bytes
-    return sums
+    """Return the bytes per parameter in each of PLACES, per GPU; see `parts_of`."""
+    parts = parts_of(config, gpus)
+    return {place: sum(part.bytes for part in parts if part.place == place) for place in PLACES}
 
 
 def markdown(config: Mapping[str, Any], gpus: int, parameters: float = 7e9) -> str:
-    """Return a table of what is kept, with the gigabytes of a model of `parameters`; others as those of `parts_of`."""
+    """Return a table with the bytes per parameter, and the gigabytes of a model of `parameters`; see `parts_of`."""
     rows = [["per GPU", "place", "bytes per parameter", f"{parameters / 1e9:g}B, GB"], ["---", "---", "---:", "---:"]]
     sums = [Part("all", place, size) for place, size in totals(config, gpus).items() if size]
     for part in [*parts_of(config, gpus), *sums]:
         rows.append([part.name, part.place, f"{part.bytes:.3g}", f"{part.bytes * parameters / 1e9:.1f}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(map(markdown_row, rows))

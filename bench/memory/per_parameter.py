@@ -1,12 +1,11 @@
-"""Memory of training per parameter: every mode of this package beside what its users would take instead.
+"""Compare memory per parameter of our modes and other optimizers.
 
-Weights, gradients and optimizer states, from the formats alone; activations and buffers come on top for all alike. Ours
-come from `adax_triton.state.precision`, which tests hold against the tensors there are. The others' are those of their
-formats: a scale per 32 elements in FlashOptim, per 256 in bitsandbytes and torchao.
+Weights, gradients and optimizer states are included; activations and buffers are not. Our bytes are those of
+`adax_triton.state.precision`; tests compare them with real tensors. The others follow from their formats: one scale
+per 32 elements in FlashOptim, per 256 in bitsandbytes and torchao.
 
     adax-triton bench memory --figure docs/memory.png
-
-For DeepSpeed see `deepspeed_memory`.
+    adax-triton bench memory --deepspeed ds_config.json --gpus 8
 """
 
 from __future__ import annotations
@@ -18,18 +17,20 @@ from typing import NamedTuple
 
 import torch
 from adax_triton.bench.memory import deepspeed as deepspeed_memory
+from adax_triton.bench.step.table import markdown_row
 
 from adax_triton.state.precision import Precision, bytes_by_state
 
 PARAMETERS = (7e9, 70e9)
 PARTS = ("weights", "gradients", "master weights", "first moment", "second moment")
+COLOURS = ("#475569", "#94a3b8", "#f59e0b", "#2563eb", "#0d9488")
 
 
-class Way(NamedTuple):
-    """Bytes per parameter of one way to train 16-bit weights, in the order of PARTS."""
+class Setup(NamedTuple):
+    """A way to train 16-bit weights: its bytes per parameter, in the order of PARTS."""
 
     name: str
-    parts: tuple[float, float, float, float, float]
+    parts: tuple[float, ...]
 
     @property
     def total(self) -> float:
@@ -37,53 +38,50 @@ class Way(NamedTuple):
         return sum(self.parts)
 
 
-def _ours(states: str, master_weights: str | None, name: str) -> Way:
+def _ours(states: str, master_weights: str | None, name: str) -> Setup:
     kept = bytes_by_state(torch.bfloat16, Precision(states, master_weights))
     second = kept["exp_avg_sq"] + kept.get("group_exponents", 0.0)
-    return Way(f"adax_triton, {name}", (2.0, 2.0, kept.get("master", 0.0), kept["exp_avg"], second))
+    return Setup(f"adax_triton, {name}", (2.0, 2.0, kept.get("master", 0.0), kept["exp_avg"], second))
 
 
-WAYS = (
-    Way("AdamW, float32 master copy", (2.0, 2.0, 4.0, 4.0, 4.0)),
+SETUPS = (
+    Setup("AdamW, float32 master copy", (2.0, 2.0, 4.0, 4.0, 4.0)),
     _ours("float32", "float32", "float32, 32-bit masters"),
     _ours("bfloat16", "float32", "bfloat16, 32-bit masters"),
     _ours("bfloat16", "24bit", "bfloat16, 24-bit masters"),
     _ours("8bit_v16", "24bit", "8bit_v16, 24-bit masters"),
-    Way("FlashOptim, 24-bit masters", (2.0, 2.0, 1.0, 1.0 + 2 / 32, 1.0 + 2 / 32)),
+    Setup("FlashOptim, 24-bit masters", (2.0, 2.0, 1.0, 1.0 + 2 / 32, 1.0 + 2 / 32)),
     _ours("8bit", "24bit", "8bit, 24-bit masters"),
     _ours("8bit_v16", None, "8bit_v16, no masters"),
-    Way("bitsandbytes 8-bit, no masters", (2.0, 2.0, 0.0, 1.0 + 4 / 256, 1.0 + 4 / 256)),
-    Way("torchao 8-bit, no masters", (2.0, 2.0, 0.0, 1.0 + 4 / 256, 1.0 + 4 / 256)),
+    Setup("bitsandbytes 8-bit, no masters", (2.0, 2.0, 0.0, 1.0 + 4 / 256, 1.0 + 4 / 256)),
+    Setup("torchao 8-bit, no masters", (2.0, 2.0, 0.0, 1.0 + 4 / 256, 1.0 + 4 / 256)),
     _ours("8bit", None, "8bit, no masters"),
 )
 
 
 def markdown() -> str:
-    """Return the table of all ways: bytes per parameter, and gigabytes for models of `PARAMETERS`."""
+    """Return the table of all setups: bytes per parameter, and gigabytes of models of `PARAMETERS`."""
     sizes = [f"{count / 1e9:.0f}B, GB" for count in PARAMETERS]
     rows = [["", *PARTS, "bytes", *sizes], ["---", *["---:"] * (len(PARTS) + 3)]]
-    for way in WAYS:
-        figures = [f"{part:.3g}" if part else "" for part in way.parts]
-        rows.append([way.name, *figures, f"{way.total:.2f}", *(f"{way.total * n / 1e9:.0f}" for n in PARAMETERS)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    for name, parts in SETUPS:
+        figures = [f"{part:.3g}" if part else "" for part in parts]
+        rows.append([name, *figures, f"{sum(parts):.2f}", *(f"{sum(parts) * n / 1e9:.0f}" for n in PARAMETERS)])
+    return "\n".join(map(markdown_row, rows))
 
 
 def draw(path: Path) -> None:
-    """Draw the bytes per parameter of all ways as stacked bars, with the gigabytes of models of `PARAMETERS`."""
+    """Draw the table as stacked bars."""
     from matplotlib.figure import Figure
 
-    colours = ("#475569", "#94a3b8", "#f59e0b", "#2563eb", "#0d9488")
     figure = Figure(figsize=(9, 4.6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    names = [way.name for way in WAYS]
-    left = [0.0] * len(WAYS)
-    for index, (part, colour) in enumerate(zip(PARTS, colours, strict=True)):
-        widths = [way.parts[index] for way in WAYS]
-        axes.barh(names, widths, left=left, color=colour, label=part, height=0.66)
-        left = [before + width for before, width in zip(left, widths, strict=True)]
-    for row, way in enumerate(WAYS):
-        sizes = ", ".join(f"{n / 1e9:.0f}B: {way.total * n / 1e9:,.0f} GB" for n in PARAMETERS)
-        axes.text(way.total + 0.15, row, f"{way.total:.2f}   {sizes}", va="center", fontsize=8)
+    for index, (part, colour) in enumerate(zip(PARTS, COLOURS, strict=True)):
+        left = [sum(setup.parts[:index]) for setup in SETUPS]
+        widths = [setup.parts[index] for setup in SETUPS]
+        axes.barh([setup.name for setup in SETUPS], widths, left=left, color=colour, label=part, height=0.66)
+    for row, setup in enumerate(SETUPS):
+        sizes = ", ".join(f"{n / 1e9:.0f}B: {setup.total * n / 1e9:,.0f} GB" for n in PARAMETERS)
+        axes.text(setup.total + 0.15, row, f"{setup.total:.2f}   {sizes}", va="center", fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 22.5)
     axes.set_xlabel("bytes per parameter: weights, gradients and optimizer states")
@@ -96,12 +94,12 @@ def draw(path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `adax-triton bench memory`."""
     parser.add_argument("--figure", type=Path, help="draw the table into this file, such as memory.png")
-    parser.add_argument("--deepspeed", type=Path, help="print what this DeepSpeed configuration takes instead")
-    parser.add_argument("--gpus", type=int, default=1, help="how many GPUs that runs on (default: 1)")
+    parser.add_argument("--deepspeed", type=Path, help="print the memory of this DeepSpeed configuration instead")
+    parser.add_argument("--gpus", type=int, default=1, help="with --deepspeed: number of GPUs (default: 1)")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the table, and draw it if asked; or print what a DeepSpeed configuration takes."""
+    """Print the table, and draw it if asked; or print the memory of a DeepSpeed configuration."""
     if arguments.deepspeed is not None:
         try:
             print(deepspeed_memory.markdown(json.loads(arguments.deepspeed.read_text()), arguments.gpus))

@@ -1,20 +1,19 @@
-"""What `precision_study` adds up over the steps, and the figures that follow.
+"""Errors of every mode of the precision study against float64 (marked *), accumulated over the steps.
 
-update_error            sqrt(sum (u - u*)^2 / sum u*^2) over all elements, and all steps after the first `SKIPPED`
+update_error            sqrt(sum (u - u*)^2 / sum u*^2) over elements and steps; long runs exclude the first `SKIPPED`
 update_bias             sum u u* / sum u*^2 - 1, over the same
-largest_update_ratio    per element, its largest |u| over its largest |u*|; of these the largest
-m_error, m_error_end    relative L2 error of the stored m, over the sampled steps and at the last
+largest_update_ratio    maximum over elements of max |u| / max |u*|
+m_error, m_error_end    relative L2 error of m, over the sampled steps and at the last
 v_bias, v_bias_median, v_bias_mean, v_bias_end
-                        v / v* - 1 over elements and sampled steps: exp of the mean log, median, mean; and exp of
-                        the mean log at the last step. Only where a gradient was seen and v is not 0
-zero_codes              the most v that were stored as 0 at a sampled step where a gradient was seen
-unseen_largest_update   the largest |u| of an element that has seen no gradient
+                        v / v* - 1 over elements and sampled steps: exp of the mean log, median, mean; and exp of the
+                        mean log at the last step. Elements without a gradient so far, or with v = 0, are excluded
+zero_codes              most v that are 0 at a sampled step although the element had a gradient
+unseen_largest_update   largest |u| of an element that had no gradient so far
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,91 +23,70 @@ SKIPPED = 100
 SAMPLES = 300
 
 
-def _add(
-    updates: Tensor, exact: Tensor, grad: Tensor, seen: Tensor, sums: Tensor, largest: Tensor, unseen: Tensor
-) -> None:
-    seen |= grad != 0
-    size = updates.abs()
-    unseen.copy_(torch.maximum(unseen, torch.where(seen, 0.0, size).amax(dim=1)))
-    wide = updates.double()
-    sums += torch.stack(((wide - exact).square().sum(dim=1), (wide * exact).sum(dim=1)))
-    largest.copy_(torch.maximum(largest, torch.cat((size, exact.abs().float().unsqueeze(0)))))
-
-
-class Tally:
-    """Sums over the steps, for several modes at once.
+class ErrorStats:
+    """Sums over the steps, for several modes.
 
     Args:
-        modes: how many.
+        modes: number of modes.
         numel: elements of each.
-        steps: how many there will be; with no more than twice `SKIPPED` none are left out.
-        compiled: what to compile the sums with.
+        steps: in total. Up to twice `SKIPPED`, no step is excluded.
     """
 
-    def __init__(self, modes: int, numel: int, steps: int, compiled: Callable[[Any], Any]) -> None:
+    def __init__(self, modes: int, numel: int, steps: int) -> None:
         self._skipped = SKIPPED if steps > 2 * SKIPPED else 0
-        self._every = max(1, steps // SAMPLES)
-        self._steps = steps
-        self._add = compiled(_add)
+        self._every, self._steps = max(1, steps // SAMPLES), steps
         self._seen = torch.zeros(numel, dtype=torch.bool)
-        self._sums = torch.zeros(2, modes, dtype=torch.float64)
-        self._norm = 0.0
-        self._largest = torch.zeros(modes + 1, numel)
-        self._unseen = torch.zeros(modes)
-        self._m_sums = torch.zeros(2, modes, dtype=torch.float64)
-        self._m_error = torch.zeros(modes, dtype=torch.float64)
+        self._sums, self._m_sums = torch.zeros(2, 3, modes, dtype=torch.float64)
+        self._largest, self._unseen = torch.zeros(modes + 1, numel), torch.zeros(modes)
         self._ratios: list[list[Tensor]] = [[] for _ in range(modes)]
-        self._zeros = [0] * modes
+        self._zeros = torch.zeros(modes, dtype=torch.int64)
 
     def add_updates(self, step: int, grad: Tensor, updates: Tensor, exact: Tensor) -> None:
-        """Add the updates of a step, (modes, n) float32, beside the exact ones."""
+        """Add a step's updates, (modes, n) float32, and the exact ones, (n,) float64."""
         if step == self._skipped + 1:
-            for start in (self._sums, self._largest):
-                start.zero_()
-            self._norm = 0.0
-        self._add(updates, exact, grad, self._seen, self._sums, self._largest, self._unseen)
-        self._norm += torch.dot(exact, exact).item()
+            self._sums.zero_()
+            self._largest.zero_()
+        self._seen |= grad != 0
+        sizes = torch.cat([updates, exact.float().unsqueeze(0)]).abs()
+        self._unseen = torch.maximum(self._unseen, torch.where(self._seen, 0.0, sizes[:-1]).amax(dim=1))
+        self._largest = torch.maximum(self._largest, sizes)
+        wide, norm = updates.double(), exact.square().sum().expand(len(updates))
+        self._sums += torch.stack([(wide - exact).square().sum(dim=1), wide @ exact, norm])
 
     def is_sampled(self, step: int) -> bool:
-        """Whether the moments of a step are looked at; the last step's always are."""
+        """Return whether to sample the moments of this step; the last one is."""
         return step > self._skipped and (self._steps - step) % self._every == 0
 
     def add_moments(self, moments: list[tuple[Tensor, Tensor]], exact: tuple[Tensor, Tensor]) -> None:
-        """Add the float32 moments that each mode's stored ones stand for, beside the exact ones."""
-        norm = exact[0].square().sum()
-        for mode, (first, second) in enumerate(moments):
-            square = (first.double() - exact[0]).square().sum()
-            self._m_sums[0, mode] += square
-            self._m_sums[1, mode] += norm
-            self._m_error[mode] = (square / norm).sqrt()
-            self._ratios[mode].append((second.double() / exact[1])[self._seen & (second > 0)])
-
-    def count_zeros(self, codes: list[Tensor]) -> None:
-        """Count the stored v, of each mode, that are 0 where a gradient was seen."""
-        counts = [int((self._seen & (code == 0)).sum()) for code in codes]
-        self._zeros = [max(pair) for pair in zip(self._zeros, counts, strict=True)]
+        """Add every mode's m and v, decoded to float32, and the exact ones."""
+        first, second = (torch.stack(tensors) for tensors in zip(*moments, strict=True))
+        square, norm = (first.double() - exact[0]).square().sum(dim=1), exact[0].square().sum()
+        self._m_sums += torch.stack([square, norm.expand(len(moments)), torch.zeros(len(moments))])
+        self._m_sums[2] = (square / norm).sqrt()
+        self._zeros = torch.maximum(self._zeros, (self._seen & (second == 0)).sum(dim=1))
+        for ratios, v in zip(self._ratios, second.double(), strict=True):
+            ratios.append((v / exact[1])[self._seen & (v > 0)])
 
     def figures(self) -> list[dict[str, Any]]:
         """Return the figures of each mode."""
-        error, bias = (self._sums[0] / self._norm).sqrt(), self._sums[1] / self._norm - 1
-        m_error = (self._m_sums[0] / self._m_sums[1]).sqrt()
-        moved = self._largest[-1] > 0
-        rows = []
-        for mode, samples in enumerate(self._ratios):
+        square, product, norm = self._sums
+        ratio = (self._largest[:-1] / self._largest[-1])[:, self._largest[-1] > 0].amax(dim=1)
+        columns = {
+            "update_error": (square / norm).sqrt(),
+            "update_bias": product / norm - 1,
+            "largest_update_ratio": ratio,
+            "m_error": (self._m_sums[0] / self._m_sums[1]).sqrt(),
+            "m_error_end": self._m_sums[2],
+            "zero_codes": self._zeros,
+            "unseen_largest_update": self._unseen,
+        }
+        rows = [
+            dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)
+        ]
+        for row, samples in zip(rows, self._ratios, strict=True):
             ratios = torch.cat(samples)
-            rows.append(
-                {
-                    "update_error": error[mode].item(),
-                    "update_bias": bias[mode].item(),
-                    "largest_update_ratio": (self._largest[mode] / self._largest[-1])[moved].max().item(),
-                    "m_error": m_error[mode].item(),
-                    "m_error_end": self._m_error[mode].item(),
-                    "v_bias": math.expm1(ratios.log().mean().item()),
-                    "v_bias_median": ratios.median().item() - 1,
-                    "v_bias_mean": ratios.mean().item() - 1,
-                    "v_bias_end": math.expm1(samples[-1].log().mean().item()),
-                    "zero_codes": self._zeros[mode],
-                    "unseen_largest_update": self._unseen[mode].item(),
-                }
-            )
+            row["v_bias"] = math.expm1(ratios.log().mean().item())
+            row["v_bias_median"] = ratios.median().item() - 1
+            row["v_bias_mean"] = ratios.mean().item() - 1
+            row["v_bias_end"] = math.expm1(samples[-1].log().mean().item())
         return rows

@@ -1,9 +1,9 @@
-"""A step of one flat tensor in every mode, for a profiler that reads hardware counters: see `gpu_check.py`.
+"""Run two steps of one flat tensor in every mode, under a profiler that reads hardware counters.
 
     ncu --kernel-name regex:adax_step --metrics dram__bytes_read.sum python -m adax_triton.bench.step.counted_steps
 
 Prints one JSON line per mode, in the order of the launches: the bytes per element that the counters should show, and on
-a GPU the bytes that the optimizer keeps allocated, next to the formula.
+a GPU the bytes that the optimizer allocates. `gpu_check.py` adds the counters.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ import sys
 from typing import Any
 
 import torch
-from adax_triton.bench.harness.markdown import markdown_row
 from adax_triton.bench.harness.modes import MODES
 from adax_triton.bench.harness.providers import OURS, PROVIDERS, RULES
 from adax_triton.bench.harness.timing import release
-from adax_triton.bench.harness.workloads import flat
 
 from adax_triton.state.precision import bytes_loaded, bytes_stored
 
 from .measure import make_params
+from .table import markdown_row
 
-# Of a row of the result that `gpu_check.py` makes of it.
 COLUMNS = {
     "bytes_loaded": "read, by formula",
     "read_per_element": "counted",
@@ -37,41 +35,38 @@ COLUMNS = {
     "state_bytes": "state, by formula",
     "allocated_per_element": "allocated",
 }
-STEPS = 2  # the first finds states of zeros
+STEPS = 2  # the first starts from zero states
 
 
 def main() -> int:
-    """Step once and again in every mode."""
-    parser = argparse.ArgumentParser(description="Steps to be counted by a profiler.")
+    """Step in every mode, and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numel", type=int, default=100_000_000, help="elements; default: %(default)s")
-    parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    parser.add_argument("--device", type=torch.device, default="cuda", help="default: %(default)s")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device, numel = arguments.device, arguments.numel
     for mode in MODES.values():
-        (provider,) = (one for one in PROVIDERS if one.mode == mode and one.name == OURS)
-        params = make_params(flat(arguments.numel), device, seed=1, dtype=mode.param_dtype)
+        (provider,) = (provider for provider in PROVIDERS if provider.mode == mode and provider.name == OURS)
+        params = make_params([(numel,)], device, seed=1, dtype=mode.param_dtype)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         step = provider.build(params, RULES[provider.second_moment])
         for _ in range(STEPS):
             step()
-        allocated = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else None
+        allocated = (torch.cuda.memory_allocated(device) - before) / numel if device.type == "cuda" else None
         del step, params
         release(device)
         expected = {
-            "mode": mode.name,
-            "numel": arguments.numel,
-            "launches": STEPS,
+            **{"mode": mode.name, "numel": numel, "launches": STEPS},
             "bytes_loaded": bytes_loaded(mode.param_dtype, mode.param_dtype, mode.precision),
             "bytes_stored": bytes_stored(mode.param_dtype, mode.precision),
-            "state_bytes": mode.state_bytes,
-            "allocated_per_element": None if allocated is None else allocated / arguments.numel,
+            **{"state_bytes": mode.state_bytes, "allocated_per_element": allocated},
         }
         print(json.dumps(expected), flush=True)
     return 0
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return what the counters showed as Markdown; bytes are per element."""
+    """Return the counters as Markdown; bytes are per element."""
     lines = [markdown_row(["mode", *COLUMNS.values()]), "|---" * (len(COLUMNS) + 1) + "|"]
     for row in result["rows"]:
         lines.append(markdown_row([row["mode"], *(f"{row[key]:.4g}" for key in COLUMNS)]))

@@ -1,4 +1,4 @@
-"""Bytes that a block of code reads and writes in tensors, by the operations PyTorch dispatches and our own steps."""
+"""Count the bytes of tensors that a block of code reads and writes, per PyTorch operation."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from adax_triton.step.launch import LaunchCache
 from adax_triton.step.plan import StepPlan, StepResult
 from adax_triton.step.tensor_step import TensorStep
 
-# Smaller tensors are scalars and tables.
-SMALLEST_NUMEL = 1024
+SMALLEST_NUMEL = 1024  # smaller tensors are scalars and tables
 STEP = "step"
 _OVERWRITING = ("copy_", "fill_", "zero_")
 _ALLOCATING = ("empty", "new_empty", "empty_like", "empty_strided")
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes of every operation within a `with` block, once for each tensor that it reads or writes.
+    """Counts every operation in a `with` block: each tensor that it reads or writes, once.
 
-    A step of this package counts as what its formula reads and writes, whatever would run it, and is not taken. What
-    PyTorch's own operations move inside of them is not looked into.
+    Steps of this package are counted by their formula and not executed. Traffic inside PyTorch's operations is not
+    counted.
 
     Attributes:
-        bytes: by the name of the operation; those of our steps under `STEP`.
+        bytes: by name of the operation; our steps are `STEP`.
     """
 
     def __init__(self) -> None:
@@ -39,17 +38,14 @@ class Traffic(TorchDispatchMode):
         self._patches = ExitStack()
 
     def __enter__(self) -> Traffic:
-        def counted(memory: LaunchCache, steps: Sequence[TensorStep], *arguments: Any) -> list[Any]:
+        def count(memory: LaunchCache, steps: Sequence[TensorStep], *arguments: Any) -> list[Any]:
             self.bytes[STEP] += sum(map(step_bytes, steps))
-            return []  # a plan without launches is not used again
+            return []  # a plan without launches is not reused
 
-        def nothing(plan: StepPlan, *arguments: Any) -> StepResult:
-            return StepResult(True, None, None)
-
-        self._patches.enter_context(mock.patch.object(LaunchCache, "launches", counted))
-        self._patches.enter_context(mock.patch.object(StepPlan, "run", nothing))
-        super().__enter__()
-        return self
+        done = StepResult(True, None, None)
+        self._patches.enter_context(mock.patch.object(LaunchCache, "launches", count))
+        self._patches.enter_context(mock.patch.object(StepPlan, "run", lambda *arguments: done))
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
@@ -60,38 +56,29 @@ class Traffic(TorchDispatchMode):
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function._schema.name.removeprefix("aten::")
-        self.bytes[name] += _bytes(function, name, args, kwargs or {}, result)
+        if name not in _ALLOCATING:
+            self.bytes[name] += _bytes(function._schema, name, args, kwargs or {}, result)
         return result
 
 
 def step_bytes(step: TensorStep) -> int:
-    """Return what an update of one tensor reads and writes; a copy of float32 weights is written only."""
+    """Return the bytes that one tensor's update reads and writes; a low-precision copy is only written."""
     written = [*step.written, *([] if step.group_exponents is None else [step.group_exponents])]
-    return sum(map(_size, written)) * 2 + _size(step.grad) - (_size(step.param) if step.param_is_copy else 0)
+    copied = step.param.nbytes if step.param_is_copy else 0
+    return 2 * sum(tensor.nbytes for tensor in written) + step.grad.nbytes - copied
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _bytes(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    if name in _ALLOCATING:
-        return 0
-    schema = function._schema
-    is_view = any(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns)
-    if is_view:
-        return 0
+def _bytes(schema: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    if any(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns):
+        return 0  # a view
     total = 0
     for index, argument in enumerate(schema.arguments):
-        value = args[index] if index < len(args) else kwargs.get(argument.name)
-        size = sum(map(_size, _large(value)))
         written = argument.alias_info is not None and argument.alias_info.is_write
         read = not (written and name.removeprefix("_foreach_") in _OVERWRITING)
-        total += size * (written + read)
-    if all(value.alias_info is None for value in schema.returns):
-        total += sum(map(_size, _large(result)))
-    return total
+        total += _size(args[index] if index < len(args) else kwargs.get(argument.name)) * (written + read)
+    return total + (_size(result) if all(value.alias_info is None for value in schema.returns) else 0)
 
 
-def _large(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.numel() >= SMALLEST_NUMEL]
+def _size(value: Any) -> int:
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return sum(tensor.nbytes for tensor in tensors if tensor.numel() >= SMALLEST_NUMEL)

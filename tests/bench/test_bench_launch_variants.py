@@ -1,4 +1,4 @@
-"""The benchmark of launch variants: its rewrites of the kernel, its verdicts, and the command in the interpreter."""
+"""Launch variants: rewrites of the kernel, verdicts, and the command in the interpreter."""
 
 import json
 import os
@@ -12,10 +12,10 @@ import pytest
 import torch
 from adax_triton.bench.harness import timing
 from adax_triton.bench.harness.timing import Clock
-from adax_triton.bench.step import kernel_rewrites, launch_variants
-from adax_triton.bench.step.kernel_rewrites import EXACT, REWRITES, Edit
-from adax_triton.bench.step.variant_cases import SAME, NormCase, StepCase, case_of
-from adax_triton.bench.step.variant_sections import FROZEN, SECTIONS, Variant, variants_of
+from adax_triton.bench.launch_variants import command, kernel_rewrites
+from adax_triton.bench.launch_variants.cases import SAME, Case
+from adax_triton.bench.launch_variants.kernel_rewrites import EXACT, REWRITES
+from adax_triton.bench.launch_variants.variants import LATE_STEP, SECTIONS, parse
 
 pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors need the interpreter")
@@ -31,37 +31,43 @@ def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**20)
 
 
-def verdicts(section: str, variants: list[Variant], folder: Path) -> list[str]:
-    case = case_of(SECTIONS[section], NUMEL, CPU, folder)
-    return [case.check(variant, case.call(variant)) for variant in (Variant(2048, 8), *variants)]
+def verdicts(section: str, label: str, folder: Path) -> list[str]:
+    case = Case(SECTIONS[section], NUMEL, CPU, folder)
+    return [case.check(variant, case.call(variant)) for variant in map(parse, ("2048x8", label))]
 
 
 @interpreted
 @pytest.mark.parametrize("name", REWRITES)
 def test_every_rewrite_applies_and_runs(name: str, tmp_path: Path) -> None:
-    # Eight bits hide what a quotient changes.
+    # 8-bit codes hide the rounding difference of a division.
     section = "fp32" if name == "quotient" else LOWEST
-    present, rewritten = verdicts(section, [Variant(1024, 4, 48, (name,))], tmp_path)
+    present, rewritten = verdicts(section, f"1024x4 r48 {name}", tmp_path)
     assert present == SAME
     assert rewritten == SAME if name in EXACT else rewritten.startswith("other")
-    for module, old, new in REWRITES[name]:
-        (source,) = (path.read_text() for path in tmp_path.glob(f"{module}_*.py"))
-        assert new in source and old not in source.replace(new, "")
+    module, old, new = REWRITES[name]
+    (source,) = (path.read_text() for path in tmp_path.glob(f"{module}_*.py"))
+    assert new in source and old not in source.replace(new, "")
 
 
-def test_rewrite_whose_text_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(REWRITES, "quotient", (*REWRITES["quotient"], Edit("quantization", "no such text", "")))
-    with pytest.raises(ValueError, match=r"'quotient' replaces 'no such text', which kernels/compact\.py"):
-        kernel_rewrites.rewritten_kernel(["quotient"], tmp_path)
+def test_label_names_every_property() -> None:
+    assert parse("2048x8 r48 p528 settled quotient")[1:] == (2048, 8, 48, 528, True, "quotient")
+    assert parse("1024x4")[1:] == (1024, 4, None, None, False, None)
+    assert parse("1024x4 r48").options == {"num_warps": 4, "maxnreg": 48}
+
+
+def test_outdated_and_unknown_rewrites_are_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(REWRITES, "quotient", ("quantization", "no such text", ""))
+    with pytest.raises(ValueError, match=r"'quotient': kernels/quantization\.py does not contain 'no such text'"):
+        kernel_rewrites.rewritten_kernel("quotient", tmp_path)
     with pytest.raises(ValueError, match="Invalid rewrite: 'faster'"):
-        kernel_rewrites.rewritten_kernel(["abs-product", "faster"], tmp_path)
+        kernel_rewrites.rewritten_kernel("faster", tmp_path)
 
 
 @interpreted
 def test_changed_result_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    by_one = Edit("quantization", "12582912.0", "12582913.0")  # each code of m
-    monkeypatch.setitem(REWRITES, "abs-product", (by_one,))
-    assert launch_variants.main([*DRY, "--modes", LOWEST, "--variants", "2048x8 abs-product"]) == 1
+    # Changes each code of m by one.
+    monkeypatch.setitem(REWRITES, "abs-product", ("quantization", "12582912.0", "12582913.0"))
+    assert command.main([*DRY, "--modes", LOWEST, "--variants", "2048x8 abs-product"]) == 1
     printed = capsys.readouterr()
     assert re.search(r"\| DIFFERS .*exp_avg,.* of the largest update \|", printed.out)
     assert f"{LOWEST}: 2048x8 abs-product DIFFERS" in printed.err
@@ -69,20 +75,19 @@ def test_changed_result_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsy
 
 @interpreted
 def test_dry_run_writes_what_it_prints(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One that cannot be launched is a row, and the others are timed.
-    section = SECTIONS["fp32"]._replace(variants=(Variant(2048, 8, rewrites=("faster",)), Variant(1024, 4, 48)))
-    monkeypatch.setitem(SECTIONS, "fp32", section)
-    path, make, written = tmp_path / "variants.json", case_of, []
+    # A variant that cannot be launched gets a row; the others are timed.
+    monkeypatch.setitem(SECTIONS, "fp32", SECTIONS["fp32"]._replace(labels="2048x8 faster, 1024x4 r48"))
+    path, written = tmp_path / "variants.json", []
 
-    def watched(*arguments: Any) -> StepCase | NormCase:
+    def watched(*arguments: Any) -> Case:
         written.append(path.exists() and len(json.loads(path.read_text())["sections"]))
         if len(written) == 3:
             raise torch.OutOfMemoryError("no room")
-        return make(*arguments)
+        return Case(*arguments)
 
-    monkeypatch.setattr(launch_variants, "case_of", watched)
+    monkeypatch.setattr(command, "Case", watched)
     names = ["fp32", "norm of bfloat16", "norm of float32"]
-    assert launch_variants.main([*DRY, "--modes", *names, "--json", str(path)]) == 1
+    assert command.main([*DRY, "--modes", *names, "--json", str(path)]) == 1
     assert written == [False, 1, 2]
     result = json.loads(path.read_text())
     assert (result["benchmark"], result["environment"]["torch"]) == ("variants", torch.__version__)
@@ -96,19 +101,18 @@ def test_dry_run_writes_what_it_prints(tmp_path: Path, capsys: Any, monkeypatch:
     assert norms["rows"][norms["reference"]]["of_reference"] == 1.0
     for row in [*steps["rows"].values(), *norms["rows"].values()]:
         assert "absent" in row or row["ms"] > 0
-    assert launch_variants.table(result).replace("\n\n", "\n") in capsys.readouterr().out.replace("\n\n", "\n")
+    assert command.table(result).replace("\n\n", "\n") in capsys.readouterr().out.replace("\n\n", "\n")
 
 
 @interpreted
-def test_budget_keeps_the_present_variant_and_the_least_rounds(tmp_path: Path) -> None:
+def test_first_variant_is_timed_without_a_budget(tmp_path: Path) -> None:
     section = SECTIONS["fp32"]
-    case, variants = case_of(section, NUMEL, CPU, tmp_path), {one.label: one for one in variants_of(section)}
-    failed = {"2048x8 r48": "PTXASError: no"}
-    found = launch_variants.measure(variants, case, failed, Clock(CPU), rounds=20, until=0.0)
-    assert found["rounds"] == launch_variants.LEAST_ROUNDS
+    case, failed = Case(section, NUMEL, CPU, tmp_path), {"2048x8 r48": "PTXASError: no"}
+    found = command.measure(section.variants(), case, failed, Clock(CPU), rounds=20, until=0.0)
+    assert found["rounds"] == command.LEAST_ROUNDS
     timed = [label for label, row in found["rows"].items() if "ms" in row]
     assert timed == ["2048x8", "copy"]
-    assert found["rows"]["1024x8"] == {"absent": launch_variants.NOT_REACHED}
+    assert found["rows"]["1024x8"] == {"absent": command.NOT_REACHED}
     # fp32 moves 28 bytes per element.
     row = found["rows"]["2048x8"]
     assert row["tb_per_s"] * row["ms"] == pytest.approx(28 * NUMEL / 1e9)
@@ -116,52 +120,50 @@ def test_budget_keeps_the_present_variant_and_the_least_rounds(tmp_path: Path) -
 
 @interpreted
 @pytest.mark.parametrize("name", ["fp32, frozen", "bf16 + bfloat16, frozen"])
-def test_frozen_step_changes_no_second_moment(name: str, tmp_path: Path) -> None:
+def test_late_step_changes_no_second_moment(name: str, tmp_path: Path) -> None:
     section = SECTIONS[name]
-    assert section.steps[-1] == FROZEN
+    assert section.steps[-1] == LATE_STEP
     before, after = (
-        case_of(section._replace(steps=steps), NUMEL, CPU, tmp_path) for steps in (section.steps[:-1], section.steps)
+        Case(section._replace(steps=steps), NUMEL, CPU, tmp_path) for steps in (section.steps[:-1], section.steps)
     )
     for case in (before, after):
-        assert isinstance(case, StepCase)
-        assert case.check(Variant(2048, 8), case.call(Variant(2048, 8))) == SAME
+        assert case.check(parse("2048x8"), case.call(parse("2048x8"))) == SAME
     assert torch.equal(before.tensors["exp_avg_sq"], after.tensors["exp_avg_sq"])
     assert before.tensors["exp_avg_sq"].count_nonzero() == NUMEL
     assert not torch.equal(before.tensors["exp_avg"], after.tensors["exp_avg"])
-    skip_unchanged_v = Variant(2048, 8, skip_unchanged_v=True)
+    skip_unchanged_v = parse("2048x8 settled")
     assert after.check(skip_unchanged_v, after.call(skip_unchanged_v)) == SAME
     assert (
-        after.bytes_moved(Variant(2048, 8)) - after.bytes_moved(skip_unchanged_v) == after.tensors["exp_avg_sq"].nbytes
+        after.bytes_moved(parse("2048x8")) - after.bytes_moved(skip_unchanged_v) == after.tensors["exp_avg_sq"].nbytes
     )
 
 
 @interpreted
 def test_wrong_norm_is_seen(tmp_path: Path) -> None:
-    section = SECTIONS["norm of bfloat16"]
-    case = case_of(section, NUMEL, CPU, tmp_path)
-    assert isinstance(case, NormCase)
-    call = case.call(section.variants[0])
-    assert case.check(section.variants[0], call).startswith(SAME)
-    case.grad[-1] = 5.0  # the expected norm is that of before
-    assert case.check(section.variants[0], call).startswith("DIFFERS")
+    variant = parse("2048x8 p4096")
+    case = Case(SECTIONS["norm of bfloat16"], NUMEL, CPU, tmp_path)
+    call = case.call(variant)
+    assert case.check(variant, call).startswith(SAME)
+    case.grad[-1] = 5.0  # the expected norm was computed before
+    assert case.check(variant, call).startswith("DIFFERS")
 
 
 COMPILING = """
 import json, sys
-from adax_triton.bench.step.kernel_rewrites import REWRITES
-from adax_triton.bench.step.launch_variants import compile_all
-from adax_triton.bench.step.variant_sections import SECTIONS, Variant
+from adax_triton.bench.launch_variants.compile import compile_all
+from adax_triton.bench.launch_variants.kernel_rewrites import REWRITES
+from adax_triton.bench.launch_variants.variants import SECTIONS, parse
 from triton.backends.compiler import GPUTarget
 
 if __name__ == "__main__":
-    jobs = [(SECTIONS[sys.argv[1]], Variant(1024, 4, 48, (name,))) for name in (*REWRITES, "faster")]
+    jobs = [(SECTIONS[sys.argv[1]], parse(f"1024x4 r48 {name}")) for name in (*REWRITES, "faster")]
     failed = compile_all(jobs, GPUTarget("cuda", 90, 32), 1, 120.0)
     print(json.dumps({label: why for (_, label), why in failed.items()}))
 """
 
 
 def test_rewrites_compile_without_a_gpu(tmp_path: Path) -> None:
-    # Takes 5 s, to start processes that compile: otherwise only a GPU would show that the rewrites do.
+    # Otherwise only a GPU would show that the rewrites compile. Starting the processes takes 5 s.
     script, cache = tmp_path / "compiling.py", tmp_path / "cache"
     script.write_text(COMPILING)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

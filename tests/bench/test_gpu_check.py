@@ -1,4 +1,4 @@
-"""The command for a GPU machine: its dry run, and its parts where something is absent, hangs or is odd."""
+"""The check of a GPU machine: dry runs, and parts that fail, hang or have no profiler."""
 
 import argparse
 import csv
@@ -18,11 +18,12 @@ from unittest.mock import ANY
 
 import pytest
 from adax_triton.bench import gpu_check, host
-from adax_triton.bench.gpu_check import Part, Runner
+from adax_triton.bench.gpu_check import CheckPart, Runner
 from adax_triton.bench.harness.modes import MODES
+from adax_triton.bench.launch_variants import command as launch_variants
 from adax_triton.bench.report import command as report
 from adax_triton.bench.step import command as step_report
-from adax_triton.bench.step import counted_steps, launch_variants
+from adax_triton.bench.step import counted_steps
 from adax_triton.bench.training import command as train
 from paths import ROOT
 
@@ -38,7 +39,7 @@ PROFILED = {
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout without git and without what an installation adds."""
+    """A source tree without git, not installed."""
     folder = tmp_path_factory.mktemp("bare") / "checkout"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "build"))
     return folder
@@ -93,11 +94,11 @@ def test_dry_run_of_the_second_call(checkout: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", gpu_check.NEEDED)
-def test_nothing_is_run_after_what_all_need_has_failed(
+def test_parts_are_skipped_after_a_required_part_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    def part(name: str, *_: Any) -> Part:
-        return Part(name, ("-c", "import sys; sys.exit(1)" if name == broken else 'print(\'{"device": "none"}\')'))
+    def part(name: str, *_: Any) -> CheckPart:
+        return CheckPart(name, ("-c", "import sys; sys.exit(1)" if name == broken else 'print(\'{"device": "none"}\')'))
 
     monkeypatch.setattr(gpu_check, "part_of", part)
     arguments = argparse.Namespace(call=1, interpret=True, tests=None, only=None)
@@ -146,7 +147,7 @@ def test_failures_are_in_the_file_before_the_run_ends(tmp_path: Path) -> None:
         assert failure in done.stdout
 
 
-def test_only_tests_on_a_gpu_are_run_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_only_gpu_tests_are_run_on_request(tmp_path: Path) -> None:
     (tmp_path / "test_a.py").write_text(
         "import pytest\n"
         "def test_host(): pass\n"
@@ -171,12 +172,12 @@ def is_running(process: str) -> bool:
         return False
 
 
-def test_part_that_hangs_is_stopped_with_all_it_started(tmp_path: Path) -> None:
+def test_part_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     child = (
         f"open({str(tmp_path / 'child')!r}, 'w').write(str(__import__('os').getpid())); __import__('time').sleep(60)"
     )
     program = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
-    entry, output = Runner(tmp_path, tmp_path, False).run(Part("doctor", ("-c", program)), 4.0)
+    entry, output = Runner(tmp_path, tmp_path, False).run(CheckPart("doctor", ("-c", program)), 4.0)
     assert entry["rc"] is None
     assert "4 s" in entry["stopped"]
     assert entry["seconds"] < 30
@@ -184,21 +185,21 @@ def test_part_that_hangs_is_stopped_with_all_it_started(tmp_path: Path) -> None:
     assert (tmp_path / "log.txt").read_text() == "== doctor\nbegun\n== doctor: after its limit of 4 s\n"
     assert (tmp_path / "failures.txt").read_text() == "== doctor: after its limit of 4 s\nbegun\n"
     deadline = time.monotonic() + 30
-    while is_running((tmp_path / "child").read_text()):  # a busy machine takes its time to end it
+    while is_running((tmp_path / "child").read_text()):  # a busy machine is slow to end it
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
 def test_exit_code_and_errors_are_kept(tmp_path: Path) -> None:
     program = "import sys; print('out'); sys.stdout.flush(); sys.exit('what was wrong')"
-    entry, output = Runner(tmp_path, tmp_path, False).run(Part("tests", ("-c", program)), 60.0)
+    entry, output = Runner(tmp_path, tmp_path, False).run(CheckPart("tests", ("-c", program)), 60.0)
     assert entry["rc"] == 1
     assert output == "out\nwhat was wrong\n"
     assert (tmp_path / "log.txt").read_text() == f"== tests\n{output}== tests: exit code 1\n"
     assert (tmp_path / "failures.txt").read_text() == f"== tests: exit code 1\n{output}"
 
 
-def test_scripts_import_what_lies_next_to_them_and_the_packages(tmp_path: Path) -> None:
+def test_scripts_import_their_siblings_and_the_packages(tmp_path: Path) -> None:
     (tmp_path / "sibling.py").write_text("answer = 42\n")
     (tmp_path / "again.py").write_text("import adax_triton.kernels, sibling; print(sibling.answer)\n")
     script = tmp_path / "script.py"
@@ -206,11 +207,11 @@ def test_scripts_import_what_lies_next_to_them_and_the_packages(tmp_path: Path) 
     gpu_check.stage(tmp_path / "staged", None)
     runner = Runner(tmp_path, tmp_path / "staged", False)
     for words in ((str(tmp_path / "again.py"),), (str(script), str(tmp_path / "again.py"))):
-        assert runner.run(Part("tests", words), 60.0) == ({"limit_s": 60, "rc": 0, "seconds": ANY}, "42\n")
+        assert runner.run(CheckPart("tests", words), 60.0) == ({"limit_s": 60, "rc": 0, "seconds": ANY}, "42\n")
 
 
-def test_profiler_that_is_absent_is_left_out(tmp_path: Path) -> None:
-    part = Part("counters", ("-c", "print('bare')"), ("no-such-profiler", "--csv"))
+def test_part_without_its_profiler_is_skipped(tmp_path: Path) -> None:
+    part = CheckPart("counters", ("-c", "print('bare')"), ("no-such-profiler", "--csv"))
     entry, _ = Runner(tmp_path, tmp_path, False).run(part, 60.0)
     assert entry == {"left_out": "no-such-profiler is not on the PATH"}
     assert Runner(tmp_path, tmp_path, True).run(part, 60.0)[0]["rc"] == 0
@@ -220,13 +221,13 @@ def test_profiler_runs_the_command(tmp_path: Path) -> None:
     profiler = tmp_path / "profiler"
     profiler.write_text('#!/bin/sh\necho "profiling with $1"\nshift\nexec "$@"\n')
     profiler.chmod(0o755)
-    part = Part("counters", ("-c", "print('bare')"), (str(profiler), "--csv"))
+    part = CheckPart("counters", ("-c", "print('bare')"), (str(profiler), "--csv"))
     entry, output = Runner(tmp_path, tmp_path, False).run(part, 60.0)
     assert (entry["rc"], output) == (0, "profiling with --csv\nbare\n")
 
 
 def profile(launches: int) -> str:
-    """What ncu and the program it ran print together: 100 elements, and as the first launch one that does not count."""
+    """Output of ncu and of the program it ran, for 100 elements; the first launch is warm-up."""
     table = io.StringIO()
     writer = csv.writer(table, quoting=csv.QUOTE_ALL)
     writer.writerow(["ID", "Kernel Name", "Metric Name", "Metric Unit", "Metric Value"])
@@ -238,7 +239,7 @@ def profile(launches: int) -> str:
     return f"==PROF== Connected to process 1\n{json.dumps(mode)}\n==PROF== Disconnected\n{table.getvalue()}"
 
 
-def test_counters_are_those_of_each_modes_last_launch() -> None:
+def test_counters_of_the_last_launch_are_kept() -> None:
     (found,) = gpu_check.read_counters(profile(launches=2))
     assert (found["read_per_element"], found["written_per_element"]) == (16.0, 12.0)
     assert found["gb_per_s"] == 4.0  # 2800 bytes in 700 ns
@@ -249,19 +250,19 @@ def test_counters_are_those_of_each_modes_last_launch() -> None:
 
 
 @pytest.mark.parametrize("text", [profile(launches=3), profile(launches=1), ""], ids=["more", "less", "nothing"])
-def test_launches_that_are_not_accounted_for_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="launches were counted"):
+def test_wrong_number_of_launches_is_rejected(text: str) -> None:
+    with pytest.raises(ValueError, match=r"ncu counted \d launches, expected"):
         gpu_check.read_counters(text)
 
 
-def test_wheels_are_staged_beside_the_packages(tmp_path: Path) -> None:
+def test_wheels_are_staged_next_to_the_packages(tmp_path: Path) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     with zipfile.ZipFile(wheels / "carried-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("carried/__init__.py", "answer = 42\n")
     gpu_check.stage(tmp_path / "staged", wheels)
     program = "import carried, adax_triton.bench; print(carried.answer, adax_triton.__file__)"
-    entry, output = Runner(tmp_path, tmp_path / "staged", False).run(Part("doctor", ("-c", program)), 60.0)
+    entry, output = Runner(tmp_path, tmp_path / "staged", False).run(CheckPart("doctor", ("-c", program)), 60.0)
     assert output.split() == ["42", str(tmp_path / "staged" / "adax_triton" / "__init__.py")]
     assert entry["rc"] == 0
 
@@ -280,7 +281,7 @@ def test_each_call_has_time_for_its_parts() -> None:
     assert sum(gpu_check.LIMITS_S[2][name] for name in measured) + 90 <= gpu_check.CALL_S[2]
 
 
-def test_options_of_the_benchmarks_are_theirs(tmp_path: Path) -> None:
+def test_benchmarks_accept_their_options(tmp_path: Path) -> None:
     modules = {"host": host, "train": train, "step": step_report, "variants": launch_variants}
     for interpret, (name, module) in itertools.product((False, True), modules.items()):
         part = gpu_check.benchmark(name, tmp_path / "result.json", interpret, 100.0)

@@ -1,4 +1,4 @@
-"""The bytes that the table and picture of memory claim, against tensors that an optimizer made and formats by hand."""
+"""Bytes in the memory table: ours against real tensors, others against their formats."""
 
 from pathlib import Path
 
@@ -28,25 +28,25 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("way", memory.WAYS, ids=[way.name for way in memory.WAYS])
-def test_bytes_are_those_of_tensors(way: memory.Way, native_cpu: torch.device) -> None:
-    if way.name in OTHERS:
-        assert way.total == OTHERS[way.name]
+@pytest.mark.parametrize("setup", memory.SETUPS, ids=[setup.name for setup in memory.SETUPS])
+def test_bytes_match_real_tensors(setup: memory.Setup, native_cpu: torch.device) -> None:
+    if setup.name in OTHERS:
+        assert setup.total == OTHERS[setup.name]
         return
-    states, master_weights = OURS[way.name]
+    states, master_weights = OURS[setup.name]
     param = nn.Parameter(torch.ones(128, 64, device=native_cpu, dtype=torch.bfloat16))
     param.grad = torch.ones_like(param)
     optimizer = AdaXW([param], states=states, master_weights=master_weights)
     optimizer.step()
     state = [tensor for tensor in optimizer.state[param].values() if isinstance(tensor, torch.Tensor)]
-    assert way.total == sum(tensor.nbytes for tensor in (param, param.grad, *state)) / NUMEL
+    assert setup.total == sum(tensor.nbytes for tensor in (param, param.grad, *state)) / NUMEL
 
 
-def test_command_prints_every_way_and_draws_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_and_draws_every_setup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     figure = tmp_path / "memory.png"
     assert main(["bench", "memory", "--figure", str(figure)]) == 0
     printed = capsys.readouterr().out
-    assert all(f"| {way.name} |" in printed for way in memory.WAYS)
+    assert all(f"| {setup.name} |" in printed for setup in memory.SETUPS)
     assert "| 8.03 | 56 | 562 |" in printed  # 7e9 and 70e9 parameters at 8.03125 bytes
     assert figure.read_bytes().startswith(b"\x89PNG")

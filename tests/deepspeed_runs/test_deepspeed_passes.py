@@ -1,6 +1,6 @@
-"""Bytes that a step under ZeRO moves, counted by a dispatch trace in a separate process.
+"""Bytes that a step under ZeRO moves, counted in its own process.
 
-Oracles: byte formulas for DeepSpeed's own passes, upper limits for fused steps, both in bench/zero_passes/passes.py.
+Oracles: formulas for DeepSpeed's own passes, the limits in bench/zero_passes/passes.py for fused steps.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from adax_triton import AdaX, ExternalGrads
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.deepspeed
 
-# Bytes per parameter of DeepSpeed's step, of which the optimizer's step takes 28. If DeepSpeed moves fewer bytes, the
-# upper limits of fused steps mean nothing.
+# Bytes of a step of 28 bytes with DeepSpeed's own passes. If they were fewer, the limits would show nothing.
 UNFUSED = {
     "ZeRO 1, bf16": 74,
     "ZeRO 2, bf16": 74,
@@ -35,7 +34,7 @@ UNFUSED = {
     "ZeRO 2, bf16, CPU offload": 46,
     "ZeRO 3, bf16, CPU offload": 42,
 }
-WIDTH = "192"  # wide enough that each layer is stepped by itself, as large ones are
+WIDTH = "192"  # layers of this size are stepped one by one, as large ones are
 
 
 @pytest.fixture(scope="module")

@@ -66,5 +66,5 @@ def test_script_runs_each_time_without_a_cache_and_its_failure_is_kept_nowhere(s
 
 def test_sources_are_all_kernels_and_what_compiles_them() -> None:
     names = {path.name for path in SOURCES}
-    assert {"adax_step.py", "launch.py", "variants.py", "variant_cases.py", "code_audit.py"} < names
+    assert {"adax_step.py", "launch.py", "variants.py", "compile.py", "code_audit.py"} < names
     assert all(path.exists() for path in SOURCES)

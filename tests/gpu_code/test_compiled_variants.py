@@ -51,7 +51,7 @@ def compiled(case: str) -> dict[str, list[int]]:
     from adax_triton import AdaXW
     from adax_triton.step import backend
 
-    code_audit.driver.set_active(code_audit.AbsentDevice(code_audit.TARGETS["sm_90"]))
+    code_audit.driver.set_active(code_audit.absent_device(code_audit.TARGETS["sm_90"]))
     keys: dict[str, set[str]] = defaultdict(set)
 
     def record(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:

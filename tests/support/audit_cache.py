@@ -18,7 +18,7 @@ from paths import ROOT, SUPPORT
 # What the facts depend on, next to Triton and PyTorch: kernels import nothing else of the package.
 SOURCES = [
     *sorted((ROOT / "kernels").glob("*.py")),
-    ROOT / "bench" / "step" / "variant_cases.py",
+    ROOT / "bench" / "launch_variants" / "compile.py",
     SUPPORT / "code_audit.py",
     SUPPORT / "small_kernels_audit.py",
 ]

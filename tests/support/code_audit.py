@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from adax_triton.bench.step.variant_cases import AbsentDevice
+from adax_triton.bench.launch_variants.compile import absent_device
 from adax_triton.kernels import adax_step as step_module
 from adax_triton.kernels.adax_step import adax_step, adax_step_kernel
 from adax_triton.kernels.launch import launch_shape
@@ -306,7 +306,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def audit(target_name: str) -> list[dict[str, Any]]:
     """Return the facts of the variants of one target."""
     target = TARGETS[target_name]
-    driver.set_active(AbsentDevice(target))
+    driver.set_active(absent_device(target))
     step_module.current_backend = lambda: target.backend
     every = target_name == next(iter(TARGETS)) or os.environ.get("AUDIT") == "all"
     variants = step_variants() if every else covering(step_variants())

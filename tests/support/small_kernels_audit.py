@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adax_triton.bench.launch_variants.compile import absent_device
 from adax_triton.kernels import grad_norm as stats_module
 from adax_triton.kernels.coefficients import prepare_step, prepare_step_kernel
 from adax_triton.kernels.grad_norm import grad_norm_kernel, grad_norm_partials
-from adax_triton.kernels.telemetry import sum_rows, sum_rows_kernel
+from adax_triton.kernels.telemetry import add_rows, add_rows_kernel
 from code_audit import (
     GRAD_DTYPES,
     TARGETS,
-    AbsentDevice,
     Launch,
     assembly,
     compile_launch,
@@ -55,7 +55,7 @@ def prepare_steps() -> None:
 
 def add_up_rows() -> None:
     for rows, runs in ((1, 1), (16, 1), (17, 2), (4096, 16), (5000, 128)):
-        sum_rows(torch.zeros(rows, 5), torch.zeros(runs, 2, dtype=torch.int64), torch.zeros(runs, 5))
+        add_rows(torch.zeros(rows, 5), torch.zeros(runs, 2, dtype=torch.int64), torch.zeros(runs, 5))
 
 
 def gradient_accesses(code: str) -> list[tuple[str, str, int]]:
@@ -80,14 +80,14 @@ def variants() -> list[tuple[Any, list[Launch], dict[str, Any]]]:
     return [
         *found,
         (prepare_step_kernel, recorded(prepare_steps), {}),
-        (sum_rows_kernel, recorded(add_up_rows), {}),
+        (add_rows_kernel, recorded(add_up_rows), {}),
     ]
 
 
 def audit(target_name: str) -> dict[str, list[dict[str, Any]]]:
     """Return the facts of every variant of one target, by kernel."""
     target = TARGETS[target_name]
-    driver.set_active(AbsentDevice(target))
+    driver.set_active(absent_device(target))
     stats_module.current_backend = lambda: target.backend
     found = variants()
     kernels = [compile_launch(kernel, launches[0], target) for kernel, launches, _ in found]

@@ -1,0 +1,81 @@
+"""One AdaX with a parameter for every mode, next to the same rule in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adax_triton import AdaX
+from adax_triton.state.allocation import local_state_tensors
+from adax_triton.update.coefficients import step_scalars
+from adax_triton.update.quantized_update import load_moments
+from adax_triton.update.reference import adax_update
+
+EPS = 1e-12
+
+
+class Mode(NamedTuple):
+    """How moments are stored.
+
+    Attributes:
+        states: of the parameter group.
+        rounding: rounds float32 `m` and `v` in place after each step, to compare with other formats.
+        lr: factor of the learning rate.
+    """
+
+    states: str = "float32"
+    rounding: Callable[[Tensor, Tensor], None] | None = None
+    lr: float = 1.0
+
+
+class Comparison:
+    """Steps a parameter for every mode, and one more in float64.
+
+    Args:
+        modes: by name.
+        shape: of each parameter; smaller ones than 4096 elements would keep float32 states.
+        betas: b1 and b2.
+        seed: of the stochastic rounding.
+
+    Attributes:
+        weights: (modes, *shape) float32, start at 0; writable.
+        exact: (*shape) float64 weights.
+        exact_moments: m and v in float64.
+    """
+
+    def __init__(
+        self, modes: Mapping[str, Mode], shape: tuple[int, ...], betas: tuple[float, float], seed: int
+    ) -> None:
+        self._modes, self._betas, self.steps = modes, betas, 0
+        self.weights = torch.zeros(len(modes), *shape)
+        self._params = [torch.nn.Parameter(row) for row in self.weights]  # on the same memory
+        groups = [
+            {"params": [param], "states": mode.states} for param, mode in zip(self._params, modes.values(), strict=True)
+        ]
+        self.optimizer = AdaX(groups, betas=betas, eps=EPS, weight_decay=0.0, seed=seed)
+        self.exact, *self.exact_moments = torch.zeros(3, *shape, dtype=torch.float64)
+
+    def step(self, grads: Sequence[Tensor], lr: float) -> None:
+        """Apply one step with a gradient per mode and a last one for the exact rule."""
+        self.steps += 1
+        modes = self._modes.values()
+        for param, mode, group, grad in zip(self._params, modes, self.optimizer.param_groups, grads, strict=False):
+            param.grad, group["lr"] = grad, lr * mode.lr
+        self.optimizer.step()
+        for param, mode in zip(self._params, modes, strict=True):
+            if mode.rounding is not None:
+                state = self.optimizer.state[param]
+                mode.rounding(state["exp_avg"], state["exp_avg_sq"])
+        scalars = step_scalars(
+            **{"step": self.steps, "lr": lr, "betas": self._betas, "eps": EPS, "eps_placement": "normalized"},
+            **{"weight_decay": 0.0, "decoupled_weight_decay": False, "second_moment": "adax", "maximize": False},
+        )
+        adax_update(self.exact, grads[-1].double(), *self.exact_moments, **scalars._asdict())
+
+    def moments(self) -> list[tuple[Tensor, Tensor]]:
+        """Return m and v of every mode, decoded to float32."""
+        states = [local_state_tensors(self.optimizer.state[param]) for param in self._params]
+        return [load_moments(one["exp_avg"], one["exp_avg_sq"], one.get("group_exponents")) for one in states]
