@@ -109,14 +109,19 @@ def test_parts_are_skipped_after_a_required_part_failed(
     assert f"== {broken}: exit code 1" in (tmp_path / "failures.txt").read_text()
 
 
-def copy_conftest(folder: Path) -> None:
-    shutil.copy(ROOT / "tests" / "conftest.py", folder)
-    (folder / "durations.json").write_text("{}")
+def pytest_on(folder: Path, text: str, *words: str, **variables: str) -> tuple[list[str], dict[str, Any]]:
+    """Write a test file next to a copy of conftest.py; return the command that runs it, and how to run that."""
+    tests = folder / "tests"
+    shutil.copytree(ROOT / "tests" / "support", tests / "support")
+    shutil.copy(ROOT / "tests" / "conftest.py", tests)
+    (tests / "test_b.py").write_text(text)
+    environment = {**os.environ, **variables, "PYTHONPATH": str(tests / "support")}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words, str(tests)]
+    return command, {"env": environment, "cwd": folder, "capture_output": True, "text": True, "timeout": 60}
 
 
 def test_failures_are_in_the_file_before_the_run_ends(tmp_path: Path) -> None:
-    (tmp_path / "test_a.py").write_text("import no_such_module\n")
-    (tmp_path / "test_b.py").write_text(
+    text = (
         "import os\n"
         "def test_a(device): assert 1 == 2\n"
         "def test_b(device):\n"
@@ -124,23 +129,12 @@ def test_failures_are_in_the_file_before_the_run_ends(tmp_path: Path) -> None:
         "    assert 'no_such_module' in failures and 'assert 1 == 2' in failures\n"
         "    os._exit(9)\n"
     )
-    copy_conftest(tmp_path)
     failures = tmp_path / "failures.txt"
     failures.touch()
-    environment = {**os.environ, "FAILURES": str(failures), "PYTHONPATH": str(ROOT / "tests")}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--continue-on-collection-errors",
-        "-p",
-        "no:cacheprovider",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 9  # the second test found the failures in the file and ended the process
+    command, options = pytest_on(tmp_path, text, "--continue-on-collection-errors", FAILURES=str(failures))
+    (tmp_path / "tests" / "test_a.py").write_text("import no_such_module\n")
+    done = subprocess.run(command, check=False, **options)
+    assert done.returncode == 9, done.stdout  # the second test found the failures in the file and ended the process
     for text in ("No module named 'no_such_module'", "assert 1 == 2"):
         assert text in failures.read_text()
     for failure in re.split(r"^(?=FAILED )", failures.read_text(), flags=re.MULTILINE):
@@ -148,7 +142,7 @@ def test_failures_are_in_the_file_before_the_run_ends(tmp_path: Path) -> None:
 
 
 def test_only_gpu_tests_are_run_on_request(tmp_path: Path) -> None:
-    (tmp_path / "test_a.py").write_text(
+    text = (
         "import pytest\n"
         "def test_host(): pass\n"
         "def test_on_device(device): pass\n"
@@ -157,10 +151,8 @@ def test_only_gpu_tests_are_run_on_request(tmp_path: Path) -> None:
         "@pytest.mark.gpu\n"
         "def test_marked(): pass\n"
     )
-    copy_conftest(tmp_path)
-    environment = {**os.environ, "ONLY_GPU_TESTS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    command, options = pytest_on(tmp_path, text, "--collect-only", "-q", ONLY_GPU_TESTS="1")
+    done = subprocess.run(command, check=True, **options)
     found = [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
     assert found == ["test_on_device", "test_both[kernel]", "test_marked"]
 
