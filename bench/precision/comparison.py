@@ -15,6 +15,7 @@ from adax_triton.update.quantized_update import load_moments
 from adax_triton.update.reference import adax_update
 
 EPS = 1e-12
+NUMEL = 4096  # the fewest elements with low-precision states
 
 
 class Mode(NamedTuple):
@@ -22,7 +23,7 @@ class Mode(NamedTuple):
 
     Attributes:
         states: of the parameter group.
-        rounding: rounds float32 `m` and `v` in place after each step, to compare with other formats.
+        rounding: rounds float32 m and v in place after each step, to compare with other formats.
         lr: factor of the learning rate.
     """
 
@@ -32,40 +33,31 @@ class Mode(NamedTuple):
 
 
 class Comparison:
-    """Steps a parameter for every mode, and one more in float64.
-
-    Args:
-        modes: by name.
-        shape: of each parameter; smaller ones than 4096 elements would keep float32 states.
-        betas: b1 and b2.
-        seed: of the stochastic rounding.
+    """Steps one parameter per mode, and the exact rule.
 
     Attributes:
-        weights: (modes, *shape) float32, start at 0; writable.
-        exact: (*shape) float64 weights.
-        exact_moments: m and v in float64.
+        weights: (modes, *shape) float32, 0 at the start; writable.
+        exact: (*shape) float64 weights of the exact rule.
+        exact_moments: its m and v, float64.
     """
 
     def __init__(
         self, modes: Mapping[str, Mode], shape: tuple[int, ...], betas: tuple[float, float], seed: int
     ) -> None:
-        self._modes, self._betas, self.steps = modes, betas, 0
+        self._modes, self._betas, self.steps = list(modes.values()), betas, 0
         self.weights = torch.zeros(len(modes), *shape)
         self._params = [torch.nn.Parameter(row) for row in self.weights]  # on the same memory
-        groups = [
-            {"params": [param], "states": mode.states} for param, mode in zip(self._params, modes.values(), strict=True)
-        ]
+        groups = [{"params": [p], "states": mode.states} for p, mode in zip(self._params, self._modes, strict=True)]
         self.optimizer = AdaX(groups, betas=betas, eps=EPS, weight_decay=0.0, seed=seed)
         self.exact, *self.exact_moments = torch.zeros(3, *shape, dtype=torch.float64)
 
     def step(self, grads: Sequence[Tensor], lr: float) -> None:
         """Apply one step with a gradient per mode and a last one for the exact rule."""
         self.steps += 1
-        modes = self._modes.values()
-        for param, mode, group, grad in zip(self._params, modes, self.optimizer.param_groups, grads, strict=False):
-            param.grad, group["lr"] = grad, lr * mode.lr
+        for index, (param, mode) in enumerate(zip(self._params, self._modes, strict=True)):
+            param.grad, self.optimizer.param_groups[index]["lr"] = grads[index], lr * mode.lr
         self.optimizer.step()
-        for param, mode in zip(self._params, modes, strict=True):
+        for param, mode in zip(self._params, self._modes, strict=True):
             if mode.rounding is not None:
                 state = self.optimizer.state[param]
                 mode.rounding(state["exp_avg"], state["exp_avg_sq"])

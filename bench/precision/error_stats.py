@@ -57,7 +57,7 @@ class ErrorStats:
         """Return whether to sample the moments of this step; the last one is."""
         return step > self._skipped and (self._steps - step) % self._every == 0
 
-    def add_moments(self, moments: list[tuple[Tensor, Tensor]], exact: tuple[Tensor, Tensor]) -> None:
+    def add_moments(self, moments: list[tuple[Tensor, Tensor]], exact: list[Tensor]) -> None:
         """Add every mode's m and v, decoded to float32, and the exact ones."""
         first, second = (torch.stack(tensors) for tensors in zip(*moments, strict=True))
         square, norm = (first.double() - exact[0]).square().sum(dim=1), exact[0].square().sum()

@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 from adax_triton.bench.harness.environment import describe
-from adax_triton.bench.step.table import markdown_row
+from adax_triton.bench.harness.markdown import markdown_table
 from torch import Generator, Tensor
 
 from adax_triton.update.quantization import GROUP
 
-from .comparison import EPS, Comparison, Mode
+from .comparison import EPS, NUMEL, Comparison, Mode
 from .error_stats import ErrorStats
 
-NUMEL = 4096  # the fewest elements with low-precision states
+SEED = 0
 BETAS = (0.9, 1e-4)
 KINDS = ("stationary", "decaying", "vanishing", "heavy-tailed", "multi-scale", "sparse", "tiny")
 ROW_CHANCE = 1 / 20
@@ -106,16 +106,10 @@ def gradients(kind: str, numel: int, steps: int, generator: Generator) -> Callab
     }[kind]
 
 
-def study(kind: str, steps: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Step every mode on the same gradients; return the figures of `ErrorStats` by mode.
-
-    Args:
-        kind: one of `KINDS`.
-        steps: number of steps.
-        seed: of the gradients and the random bits.
-    """
-    gradient = gradients(kind, NUMEL, steps, Generator().manual_seed(seed))
-    comparison, stats = Comparison(MODES, (NUMEL,), BETAS, seed), ErrorStats(len(MODES), NUMEL, steps)
+def study(kind: str, steps: int) -> dict[str, dict[str, Any]]:
+    """Step every mode on the same gradients; return the figures of `ErrorStats` by mode."""
+    gradient = gradients(kind, NUMEL, steps, Generator().manual_seed(SEED))
+    comparison, stats = Comparison(MODES, (NUMEL,), BETAS, SEED), ErrorStats(len(MODES), NUMEL, steps)
     for step in range(1, steps + 1):
         comparison.weights.zero_()
         comparison.exact.zero_()
@@ -141,15 +135,15 @@ def goals(mode: str, figures: dict[str, Any]) -> dict[str, bool]:
 def table(result: dict[str, Any]) -> str:
     """Return the result as Markdown, with PASS or the goals that failed."""
     titles = ["gradients", "mode", *COLUMNS.values(), "v codes of 0", "largest update ratio", "goals"]
-    lines = [markdown_row(titles), "|---" * len(titles) + "|"]
+    lines = []
     for kind, rows in result["kinds"].items():
         for name, figures in rows.items():
             cells = [f"{100 * figures[key]:.4g}" for key in COLUMNS]
             failed = [goal for goal, met in figures.get("goals", {}).items() if not met]
             verdict = "" if "goals" not in figures else f"FAIL: {', '.join(failed)}" if failed else "PASS"
             tail = [str(figures["zero_codes"]), f"{figures['largest_update_ratio']:.3g}", verdict]
-            lines.append(markdown_row([kind, name, *cells, *tail]))
-    return "\n".join(lines)
+            lines.append([kind, name, *cells, *tail])
+    return "\n".join(markdown_table(titles, lines))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -157,18 +151,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30_000, help="default: %(default)s")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="of gradients; default: all")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     result: dict[str, Any] = {
         "environment": describe(torch.device("cpu")),
-        **{"steps": arguments.steps, "numel": NUMEL, "seed": arguments.seed, "betas": BETAS, "eps": EPS},
+        **{"steps": arguments.steps, "numel": NUMEL, "seed": SEED, "betas": BETAS, "eps": EPS},
         **{"most_error": MAX_ERROR, "most_bias": MAX_BIAS, "kinds": {}},
     }
     for kind in arguments.kinds:
         print(f"{kind}: {arguments.steps} steps", file=sys.stderr, flush=True)
-        rows = result["kinds"][kind] = study(kind, arguments.steps, arguments.seed)
+        rows = result["kinds"][kind] = study(kind, arguments.steps)
         for name in MAX_ERROR:
             rows[name]["goals"] = goals(name, rows[name])
     print(table(result))

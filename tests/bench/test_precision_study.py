@@ -43,7 +43,7 @@ def test_short_study_writes_all_figures(
 
 
 def test_v_is_zero_in_groups_of_many_scales_to_nearest_but_not_in_our_modes(native_cpu: torch.device) -> None:
-    rows = study.study("multi-scale", 30, 0)
+    rows = study.study("multi-scale", 30)
     assert rows[ROOTS]["zero_codes"] > 50
     assert rows[ROOTS]["largest_update_ratio"] > 10
     for name in study.MAX_ERROR:
@@ -115,7 +115,7 @@ def test_gradients_repeat_with_their_seed(kind: str) -> None:
 
 def test_long_run_compares_modes_on_the_same_batches(native_cpu: torch.device, tmp_path: Path) -> None:
     out = tmp_path / "long.json"
-    assert long_run.main(["--steps", "40", "--lr", "0.01", "--out", str(out)]) == 0
+    assert long_run.main(["--steps", "40", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     final = result["final"]
     assert list(final) == [*long_run.MODES, "float64"]
@@ -123,5 +123,5 @@ def test_long_run_compares_modes_on_the_same_batches(native_cpu: torch.device, t
     assert final["float64"]["risk"] == pytest.approx(final["float32"]["risk"], rel=1e-3)
     assert final["8bit_v16"]["risk"] == pytest.approx(final["float32"]["risk"], rel=2e-2)
     rates = {row["lr"]: row for row in result["learning_rates"]}
-    assert rates[0.01]["float32"] == pytest.approx(final["float32"]["risk"], rel=1e-3)
-    assert rates[0.01][long_run.CONTROL] == pytest.approx(final[long_run.CONTROL]["risk"], rel=1e-3)
+    assert rates[long_run.LR]["float32"] == pytest.approx(final["float32"]["risk"], rel=1e-3)
+    assert rates[long_run.LR][long_run.CONTROL] == pytest.approx(final[long_run.CONTROL]["risk"], rel=1e-3)
