@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -25,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adax_triton.bench.harness.environment import describe
-from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.command import add_device, add_json, count, seconds, write
+from adax_triton.bench.harness.environment import describe, origin
+from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.harness.timing import Clock, release
 from adax_triton.bench.step.measure import reason
-from adax_triton.bench.step.table import markdown_row
+from adax_triton.bench.step.run import NOT_REACHED
 
 from .cases import DIFFERS, Case
 from .compile import compile_all
@@ -37,7 +37,6 @@ from .variants import SECTIONS, Section, Variant
 
 LEAST_ROUNDS = 3
 COMPILE_SHARE = 0.4  # of the budget, at most
-NOT_REACHED = "not reached within the budget of time"
 COLUMNS = {
     **{"ms": "{:.3f}", "tb_per_s": "{:.2f}", "of_reference": "{:.0%}"},
     **{"registers": "{}", "spills": "{}", "verdict": "{}"},
@@ -158,22 +157,22 @@ def section_table(section: dict[str, Any]) -> str:
     if "absent" in section:
         return f"{section['name']}: absent: {section['absent']}"
     titles = [section["name"], "ms", "TB/s", f"of {section['reference']}", "registers", "spills", "result"]
-    lines = [markdown_row(titles), "|---" * len(titles) + "|"]
+    rows = []
     for label, row in section["rows"].items():
         row = row | ({"verdict": f"absent: {row['absent']}"} if "absent" in row else {})
-        lines.append(markdown_row([label, *(COLUMNS[key].format(row[key]) if key in row else "" for key in COLUMNS)]))
-    return "\n".join(lines)
+        rows.append([label, *(COLUMNS[key].format(row[key]) if key in row else "" for key in COLUMNS)])
+    return "\n".join(markdown_table(titles, rows))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--modes", nargs="+", choices=list(SECTIONS), metavar="NAME", help=f"of {list(SECTIONS)}")
     parser.add_argument("--variants", nargs="+", metavar="LABEL", help="compared with the first; default: all")
-    parser.add_argument("--numel", type=lambda text: int(float(text)), default=10**8, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=20, help="at most; default: %(default)s")
-    parser.add_argument("--budget", type=float, default=85.0, help="seconds in total; default: %(default)s")
-    parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here after each section")
+    parser.add_argument("--numel", type=count, default=10**8, help="default: %(default)s")
+    parser.add_argument("--rounds", type=count, default=20, help="at most; default: %(default)s")
+    parser.add_argument("--budget", type=seconds, default=85.0, help="seconds in total; default: %(default)s")
+    add_device(parser)
+    add_json(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -185,16 +184,13 @@ def main(argv: list[str] | None = None) -> int:
     known = {label for section in sections for label in section.variants()}
     if unknown := set(arguments.variants or ()) - known:
         parser.error(f"--variants: {sorted(unknown)} are not in {sorted(known)}")
-    device = torch.device(arguments.device)
+    options = (arguments.variants, arguments.numel, arguments.device, arguments.rounds, arguments.budget)
     result: dict[str, Any] = {}
-    for result in run(sections, arguments.variants, arguments.numel, device, arguments.rounds, arguments.budget):
+    for result in run(sections, *options):
         if len(result["sections"]) == 1:
             print(origin(result), flush=True)
         print(f"\n{section_table(result['sections'][-1])}", flush=True)
-        if arguments.json is not None:
-            written = arguments.json.with_suffix(".part")
-            written.write_text(json.dumps(result, indent=1) + "\n")
-            written.replace(arguments.json)
+        write(result, arguments.json)
     for failure in failures(result):
         print(f"launch_variants: {failure}", file=sys.stderr)
     return 1 if failures(result) else 0

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from adax_triton.bench.step.table import markdown_row
+from adax_triton.bench.harness.markdown import markdown_table
 
 from adax_triton.state.precision import Precision, bytes_by_state
 
@@ -84,8 +84,10 @@ def totals(config: Mapping[str, Any], gpus: int) -> dict[str, float]:
 
 def markdown(config: Mapping[str, Any], gpus: int, parameters: float = 7e9) -> str:
     """Return a table with the bytes per parameter, and the gigabytes of a model of `parameters`; see `parts_of`."""
-    rows = [["per GPU", "place", "bytes per parameter", f"{parameters / 1e9:g}B, GB"], ["---", "---", "---:", "---:"]]
     sums = [Part("all", place, size) for place, size in totals(config, gpus).items() if size]
-    for part in [*parts_of(config, gpus), *sums]:
-        rows.append([part.name, part.place, f"{part.bytes:.3g}", f"{part.bytes * parameters / 1e9:.1f}"])
-    return "\n".join(map(markdown_row, rows))
+    rows = [
+        [part.name, part.place, f"{part.bytes:.3g}", f"{part.bytes * parameters / 1e9:.1f}"]
+        for part in [*parts_of(config, gpus), *sums]
+    ]
+    titles = ["per GPU", "place", "bytes per parameter", f"{parameters / 1e9:g}B, GB"]
+    return "\n".join(markdown_table(titles, rows, right=(2, 3)))

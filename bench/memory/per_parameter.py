@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.memory import deepspeed as deepspeed_memory
-from adax_triton.bench.step.table import markdown_row
 
 from adax_triton.state.precision import Precision, bytes_by_state
 
@@ -62,11 +62,11 @@ SETUPS = (
 def markdown() -> str:
     """Return the table of all setups: bytes per parameter, and gigabytes of models of `PARAMETERS`."""
     sizes = [f"{count / 1e9:.0f}B, GB" for count in PARAMETERS]
-    rows = [["", *PARTS, "bytes", *sizes], ["---", *["---:"] * (len(PARTS) + 3)]]
+    titles, rows = ["", *PARTS, "bytes", *sizes], []
     for name, parts in SETUPS:
         figures = [f"{part:.3g}" if part else "" for part in parts]
         rows.append([name, *figures, f"{sum(parts):.2f}", *(f"{sum(parts) * n / 1e9:.0f}" for n in PARAMETERS)])
-    return "\n".join(map(markdown_row, rows))
+    return "\n".join(markdown_table(titles, rows, right=range(1, len(titles))))
 
 
 def draw(path: Path) -> None:

@@ -17,13 +17,13 @@ also trained at other rates. The ratio of v does not depend on the rate.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.command import count, publish
 from adax_triton.bench.harness.environment import describe
 from adax_triton.bench.harness.markdown import markdown_table
 from torch import Tensor
@@ -112,17 +112,14 @@ def table(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Train, print the table, and write the result if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100_000, help="default: %(default)s")
+    parser.add_argument("--steps", type=count, default=100_000, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     settings = {"steps": arguments.steps, "lr": LR, "seed": SEED, "horizon": HORIZON}
     settings |= {"size": SIZE, "batch": BATCH, "noise": NOISE}
     result = {"environment": describe(torch.device("cpu")), **settings, **train(arguments.steps)}
-    print(table(result))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    publish(result, table, arguments.out)
     return 0
 
 

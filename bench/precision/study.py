@@ -11,7 +11,6 @@ FlashOptim has float16. The exit code is 1 if one of our modes misses a goal.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.command import count, publish
 from adax_triton.bench.harness.environment import describe
 from adax_triton.bench.harness.markdown import markdown_table
 from torch import Generator, Tensor
@@ -149,7 +149,7 @@ def table(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the study; return 1 if one of our modes misses a goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30_000, help="default: %(default)s")
+    parser.add_argument("--steps", type=count, default=30_000, help="default: %(default)s")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="of gradients; default: all")
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
     arguments = parser.parse_args(argv)
@@ -164,10 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = result["kinds"][kind] = study(kind, arguments.steps)
         for name in MAX_ERROR:
             rows[name]["goals"] = goals(name, rows[name])
-    print(table(result))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    publish(result, table, arguments.out)
     met = [all(rows[name]["goals"].values()) for rows in result["kinds"].values() for name in MAX_ERROR]
     return 0 if all(met) else 1
 

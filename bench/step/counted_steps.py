@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.harness.modes import MODES
 from adax_triton.bench.harness.providers import OURS, PROVIDERS, RULES
 from adax_triton.bench.harness.timing import release
@@ -21,7 +22,6 @@ from adax_triton.bench.harness.timing import release
 from adax_triton.state.precision import bytes_loaded, bytes_stored
 
 from .measure import make_params
-from .table import markdown_row
 
 COLUMNS = {
     "bytes_loaded": "read, by formula",
@@ -67,10 +67,8 @@ def main() -> int:
 
 def table(result: dict[str, Any]) -> str:
     """Return the counters as Markdown; bytes are per element."""
-    lines = [markdown_row(["mode", *COLUMNS.values()]), "|---" * (len(COLUMNS) + 1) + "|"]
-    for row in result["rows"]:
-        lines.append(markdown_row([row["mode"], *(f"{row[key]:.4g}" for key in COLUMNS)]))
-    return "\n".join(lines)
+    rows = [[row["mode"], *(f"{row[key]:.4g}" for key in COLUMNS)] for row in result["rows"]]
+    return "\n".join(markdown_table(["mode", *COLUMNS.values()], rows))
 
 
 if __name__ == "__main__":

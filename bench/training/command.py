@@ -24,23 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.command import add_json, count, publish, seconds, write
 from adax_triton.bench.harness.environment import describe
 from adax_triton.bench.harness.markdown import markdown_table
-from adax_triton.bench.harness.origin import origin
 from adax_triton.bench.harness.progress import progress
-from adax_triton.bench.harness.timing import p20_and_p80
+from adax_triton.bench.harness.timing import quantiles
+from adax_triton.bench.step.run import NOT_REACHED
 
 from .cases import CLIPPING, Case, cases, choose
 from .worker import Job
 
-SHAPES = {
-    "cuda": {"layers": 12, "width": 768, "heads": 12, "context": 1024, "batch": 8},
-    "cpu": {"layers": 4, "width": 256, "heads": 4, "context": 128, "batch": 4},
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {"ranks": 1, "layers": 12, "width": 768, "heads": 12, "context": 1024, "batch": 8, "dtype": "bfloat16"},
+    "cpu": {"ranks": 2, "layers": 4, "width": 256, "heads": 4, "context": 128, "batch": 4, "dtype": "float32"},
 }
-DTYPES = {"cuda": "bfloat16", "cpu": "float32"}  # of the forward pass
+HELP = {"ranks": "processes, one per GPU, or with gloo on a CPU", "batch": "sequences per rank"}
 TIMEOUT_S = 1200.0  # of a case
 POLL_S = 0.1
-NOT_REACHED = "not reached within the budget of time"
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
     "ms/step": lambda row: f"{row['median_ms']:.1f}",
@@ -57,66 +57,58 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmark's options."""
-    parser.add_argument("--device", choices=list(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ranks", type=int, help="processes, one per GPU; default: 1 on a GPU, 2 on a CPU (gloo)")
-    for name in SHAPES["cuda"]:
-        defaults = ", ".join(f"{shape[name]} on {device}" for device, shape in SHAPES.items())
-        what = "sequences per rank" if name == "batch" else "of the GPT"
-        parser.add_argument(f"--{name}", type=int, help=f"{what}; default: {defaults}")
-    parser.add_argument("--steps", type=int, default=40, help="timed steps; default: %(default)s")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before those; default: %(default)s")
+    parser.add_argument("--device", choices=list(DEFAULTS), default="cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("ranks", "layers", "width", "heads", "context", "batch"):
+        defaults = ", ".join(f"{values[name]} on {device}" for device, values in DEFAULTS.items())
+        parser.add_argument(f"--{name}", type=count, help=f"{HELP.get(name, 'of the GPT')}; default: {defaults}")
+    parser.add_argument("--steps", type=count, default=40, help="timed steps; default: %(default)s")
+    parser.add_argument("--warmup", type=count, default=5, help="steps before those; default: %(default)s")
     parser.add_argument("--lr", type=float, default=1e-3, help="of both optimizers; default: %(default)s")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="cases by name, or by a part of their names")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for all cases; default: no limit")
-    parser.add_argument("--json", type=Path, help="write the result here after each case")
+    parser.add_argument("--budget", type=seconds, default=math.inf, help="seconds for all cases; default: no limit")
+    add_json(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the cases; return 1 if one of ours failed where another optimizer worked, 2 for invalid arguments."""
     try:
-        job, ranks = plan(arguments)
+        job = job_of(arguments)
         chosen = choose(cases(job.dtype), arguments.only)
     except ValueError as error:
         print(f"adax-triton bench train: {error}", file=sys.stderr)
         return 2
-    for result in run(chosen, job, ranks, arguments.budget):
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    print(f"{origin(result)}\n\n{table(result)}")
+    for result in run(chosen, job, arguments.budget):
+        write(result, arguments.json)  # after each case, in case a later one is killed
+    publish(result, table, arguments.json)
     return 1 if ours_failed(chosen, result["cases"]) else 0
 
 
-def plan(arguments: argparse.Namespace) -> tuple[Job, int]:
-    """Return the settings of all cases, and the number of ranks.
+def job_of(arguments: argparse.Namespace) -> Job:
+    """Return the settings of all cases.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: options that do not fit together.
     """
-    device = arguments.device
-    sizes = {name: getattr(arguments, name) for name in (*SHAPES[device], "steps", "warmup")}
-    sizes = {name: SHAPES[device][name] if size is None else size for name, size in sizes.items()}
-    ranks = (1 if device == "cuda" else 2) if arguments.ranks is None else arguments.ranks
-    for name, value in {"ranks": ranks, **sizes}.items():
-        if value < (0 if name == "warmup" else 1):
-            raise ValueError(f"--{name} {value}: expected a positive number")
-    if sizes["width"] % sizes["heads"]:
-        raise ValueError(f"--width {sizes['width']}: expected a multiple of heads={sizes['heads']}")
-    if device == "cuda" and ranks > torch.cuda.device_count():
-        raise ValueError(f"--ranks {ranks}: expected at most the number of GPUs, {torch.cuda.device_count()}")
+    given = {name: value for name, value in vars(arguments).items() if name in Job._fields and value is not None}
+    settings = DEFAULTS[arguments.device] | given
+    if settings["width"] % settings["heads"]:
+        raise ValueError(f"--width {settings['width']}: expected a multiple of heads={settings['heads']}")
+    if settings["device"] == "cuda" and settings["ranks"] > torch.cuda.device_count():
+        raise ValueError(
+            f"--ranks {settings['ranks']}: expected at most {torch.cuda.device_count()}, the number of GPUs"
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // ranks)
-    return Job(**sizes, lr=arguments.lr, dtype=DTYPES[device], device=device, threads=threads), ranks
+    return Job(**settings, threads=max(1, cores // settings["ranks"]))
 
 
-def run(chosen: list[Case], job: Job, ranks: int, budget_s: float) -> Iterator[dict[str, Any]]:
+def run(chosen: list[Case], job: Job, budget_s: float) -> Iterator[dict[str, Any]]:
     """Train every case within the budget; yield the result after each, JSON-friendly."""
     deadline = time.monotonic() + budget_s
     settings = {name: value for name, value in job._asdict().items() if name != "threads"}
     result: dict[str, Any] = {
         "benchmark": "train",
         "environment": {**describe(torch.device(job.device)), "threads": job.threads},
-        **{**settings, "ranks": ranks, "clipping": CLIPPING, "cases": {}},
+        **{**settings, "clipping": CLIPPING, "cases": {}},
     }
     rows = result["cases"]
     with progress(len(chosen), "bench train") as advance:
@@ -126,7 +118,7 @@ def run(chosen: list[Case], job: Job, ranks: int, budget_s: float) -> Iterator[d
             if case.stage is not None and importlib.util.find_spec("deepspeed") is None:
                 row: dict[str, Any] = {"absent": "deepspeed is not installed"}
             else:
-                row = run_case(case, job, ranks, min(TIMEOUT_S, left_s)) if left_s > 0 else {}
+                row = run_case(case, job, min(TIMEOUT_S, left_s)) if left_s > 0 else {}
                 row = row or {"absent": NOT_REACHED if left_s < TIMEOUT_S else f"no result after {TIMEOUT_S:g} s"}
             rows[case.name] = row
             plain = rows.get("plain / AdaXW" if case.optimizer == "AdaXW" else "plain / torch AdamW", {})
@@ -136,14 +128,14 @@ def run(chosen: list[Case], job: Job, ranks: int, budget_s: float) -> Iterator[d
             yield result
 
 
-def run_case(case: Case, job: Job, ranks: int, timeout_s: float) -> dict[str, Any]:
+def run_case(case: Case, job: Job, timeout_s: float) -> dict[str, Any]:
     """Train one case; return its row, or {} after the timeout. No process outlives the call."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     # Never time Triton's interpreter.
     shared = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(job.ranks)}
     shared["OMP_NUM_THREADS"] = str(job.threads)
     if job.device == "cpu":
         shared |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -154,7 +146,7 @@ def run_case(case: Case, job: Job, ranks: int, timeout_s: float) -> dict[str, An
         # -P keeps the working folder off sys.path.
         command = [sys.executable, "-P", "-m", "adax_triton.bench.training.worker", str(folder)]
         try:
-            for rank in map(str, range(ranks)):
+            for rank in map(str, range(job.ranks)):
                 environment = {**shared, "RANK": rank, "LOCAL_RANK": rank}
                 processes.append(subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log))
             codes: list[int | None] = [None]
@@ -174,7 +166,7 @@ def run_case(case: Case, job: Job, ranks: int, timeout_s: float) -> dict[str, An
             log.seek(0)
             last = (log.read().strip().splitlines() or ["no output"])[-1]
             return {"absent": f"a rank ended with {next(filter(None, codes))}: {last}"}
-        return {} if len(found) < ranks else summarize(found, job.batch * job.context * ranks)
+        return {} if len(found) < job.ranks else summarize(found, job.batch * job.context * job.ranks)
 
 
 def summarize(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
@@ -184,15 +176,15 @@ def summarize(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
         found: results of `worker.train`.
         tokens: per step, of all ranks.
     """
-    steps, optimizer = (
-        [max(times) for times in zip(*(rank[key] for rank in found), strict=True)] for key in ("steps_s", "optimizer_s")
+    steps_s, optimizer_s = (
+        [max(times) for times in zip(*(rank[name] for rank in found), strict=True)]
+        for name in ("steps_s", "optimizer_s")
     )
-    median, optimizer_s = statistics.median(steps), statistics.median(optimizer)
-    p20, p80 = p20_and_p80(steps)
+    median_s, optimizer = statistics.median(steps_s), statistics.median(optimizer_s)
     largest = ("peak_bytes", "host_peak_bytes", "host_before_bytes", "state_bytes")
     return {
-        **{"tokens_per_s": tokens / median, "median_ms": median * 1e3, "p20_ms": p20 * 1e3, "p80_ms": p80 * 1e3},
-        **{"optimizer_ms": optimizer_s * 1e3, "optimizer_share": optimizer_s / median},
+        **{"tokens_per_s": tokens / median_s, **quantiles(steps_s)},
+        **{"optimizer_ms": optimizer * 1e3, "optimizer_share": optimizer / median_s},
         **{name: max(rank[name] for rank in found) for name in largest},
         "loss": statistics.fmean(rank["loss"] for rank in found),
         **{name: found[0][name] for name in ("optimizer_class", "weights")},

@@ -35,6 +35,7 @@ HELD_OUT_BATCHES = 8  # per rank
 class Job(NamedTuple):
     """Settings shared by all cases."""
 
+    ranks: int
     layers: int
     width: int
     heads: int
@@ -59,12 +60,12 @@ class Engine(NamedTuple):
     step: Callable[[], None]
 
 
-def plain_engine(case: Case, job: Job, model: nn.Module, device: torch.device, ranks: int) -> Engine:
+def plain_engine(case: Case, job: Job, model: nn.Module, device: torch.device) -> Engine:
     """Return plain PyTorch, with DistributedDataParallel for several ranks."""
     bfloat16_weights = case.master_weights is not None
     model.to(device, torch.bfloat16 if bfloat16_weights else torch.float32)
     module, params = model, list(model.parameters())
-    if ranks > 1:
+    if job.ranks > 1:
         dist.init_process_group("nccl" if job.device == "cuda" else "gloo")
         module = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     rule = {"lr": job.lr, **RULES[case.optimizer]}
@@ -137,7 +138,7 @@ def host_peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def train(case: Case, job: Job, rank: int, ranks: int) -> dict[str, Any]:
+def train(case: Case, job: Job, rank: int) -> dict[str, Any]:
     """Train and return this rank's measurements."""
     device = torch.device(job.device, rank) if job.device == "cuda" else torch.device("cpu")
     before = host_peak_bytes()
@@ -145,13 +146,12 @@ def train(case: Case, job: Job, rank: int, ranks: int) -> dict[str, Any]:
     torch.manual_seed(job.seed)
     model = GPT(job.layers, job.width, job.heads, job.context)
     weights = sum(param.numel() for param in model.parameters())
-    plain = case.stage is None
-    engine = plain_engine(case, job, model, device, ranks) if plain else deepspeed_engine(case, job, model)
+    engine = plain_engine(case, job, model, device) if case.stage is None else deepspeed_engine(case, job, model)
     times = []
     for step in range(job.warmup + job.steps):
         if step == job.warmup and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        inputs, targets = (part.to(device) for part in batches.batch(step, rank, ranks, job.batch))
+        inputs, targets = (part.to(device) for part in batches.batch(step, rank, job.ranks, job.batch))
         times.append(timed_step(engine, inputs, targets, device))
     steps_s, optimizer_s = zip(*times[job.warmup :], strict=True)
     host_peak = host_peak_bytes()
@@ -161,7 +161,7 @@ def train(case: Case, job: Job, rank: int, ranks: int) -> dict[str, Any]:
     with torch.no_grad():
         engine.module.eval()
         for index in range(HELD_OUT_BATCHES):
-            inputs, targets = batches.batch(index, rank, ranks, job.batch, held_out=True)
+            inputs, targets = batches.batch(index, rank, job.ranks, job.batch, held_out=True)
             losses.append(engine.loss(inputs.to(device), targets.to(device)).item())
     return {
         **{"steps_s": steps_s, "optimizer_s": optimizer_s, "loss": statistics.fmean(losses), "weights": weights},
@@ -174,13 +174,12 @@ def train(case: Case, job: Job, rank: int, ranks: int) -> dict[str, Any]:
 def main(folder: Path) -> int:
     """Run this rank; return 1 for an error."""
     name, settings = json.loads((folder / "job.json").read_text())
-    job = Job(**settings)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    job, rank = Job(**settings), int(os.environ["RANK"])
     torch.set_num_threads(job.threads)
     if job.device == "cuda":
         torch.cuda.set_device(rank)
     try:
-        result = train(cases(job.dtype)[name], job, rank, ranks)
+        result = train(cases(job.dtype)[name], job, rank)
         if not math.isfinite(result["loss"]):
             result = {"absent": f"the loss is {result['loss']} after {job.warmup + job.steps} steps"}
     except Exception as error:  # the table shows the error, the log has the traceback

@@ -9,7 +9,6 @@ One process owns all parameters of a few linear layers. Bytes are counted in the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import statistics
@@ -20,8 +19,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from adax_triton.bench.harness.environment import describe
-from adax_triton.bench.harness.origin import origin
+from adax_triton.bench.harness.command import publish
+from adax_triton.bench.harness.environment import describe, origin
+from adax_triton.bench.harness.markdown import markdown_table
 from torch import nn
 
 from .traffic import Traffic
@@ -169,20 +169,17 @@ def measure_times(case: Case, width: int, repetitions: int) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     """Return a result as Markdown."""
-    times = result["times_ms"]
-    rows = [
-        "| path | bytes, DeepSpeed's passes | by hooks alone | fused | ms, DeepSpeed's passes | fused |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    parts = ["| path | bytes that are left, by operation |", "|---|---|"]
+    titles = ("path", "bytes, DeepSpeed's passes", "by hooks alone", "fused", "ms, DeepSpeed's passes", "fused")
+    rows, left = [], []
     for name, modes in result["bytes"].items():
         totals = {mode: f"{sum(operations.values()):.1f}" for mode, operations in modes.items()}
-        measured = [f"{times[name][mode]:.1f}" for mode in (OFF, AUTO)] if name in times else ["", ""]
-        rows.append(f"| {name} | {totals[OFF]} | {totals.get(HOOKS, '')} | {totals[AUTO]} | {' | '.join(measured)} |")
-        left = ", ".join(f"{operation} {count:.1f}" for operation, count in sorted(modes[AUTO].items()))
-        parts.append(f"| {name} | {left} |")
+        times = {mode: f"{time:.1f}" for mode, time in result["times_ms"].get(name, {}).items()}
+        ms = (times.get(OFF, ""), times.get(AUTO, ""))
+        rows.append((name, totals[OFF], totals.get(HOOKS, ""), totals[AUTO], *ms))
+        left.append((name, ", ".join(f"{operation} {size:.1f}" for operation, size in sorted(modes[AUTO].items()))))
     title = f"{LAYERS} layers of width {result['width']}, clipping in every step"
-    return "\n".join([title, "", *rows, "", *parts])
+    moved = markdown_table(("path", "bytes that are left, by operation"), left)
+    return "\n".join([title, "", *markdown_table(titles, rows, right=range(1, 6)), "", *moved])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -199,13 +196,10 @@ def main(argv: list[str] | None = None) -> int:
     times = {name: measure_times(case, width, repetitions) for name, case in CASES.items() if repetitions}
     environment = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     result = {"benchmark": "passes", "environment": environment, "width": width, "bytes": moved, "times_ms": times}
-    text = f"{origin(result)}\n\n{table(result)}"
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, table, arguments.out)
     if arguments.table is not None:
         head, marker, _ = arguments.table.read_text().partition("<!-- measured -->\n")
-        arguments.table.write_text(f"{head}{marker}\n{text}\n")
+        arguments.table.write_text(f"{head}{marker}\n{origin(result)}\n\n{table(result)}\n")
     return 0
 
 
