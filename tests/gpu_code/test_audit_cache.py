@@ -1,4 +1,4 @@
-"""Facts of compiled kernels are found once for the sources they depend on."""
+"""Audit results are cached by a hash of their sources."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ def test_script_runs_again_when_a_source_or_a_version_has_changed(
     assert runs == [1, 1, 2, 2, 3, 3]
 
 
-def test_every_variant_answers_for_a_few_and_not_the_reverse(
+def test_full_audit_is_used_for_partial_requests_but_not_the_reverse(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = SimpleNamespace(cache=Cache())
@@ -55,7 +55,7 @@ def test_every_variant_answers_for_a_few_and_not_the_reverse(
     assert audit_facts(config, script, tmp_path, []) == 2
 
 
-def test_script_runs_each_time_without_a_cache_and_its_failure_is_kept_nowhere(script: Path, tmp_path: Path) -> None:
+def test_nothing_is_cached_without_a_cache_or_after_a_failure(script: Path, tmp_path: Path) -> None:
     assert [audit_facts(SimpleNamespace(), script, tmp_path, []) for _ in range(2)] == [1, 2]
     config = SimpleNamespace(cache=Cache())
     script.write_text("import sys; print(1); sys.exit(1)")
@@ -64,7 +64,7 @@ def test_script_runs_each_time_without_a_cache_and_its_failure_is_kept_nowhere(s
     assert config.cache == {}
 
 
-def test_sources_are_all_kernels_and_what_compiles_them() -> None:
+def test_sources_are_all_kernels_and_the_audit_scripts() -> None:
     names = {path.name for path in SOURCES}
     assert {"adax_step.py", "launch.py", "variants.py", "compile.py", "code_audit.py"} < names
     assert all(path.exists() for path in SOURCES)

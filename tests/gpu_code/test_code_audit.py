@@ -1,4 +1,4 @@
-"""What the compilers make of the step kernel, for four GPU architectures and without a GPU: see code_audit.py."""
+"""Check the compiled step kernel for four GPU architectures, without a GPU; see code_audit.py."""
 
 import os
 from collections import Counter
@@ -20,12 +20,12 @@ DATA = ("param", "grad", "exp_avg", "exp_avg_sq", "master")
 FLAGS = ("stochastic", "skip_unchanged_v", "telemetry", "param_is_copy")
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
-# Per thread, in triton 3.7.1. Gradients of the parameter's dtype, aligned, are the case to be fast: 40 registers leave
-# 48 warps on an SM of 65536, 48 leave 40, 64 leave 32, 80 leave 24, 112 leave 16. On gfx942, up to 64 leave all 8 waves
-# of a SIMD and up to 72 leave 7.
+# Registers per thread, in triton 3.7.1. On an SM of 65536 registers, 40 allow 48 warps, 48 allow 40, 64 allow 32, 80
+# allow 24 and 112 allow 16. On gfx942, up to 64 allow all 8 waves of a SIMD, and up to 72 allow 7.
 REGISTERS = {
-    # target: float32 states: gradients like parameters, other aligned, unaligned; all else: aligned, unaligned; and
-    # with telemetry, aligned: without codes, with codes
+    # Columns 1 to 3, float32 states: aligned gradients of the parameter's dtype (the common case), aligned gradients of
+    # another dtype, unaligned. Columns 4 and 5, other states: aligned, unaligned. Columns 6 and 7, aligned with
+    # telemetry: without codes, with codes.
     "sm_80": (48, 64, 80, 80, 164, 104, 112),
     "sm_90": (48, 64, 64, 64, 128, 80, 112),
     "sm_100": (56, 64, 64, 64, 168, 80, 112),
@@ -38,8 +38,8 @@ REGISTERS_OF_COPIES = {
     "sm_100": (80, 168, 128),
     "gfx942": (66, 86, 72),
 }
-# Of the 8-bit modes on sm_90, tail included, each a little above what it is: an H200 is bound by them. Beyond 48
-# registers it has 32 warps instead of 40 at a time, and takes 4 to 6 % longer.
+# Instruction limits of the 8-bit modes on sm_90, tail included, slightly above the current counts: instructions limit
+# the speed on an H200. With more than 48 registers only 32 warps run instead of 40, which takes 4 to 6 % longer.
 INSTRUCTIONS = {
     "bf16-bf16-8bit_v16-alone-stochastic-aligned": 650,
     "bf16-bf16-8bit_v16-int8-aligned": 745,
@@ -80,7 +80,7 @@ def precision(facts: Facts) -> Precision:
 
 
 def with_states_like(facts: Facts) -> torch.dtype:
-    """The dtype of parameters with such states: a float32 copy is a state of float16, and beside others an image's."""
+    """Return a parameter dtype for this combination: a float32 master belongs to a float16 parameter."""
     return torch.float16 if facts["master"] == "float32" else getattr(torch, facts["param_dtype"])
 
 
@@ -125,7 +125,7 @@ def vector(facts: Facts) -> int:
 
 
 def ptx_accesses(facts: Facts) -> Counter:
-    """The accesses of the PTX as the assembler makes them, without the loads of the tile's group exponents."""
+    """The accesses of the PTX after assembling, without the loads of the tile's group exponents."""
     found = Counter((kind, bits) for *where, bits in facts["accesses"] for kind in [where[1]] if tuple(where) != MERGED)
     if facts["stochastic"] or facts["states"] != "float32" or facts["master"] == "int8":
         # Random bits need only the lower half of the first element's index.
@@ -192,7 +192,7 @@ def test_machine_code_has_the_accesses_of_the_ptx(audit: dict[str, dict[str, Fac
         exponents = machine - ptx
         assert ptx - machine == Counter(), name
         if has_codes(facts):
-            # PTX asks once per element; left are one load for each group of which a thread has elements, or less.
+            # PTX loads an exponent per element. The assembler merges the loads: at most one per group and thread.
             groups = facts["elements_per_thread"] // vector(facts)
             ((access, count),) = exponents.items()
             assert access == ("load", 8 * dtypes(facts)["group_exponents"].itemsize), name

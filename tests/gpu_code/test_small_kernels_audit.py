@@ -1,4 +1,4 @@
-"""What the compilers make of the kernels around the step, for four GPU architectures: see small_kernels_audit.py."""
+"""Check the compiled small kernels for four GPU architectures; see small_kernels_audit.py."""
 
 from collections import Counter
 from typing import Any
@@ -55,7 +55,7 @@ def gradient_loads(facts: Facts) -> Counter:
 def expected_loads(facts: Facts) -> Counter:
     width = 16 if facts["aligned"] else itemsize(facts)
     loads = {("tile", 8 * width): facts["elements_per_thread"] * itemsize(facts) // width}
-    # A tail of less than a vector, which only vectors can have.
+    # Only vectorized variants have a tail, shorter than a vector.
     return Counter(loads | ({("tail", 8 * itemsize(facts)): 1} if facts["aligned"] else {}))
 
 
@@ -74,7 +74,7 @@ def test_bytes_per_element_are_those_of_the_dtype(sums: list[Facts]) -> None:
         assert moved / facts["elements_per_thread"] == itemsize(facts), facts["grad_dtype"]
 
 
-def test_beside_gradients_only_tables_are_read_and_one_sum_is_written(sums: list[Facts], target: str) -> None:
+def test_only_gradients_and_tables_are_read_and_one_sum_is_written(sums: list[Facts], target: str) -> None:
     for facts in sums:
         tables = [(kind, bits) for stream, kind, bits in facts["accesses"] if stream == "table"]
         # The chunk, the address and the number of elements, before the loop and in it; AMD has scalar loads for them.
@@ -103,7 +103,7 @@ def test_tables_of_any_size_share_one_variant_of_the_sums(sums: list[Facts]) -> 
     assert len(keys) == len(set(keys)) == 8
 
 
-def test_one_schedule_serves_any_number_of_tensors_and_any_values(schedule: Facts) -> None:
+def test_schedule_compiles_once_for_all_sizes_and_values(schedule: Facts) -> None:
     assert schedule["launches"] == 7
     assert len(schedule["keys"]) == 1
     assert schedule["signature"]["n"] == "i64"
@@ -120,7 +120,7 @@ def test_exponential_and_logarithm_are_linked_in(schedule: Facts) -> None:
 def test_rows_of_all_sizes_share_one_variant_without_spills_and_atomics(
     audit: dict[str, dict[str, Any]], target: str
 ) -> None:
-    (facts,) = audit[target]["sum_rows_kernel"]
+    (facts,) = audit[target]["add_rows_kernel"]
     assert facts["launches"] == 5 and len(facts["keys"]) == 1
     assert (facts["spills"], facts["atomics"]) == (0, 0)
     assert facts["registers"] <= 64  # of 1024 threads an SM of 65536 then holds all

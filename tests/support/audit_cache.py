@@ -1,4 +1,4 @@
-"""Facts of compiled kernels, kept in pytest's cache until a source they depend on changes."""
+"""Cache the results of the kernel audits until a source file or a compiler version changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from paths import ROOT, SUPPORT
 
-# What the facts depend on, next to Triton and PyTorch: kernels import nothing else of the package.
+# Inputs of the audits, in addition to Triton and PyTorch: kernels import nothing else of the package.
 SOURCES = [
     *sorted((ROOT / "kernels").glob("*.py")),
     ROOT / "bench" / "launch_variants" / "compile.py",
@@ -25,15 +25,15 @@ SOURCES = [
 
 
 def audit_facts(config: pytest.Config, script: Path, folder: Path, sources: Iterable[Path] = SOURCES) -> Any:
-    """Return what a script prints, from pytest's cache if it holds that.
+    """Return the JSON output of a script, cached by pytest.
 
-    Facts of every variant are kept for the runs that ask for a few; `AUDIT=all` asks for every one.
+    The result of a full audit (AUDIT=all) is also used by runs that need a few variants.
 
     Args:
         config: of the session.
-        script: prints JSON; runs where Triton is not interpreting.
-        folder: an empty one, to run in.
-        sources: the files whose change makes the cached facts out of date.
+        script: prints JSON; runs without Triton's interpreter.
+        folder: an empty working folder.
+        sources: files that invalidate the cache.
     """
     key = {"sources": digest(sources), "all": os.environ.get("AUDIT") == "all"}
     cache = getattr(config, "cache", None)  # absent with -p no:cacheprovider
@@ -51,7 +51,7 @@ def audit_facts(config: pytest.Config, script: Path, folder: Path, sources: Iter
 
 
 def digest(sources: Iterable[Path]) -> str:
-    """Return a hash of files and of the versions of what compiles them."""
+    """Return a hash of the files and of the compiler versions."""
     versions = [importlib.metadata.version(package) for package in ("triton", "torch")]
     found = hashlib.sha256(" ".join(versions).encode())
     for source in sources:

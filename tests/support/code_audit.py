@@ -1,8 +1,8 @@
-"""Compile the step kernel for GPUs that need not be there, and read facts from the code; see test_code_audit.py.
+"""Cross-compile the step kernel, without a GPU, and collect facts about the code for test_code_audit.py.
 
 Usage, with TRITON_INTERPRET unset: python code_audit.py
 Prints, for each target, a JSON list of one dictionary per variant, with the fields of its StepVariant. The first target
-has every variant, the others a few that cover them, or every variant too if the variable AUDIT is "all".
+has every variant, the others a few that cover them. AUDIT=all selects every variant for all targets.
 """
 
 import bisect
@@ -41,7 +41,7 @@ PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRAD_DTYPES = (*PARAM_DTYPES, torch.float64)
 STATES = ("float32", "bfloat16", "8bit_v16", "8bit")
 FP32, BF16, FP16 = PARAM_DTYPES
-# Those that come nearest to a bound of registers on some target, in triton 3.7.1.
+# Variants closest to a register limit on some target, in triton 3.7.1.
 TIGHT = (
     StepVariant(FP32, FP32),
     StepVariant(BF16, BF16),
@@ -67,7 +67,7 @@ STREAM = re.compile(r"tl\.(?:load|store)\((\w+?)_ptr")
 
 
 class Launch(NamedTuple):
-    """What Triton was asked to compile, and the key under which it would keep the result."""
+    """A compile request to Triton, and the cache key of its result."""
 
     key: str
     signature: dict[str, str]
@@ -92,7 +92,7 @@ def step_variants() -> list[StepVariant]:
             StepVariant(FP16, FP16, states, "float32", skip_unchanged_v=skip_unchanged_v),
         ]
         variants += [variant._replace(aligned=False) for variant in variants[-6:] if not skip_unchanged_v]
-    # Of float32 weights with an image of them beside, see adax_triton.beside.
+    # float32 weights with a low-precision copy, see step/external_grads.py.
     for low_precision_copy, grad, aligned in (
         (BF16, BF16, True),
         (BF16, BF16, False),
@@ -111,12 +111,12 @@ def step_variants() -> list[StepVariant]:
 
 
 def traits(variant: StepVariant) -> set[Any]:
-    """Return its values of each field, and of the two that shape the code most."""
+    """Return the (field, value) pairs of a variant, and its pair of states and master."""
     return {*variant._asdict().items(), (variant.states, variant.master)}
 
 
 def covering(variants: list[StepVariant]) -> list[StepVariant]:
-    """Choose a few variants that have all traits of all of them, the tight ones among them."""
+    """Return a small set of variants that covers all traits and contains the tight ones."""
     chosen = [*TIGHT]
     missing = set().union(*map(traits, variants)).difference(*map(traits, TIGHT))
     while missing:
@@ -126,7 +126,7 @@ def covering(variants: list[StepVariant]) -> list[StepVariant]:
 
 
 def recorded(launch: Callable[[], None]) -> list[Launch]:
-    """Call what launches kernels, and return what Triton would have compiled for each launch."""
+    """Call a function that launches kernels; return the compile request of each launch."""
     launches = []
 
     def record(*, compile: dict[str, Any], **_: Any) -> bool:
@@ -142,7 +142,7 @@ def recorded(launch: Callable[[], None]) -> list[Launch]:
 
 
 def record_launches(variant: StepVariant) -> list[Launch]:
-    """Call `adax_step` on tables of several sizes and contents, and return what it would have compiled for each."""
+    """Call `adax_step` on tables of several sizes and contents, and return the compile request of each launch."""
 
     def launch() -> None:
         for tensors, chunks, value in ((1, 1, 0.0), (1, 16, 1.0), (2, 3, 1e-3), (16, 4096, float("nan"))):
@@ -160,15 +160,15 @@ def compile_launch(kernel: Any, launch: Launch, target: GPUTarget) -> Any:
 
 def stream_of(line: str) -> str:
     named = STREAM.search(line)
-    # Where a sign extension is folded into a load, the load bears the line of the extension.
+    # A load with a folded sign extension has the source line of the extension.
     return named[1] if named else "master" if "join_master(" in line else "exp_avg"
 
 
 def read_accesses(code: str) -> list[tuple[str, str, str, int]]:
     """Return (region, "load" or "store", stream, bits) of each vector access of PTX or AMD assembly, in order.
 
-    The region is "tile", "tail", or "table" for what lies outside `_update_tile`. It and the stream come from the
-    source line to which the compiler ascribes the access.
+    The region is "tile", "tail", or "table" for accesses outside `_update_tile`. Region and stream come from the source
+    line of the access in the debug information.
     """
     source = Path(inspect.getsourcefile(adax_step_kernel.fn)).read_text().splitlines()
     calls = [number for number, line in enumerate(source, start=1) if re.match(r"\s+(?:.* = )?_update_tile\(", line)]
@@ -176,7 +176,7 @@ def read_accesses(code: str) -> list[tuple[str, str, str, int]]:
     accesses = []
     for location, kind, bits in located_accesses(code, LOCATION):
         stream = stream_of(source[int(location[1]) - 1])
-        # A call over several lines is ascribed to any of them.
+        # The debug information may name any line of a call over several lines.
         region = "table" if location[2] is None else "tile" if int(location[2]) < calls[1] else "tail"
         accesses.append((region, kind, stream, bits))
     return accesses
@@ -218,7 +218,7 @@ def machine_code(cubin: bytes) -> bytes:
 def disassemble(codes: list[bytes], architecture: str) -> list[list[str]]:
     """Return the names of the instructions of each piece of code, such as LDG.E.128.
 
-    All go through one call of nvdisasm, which spends most of its time on starting.
+    One call of nvdisasm disassembles all of them, since it is slow to start.
     """
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(codes))
@@ -236,7 +236,7 @@ def disassemble(codes: list[bytes], architecture: str) -> list[list[str]]:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Return registers per thread and bytes of stack; spilled registers lie on the stack, and LOCAL stays 0."""
+    """Return (registers per thread, bytes of stack). Spilled registers count as stack bytes, not as LOCAL."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -287,7 +287,7 @@ def amd_facts(kernel: Any) -> dict[str, Any]:
 
 
 def machine_facts(kernels: list[Any], target: GPUTarget) -> Iterator[dict[str, Any]]:
-    """Yield what the machine code of each kernel says, whatever the kernel does."""
+    """Yield facts of the machine code that apply to any kernel."""
     return nvidia_facts(kernels) if target.backend == "cuda" else map(amd_facts, kernels)
 
 
@@ -330,7 +330,7 @@ def audit(target_name: str) -> list[dict[str, Any]]:
 
 
 def print_facts(audit: Callable[[str], Any], processes: int) -> None:
-    """Print the facts of all targets, each in a process of its own: Triton keeps what it found of a device."""
+    """Print the facts of all targets, one process per target: Triton caches device properties per process."""
     with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
         json.dump(dict(zip(TARGETS, pool.map(audit, TARGETS, chunksize=1), strict=True)), sys.stdout)
 

@@ -1,4 +1,4 @@
-"""Compile the kernels around the step for GPUs that need not be there; see test_small_kernels_audit.py.
+"""Cross-compile the small kernels, without a GPU, and collect facts about them for test_small_kernels_audit.py.
 
 Usage, with TRITON_INTERPRET unset: python small_kernels_audit.py
 Prints, for each target and kernel, a JSON list of one dictionary per variant.
@@ -72,7 +72,7 @@ def gradient_accesses(code: str) -> list[tuple[str, str, int]]:
 
 
 def variants() -> list[tuple[Any, list[Launch], dict[str, Any]]]:
-    """Return each kernel with what Triton is asked to compile, and the fields of its variant."""
+    """Return each kernel with its compile requests and the fields of its variant."""
     found = []
     for grad_dtype, aligned in itertools.product(GRAD_DTYPES, (True, False)):
         launches = recorded(partial(sum_gradients, grad_dtype, aligned))
