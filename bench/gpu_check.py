@@ -73,12 +73,29 @@ COVERED = ("project/test_doctor.py", *(f"bench/test_{n}.py" for n in ("bench_cor
 USES_GPU = re.compile(r"\b(device|backend): torch\.device|mark\.gpu")
 MAX_WORKERS = 12  # each has its own CUDA context
 SANITIZED = ("step/test_kernel.py", "step_of_any_size or memory_between_tensors")  # block sizes; guard bytes
-STEP_OPTIONS = (
-    *("--sizes", "1e6", "1e8", "1e9", "--models", "gpt2", "llama3-8b-shard", "many-small"),
-    *("--modes", "fp32", "bf16 + float32 + 24-bit masters", "bf16 + bfloat16", "bf16 + bfloat16 + 24-bit masters"),
-    *("bf16 + 8bit_v16 + 24-bit masters", "bf16 + 8bit", "bf16 + 8bit + 24-bit masters"),
-)
-TRAIN_CASES = ("plain / torch AdamW", "plain / AdaXW 8bit_v16, bfloat16 weights, 24-bit masters")
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "host": (),
+    "variants": (),
+    "train": (
+        *("--steps", "20", "--only", "plain / torch AdamW"),
+        "plain / AdaXW 8bit_v16, bfloat16 weights, 24-bit masters",
+    ),
+    "step": (
+        *("--sizes", "1e6", "1e8", "1e9", "--models", "gpt2", "llama3-8b-shard", "many-small"),
+        *("--modes", "fp32", "bf16 + float32 + 24-bit masters", "bf16 + bfloat16", "bf16 + bfloat16 + 24-bit masters"),
+        *("bf16 + 8bit_v16 + 24-bit masters", "bf16 + 8bit", "bf16 + 8bit + 24-bit masters"),
+    ),
+}
+DRY_OPTIONS = {
+    "host": ("--rounds", "2", "--tensors", "1", "3"),
+    "variants": ("--numel", "500", "--rounds", "1", "--modes", "fp32", "--variants", "2048x8 r48"),
+    "train": (
+        *("--steps", "2", "--warmup", "1", "--ranks", "1", "--only", "plain / AdaXW"),
+        *("--layers", "1", "--width", "32", "--context", "16"),
+    ),
+    "step": ("--rounds", "2", "--sizes", "500", "--models", "--modes", "fp32", "--only", "fused"),
+}
+LAUNCH_VARIANTS = ("-m", "adax_triton.bench.launch_variants.command")
 COMMAND_LINE = ("-c", "import sys; from adax_triton.cli.main import main; sys.exit(main())")
 METRICS = {
     "dram__bytes_read.sum": "bytes_read",
@@ -137,19 +154,19 @@ def part_of(name: str, tests: list[str], result: Path, interpret: bool, seconds:
     """
     if name in ("tests", "memcheck", "racecheck"):
         return tests_part(name, tests, interpret)
-    if name == "device":
-        return CheckPart(name, ("-m", "adax_triton.bench.harness.environment", "cpu" if interpret else "cuda"))
-    if name == "doctor":
-        return CheckPart(name, (*COMMAND_LINE, "doctor"))
-    if name == "compile":
-        small: tuple[str, ...] = ("--modes", "fp32") if interpret else ()
-        return CheckPart(name, ("-m", "adax_triton.bench.step.compile_kernels", *small))
-    if name == "counters":
-        small = ("--device", "cpu", "--numel", "500") if interpret else ()
-        ncu = ("ncu", "--clock-control", "none", "--csv", "--print-units", "base", "--kernel-name", "regex:adax_step")
-        command = ("-m", "adax_triton.bench.step.counted_steps", *small)
-        return CheckPart(name, command, (*ncu, "--metrics", ",".join(METRICS)))
-    return benchmark(name, result, interpret, seconds)
+    if name in OPTIONS:
+        return benchmark(name, result, interpret, seconds)
+    command: tuple[str, ...] = {
+        "device": ("-m", "adax_triton.bench.harness.environment", "cpu" if interpret else "cuda"),
+        "doctor": (*COMMAND_LINE, "doctor"),
+        "compile": ("-m", "adax_triton.bench.step.compile_kernels", *(("--modes", "fp32") if interpret else ())),
+        "counters": ("-m", "adax_triton.bench.step.counted_steps"),
+    }[name]
+    if name != "counters":
+        return CheckPart(name, command)
+    ncu = ("ncu", "--clock-control", "none", "--csv", "--print-units", "base", "--kernel-name", "regex:adax_step")
+    small = ("--device", "cpu", "--numel", "500") if interpret else ()
+    return CheckPart(name, (*command, *small), (*ncu, "--metrics", ",".join(METRICS)))
 
 
 def tests_part(name: str, tests: list[str], interpret: bool) -> CheckPart:
@@ -173,25 +190,8 @@ def tests_part(name: str, tests: list[str], interpret: bool) -> CheckPart:
 
 def benchmark(name: str, result: Path, interpret: bool, seconds: float) -> CheckPart:
     """Return a benchmark with a time limit that writes its result to a file."""
-    words = (
-        ("-m", "adax_triton.bench.launch_variants.command") if name == "variants" else (*COMMAND_LINE, "bench", name)
-    )
-    options: tuple[str, ...]
-    if interpret:
-        options = {
-            "host": ("--rounds", "2", "--tensors", "1", "3"),
-            "step": ("--rounds", "2", "--sizes", "500", "--models", "--modes", "fp32", "--only", "fused"),
-            # Too few weights for anything to be compiled.
-            "train": (
-                *("--steps", "2", "--ranks", "1", "--only", "plain / AdaXW", "--warmup", "1"),
-                *("--layers", "1", "--width", "32", "--context", "16"),
-            ),
-            "variants": ("--numel", "500", "--rounds", "1", "--modes", "fp32", "--variants", "2048x8 r48"),
-        }[name]
-        options += ("--device", "cpu")
-    else:
-        train = ("--steps", "20", "--only", *TRAIN_CASES)
-        options = {"host": (), "step": STEP_OPTIONS, "train": train, "variants": ()}[name]
+    words = LAUNCH_VARIANTS if name == "variants" else (*COMMAND_LINE, "bench", name)
+    options = (*DRY_OPTIONS[name], "--device", "cpu") if interpret else OPTIONS[name]
     if name in MARGINS_S:
         options += ("--budget", str(round(max(seconds - MARGINS_S[name], 1.0))))
     return CheckPart(name, (*words, *options, "--json", str(result)))
