@@ -57,7 +57,7 @@ class Case:
         assert param.grad is not None
         self.grad = param.grad  # kept alive: the kernel only knows the address
         self.tensors: dict[str, Tensor] = {"param": param.detach()}
-        if section.norm:
+        if section.steps is None:
             self._norm = torch.linalg.vector_norm(self.grad, dtype=torch.float64).item()
         else:
             self.tensors |= local_state_tensors(allocate_states([param], [self._mode.precision])[0])
@@ -65,14 +65,14 @@ class Case:
         columns = ("param", "grad", "exp_avg", "exp_avg_sq", "master", "group_exponents")
         addresses = [read[name].data_ptr() if name in read else 0 for name in columns]
         self._table = torch.tensor([[*addresses, 0, numel, 0]], dtype=torch.int64, device=device)
-        self._scalars = [_scalars(step).to(device) for step in section.steps]
+        self._scalars = [_scalars(step).to(device) for step in section.steps or ()]
         self._start = {name: tensor.clone() for name, tensor in self.tensors.items()}
         self._expected: dict[str, Tensor] = {}
 
     def call(self, variant: Variant) -> KernelCall:
         """Return the launch of a variant: of the last step, or of the norm's sums of squares."""
         chunks = chunk_table([self._numel], variant.chunk).to(self._device)
-        return (self._norm_call if self._section.norm else self._step_call)(variant, chunks)
+        return (self._step_call if self._section.steps else self._norm_call)(variant, chunks)
 
     def _step_call(self, variant: Variant, chunks: Tensor) -> KernelCall:
         from adax_triton.kernels.adax_step import adax_step_kernel
@@ -89,7 +89,9 @@ class Case:
             stochastic=mode.weight_rounding == "stochastic",
             skip_unchanged_v=variant.skip_unchanged_v,
         )
-        constants = compiled.constants(LaunchShape(variant.chunk, variant.warps, variant.elements_per_thread))
+        constants = compiled.constants(
+            LaunchShape(variant.chunk, variant.options["num_warps"], variant.elements_per_thread)
+        )
         arguments = (self._table, chunks, self._scalars[-1], None)
         return KernelCall(kernel, chunks.numel(), arguments, constants | variant.options)
 
@@ -107,7 +109,7 @@ class Case:
 
     def check(self, variant: Variant, call: KernelCall) -> str:
         """Run all steps from the start and compare with the first variant checked; a norm with PyTorch's in float64."""
-        if self._section.norm:
+        if self._section.steps is None:
             call.launch()
             error = abs(call.arguments[2].double().sum().sqrt().item() / self._norm - 1)
             return f"{SAME if error <= NORM_TOLERANCE else DIFFERS}, relative error {error:.1e}"
@@ -130,7 +132,7 @@ class Case:
 
     def bytes_moved(self, variant: Variant) -> float:
         """Return the bytes that a launch reads and writes, by formula."""
-        if self._section.norm:
+        if self._section.steps is None:
             return self.grad.nbytes
         dtype, precision = self._mode.param_dtype, self._mode.precision
         stored = bytes_stored(dtype, precision, skip_unchanged_v=variant.skip_unchanged_v)
@@ -138,10 +140,12 @@ class Case:
 
     def references(self) -> dict[str, tuple[Call, float]]:
         """Return operations to compare bandwidth with, and their bytes: a copy, and PyTorch's sum of a gradient."""
-        moved = self.grad.nbytes if self._section.norm else int(self._numel * self._mode.bytes_per_element)
+        moved = int(self._numel * self._mode.bytes_per_element) if self._section.steps else self.grad.nbytes
         numel = min(moved // COPY_BYTES_PER_ELEMENT, MOST_COPIED)
         found: dict[str, tuple[Call, float]] = {COPY: (copying(numel, self._device), numel * COPY_BYTES_PER_ELEMENT)}
-        return found | ({"torch.sum": (lambda: torch.sum(self.grad), self.grad.nbytes)} if self._section.norm else {})
+        if self._section.steps is None:
+            found["torch.sum"] = (lambda: torch.sum(self.grad), self.grad.nbytes)
+        return found
 
 
 def _scalars(step: int) -> Tensor:

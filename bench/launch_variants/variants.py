@@ -16,8 +16,8 @@ class Variant(NamedTuple):
     Attributes:
         label: the name in tables and on the command line, see `parse`.
         chunk: elements per program; in the norm kernel, per iteration.
-        warps: per program.
-        registers: limit per thread; None leaves it to the compiler.
+        elements_per_thread: of a chunk.
+        options: of Triton's compiler: warps, and the limit of registers per thread.
         programs: of the norm kernel; None in the step kernel.
         settled: store only the second moments that changed.
         rewrite: a key of `kernel_rewrites.REWRITES`, or None.
@@ -25,21 +25,11 @@ class Variant(NamedTuple):
 
     label: str
     chunk: int
-    warps: int
-    registers: int | None
+    elements_per_thread: int
+    options: dict[str, int]
     programs: int | None
     skip_unchanged_v: bool
     rewrite: str | None
-
-    @property
-    def elements_per_thread(self) -> int:
-        """Elements of a chunk that one thread updates."""
-        return self.chunk // (WARP * self.warps)
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Triton's compile options."""
-        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
 def parse(label: str) -> Variant:
@@ -47,8 +37,9 @@ def parse(label: str) -> Variant:
     shape, *words = label.split()
     chunk, warps = map(int, shape.split("x"))
     numbers = {word[0]: int(word[1:]) for word in words if word[1:].isdigit()}
+    options = {"num_warps": warps} | ({"maxnreg": numbers["r"]} if "r" in numbers else {})
     rewrite = next((word for word in words if not word[1:].isdigit() and word != "settled"), None)
-    return Variant(label, chunk, warps, numbers.get("r"), numbers.get("p"), "settled" in words, rewrite)
+    return Variant(label, chunk, chunk // (WARP * warps), options, numbers.get("p"), "settled" in words, rewrite)
 
 
 class Section(NamedTuple):
@@ -58,15 +49,13 @@ class Section(NamedTuple):
         name: the title of its table.
         mode: dtypes of the tensors.
         labels: the most promising variants first, separated by commas.
-        norm: the gradient norm kernel instead of the step kernel.
-        steps: step numbers to run before comparing; the last one is timed.
+        steps: step numbers to run before comparing; the last one is timed. None: the gradient norm kernel.
     """
 
     name: str
     mode: Mode
     labels: str
-    norm: bool = False
-    steps: tuple[int, ...] = (1, 2)
+    steps: tuple[int, ...] | None = (1, 2)
 
     def variants(self, chosen: list[str] | None = None) -> dict[str, Variant]:
         """Return the variants by label, of `chosen` only if given; first the one that the package launches."""
@@ -74,7 +63,7 @@ class Section(NamedTuple):
         from adax_triton.kernels.launch import current_backend, launch_shape
 
         shape = launch_shape(current_backend())
-        baseline = f"{shape.chunk_size}x{shape.num_warps}" + (f" p{MAX_PARTIALS}" if self.norm else "")
+        baseline = f"{shape.chunk_size}x{shape.num_warps}" + ("" if self.steps else f" p{MAX_PARTIALS}")
         others = [label for label in self.labels.split(", ") if not chosen or label in chosen]
         return {label: parse(label) for label in [baseline, *others]}
 
@@ -97,15 +86,12 @@ _STEPS = {
     "bf16 + 8bit_v16 + 24-bit masters": _QUANTIZED,
     "bf16 + 8bit + 24-bit masters": _QUANTIZED,
 }
-SECTIONS = {
+_FP32, _BF16 = MODES["fp32"], MODES["bf16 + bfloat16"]
+SECTIONS = {name: Section(name, MODES[name], labels) for name, labels in _STEPS.items()} | {
     section.name: section
     for section in (
-        *(Section(name, MODES[name], labels) for name, labels in _STEPS.items()),
-        *(
-            Section(f"{name}, frozen", MODES[name], _LATE, steps=(1, 2, LATE_STEP))
-            for name in ("fp32", "bf16 + bfloat16")
-        ),
-        Section("norm of float32", MODES["fp32"], _NORM, norm=True),
-        Section("norm of bfloat16", MODES["bf16 + bfloat16"], _NORM, norm=True),
+        *(Section(f"{mode.name}, frozen", mode, _LATE, (1, 2, LATE_STEP)) for mode in (_FP32, _BF16)),
+        Section("norm of float32", _FP32, _NORM, None),
+        Section("norm of bfloat16", _BF16, _NORM, None),
     )
 }
