@@ -44,7 +44,7 @@ class Case:
     """One parameter with its gradient, and its states unless the section is of the norm kernel.
 
     Args:
-        section: whose variants are compared.
+        section: variants to compare.
         numel: elements of the parameter.
         device: of the tensors.
         folder: for rewritten sources.

@@ -60,7 +60,7 @@ def cases(dtype: str) -> dict[str, Case]:
 
 
 def choose(found: dict[str, Case], only: list[str] | None) -> list[Case]:
-    """Return the cases whose name is in `only` or contains one of its parts; all without `only`.
+    """Return the cases named in `only`, in full or by a part of the name; without `only` all cases.
 
     Raises:
         ValueError: there are none.

@@ -31,7 +31,7 @@ REGISTERS = {
     "sm_100": (56, 64, 64, 64, 168, 80, 112),
     "gfx942": (56, 56, 80, 68, 82, 72, 72),
 }
-# With codes next to a float32 copy of the parameter, both of which are read: aligned, unaligned, with telemetry.
+# With codes and a float32 master, which is read in addition to the parameter: aligned, unaligned, with telemetry.
 REGISTERS_OF_COPIES = {
     "sm_80": (105, 163, 128),
     "sm_90": (77, 168, 128),
@@ -145,8 +145,8 @@ def test_every_variant_is_compiled(audit: dict[str, dict[str, Facts]]) -> None:
             expected |= {f"{pair}-{states}-{master}-{ending}" for ending in endings}
         for pair, master in (kept[0], kept[2], *masters[1:]):
             expected.add(f"{pair}-{states}-{master}-telemetry-aligned")
-    beside = "bf16-bf16", "bf16-fp32", "fp32-fp32"
-    expected |= {f"{pair}-float32-float32-param_is_copy-aligned" for pair in beside}
+    copies = "bf16-bf16", "bf16-fp32", "fp32-fp32"
+    expected |= {f"{pair}-float32-float32-param_is_copy-aligned" for pair in copies}
     expected.add("bf16-bf16-float32-float32-param_is_copy-unaligned")
     assert set(audit["sm_90"]) == expected
     for target in TARGETS:
@@ -230,7 +230,7 @@ def test_code_stays_out_of_shared_memory(audit: dict[str, dict[str, Facts]], tar
             # Five sums over the warps of a program, each through a word per warp.
             assert facts["barriers"] <= 15 and 0 < facts["shared"] <= 160, name
             continue
-        # An unaligned thread has elements of eight groups, whose exponents take a trip to the thread that stores them.
+        # An unaligned thread has elements of eight groups. Their exponents go to the storing thread by shared memory.
         trips = has_codes(facts) and not facts["aligned"]
         assert facts["barriers"] == trips, name
         # AMD's reductions within a wave are ds_ operations.
