@@ -41,12 +41,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import tomllib
 import zipfile
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds per part, in the order in which they run, and in total.
@@ -198,7 +197,7 @@ def benchmark(name: str, result: Path, interpret: bool, seconds: float) -> Check
 
 
 class Runner:
-    """Runs parts and logs their output.
+    """Runs parts. Their output goes to the log at once, and to the terminal when they end.
 
     Args:
         out: folder of `log.txt` and `failures.txt`.
@@ -221,21 +220,16 @@ class Runner:
         profiler = () if self._interpret else part.profiler
         if profiler and shutil.which(profiler[0]) is None:
             return self.skip(f"{profiler[0]} is not on the PATH"), ""
-        begun = time.monotonic()
-        process = subprocess.Popen(
-            [*profiler, sys.executable, *part.command],
-            env=self._environment | dict(part.environment),
-            cwd=self._folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        assert process.stdout is not None
-        lines: list[str] = []
-        reader = threading.Thread(target=self._keep, args=(process.stdout, lines), daemon=True)
-        reader.start()
+        begun, start = time.monotonic(), self._log.stat().st_size
+        with self._log.open("a") as log:
+            process = subprocess.Popen(
+                [*profiler, sys.executable, *part.command],
+                env=self._environment | dict(part.environment),
+                cwd=self._folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         entry: dict[str, Any] = {"limit_s": round(limit_s)}
         try:
             entry["rc"] = process.wait(limit_s)
@@ -245,11 +239,15 @@ class Runner:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the children too
             process.wait()
-            reader.join(5)
         entry["seconds"] = round(time.monotonic() - begun, 1)
+        output = self._log.read_bytes()[start:].decode(errors="replace")
+        print(output, end="", flush=True)
+        if output and not output.endswith("\n"):
+            self.say("")
         if entry["rc"] != 0:
-            self.fail(f"== {part.name}: {entry.get('stopped') or 'exit code ' + str(entry['rc'])}", lines[-20:])
-        return entry, "".join(lines)
+            why = entry.get("stopped") or f"exit code {entry['rc']}"
+            self.fail(f"== {part.name}: {why}", output.splitlines()[-20:])
+        return entry, output
 
     def skip(self, why: str) -> dict[str, Any]:
         """Return the entry of a part that is not run."""
@@ -260,18 +258,13 @@ class Runner:
         """Report a failed part, with its last lines in `failures.txt`."""
         self.say(what)
         with self._failures.open("a") as file:
-            file.write("\n".join([what, *(line.rstrip("\n") for line in lines), ""]))
+            file.write("\n".join([what, *lines, ""]))
 
     def say(self, line: str) -> None:
         """Write a line to the terminal and to the log."""
         print(line, flush=True)
         with self._log.open("a") as file:
             file.write(f"{line}\n")
-
-    def _keep(self, output: IO[str], lines: list[str]) -> None:
-        for line in output:
-            self.say(line.rstrip("\n"))
-            lines.append(line)
 
 
 def read_counters(text: str) -> list[dict[str, Any]]:
