@@ -28,8 +28,8 @@ from adax_triton.bench.harness.command import add_device, add_json, count, secon
 from adax_triton.bench.harness.environment import describe, origin
 from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.harness.timing import Clock, release
+from adax_triton.bench.step.command import NOT_REACHED
 from adax_triton.bench.step.measure import reason
-from adax_triton.bench.step.run import NOT_REACHED
 
 from .cases import DIFFERS, Case
 from .compile import compile_all
@@ -77,13 +77,13 @@ def measure(
             rows[label] = {"absent": reason(error)}
     references = case.references()
     calls |= references
-    host_s = {label: clock.host_time(call) for label, (call, _) in calls.items()}
+    host_s = {label: clock.host_time(launch) for label, (launch, _) in calls.items()}
     times: dict[str, list[float]] = {label: [] for label in calls}
     for done in range(rounds):
         if done >= LEAST_ROUNDS and time.perf_counter() > until:
             break
-        for label, (call, _) in calls.items():
-            times[label].append(clock.time(call, host_s[label]))
+        for label, (launch, _) in calls.items():
+            times[label].append(clock.time(launch, host_s[label]))
     medians = {label: statistics.median(seconds) for label, seconds in times.items()}
     bandwidths = {label: moved / medians[label] for label, (_, moved) in calls.items()}
     fastest = max(references, key=lambda name: bandwidths[name])

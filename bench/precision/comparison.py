@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,10 +61,9 @@ class Comparison:
             if mode.rounding is not None:
                 state = self.optimizer.state[param]
                 mode.rounding(state["exp_avg"], state["exp_avg_sq"])
-        scalars = step_scalars(
-            **{"step": self.steps, "lr": lr, "betas": self._betas, "eps": EPS, "eps_placement": "normalized"},
-            **{"weight_decay": 0.0, "decoupled_weight_decay": False, "second_moment": "adax", "maximize": False},
-        )
+        rule: Any = {"betas": self._betas, "eps": EPS, "eps_placement": "normalized", "second_moment": "adax"}
+        rule |= {"weight_decay": 0.0, "decoupled_weight_decay": False, "maximize": False}
+        scalars = step_scalars(step=self.steps, lr=lr, **rule)
         adax_update(self.exact, grads[-1].double(), *self.exact_moments, **scalars._asdict())
 
     def moments(self) -> list[tuple[Tensor, Tensor]]:

@@ -70,7 +70,8 @@ def train(steps: int) -> dict[str, Any]:
     others = [(name, rate) for rate in LEARNING_RATES if rate != LR for name in ("float32", CONTROL)]
     modes: dict[Any, Mode] = MODES | {one: MODES[one[0]]._replace(lr=one[1] / LR) for one in others}
     problem, comparison = Regression(), Comparison(modes, (SIZE, SIZE), (0.9, min(1e-1, HORIZON / steps)), SEED)
-    evaluations, risks = [], []
+    evaluations: list[dict[str, Any]] = []
+    risks: list[dict[Any, float]] = []
     for step in range(1, steps + 1):
         weights = torch.cat([comparison.weights, comparison.exact.float().unsqueeze(0)])
         comparison.step(list(problem.gradients(weights)), LR * (1 - (step - 1) / steps))

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import torch
 from adax_triton.bench.harness.modes import MODES
@@ -28,7 +29,7 @@ def compile_mode(name: str, device: str) -> float:
         for first in (0, 1):  # the second parameter is not aligned
             param = torch.ones(NUMEL + first, device=device, dtype=mode.param_dtype)[first:].requires_grad_()
             param.grad = torch.ones_like(param)
-            kept = {"states": states, "master_weights": master_weights, "weight_rounding": mode.weight_rounding}
+            kept: Any = {"states": states, "master_weights": master_weights, "weight_rounding": mode.weight_rounding}
             AdaXW([param], telemetry=telemetry, max_grad_norm=max_grad_norm, **kept).step()
     return time.perf_counter() - begun
 
