@@ -21,9 +21,10 @@ from typing import Any
 from adax_triton.bench import host
 from adax_triton.bench.harness.environment import origin
 from adax_triton.bench.harness.markdown import markdown_table
+from adax_triton.bench.launch_variants import command as launch_variants
 from adax_triton.bench.precision import long_run, study
 from adax_triton.bench.report import plots
-from adax_triton.bench.step import counted_steps, cpu, functions, launch_variants, scale
+from adax_triton.bench.step import counted_steps, cpu, functions, scale
 from adax_triton.bench.step import table as step_table
 from adax_triton.bench.training import command as train
 from adax_triton.bench.zero_passes import passes

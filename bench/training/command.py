@@ -29,7 +29,7 @@ from adax_triton.bench.harness.environment import describe
 from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.harness.progress import progress
 from adax_triton.bench.harness.timing import quantiles
-from adax_triton.bench.step.run import NOT_REACHED
+from adax_triton.bench.step.command import NOT_REACHED
 
 from .cases import CLIPPING, Case, cases, choose
 from .worker import Job

@@ -45,7 +45,7 @@ class SingleNormPass(_Wrapper):
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
         """Return DeepSpeed's norm, computed from norms instead of gradients."""
         if norm_type == 2:
-            group = next((index for index, each in self.averaged_gradients.items() if each is gradients), None)
+            group = next((index for index, each in self.averaged_gradients.items() if each is gradients), -1)
             norms = (self._norms_by_group or {}).pop(group, None)
             gradients = _norms(gradients) if norms is None else norms
         return super().get_grad_norm_direct(gradients, params, norm_type)
