@@ -174,7 +174,7 @@ def test_loading_codes_into_column_shards_raises(two: Results) -> None:
 @pytest.mark.parametrize("kind", ["plain gradient", "sharded gradient"])
 def test_plain_gradient_of_a_sharded_parameter_raises_and_vice_versa(two: Results, kind: str) -> None:
     for result in two["errors"]:
-        assert result[kind].startswith("TypeError: grad: a ")
+        assert result[kind].startswith("TypeError: grad is a ")
 
 
 @pytest.mark.parametrize("kind", ["partial", "replicated"])
