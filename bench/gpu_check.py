@@ -9,7 +9,7 @@ It needs torch, triton and pytest. Call 1 takes at most 240 s and tests:
     doctor      kernel results
     compile     kernels that many tests share, in parallel
     tests       those that use a GPU; in parallel if pytest-xdist is installed
-    variants    launch shapes and rewrites of the kernel, timed together with a copy
+    variants    launch shapes of the kernel, timed together with a copy
 
 Call 2 takes at most 360 s and measures:
 
@@ -107,19 +107,12 @@ METRICS = {
 
 
 class CheckPart(NamedTuple):
-    """One part of the check.
+    """One part of the check."""
 
-    Attributes:
-        name: key in the summary.
-        command: arguments of the Python executable.
-        profiler: command prefix; the part is skipped if its program is not installed.
-        environment: additional variables.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    profiler: tuple[str, ...] = ()
-    environment: tuple[tuple[str, str], ...] = ()
+    name: str  # key in the summary
+    command: tuple[str, ...]  # arguments of the Python executable
+    profiler: tuple[str, ...] = ()  # command prefix; the part is skipped if its program is not installed
+    environment: tuple[tuple[str, str], ...] = ()  # additional variables
 
 
 def gpu_tests() -> list[str]:
@@ -142,15 +135,7 @@ def stage(target: Path, wheels: Path | None) -> None:
 
 
 def part_of(name: str, tests: list[str], result: Path, interpret: bool, seconds: float) -> CheckPart:
-    """Return a part of the check.
-
-    Args:
-        name: one of `PARTS`.
-        tests: files of tests/ for the part "tests".
-        result: output JSON file of a benchmark.
-        interpret: dry run.
-        seconds: time limit.
-    """
+    """Return one of `PARTS`, with files of tests/ for "tests", and the JSON file and time limit of a benchmark."""
     if name in ("tests", "memcheck", "racecheck"):
         return tests_part(name, tests, interpret)
     if name in OPTIONS:
@@ -158,7 +143,7 @@ def part_of(name: str, tests: list[str], result: Path, interpret: bool, seconds:
     command: tuple[str, ...] = {
         "device": ("-m", "adax_triton.bench.harness.environment", "cpu" if interpret else "cuda"),
         "doctor": (*COMMAND_LINE, "doctor"),
-        "compile": ("-m", "adax_triton.bench.step.compile_kernels", *(("--modes", "fp32") if interpret else ())),
+        "compile": ("-m", "adax_triton.bench.launch_variants.compile", *(("--modes", "fp32") if interpret else ())),
         "counters": ("-m", "adax_triton.bench.step.counted_steps"),
     }[name]
     if name != "counters":
@@ -197,15 +182,10 @@ def benchmark(name: str, result: Path, interpret: bool, seconds: float) -> Check
 
 
 class Runner:
-    """Runs parts. Their output goes to the log at once, and to the terminal when they end.
-
-    Args:
-        out: folder of `log.txt` and `failures.txt`.
-        folder: working folder, from which Python imports the packages.
-        interpret: dry run, without profilers.
-    """
+    """Runs parts. Their output goes to the log at once, and to the terminal when they end."""
 
     def __init__(self, out: Path, folder: Path, interpret: bool) -> None:
+        """Start the logs in `out`; Python works in `folder` and imports from it; a dry run has no profilers."""
         self._log, self._failures = out / "log.txt", out / "failures.txt"
         self._folder, self._interpret = folder, interpret
         path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
@@ -270,11 +250,7 @@ class Runner:
 def read_counters(text: str) -> list[dict[str, Any]]:
     """Return the counters of each mode's last launch, per element, with the bytes by formula.
 
-    Args:
-        text: output of ncu (CSV) and of `counted_steps` (JSON), mixed.
-
-    Raises:
-        ValueError: the number of launches differs from that of the steps.
+    `text` mixes the output of ncu (CSV) and of `counted_steps` (JSON). Raises ValueError if launches are missing.
     """
     lines = text.splitlines()
     modes = [json.loads(line) for line in lines if line.startswith("{")]

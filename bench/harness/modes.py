@@ -10,17 +10,11 @@ from adax_triton.state.precision import Precision, bytes_loaded, bytes_stored, s
 
 
 class Mode(NamedTuple):
-    """Precision of a table row. Only rows of the same mode are compared.
+    """Precision of a table row. Only rows of the same mode are compared."""
 
-    Attributes:
-        name: as shown in tables, such as `"bf16 + low + 24-bit masters"`.
-        param_dtype: dtype of parameters and gradients.
-        precision: states and master weights.
-    """
-
-    name: str
-    param_dtype: torch.dtype
-    precision: Precision
+    name: str  # as shown in tables, such as "bf16 + 8bit + 24-bit masters"
+    param_dtype: torch.dtype  # of parameters and gradients
+    precision: Precision  # of states and master weights
 
     @property
     def bytes_per_element(self) -> float:

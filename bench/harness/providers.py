@@ -34,28 +34,16 @@ _NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Provider:
-    """One optimizer in one mode.
+    """One optimizer in one mode."""
 
-    Attributes:
-        name: as shown in tables.
-        mode: its dtypes.
-        build: `build(params, rule)` returns the step; the rule has `lr`, `betas`, `eps` and decoupled `weight_decay`.
-            The table shows the error if it raises.
-        second_moment: the rule of the correctness check.
-        bytes_per_element: bytes that one fused update moves in its own formats. Default: those of the mode.
-        device_types: where it runs.
-        package: what must be installed.
-        compiles_long: whether it compiles lists of tensors for minutes; it is then timed on them only if asked for.
-    """
-
-    name: str
+    name: str  # as shown in tables
     mode: Mode
-    build: Build
-    second_moment: str = "adam"
-    bytes_per_element: float = 0.0
+    build: Build  # of parameters and of lr, betas, eps and decoupled weight_decay; the table shows its error
+    second_moment: str = "adam"  # the rule of the correctness check
+    bytes_per_element: float = 0.0  # that one fused update moves in its own formats; 0: those of the mode
     device_types: tuple[str, ...] = ("cuda", "cpu")
-    package: str = "torch"
-    compiles_long: bool = False
+    package: str = "torch"  # what must be installed
+    compiles_long: bool = False  # lists of tensors, for minutes; timed on them only if asked for
 
     def __post_init__(self) -> None:
         if not self.bytes_per_element:

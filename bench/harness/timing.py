@@ -6,7 +6,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +53,28 @@ class Clock:
         wait(self._device)
         return seconds
 
+    def time_in_turn(
+        self, calls: Mapping[Any, Call], rounds: int, least: int, until: float
+    ) -> dict[Any, tuple[list[float], list[float]]]:
+        """Time calls round after round, at least `least` rounds and at most `rounds`; stop at `time.perf_counter()`.
 
-def p20_and_p80(times: Sequence[float]) -> tuple[float, float]:
-    """Return the 20th and the 80th percentile of one time or more."""
-    deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
-    return deciles[1], deciles[7]
+        Returns the seconds of every call, and on a GPU its host seconds.
+        """
+        times: dict[Any, tuple[list[float], list[float]]] = {key: ([], []) for key in calls}
+        for done in range(rounds):
+            if done >= least and time.perf_counter() > until:
+                break
+            for key, call in calls.items():
+                host_s = self.host_time(call)
+                times[key][0].append(self.time(call, host_s))
+                times[key][1].extend([] if host_s is None else [host_s])
+        return times
 
 
 def quantiles(times: Sequence[float], unit: str = "ms", per_second: float = 1e3) -> dict[str, float]:
     """Return {"median_ms", "p20_ms", "p80_ms"} of times in seconds, or those of another unit."""
-    p20, p80 = p20_and_p80(times)
-    found = {"median": statistics.median(times), "p20": p20, "p80": p80}
+    deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
+    found = {"median": statistics.median(times), "p20": deciles[1], "p80": deciles[7]}
     return {f"{name}_{unit}": per_second * seconds for name, seconds in found.items()}
 
 
@@ -122,8 +133,7 @@ def release(device: torch.device) -> None:
 
 def count_launches(call: Call) -> int | None:
     """Return the kernels that one call launches on a GPU; None if the profiler sees none."""
-    activities = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activities.CPU, activities.CUDA]) as profile:
+    with torch.profiler.profile() as profile:
         call()
         torch.cuda.synchronize()
     return kernels_among(profile.events()) or None

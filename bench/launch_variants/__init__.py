@@ -1,1 +1,1 @@
-"""Launch shapes and rewrites of the kernels, timed on a GPU."""
+"""Launch shapes of the step kernel, timed on a GPU."""

@@ -1,11 +1,11 @@
-"""Time launch shapes, register limits and small rewrites of the kernels on one GPU.
+"""Time launch shapes and register limits of the step kernel on one GPU.
 
     python -m adax_triton.bench.launch_variants.command [--modes NAME ...] [--variants LABEL ...] [--json FILE]
 
-In the label `2048x8 r48 quotient`, 2048 is the elements per program, 8 the warps, 48 the limit of registers per thread,
-and `quotient` a rewrite of the source (`kernel_rewrites.py`). Each variant is compared with the kernel as it is
-launched today. Then all variants of a section are timed in alternation, with cold caches, together with a copy that
-moves the same bytes. The exit code is 1 if a variant that must not change the result changes it.
+In the label `2048x8 r48`, 2048 is the elements per program, 8 the warps, and 48 the limit of registers per thread.
+Each variant is compared with the kernel as it is launched today. Then all variants of a section are timed in
+alternation, with cold caches, together with a copy that moves the same bytes. The exit code is 1 if a variant changes
+the result.
 
 `--device cpu --numel 5000 --rounds 1` with TRITON_INTERPRET=1 compares without a GPU; its times mean nothing.
 """
@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +26,10 @@ from adax_triton.bench.harness.environment import describe, origin
 from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.harness.timing import Clock, release
 from adax_triton.bench.step.command import NOT_REACHED
-from adax_triton.bench.step.measure import reason
+from adax_triton.bench.step.measure import COPY, COPY_BYTES_PER_ELEMENT, MOST_COPIED, copying, reason
 
 from .cases import DIFFERS, Case
-from .compile import compile_all
+from .compile import compile_all, compile_variant
 from .variants import SECTIONS, Section, Variant
 
 LEAST_ROUNDS = 3
@@ -43,96 +40,66 @@ COLUMNS = {
 }
 
 
-def measure(
-    variants: dict[str, Variant], case: Case, failed: dict[str, str], clock: Clock, rounds: int, until: float
-) -> dict[str, Any]:
+def measure(variants: dict[str, Variant], case: Case, clock: Clock, rounds: int, until: float) -> dict[str, Any]:
     """Compare variants with the first, then time them in alternation.
 
-    Args:
-        variants: by label.
-        case: their tensors.
-        failed: compiler errors, by label.
-        clock: of the device.
-        rounds: at most.
-        until: `time.perf_counter()` at which to stop. The first variant always gets `LEAST_ROUNDS`.
-
-    Returns:
-        The name of the fastest reference, the number of rounds, and a row per variant and reference; JSON-friendly.
+    They stop at `until`, by `time.perf_counter`; the first variant always gets `LEAST_ROUNDS`. Returns the number of
+    rounds, and a row per variant and of a copy, JSON-friendly.
     """
     rows: dict[str, dict[str, Any]] = {}
     calls = {}
     for label, variant in variants.items():
-        late = bool(rows) and time.perf_counter() > until
-        if late or label in failed:
-            rows[label] = {"absent": NOT_REACHED if late else failed[label]}
+        if rows and time.perf_counter() > until:
+            rows[label] = {"absent": NOT_REACHED}
             continue
         try:
-            call = case.call(variant)
-            rows[label] = {"verdict": case.check(variant, call)}
-            compiled = call.launch()
-            if compiled is not None:
+            launch = case.call(variant)
+            rows[label] = {"verdict": case.check(launch)}
+            if (compiled := launch()) is not None:  # not in the interpreter
                 rows[label] |= {"registers": compiled.n_regs, "spills": compiled.n_spills}
-            calls[label] = call.launch, case.bytes_moved(variant)
+            calls[label] = launch, case.bytes_moved(variant)
         except Exception as error:  # the table shows it
             rows[label] = {"absent": reason(error)}
-    references = case.references()
-    calls |= references
-    host_s = {label: clock.host_time(launch) for label, (launch, _) in calls.items()}
-    times: dict[str, list[float]] = {label: [] for label in calls}
-    for done in range(rounds):
-        if done >= LEAST_ROUNDS and time.perf_counter() > until:
-            break
-        for label, (launch, _) in calls.items():
-            times[label].append(clock.time(launch, host_s[label]))
-    medians = {label: statistics.median(seconds) for label, seconds in times.items()}
+    copied = min(int(case.bytes_moved(next(iter(variants.values())))) // COPY_BYTES_PER_ELEMENT, MOST_COPIED)
+    calls[COPY] = copying(copied, case.device), copied * COPY_BYTES_PER_ELEMENT
+    times = clock.time_in_turn({label: launch for label, (launch, _) in calls.items()}, rounds, LEAST_ROUNDS, until)
+    medians = {label: statistics.median(seconds) for label, (seconds, _) in times.items()}
     bandwidths = {label: moved / medians[label] for label, (_, moved) in calls.items()}
-    fastest = max(references, key=lambda name: bandwidths[name])
     for label, bandwidth in bandwidths.items():
-        figures = {"tb_per_s": bandwidth / 1e12, "of_reference": bandwidth / bandwidths[fastest]}
+        figures = {"tb_per_s": bandwidth / 1e12, "of_reference": bandwidth / bandwidths[COPY]}
         rows[label] = {**rows.get(label, {}), "ms": medians[label] * 1e3, **figures}
-    return {"reference": fastest, "rounds": len(times[fastest]), "rows": rows}
+    return {"reference": COPY, "rounds": len(times[COPY][0]), "rows": rows}
 
 
 def run(
     sections: list[Section], labels: list[str] | None, numel: int, device: torch.device, rounds: int, budget: float
 ) -> Iterator[dict[str, Any]]:
-    """Measure sections; yield the JSON-friendly result after each.
+    """Measure sections within a budget of seconds; yield the JSON-friendly result after each.
 
-    Args:
-        sections: in order.
-        labels: variants to compare with the first; None for all.
-        numel: elements of the parameter.
-        device: of the tensors.
-        rounds: timed launches of each variant, at most.
-        budget: seconds for all sections.
+    `labels` are the variants to compare with the first, None for all, and `rounds` their timed launches at most.
     """
     deadline = time.perf_counter() + budget
-    chosen = {section.name: section.variants(labels) for section in sections}
-    failed: dict[tuple[str, str], str] = {}
+    chosen = [section.variants(labels) for section in sections]
     if device.type == "cuda":
         from triton.runtime import driver
 
-        by_rank = itertools.zip_longest(*([(one, v) for v in chosen[one.name].values()] for one in sections))
-        jobs = [job for jobs in by_rank for job in jobs if job is not None]
-        workers = min(len(jobs), os.cpu_count() or 1)
-        failed = compile_all(jobs, driver.active.get_current_target(), workers, COMPILE_SHARE * budget)
+        target = driver.active.get_current_target()
+        by_rank = itertools.zip_longest(*(variants.values() for variants in chosen))  # the most promising first
+        pairs = [pair for rank in by_rank for pair in zip(sections, rank, strict=True) if pair[1] is not None]
+        jobs = {f"{section.name}, {variant.label}": (section, variant, target) for section, variant in pairs}
+        compile_all(compile_variant, jobs, COMPILE_SHARE * budget)
     clock = Clock(device)
     result: dict[str, Any] = {"benchmark": "variants", "environment": describe(device), "numel": numel, "sections": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for done, section in enumerate(sections):
-            now = time.perf_counter()
-            until = now + (deadline - now) / (len(sections) - done)
-            found: dict[str, Any] = {"name": section.name}
-            try:
-                case = Case(section, numel, device, Path(folder))
-                errors = {label: error for (name, label), error in failed.items() if name == section.name}
-                found |= measure(chosen[section.name], case, errors, clock, rounds, until)
-                del case
-            except Exception as error:  # another section may fit in memory
-                found["absent"] = reason(error)
-            release(device)
-            result["sections"].append(found)
-            yield result
+    for done, (section, variants) in enumerate(zip(sections, chosen, strict=True)):
+        now = time.perf_counter()
+        until = now + (deadline - now) / (len(sections) - done)
+        try:
+            found = measure(variants, Case(section, numel, device), clock, rounds, until)
+        except Exception as error:  # another section may fit in memory
+            found = {"absent": reason(error)}
+        release(device)
+        result["sections"].append({"name": section.name, **found})
+        yield result
 
 
 def failures(result: dict[str, Any]) -> list[str]:
@@ -166,8 +133,9 @@ def section_table(section: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    labels = list(dict.fromkeys(label for section in SECTIONS.values() for label in section.labels.split(", ")))
     parser.add_argument("--modes", nargs="+", choices=list(SECTIONS), metavar="NAME", help=f"of {list(SECTIONS)}")
-    parser.add_argument("--variants", nargs="+", metavar="LABEL", help="compared with the first; default: all")
+    parser.add_argument("--variants", nargs="+", choices=labels, metavar="LABEL", help=f"of {labels}; default: all")
     parser.add_argument("--numel", type=count, default=10**8, help="default: %(default)s")
     parser.add_argument("--rounds", type=count, default=20, help="at most; default: %(default)s")
     parser.add_argument("--budget", type=seconds, default=85.0, help="seconds in total; default: %(default)s")
@@ -181,12 +149,10 @@ def main(argv: list[str] | None = None) -> int:
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     sections = [SECTIONS[name] for name in arguments.modes or SECTIONS]
-    known = {label for section in sections for label in section.variants()}
-    if unknown := set(arguments.variants or ()) - known:
-        parser.error(f"--variants: {sorted(unknown)} are not in {sorted(known)}")
-    options = (arguments.variants, arguments.numel, arguments.device, arguments.rounds, arguments.budget)
     result: dict[str, Any] = {}
-    for result in run(sections, *options):
+    for result in run(
+        sections, arguments.variants, arguments.numel, arguments.device, arguments.rounds, arguments.budget
+    ):
         if len(result["sections"]) == 1:
             print(origin(result), flush=True)
         print(f"\n{section_table(result['sections'][-1])}", flush=True)

@@ -1,19 +1,30 @@
-"""Compile kernel variants in parallel, with or without a GPU."""
+"""Compile kernels into Triton's cache on disk, in parallel processes.
+
+python -m adax_triton.bench.launch_variants.compile [--modes MODE ...]
+
+compiles, by small steps, the kernels that tests and benchmarks share.
+"""
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
-import tempfile
+import os
+import sys
 import time
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.modes import MODES
+
+from adax_triton import AdaXW
 
 from .variants import Section, Variant
 
-NUMEL = 64  # the code depends on dtypes and alignment only
+STEP_NUMEL = 5003  # more than 4096, from which states are quantized
+VARIANT_NUMEL = 64  # a variant's code depends on dtypes and alignment only
 
 
 def absent_device(target: Any) -> Any:
@@ -23,48 +34,69 @@ def absent_device(target: Any) -> Any:
     )
 
 
-def compile_all(
-    jobs: list[tuple[Section, Variant]], target: Any, workers: int, seconds: float
-) -> dict[tuple[str, str], str]:
-    """Compile variants into Triton's cache on disk, in parallel processes.
+def compile_all(compiler: Callable[..., None], jobs: Mapping[str, tuple[Any, ...]], seconds: float) -> bool:
+    """Compile in processes that start anew, and print a line per job.
 
     Args:
-        jobs: in the order in which they start.
-        target: Triton's `GPUTarget`.
-        workers: processes.
-        seconds: limit; the first launch compiles the rest.
+        compiler: called with each job's arguments.
+        jobs: arguments by label, in the order in which they start.
+        seconds: limit; what is not compiled then is left to its first launch.
 
     Returns:
-        The errors, by (name of the section, label of the variant).
+        Whether all were compiled.
     """
-    begun = time.perf_counter()
-    failed, late = {}, 0
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:  # leaving the block terminates the workers
-        results = [pool.apply_async(compile_variant, (*job, target)) for job in jobs]
-        for (section, variant), result in zip(jobs, results, strict=True):
+    deadline, done = time.perf_counter() + seconds, True
+    # Forked processes could not use CUDA. Leaving the block terminates those that are late.
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
+        results = {label: pool.apply_async(_timed, (compiler, *job)) for label, job in jobs.items()}
+        for label, result in results.items():
             try:
-                error = result.get(max(0.0, begun + seconds - time.perf_counter()))
+                compiled, line = result.get(max(0.0, deadline - time.perf_counter()))
             except multiprocessing.TimeoutError:
-                late += 1
-                continue
-            if error is not None:
-                failed[section.name, variant.label] = error
-    took = time.perf_counter() - begun
-    print(f"compiled {len(jobs) - late - len(failed)} of {len(jobs)} in {took:.0f} s, {len(failed)} failed", flush=True)
-    return failed
+                compiled, line = False, f"not compiled within {seconds:.0f} s"
+            done &= compiled
+            print(f"{label}: {line}", flush=True)
+    return done
 
 
-def compile_variant(section: Section, variant: Variant, target: Any) -> str | None:
-    """Compile a variant into Triton's cache on disk; return the error, or None."""
-    from adax_triton.bench.step.measure import reason
+def _timed(compiler: Callable[..., None], *job: Any) -> tuple[bool, str]:
+    begun = time.perf_counter()
+    try:
+        compiler(*job)
+    except Exception as error:  # not all errors of compilers can be sent to another process
+        return False, f"{type(error).__name__}: {error}"
+    return True, f"{time.perf_counter() - begun:.1f} s"
+
+
+def compile_variant(section: Section, variant: Variant, target: Any) -> None:
+    """Compile a launch variant, with or without a GPU."""
     from triton.runtime import driver
 
     from .cases import Case
 
     driver.set_active(absent_device(target))
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            Case(section, NUMEL, torch.device("cpu"), Path(folder)).call(variant).compile()
-    except Exception as error:  # the table shows it
-        return reason(error)
-    return None
+    Case(section, VARIANT_NUMEL, torch.device("cpu")).call(variant, compile_only=True)()
+
+
+def compile_mode(name: str, device: str) -> None:
+    """Step small tensors of a mode, plain and with telemetry and clipping."""
+    mode = MODES[name]
+    kept: dict[str, Any] = {**mode.precision._asdict(), "weight_rounding": mode.weight_rounding}
+    for telemetry, max_grad_norm in ((False, None), (True, 1.0)):
+        for first in (0, 1):  # the second parameter is not aligned
+            param = torch.ones(STEP_NUMEL + first, device=device, dtype=mode.param_dtype)[first:].requires_grad_()
+            param.grad = torch.ones_like(param)
+            AdaXW([param], telemetry=telemetry, max_grad_norm=max_grad_norm, **kept).step()
+
+
+def main() -> int:
+    """Compile for all modes; return 1 if one of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), metavar="MODE", default=list(MODES))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    jobs = {name: (name, device) for name in parser.parse_args().modes}
+    return int(not compile_all(compile_mode, jobs, seconds=600.0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,17 +19,11 @@ NUMEL = 4096  # the fewest elements with low-precision states
 
 
 class Mode(NamedTuple):
-    """How moments are stored.
-
-    Attributes:
-        states: of the parameter group.
-        rounding: rounds float32 m and v in place after each step, to compare with other formats.
-        lr: factor of the learning rate.
-    """
+    """How moments are stored."""
 
     states: str = "float32"
-    rounding: Callable[[Tensor, Tensor], None] | None = None
-    lr: float = 1.0
+    rounding: Callable[[Tensor, Tensor], None] | None = None  # of m and v in place after each step
+    lr: float = 1.0  # factor of the learning rate
 
 
 class Comparison:

@@ -24,13 +24,7 @@ SAMPLES = 300
 
 
 class ErrorStats:
-    """Sums over the steps, for several modes.
-
-    Args:
-        modes: number of modes.
-        numel: elements of each.
-        steps: in total. Up to twice `SKIPPED`, no step is excluded.
-    """
+    """Sums over the steps, for several modes. With `steps` up to twice `SKIPPED`, none is excluded."""
 
     def __init__(self, modes: int, numel: int, steps: int) -> None:
         self._skipped = SKIPPED if steps > 2 * SKIPPED else 0

@@ -13,11 +13,7 @@ LINE_COLOURS = ("#2563eb", "#f59e0b", "#0d9488", "#475569", "#dc2626")
 
 
 def draw(result: dict[str, Any], kind: str, path: Path) -> None:
-    """Draw a result of one of the kinds in `DRAWINGS` as a PNG file.
-
-    Raises:
-        ImportError: matplotlib is not installed; the message names the extra.
-    """
+    """Draw a result of one of the kinds in `DRAWINGS` as a PNG file."""
     DRAWINGS[kind](result).savefig(path)
 
 

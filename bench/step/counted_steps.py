@@ -14,8 +14,8 @@ import sys
 from typing import Any
 
 import torch
+from adax_triton.bench.harness.command import add_device, count
 from adax_triton.bench.harness.markdown import markdown_table
-from adax_triton.bench.harness.modes import MODES
 from adax_triton.bench.harness.providers import OURS, PROVIDERS, RULES
 from adax_triton.bench.harness.timing import release
 
@@ -41,27 +41,27 @@ STEPS = 2  # the first starts from zero states
 def main() -> int:
     """Step in every mode, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--numel", type=int, default=100_000_000, help="elements; default: %(default)s")
-    parser.add_argument("--device", type=torch.device, default="cuda", help="default: %(default)s")
+    parser.add_argument("--numel", type=count, default=100_000_000, help="elements; default: %(default)s")
+    add_device(parser)
     arguments = parser.parse_args()
     device, numel = arguments.device, arguments.numel
-    for mode in MODES.values():
-        (provider,) = (provider for provider in PROVIDERS if provider.mode == mode and provider.name == OURS)
+    for provider in (one for one in PROVIDERS if one.name == OURS):
+        mode = provider.mode
         params = make_params([(numel,)], device, seed=1, dtype=mode.param_dtype)
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        before = torch.cuda.memory_allocated()  # 0 on a CPU
         step = provider.build(params, RULES[provider.second_moment])
         for _ in range(STEPS):
             step()
-        allocated = (torch.cuda.memory_allocated(device) - before) / numel if device.type == "cuda" else None
-        del step, params
-        release(device)
         expected = {
             **{"mode": mode.name, "numel": numel, "launches": STEPS},
             "bytes_loaded": bytes_loaded(mode.param_dtype, mode.param_dtype, mode.precision),
             "bytes_stored": bytes_stored(mode.param_dtype, mode.precision),
-            **{"state_bytes": mode.state_bytes, "allocated_per_element": allocated},
+            "state_bytes": mode.state_bytes,
+            "allocated_per_element": (torch.cuda.memory_allocated() - before) / numel,
         }
         print(json.dumps(expected), flush=True)
+        del step, params
+        release(device)
     return 0
 
 

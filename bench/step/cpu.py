@@ -8,6 +8,7 @@ addition. Missing packages are listed below the table. ratio = our time / other 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -57,35 +58,21 @@ class Workload(NamedTuple):
     providers: tuple[Provider, ...]
 
 
-def _released(params: list[Tensor], rule: Rule) -> Step:
-    """Return a backward pass that steps each parameter as soon as it has its gradient."""
-    own = _own(params)
-    GradientRelease(AdaXW(own, **rule))
-    return lambda: _backward(own, params)
-
-
-def _after_backward(params: list[Tensor], rule: Rule) -> Step:
-    """Return the same backward pass followed by a step of all parameters."""
-    own = _own(params)
+def _backward_step(release: bool, params: list[Tensor], rule: Rule) -> Step:
+    """Return a backward pass that steps each parameter with its gradient, or all of them after it."""
+    own = [param.detach().requires_grad_() for param in params]  # the same weights, with gradients and hooks
     optimizer = AdaXW(own, **rule)
+    if release:
+        GradientRelease(optimizer)
 
     def step() -> None:
-        _backward(own, params)
-        optimizer.step()
-        optimizer.zero_grad()
+        pairs = [(weights, param.grad) for weights, param in zip(own, params, strict=True)]
+        torch.stack([(weights * grad).sum() for weights, grad in pairs if grad is not None]).sum().backward()
+        if not release:
+            optimizer.step()
+            optimizer.zero_grad()
 
     return step
-
-
-def _own(params: list[Tensor]) -> list[Tensor]:
-    """Return the same weights as other parameters, with their own gradients and hooks."""
-    return [param.detach().requires_grad_() for param in params]
-
-
-def _backward(own: list[Tensor], params: list[Tensor]) -> None:
-    """Backpropagate a loss of `own` that has the gradients of `params`."""
-    pairs = [(weights, param.grad) for weights, param in zip(own, params, strict=True)]
-    torch.stack([(weights * grad).sum() for weights, grad in pairs if grad is not None]).sum().backward()
 
 
 def provider(label: str) -> Provider:
@@ -93,33 +80,27 @@ def provider(label: str) -> Provider:
     return next(one for one in PROVIDERS if one.label == label)
 
 
-def _flat(sizes: Sizes) -> Shapes:
-    return flat(sizes.numel)
-
-
-def _gpt2(sizes: Sizes) -> Shapes:
-    return gpt2(*sizes.gpt2)
-
-
+_FLAT: Callable[[Sizes], Shapes] = lambda sizes: flat(sizes.numel)  # noqa: E731
+_GPT2: Callable[[Sizes], Shapes] = lambda sizes: gpt2(*sizes.gpt2)  # noqa: E731
 _ADAX, _FUSED, _BF16 = provider(OURS), provider(FUSED), "bf16 + bfloat16"
 _TELEMETRY = (
     ours("AdaXW with telemetry", AdaXW, FP32, {"telemetry": True}),
     ours("AdaXW without telemetry", AdaXW, FP32),
 )
 _RELEASE = (
-    Provider("AdaXW", FP32, _released, "adax", package="adax_triton"),
-    Provider("step after backward", FP32, _after_backward, "adax", package="adax_triton"),
+    Provider("AdaXW", FP32, functools.partial(_backward_step, True), "adax", package="adax_triton"),
+    Provider("step after backward", FP32, functools.partial(_backward_step, False), "adax", package="adax_triton"),
 )
 WORKLOADS = {
-    "fp32, flat": Workload(_flat, (_ADAX, _FUSED, provider("DeepSpeedCPUAdam"))),
-    "fp32, GPT-2 small": Workload(_gpt2, (_ADAX, _FUSED)),
+    "fp32, flat": Workload(_FLAT, (_ADAX, _FUSED, provider("DeepSpeedCPUAdam"))),
+    "fp32, GPT-2 small": Workload(_GPT2, (_ADAX, _FUSED)),
     "fp32, many small tensors": Workload(lambda sizes: many_small(sizes.tensors, sizes.tensors), (_ADAX, _FUSED)),
     "fp32, one tensor of 1,000": Workload(lambda sizes: flat(1000), (_ADAX, _FUSED)),
-    "bf16, stochastic": Workload(_flat, (provider(f"{OURS}, {_BF16}"), provider(f"{FUSED}, {_BF16}"))),
-    "8bit_v16, 24bit": Workload(_flat, (provider(f"{OURS}, bf16 + 8bit_v16 + 24-bit masters"),)),
-    "8bit, 24bit": Workload(_flat, (provider(f"{OURS}, bf16 + 8bit + 24-bit masters"),)),
-    "telemetry, flat": Workload(_flat, _TELEMETRY),
-    "telemetry, GPT-2 small": Workload(_gpt2, _TELEMETRY),
+    "bf16, stochastic": Workload(_FLAT, (provider(f"{OURS}, {_BF16}"), provider(f"{FUSED}, {_BF16}"))),
+    "8bit_v16, 24bit": Workload(_FLAT, (provider(f"{OURS}, bf16 + 8bit_v16 + 24-bit masters"),)),
+    "8bit, 24bit": Workload(_FLAT, (provider(f"{OURS}, bf16 + 8bit + 24-bit masters"),)),
+    "telemetry, flat": Workload(_FLAT, _TELEMETRY),
+    "telemetry, GPT-2 small": Workload(_GPT2, _TELEMETRY),
     "gradient release": Workload(lambda sizes: [(64, 64), (64,)] * sizes.linears, _RELEASE),
 }
 
@@ -133,8 +114,8 @@ def time_workload(name: str, sizes: Sizes, rounds: int) -> dict[str, Any]:
     if "absent" in first:
         raise RuntimeError(f"{name}: {first['absent']}")
     keys = ("median_ms", "p20_ms", "p80_ms", "absent")
-    sides = {one.name: {key: rows[one.label][key] for key in keys if key in rows[one.label]} for one in providers[1:]}
-    sides = {OUR_SIDE: {key: first[key] for key in keys[:3]}} | sides
+    labels = {OUR_SIDE: providers[0].label, **{one.name: one.label for one in providers[1:]}}
+    sides = {side: {key: rows[label][key] for key in keys if key in rows[label]} for side, label in labels.items()}
     return {"name": name, "rounds": first["rounds"], "sides": with_ratios(sides)}
 
 
@@ -175,7 +156,8 @@ def _first_step(label: str, numel: int, environment: Mapping[str, str]) -> float
 def run(names: Sequence[str], sizes: Sizes, rounds: int, processes: int = PROCESSES) -> dict[str, Any]:
     """Return the rows of workloads and of the first steps of new processes, JSON-friendly."""
     rows = [time_workload(name, sizes, rounds) for name in names]
-    rows += time_first_steps(sizes.first_numel, processes) if processes else []
+    if processes:
+        rows += time_first_steps(sizes.first_numel, processes)
     return {"benchmark": "cpu", "environment": describe(CPU), "sizes": sizes._asdict(), "rows": rows}
 
 
@@ -184,14 +166,10 @@ def table(result: dict[str, Any]) -> str:
     sizes, lines, absent = result["sizes"], [], []
     for row in result["rows"]:
         times = [row["name"], _times(row["sides"][OUR_SIDE])]
-        others = {side: found for side, found in row["sides"].items() if side != OUR_SIDE}
-        compared = [
-            [*times, side, _times(found), _ratio(found["ours_over_this"])]
-            for side, found in others.items()
-            if "absent" not in found
-        ]
-        lines += compared or [[*times, "", "", ""]]
-        absent += [f"{row['name']}, {side}: {found['absent']}" for side, found in others.items() if "absent" in found]
+        absent += [f"{row['name']}, {side}: {one['absent']}" for side, one in row["sides"].items() if "absent" in one]
+        compared = {side: found for side, found in row["sides"].items() if "ours_over_this" in found}
+        lines += [[*times, side, _times(one), _ratio(one["ours_over_this"])] for side, one in compared.items()]
+        lines += [] if compared else [[*times, "", "", ""]]
     text = [
         f"flat: {sizes['numel']:,} elements; {sizes['tensors']:,} small tensors of {sizes['tensors']:,} elements; "
         f"first step: {sizes['first_numel']:,} elements; median, in brackets p20 to p80",
@@ -214,9 +192,7 @@ def _times(side: dict[str, float]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `adax-triton bench cpu`."""
-    parser.add_argument(
-        "--only", nargs="+", choices=WORKLOADS, metavar="NAME", help="workloads: " + "; ".join(WORKLOADS)
-    )
+    parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="NAME", help=f"of {'; '.join(WORKLOADS)}")
     parser.add_argument("--rounds", type=count, default=30, help="timed steps at most; default: %(default)s")
     add_json(parser)
 

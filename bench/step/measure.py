@@ -91,13 +91,8 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Time checked providers of one mode, ours first; return {label: row} of them and of a copy.
 
-    Args:
-        providers: optimizers to time.
-        shapes: of the parameters.
-        clock: of the device.
-        device: of the parameters.
-        rounds: timed steps of each provider at most, half of them on each set of tensors.
-        seconds: no round begins later than this, except the first `MIN_ROUNDS` of each set.
+    `rounds` are timed steps of each provider at most, half of them on each set of tensors. No round begins after
+    `seconds`, except the first `MIN_ROUNDS` of each set.
     """
     rows: dict[str, dict[str, Any]] = {}
     numel = elements(shapes)
@@ -150,14 +145,9 @@ def run_batch(
                     entry.absent = reason(error)
             if entry.absent is not None:
                 release(device)
-        for done in range(most):
-            if done >= MIN_ROUNDS and time.perf_counter() - begun > until:
-                break
-            for entry, step in steps.items():
-                host_s = clock.host_time(step)
-                if host_s is not None:
-                    entry.host_times.append(host_s)
-                entry.times.append(clock.time(step, host_s))
+        for entry, (times, host_times) in clock.time_in_turn(steps, most, MIN_ROUNDS, begun + until).items():
+            entry.times += times
+            entry.host_times += host_times
         steps.clear()
         params.clear()
         release(device)
@@ -192,10 +182,7 @@ def summarize(entry: Entry, copy: Entry, numel: int) -> dict[str, Any]:
 
 
 def launches_of(provider: Provider, shapes: Shapes, device: torch.device) -> int | None:
-    """Return the kernels that a step launches on a GPU; None if the profiler sees none.
-
-    The profiler slows later launches down, so run it after all timing.
-    """
+    """Return the kernels that a step launches on a GPU; run it last, as the profiler slows later launches down."""
     params = make_params(shapes, device, seed=2, dtype=provider.mode.param_dtype)
     step = provider.build(params, RULES[provider.second_moment])
     for _ in range(2):

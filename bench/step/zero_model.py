@@ -1,25 +1,20 @@
 """Step time and memory of a GPU under ZeRO by formula, from the bandwidths of a GPU result of `bench step`.
 
-A rank owns P / W of P parameters and steps them as one flat tensor, or in sub-groups of 10^9 at stage 3.
-DeepSpeed makes additional passes over them: `PASSES` are the bytes that these read and write per owned parameter of a
-bfloat16 run, counted with a TorchDispatchMode around DeepSpeed 0.19.8's `optimizer.step()`. `integrations.deepspeed`
-fuses the passes: one read of the bfloat16 gradient for its norm, then one pass that also unscales, clips and writes
-bfloat16 weights. `bench.zero_passes` counts the bytes of both. With r and copy, the bytes per second of a step and of a
-copy:
+A rank owns P / W of P parameters. `PASSES` are the bytes that DeepSpeed 0.19.8's own passes read and write per owned
+parameter of a bfloat16 run. `integrations.deepspeed` fuses the passes: one read of the bfloat16 gradient for its norm,
+then one pass that also unscales, clips and writes bfloat16 weights. `bench.zero_passes` counts the bytes of both. With
+r and copy, the bytes per second of a step and of a copy:
 
     unfused  t = P / W (28 / r + 46 / copy)        42 at stage 3
     fused    t = P / W (30 / r)
 
-Communication is not included, nor is the fixed cost of a launch.
-
-Memory of a GPU: bfloat16 weights and gradients, 2 bytes each, sharded from stage 3 and from stage 2 on; float32 master
-weights and states of owned parameters, 12 bytes. Unfused steps also need flat gradients in bfloat16 and float32, 6
-bytes per owned parameter, of one sub-group at stage 3. Activations and communication buffers are not included.
+Memory: bfloat16 weights and gradients, 2 bytes each, sharded from stage 3 and from stage 2 on; float32 master weights
+and states of owned parameters, 12 bytes; unfused, also flat gradients in bfloat16 and float32, 6 bytes per owned
+parameter, of one sub-group at stage 3. Communication, activations and the cost of a launch are not included.
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from adax_triton.bench.harness.markdown import markdown_table
@@ -60,41 +55,38 @@ def rates_of(result: dict[str, Any]) -> tuple[float, float]:
     """Return the bytes per second of our fp32 step and of a copy, of the largest flat tensor of a GPU result."""
     if result.get("benchmark") != "step" or "multiprocessors" not in result["environment"]:
         raise ValueError("model: expected a result of `bench step` on a GPU; a CPU's figures say nothing about a GPU")
-    timed = [
-        (workload["numel"], workload["providers"])
-        for workload in result["workloads"]
-        if workload["tensors"] == 1 and "gb_per_s" in workload["providers"].get(OURS, {})
-    ]
-    if not timed:
+    flat = [one for one in result["workloads"] if one["tensors"] == 1 and "gb_per_s" in one["providers"].get(OURS, {})]
+    if not flat:
         raise ValueError(f"model: expected a flat tensor stepped by {OURS} in fp32, got none")
-    _, rows = max(timed, key=lambda one: one[0])
+    rows = max(flat, key=lambda one: one["numel"])["providers"]
     return 1e9 * rows[OURS]["gb_per_s"], 1e9 * rows["copy"]["gb_per_s"]
 
 
 def model(result: dict[str, Any]) -> str:
     """Return the model as Markdown; raise ValueError if the result is not of `bench step` on a GPU."""
     rates = rates_of(result)
-    times, memory = [], []
-    for stage, (name, parameters) in itertools.product((1, 2, 3), PARAMETERS.items()):
-        cells: tuple[list[str], list[str]] = [], []
-        for world in WORLD_SIZES:
-            ms = [1e3 * step_seconds(parameters / world, stage, fused, *rates) for fused in (False, True)]
-            gigabytes = [1e-9 * memory_bytes(parameters, world, stage, fused) for fused in (False, True)]
-            cells[0].append(" / ".join(map(_figure, ms)))
-            cells[1].append(" / ".join(map(_figure, gigabytes)))
-        times.append([name, str(stage), *cells[0]])
-        memory.append([name, str(stage), *cells[1]])
-    step_rate, copy_rate = (f"{rate / 1e9:,.0f} GB/s" for rate in rates)
+    figures = {
+        "Step, ms": lambda count, world, stage, fused: 1e3 * step_seconds(count / world, stage, fused, *rates),
+        "Memory of a GPU, GB": lambda *setup: 1e-9 * memory_bytes(*setup),
+    }
     titles = ["parameters", "stage", *(f"{world:,} GPUs" for world in WORLD_SIZES)]
+    step_rate, copy_rate = (f"{rate / 1e9:,.0f} GB/s" for rate in rates)
     lines = [
         f"By formula, not measured: a step at {step_rate}, a copy at {copy_rate}, no communication.",
         "The first figure is with DeepSpeed's own passes, the second with fused passes.",
-        *("", "Step, ms:", "", *markdown_table(titles, times)),
-        *("", "Memory of a GPU, GB:", "", *markdown_table(titles, memory)),
     ]
+    for title, figure in figures.items():
+        rows = []
+        for stage in (1, 2, 3):
+            for name, count in PARAMETERS.items():
+                pairs = [
+                    [_digits(figure(count, world, stage, fused)) for fused in (False, True)] for world in WORLD_SIZES
+                ]
+                rows.append([name, str(stage), *map(" / ".join, pairs)])
+        lines += ["", f"{title}:", "", *markdown_table(titles, rows)]
     return "\n".join(lines)
 
 
-def _figure(value: float) -> str:
+def _digits(value: float) -> str:
     """Return three significant digits, without an exponent."""
     return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"

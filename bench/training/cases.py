@@ -16,21 +16,13 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        name: `framework / optimizer`.
-        stage: of ZeRO; None is plain PyTorch.
-        offload: ZeRO keeps the optimizer states on the CPU and steps there.
-        states: of AdaXW in plain PyTorch.
-        master_weights: of AdaXW with bfloat16 weights, in plain PyTorch; None trains float32 weights.
-    """
-
-    name: str
-    stage: int | None = None
-    offload: bool = False
-    states: str = "float32"
-    master_weights: str | None = None
+    name: str  # `framework / optimizer`
+    stage: int | None = None  # of ZeRO; None is plain PyTorch
+    offload: bool = False  # ZeRO keeps the optimizer states on the CPU and steps there
+    states: str = "float32"  # of AdaXW in plain PyTorch
+    master_weights: str | None = None  # of AdaXW with bfloat16 weights; None trains float32 weights
 
     @property
     def framework(self) -> str:
@@ -60,11 +52,7 @@ def cases(dtype: str) -> dict[str, Case]:
 
 
 def choose(found: dict[str, Case], only: list[str] | None) -> list[Case]:
-    """Return the cases named in `only`, in full or by a part of the name; without `only` all cases.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Return the cases named in `only`, in full or by a part; raise ValueError if there are none."""
 
     def is_chosen(name: str) -> bool:
         return not only or any(part == name if part in found else part in name for part in only)

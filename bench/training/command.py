@@ -27,7 +27,6 @@ import torch
 from adax_triton.bench.harness.command import add_json, count, publish, seconds, write
 from adax_triton.bench.harness.environment import describe
 from adax_triton.bench.harness.markdown import markdown_table
-from adax_triton.bench.harness.progress import progress
 from adax_triton.bench.harness.timing import quantiles
 from adax_triton.bench.step.command import NOT_REACHED
 
@@ -84,11 +83,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def job_of(arguments: argparse.Namespace) -> Job:
-    """Return the settings of all cases.
-
-    Raises:
-        ValueError: options that do not fit together.
-    """
+    """Return the settings of all cases; raise ValueError for options that do not fit together."""
     given = {name: value for name, value in vars(arguments).items() if name in Job._fields and value is not None}
     settings = DEFAULTS[arguments.device] | given
     if settings["width"] % settings["heads"]:
@@ -111,21 +106,19 @@ def run(chosen: list[Case], job: Job, budget_s: float) -> Iterator[dict[str, Any
         **{**settings, "clipping": CLIPPING, "cases": {}},
     }
     rows = result["cases"]
-    with progress(len(chosen), "bench train") as advance:
-        for case in chosen:
-            advance(0, case.name)
-            left_s = deadline - time.monotonic()
-            if case.stage is not None and importlib.util.find_spec("deepspeed") is None:
-                row: dict[str, Any] = {"absent": "deepspeed is not installed"}
-            else:
-                row = run_case(case, job, min(TIMEOUT_S, left_s)) if left_s > 0 else {}
-                row = row or {"absent": NOT_REACHED if left_s < TIMEOUT_S else f"no result after {TIMEOUT_S:g} s"}
-            rows[case.name] = row
-            plain = rows.get("plain / AdaXW" if case.optimizer == "AdaXW" else "plain / torch AdamW", {})
-            if case.name.endswith(("/ AdaXW", "AdamW")) and "loss" in row and "loss" in plain:
-                row["loss_over_plain"] = row["loss"] - plain["loss"]
-            advance(1, case.name)
-            yield result
+    for case in chosen:
+        print(f"bench train: {case.name}", file=sys.stderr, flush=True)
+        left_s = deadline - time.monotonic()
+        if case.stage is not None and importlib.util.find_spec("deepspeed") is None:
+            row: dict[str, Any] = {"absent": "deepspeed is not installed"}
+        else:
+            row = run_case(case, job, min(TIMEOUT_S, left_s)) if left_s > 0 else {}
+            row = row or {"absent": NOT_REACHED if left_s < TIMEOUT_S else f"no result after {TIMEOUT_S:g} s"}
+        rows[case.name] = row
+        plain = rows.get("plain / AdaXW" if case.optimizer == "AdaXW" else "plain / torch AdamW", {})
+        if case.name.endswith(("/ AdaXW", "AdamW")) and "loss" in row and "loss" in plain:
+            row["loss_over_plain"] = row["loss"] - plain["loss"]
+        yield result
 
 
 def run_case(case: Case, job: Job, timeout_s: float) -> dict[str, Any]:
@@ -170,11 +163,9 @@ def run_case(case: Case, job: Job, timeout_s: float) -> dict[str, Any]:
 
 
 def summarize(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """Return the row of a case: times and memory are the maximum over its ranks, the loss is their mean.
+    """Return the row of a case from the results of `worker.train`, and the tokens per step of all ranks.
 
-    Args:
-        found: results of `worker.train`.
-        tokens: per step, of all ranks.
+    Times and memory are the maximum over its ranks, the loss is their mean.
     """
     steps_s, optimizer_s = (
         [max(times) for times in zip(*(rank[name] for rank in found), strict=True)]

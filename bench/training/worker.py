@@ -103,8 +103,7 @@ def deepspeed_engine(case: Case, job: Job, model: nn.Module) -> Engine:
 def timed_step(engine: Engine, inputs: Tensor, targets: Tensor, device: torch.device) -> tuple[float, float]:
     """Train one step; return its seconds, and those of the optimizer (clipping to cleared gradients) within it.
 
-    On a GPU the optimizer is timed by events in the device's queue, so that the host need not wait for the backward
-    pass.
+    On a GPU events in its queue time the optimizer, so that the host need not wait for the backward pass.
     """
     cuda = device.type == "cuda"
 

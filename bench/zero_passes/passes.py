@@ -39,23 +39,14 @@ _CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
 class Case(NamedTuple):
-    """A DeepSpeed configuration and its limits in bytes per parameter.
-
-    Attributes:
-        stage: of ZeRO.
-        dtype: a key of `PRECISIONS`.
-        ceiling: limit of a fused step.
-        hooks_ceiling: limit with methods replaced but DeepSpeed's `step()` kept; None where that is not possible.
-        zero: added to "zero_optimization".
-        config: added to the configuration.
-    """
+    """A DeepSpeed configuration and its limits in bytes per parameter."""
 
     stage: int
-    dtype: str
-    ceiling: float
-    hooks_ceiling: float | None = None
-    zero: dict[str, Any] = {}  # noqa: RUF012
-    config: dict[str, Any] = {}  # noqa: RUF012
+    dtype: str  # a key of `PRECISIONS`
+    ceiling: float  # of a fused step
+    hooks_ceiling: float | None = None  # with methods replaced but DeepSpeed's `step()` kept, where that is possible
+    zero: dict[str, Any] = {}  # noqa: RUF012  added to "zero_optimization"
+    config: dict[str, Any] = {}  # noqa: RUF012  added to the configuration
 
 
 CASES = {
@@ -93,13 +84,7 @@ def start() -> None:
 
 
 class Run:
-    """An engine of one case.
-
-    Args:
-        case: its configuration.
-        mode: `OFF`, `AUTO`, or `HOOKS`, which is the behaviour with an unverified DeepSpeed version.
-        width: of the layers.
-    """
+    """An engine of one case: `OFF`, `AUTO`, or `HOOKS`, as with an unverified DeepSpeed version."""
 
     def __init__(self, case: Case, mode: str, width: int) -> None:
         import deepspeed
