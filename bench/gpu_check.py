@@ -3,28 +3,22 @@
     COMMIT=<hash> python3 bench/gpu_check.py --call 1 [--out FOLDER] [--wheels FOLDER]
     COMMIT=<hash> python3 bench/gpu_check.py --call 2 [--tests FILE ...]
 
-It needs torch, triton and pytest. Call 1 takes at most 240 s and tests:
+It needs torch, triton and pytest. Call 1 takes at most 240 s, call 2 at most 360 s:
 
-    device      GPU, driver and versions; if it or the doctor fails, the other parts are skipped
-    doctor      kernel results
-    compile     kernels that many tests share, in parallel
-    tests       those that use a GPU; in parallel if pytest-xdist is installed
-    variants    launch shapes of the kernel, timed together with a copy
-
-Call 2 takes at most 360 s and measures:
-
-    device, compile    as in call 1
-    tests              only the files of --tests
-    counters           bytes and throughput of a step in every mode, by hardware counters, if ncu is installed
-    host, step         these benchmarks, with all other optimizers that can be imported
-    train              two cases, if time is left
-    memcheck, racecheck    a few tests under compute-sanitizer, if time is left
+    device      1, 2  GPU, driver and versions; if it or the doctor fails, the other parts are skipped
+    doctor      1     kernel results
+    compile     1, 2  kernels that many tests share, in parallel
+    tests       1, 2  those that use a GPU, in parallel with pytest-xdist; in call 2 only the files of --tests
+    variants    1     launch shapes of the kernel, timed together with a copy
+    counters    2     bytes and throughput of a step in every mode, by hardware counters, if ncu is installed
+    host, step  2     these benchmarks, with all other optimizers that can be imported
+    train       2     two cases
+    memcheck, racecheck  2  a few tests under compute-sanitizer, if time is left
 
 FOLDER is --out, $OUT or runs/gpu-check. It gets log.txt with all output; failures.txt with each failure as soon as it
-happens; summary.json with exit code and seconds of each part; and a result per benchmark, which `adax-triton bench
-report` reads and bench/results/ can keep. Set COMMIT if the checkout has no .git. --wheels or $WHEELS is a folder of
-wheels to import, such as other optimizers. --interpret is a dry run without GPU: the same commands in Triton's
-interpreter, small, without profilers.
+happens; summary.json with exit code and seconds of each part; and a result per benchmark for `adax-triton bench report`
+and bench/results/. Set COMMIT if the checkout has no .git. --wheels or $WHEELS is a folder of wheels to import, such as
+other optimizers. --interpret is a dry run in Triton's interpreter: the same commands, small, without profilers.
 """
 
 from __future__ import annotations

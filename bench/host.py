@@ -18,9 +18,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from adax_triton.bench.harness.command import add_device, add_json, count, publish
+from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, publish
 from adax_triton.bench.harness.environment import describe
-from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.harness.timing import quantiles, wait
 from torch import Tensor
 

@@ -1,11 +1,11 @@
-"""Command line of all benchmarks: argument types, and where a result goes."""
+"""What all commands share: options, tables in Markdown, and where a result goes."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +71,10 @@ def device(text: str) -> torch.device:
     found = torch.device("cuda", int(index) if index else torch.cuda.current_device())
     torch.cuda.set_device(found)  # timing events belong to the current device
     return found
+
+
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Return the lines of a Markdown table; `right` has the indices of right-aligned columns."""
+    rule = "".join("|---:" if index in right else "|---" for index in range(len(titles)))
+    first, *others = (f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (titles, *rows))
+    return [first, f"{rule}|", *others]

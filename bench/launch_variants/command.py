@@ -21,16 +21,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from adax_triton.bench.harness.command import add_device, add_json, count, seconds, write
+from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, seconds, write
 from adax_triton.bench.harness.environment import describe, origin
-from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.harness.timing import Clock, release
 from adax_triton.bench.step.command import NOT_REACHED
 from adax_triton.bench.step.measure import COPY, COPY_BYTES_PER_ELEMENT, MOST_COPIED, copying, reason
 
-from .cases import DIFFERS, Case
 from .compile import compile_all, compile_variant
-from .variants import SECTIONS, Section, Variant
+from .variants import DIFFERS, SECTIONS, Case, Section, Variant
 
 LEAST_ROUNDS = 3
 COMPILE_SHARE = 0.4  # of the budget, at most

@@ -21,7 +21,7 @@ from adax_triton.bench.harness.modes import MODES
 
 from adax_triton import AdaXW
 
-from .variants import Section, Variant
+from .variants import Case, Section, Variant
 
 STEP_NUMEL = 5003  # more than 4096, from which states are quantized
 VARIANT_NUMEL = 64  # a variant's code depends on dtypes and alignment only
@@ -71,8 +71,6 @@ def _timed(compiler: Callable[..., None], *job: Any) -> tuple[bool, str]:
 def compile_variant(section: Section, variant: Variant, target: Any) -> None:
     """Compile a launch variant, with or without a GPU."""
     from triton.runtime import driver
-
-    from .cases import Case
 
     driver.set_active(absent_device(target))
     Case(section, VARIANT_NUMEL, torch.device("cpu")).call(variant, compile_only=True)()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from adax_triton.bench.harness.markdown import markdown_table
+from adax_triton.bench.harness.command import markdown_table
 
 from adax_triton.state.precision import Precision, bytes_by_state
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from adax_triton.bench.harness.markdown import markdown_table
+from adax_triton.bench.harness.command import markdown_table
 from adax_triton.bench.memory import deepspeed as deepspeed_memory
 
 from adax_triton.state.precision import Precision, bytes_by_state

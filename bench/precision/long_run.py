@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adax_triton.bench.harness.command import count, publish
+from adax_triton.bench.harness.command import count, markdown_table, publish
 from adax_triton.bench.harness.environment import describe
-from adax_triton.bench.harness.markdown import markdown_table
 from torch import Tensor
 
 from .comparison import Comparison, Mode

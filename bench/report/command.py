@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from adax_triton.bench import host
+from adax_triton.bench.harness.command import markdown_table
 from adax_triton.bench.harness.environment import origin
-from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.launch_variants import command as launch_variants
 from adax_triton.bench.precision import long_run, study
 from adax_triton.bench.report import plots

@@ -14,8 +14,7 @@ import sys
 from typing import Any
 
 import torch
-from adax_triton.bench.harness.command import add_device, count
-from adax_triton.bench.harness.markdown import markdown_table
+from adax_triton.bench.harness.command import add_device, count, markdown_table
 from adax_triton.bench.harness.providers import OURS, PROVIDERS, RULES
 from adax_triton.bench.harness.timing import release
 

@@ -18,9 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from adax_triton.bench.harness.command import add_json, count, publish
+from adax_triton.bench.harness.command import add_json, count, markdown_table, publish
 from adax_triton.bench.harness.environment import describe
-from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.harness.modes import FP32
 from adax_triton.bench.harness.providers import OURS, PROVIDERS, RULES, Provider, Rule, Step, ours
 from adax_triton.bench.harness.timing import quantiles, time_call

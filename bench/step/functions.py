@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import inspect
 import json
 import os
@@ -21,9 +20,8 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from adax_triton.bench.harness.command import add_json, publish
+from adax_triton.bench.harness.command import add_json, markdown_table, publish
 from adax_triton.bench.harness.environment import describe
-from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.host import launching
 
 import adax_triton
@@ -75,9 +73,6 @@ def run() -> dict[str, Any]:
     """Return the functions of both paths, JSON-friendly; each path runs in a new process."""
     found = {}
     for path, interpret in PATHS.items():
-        if path == "GPU" and importlib.util.find_spec("numpy") is None:
-            print("bench functions: GPU is left out, because Triton's interpreter needs numpy; pip install numpy")
-            continue
         command = [sys.executable, "-m", "adax_triton.bench.step.functions", path]
         environment = {**os.environ, "TRITON_INTERPRET": interpret}
         for _ in range(2 if path == "CPU" else 1):  # the first process fills the cache

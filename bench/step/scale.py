@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adax_triton.bench.harness.command import add_device, add_json, count, publish
+from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, publish
 from adax_triton.bench.harness.environment import origin
-from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.harness.providers import OURS, PROVIDERS, Provider
 from adax_triton.bench.harness.workloads import flat, many_small
 

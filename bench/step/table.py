@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from adax_triton.bench.harness.markdown import markdown_table
+from adax_triton.bench.harness.command import markdown_table
 from adax_triton.bench.harness.providers import OURS
 
 FUSED = "torch AdamW fused"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adax_triton.bench.harness.markdown import markdown_table
+from adax_triton.bench.harness.command import markdown_table
 from adax_triton.bench.harness.providers import OURS
 
 PARAMETERS = {"1B": 1e9, "7B": 7e9, "70B": 70e9, "400B": 400e9, "1T": 1e12}

@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adax_triton.bench.harness.command import add_json, count, publish, seconds, write
+from adax_triton.bench.harness.command import add_json, count, markdown_table, publish, seconds, write
 from adax_triton.bench.harness.environment import describe
-from adax_triton.bench.harness.markdown import markdown_table
 from adax_triton.bench.harness.timing import quantiles
 from adax_triton.bench.step.command import NOT_REACHED
 

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from adax_triton.bench.harness.command import publish
+from adax_triton.bench.harness.command import markdown_table, publish
 from adax_triton.bench.harness.environment import describe, origin
-from adax_triton.bench.harness.markdown import markdown_table
 from torch import nn
 
 from .traffic import Traffic

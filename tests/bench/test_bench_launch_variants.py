@@ -13,8 +13,7 @@ import torch
 from adax_triton.bench.harness import timing
 from adax_triton.bench.harness.timing import Clock
 from adax_triton.bench.launch_variants import command
-from adax_triton.bench.launch_variants.cases import SAME, Case
-from adax_triton.bench.launch_variants.variants import LATE_STEP, SECTIONS, Variant, parse
+from adax_triton.bench.launch_variants.variants import LATE_STEP, SAME, SECTIONS, Case, Variant, parse
 
 pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors need the interpreter")
