@@ -124,7 +124,7 @@ def write(folder: Path, files: Sequence[Path]) -> None:
     for path in files:
         kind, result = read(path)
         if kind in plots.DRAWINGS:
-            plots.draw(result, kind, folder / f"{path.stem}.png")
+            plots.DRAWINGS[kind](result).savefig(folder / f"{path.stem}.png")
     (folder / "report.md").write_text(document(files, pictures=True))
 
 

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from adax_triton.bench.harness.environment import origin
 
 OURS_COLOUR, OTHER_COLOUR = "#2563eb", "#94a3b8"
 LINE_COLOURS = ("#2563eb", "#f59e0b", "#0d9488", "#475569", "#dc2626")
-
-
-def draw(result: dict[str, Any], kind: str, path: Path) -> None:
-    """Draw a result of one of the kinds in `DRAWINGS` as a PNG file."""
-    DRAWINGS[kind](result).savefig(path)
 
 
 def _figure(width: float, height: float) -> Any:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from adax_triton.bench.precision import long_run, study
 from adax_triton.bench.precision.comparison import Comparison
-from adax_triton.bench.precision.error_stats import ErrorStats
 
 NEAREST = "bfloat16, v to nearest"
 ROOTS = "8-bit root of v, to nearest"
@@ -84,7 +83,7 @@ def test_roots_of_v_are_rounded_to_half_a_code() -> None:
 
 def test_error_stats_of_known_updates() -> None:
     exact = torch.tensor([3.0, 4.0, 0.0, 0.0], dtype=torch.float64)
-    stats = ErrorStats(2, 4, 2)
+    stats = study.ErrorStats(2, 4, 2)
     updates = torch.stack((exact.float() * 2, torch.tensor([3.0, 4.0, 5.0, 7.0])))
     for step, grad in ((1, torch.tensor([1.0, 1.0, 1.0, 0.0])), (2, torch.zeros(4))):
         stats.add_updates(step, grad, updates, exact)
