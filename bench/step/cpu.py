@@ -74,13 +74,19 @@ def _backward_step(release: bool, params: list[Tensor], rule: Rule) -> Step:
     return step
 
 
+def _flat(sizes: Sizes) -> Shapes:
+    return flat(sizes.numel)
+
+
+def _gpt2(sizes: Sizes) -> Shapes:
+    return gpt2(*sizes.gpt2)
+
+
 def provider(label: str) -> Provider:
     """Return a provider of `bench step` by its label."""
     return next(one for one in PROVIDERS if one.label == label)
 
 
-_FLAT: Callable[[Sizes], Shapes] = lambda sizes: flat(sizes.numel)  # noqa: E731
-_GPT2: Callable[[Sizes], Shapes] = lambda sizes: gpt2(*sizes.gpt2)  # noqa: E731
 _ADAX, _FUSED, _BF16 = provider(OURS), provider(FUSED), "bf16 + bfloat16"
 _TELEMETRY = (
     ours("AdaXW with telemetry", AdaXW, FP32, {"telemetry": True}),
@@ -91,15 +97,15 @@ _RELEASE = (
     Provider("step after backward", FP32, functools.partial(_backward_step, False), "adax", package="adax_triton"),
 )
 WORKLOADS = {
-    "fp32, flat": Workload(_FLAT, (_ADAX, _FUSED, provider("DeepSpeedCPUAdam"))),
-    "fp32, GPT-2 small": Workload(_GPT2, (_ADAX, _FUSED)),
+    "fp32, flat": Workload(_flat, (_ADAX, _FUSED, provider("DeepSpeedCPUAdam"))),
+    "fp32, GPT-2 small": Workload(_gpt2, (_ADAX, _FUSED)),
     "fp32, many small tensors": Workload(lambda sizes: many_small(sizes.tensors, sizes.tensors), (_ADAX, _FUSED)),
     "fp32, one tensor of 1,000": Workload(lambda sizes: flat(1000), (_ADAX, _FUSED)),
-    "bf16, stochastic": Workload(_FLAT, (provider(f"{OURS}, {_BF16}"), provider(f"{FUSED}, {_BF16}"))),
-    "8bit_v16, 24bit": Workload(_FLAT, (provider(f"{OURS}, bf16 + 8bit_v16 + 24-bit masters"),)),
-    "8bit, 24bit": Workload(_FLAT, (provider(f"{OURS}, bf16 + 8bit + 24-bit masters"),)),
-    "telemetry, flat": Workload(_FLAT, _TELEMETRY),
-    "telemetry, GPT-2 small": Workload(_GPT2, _TELEMETRY),
+    "bf16, stochastic": Workload(_flat, (provider(f"{OURS}, {_BF16}"), provider(f"{FUSED}, {_BF16}"))),
+    "8bit_v16, 24bit": Workload(_flat, (provider(f"{OURS}, bf16 + 8bit_v16 + 24-bit masters"),)),
+    "8bit, 24bit": Workload(_flat, (provider(f"{OURS}, bf16 + 8bit + 24-bit masters"),)),
+    "telemetry, flat": Workload(_flat, _TELEMETRY),
+    "telemetry, GPT-2 small": Workload(_gpt2, _TELEMETRY),
     "gradient release": Workload(lambda sizes: [(64, 64), (64,)] * sizes.linears, _RELEASE),
 }
 
