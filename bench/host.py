@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, publish
 from adax_triton.bench.harness.environment import describe
+from adax_triton.bench.harness.progress import progress
 from adax_triton.bench.harness.timing import quantiles, wait
 from torch import Tensor
 
@@ -112,10 +113,11 @@ def run(counts: Sequence[int], device: torch.device, rounds: int) -> dict[str, A
         for (name, build), fresh, tensors in itertools.product(builders(device).items(), (False, True), counts)
         if not (fresh and name == REPLAY)
     ]
-    with launching(device):
+    with launching(device), progress(len(chosen), "bench host") as advance:
         for name, build, fresh, tensors in chosen:
             found = measure(build, tensors, fresh, device, max(5, min(rounds, rounds * 150 // tensors)))
             rows.append({"name": name, "tensors": tensors, "fresh": fresh, **found})
+            advance(1, f"{name}: {tensors:,} tensors")
     launches = "real" if device.type == "cuda" else "replaced by nothing"
     return {"benchmark": "host", "environment": describe(device), "launches": launches, "rows": rows}
 

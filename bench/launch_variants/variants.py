@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from adax_triton.bench.harness.modes import MODES, Mode
-from adax_triton.bench.harness.timing import Call
 from adax_triton.bench.step.measure import make_params
 from torch import Tensor
 
@@ -97,7 +97,7 @@ class Case:
         self._start = {name: tensor.clone() for name, tensor in self.tensors.items()}
         self._expected: dict[str, Tensor] = {}
 
-    def call(self, variant: Variant, compile_only: bool = False) -> Call:
+    def call(self, variant: Variant, compile_only: bool = False) -> Callable[..., Any]:
         """Return the launch of a variant, of the last step by default; it returns the compiled kernel."""
         from adax_triton.kernels.adax_step import adax_step_kernel
         from adax_triton.kernels.launch import LaunchShape
@@ -116,9 +116,13 @@ class Case:
         shape = LaunchShape(variant.chunk, variant.options["num_warps"], variant.elements_per_thread)
         options, grid = compiled.constants(shape) | variant.options, (chunks.numel(),)
         run: Any = functools.partial(adax_step_kernel.warmup, grid=grid) if compile_only else adax_step_kernel[grid]
-        return lambda scalars=self._scalars[-1]: run(self._table, chunks, scalars, None, **options)
 
-    def check(self, launch: Call) -> str:
+        def launch(scalars: Tensor = self._scalars[-1]) -> Any:
+            return run(self._table, chunks, scalars, None, **options)
+
+        return launch
+
+    def check(self, launch: Callable[..., Any]) -> str:
         """Run all steps from the start and compare with the first variant checked."""
         for name, tensor in self.tensors.items():
             tensor.copy_(self._start[name])

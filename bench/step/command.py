@@ -18,6 +18,7 @@ from adax_triton.bench.harness.command import add_device, add_json, count, publi
 from adax_triton.bench.harness.correctness import CheckResult, check
 from adax_triton.bench.harness.environment import describe, versions
 from adax_triton.bench.harness.modes import FP32, MODES
+from adax_triton.bench.harness.progress import progress
 from adax_triton.bench.harness.providers import PROVIDERS, Provider
 from adax_triton.bench.harness.timing import Clock, free_bytes, release
 from adax_triton.bench.harness.workloads import LISTS, Shapes, elements, flat
@@ -140,31 +141,35 @@ def run(
         "workloads": [],
     }
     left = len(workloads) * len(modes)
-    passed, rejected = check_all(providers, device, begun + CHECKED * budget)
-    clock = Clock(device)
-    for name, shapes in workloads.items():
-        rows: Rows = {provider.label: rejected.get(provider.label, {}) for provider in providers}
-        for mode in modes:
-            print(f"bench step: {name}, {mode.name}", file=sys.stderr, flush=True)
-            checked = [provider for provider in providers if provider.mode == mode and provider.label in passed]
-            seconds = (begun + TIMED[device.type] * budget - time.perf_counter()) / left
-            # A C++ compiler takes minutes for a list on a CPU.
-            skipped = [one for one in checked if one.compiles_long and len(shapes) > 1 and not compile_long]
-            timed = [one for one in checked if one not in skipped] if seconds > 0 else []
-            found = measure(timed, shapes, clock, device, rounds, seconds) if timed else {}
-            slow = f"compiles {len(shapes)} tensors for minutes; timed if named by --only"
-            for one in checked:
-                why = slow if one in skipped else NOT_REACHED
-                rows[one.label] = found.get(one.label, {"mode": mode.name, "absent": why})
-                if "median_ms" in rows[one.label]:
-                    rows[one.label] |= passed[one.label]._asdict()
-            rows |= {COPY: found[COPY]} if COPY in found and COPY not in rows else {}
-            left -= 1
-        named = {"name": name, "numel": elements(shapes), "tensors": len(shapes), "providers": rows}
-        result["workloads"].append(named)
-        yield result
-    if device.type == "cuda":
-        count_launches(result, workloads, device, providers, begun + budget)
+    with progress(left, "bench step") as advance:
+        advance(0, "checking results")
+        passed, rejected = check_all(providers, device, begun + CHECKED * budget)
+        clock = Clock(device)
+        for name, shapes in workloads.items():
+            rows: Rows = {provider.label: rejected.get(provider.label, {}) for provider in providers}
+            for mode in modes:
+                advance(0, f"{name}, {mode.name}")
+                checked = [provider for provider in providers if provider.mode == mode and provider.label in passed]
+                seconds = (begun + TIMED[device.type] * budget - time.perf_counter()) / left
+                # A C++ compiler takes minutes for a list on a CPU.
+                skipped = [one for one in checked if one.compiles_long and len(shapes) > 1 and not compile_long]
+                timed = [one for one in checked if one not in skipped] if seconds > 0 else []
+                found = measure(timed, shapes, clock, device, rounds, seconds) if timed else {}
+                slow = f"compiles {len(shapes)} tensors for minutes; timed if named by --only"
+                for one in checked:
+                    why = slow if one in skipped else NOT_REACHED
+                    rows[one.label] = found.get(one.label, {"mode": mode.name, "absent": why})
+                    if "median_ms" in rows[one.label]:
+                        rows[one.label] |= passed[one.label]._asdict()
+                rows |= {COPY: found[COPY]} if COPY in found and COPY not in rows else {}
+                left -= 1
+                advance(1, f"{name}, {mode.name}")
+            named = {"name": name, "numel": elements(shapes), "tensors": len(shapes), "providers": rows}
+            result["workloads"].append(named)
+            yield result
+        if device.type == "cuda":
+            advance(0, "counting launches")
+            count_launches(result, workloads, device, providers, begun + budget)
     yield result
 
 

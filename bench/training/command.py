@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from adax_triton.bench.harness.command import add_json, count, markdown_table, publish, seconds, write
 from adax_triton.bench.harness.environment import describe
+from adax_triton.bench.harness.progress import progress
 from adax_triton.bench.harness.timing import quantiles
 from adax_triton.bench.step.command import NOT_REACHED
 
@@ -105,19 +106,21 @@ def run(chosen: list[Case], job: Job, budget_s: float) -> Iterator[dict[str, Any
         **{**settings, "clipping": CLIPPING, "cases": {}},
     }
     rows = result["cases"]
-    for case in chosen:
-        print(f"bench train: {case.name}", file=sys.stderr, flush=True)
-        left_s = deadline - time.monotonic()
-        if case.stage is not None and importlib.util.find_spec("deepspeed") is None:
-            row: dict[str, Any] = {"absent": "deepspeed is not installed"}
-        else:
-            row = run_case(case, job, min(TIMEOUT_S, left_s)) if left_s > 0 else {}
-            row = row or {"absent": NOT_REACHED if left_s < TIMEOUT_S else f"no result after {TIMEOUT_S:g} s"}
-        rows[case.name] = row
-        plain = rows.get("plain / AdaXW" if case.optimizer == "AdaXW" else "plain / torch AdamW", {})
-        if case.name.endswith(("/ AdaXW", "AdamW")) and "loss" in row and "loss" in plain:
-            row["loss_over_plain"] = row["loss"] - plain["loss"]
-        yield result
+    with progress(len(chosen), "bench train") as advance:
+        for case in chosen:
+            advance(0, case.name)
+            left_s = deadline - time.monotonic()
+            if case.stage is not None and importlib.util.find_spec("deepspeed") is None:
+                row: dict[str, Any] = {"absent": "deepspeed is not installed"}
+            else:
+                row = run_case(case, job, min(TIMEOUT_S, left_s)) if left_s > 0 else {}
+                row = row or {"absent": NOT_REACHED if left_s < TIMEOUT_S else f"no result after {TIMEOUT_S:g} s"}
+            rows[case.name] = row
+            plain = rows.get("plain / AdaXW" if case.optimizer == "AdaXW" else "plain / torch AdamW", {})
+            if case.name.endswith(("/ AdaXW", "AdamW")) and "loss" in row and "loss" in plain:
+                row["loss_over_plain"] = row["loss"] - plain["loss"]
+            advance(1, case.name)
+            yield result
 
 
 def run_case(case: Case, job: Job, timeout_s: float) -> dict[str, Any]:
