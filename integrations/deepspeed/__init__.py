@@ -11,10 +11,10 @@ pass an optimizer object or a callable to `deepspeed.initialize`: it gets the sa
 The guide is docs/deepspeed.md. `register` lists the DeepSpeed methods that are replaced, and why.
 """
 
-from .checkpoints.from_adam import switching_optimizer
+from .checkpoints.adam_conversion import switching_optimizer
 from .config_checks import check_config
-from .fused_step.choose import describe
-from .register import register, unregister
+from .fused_step.fusion import describe
+from .registration import register, unregister
 
 __all__ = ["check_config", "describe", "register", "switching_optimizer", "unregister"]
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import deepspeed
 import torch
-from adax_triton.integrations.deepspeed.checkpoints.load import check_checkpoint_settings
-from adax_triton.integrations.deepspeed.fused_step.choose import fuse_mode
 
 from adax_triton import AdaX, AdaXW
 from adax_triton.moment_optimizer import MomentOptimizer
 
+from .checkpoints.load import check_checkpoint_settings
+from .fused_step.fusion import fuse_mode
 from .optimizer_in_use import check_betas
 
 CONFIG_TYPES: dict[str, type[MomentOptimizer]] = {"adax": AdaX, "adaxw": AdaXW}

@@ -34,7 +34,7 @@ def adapter() -> Iterator[ModuleType]:
 
 
 def module_of(adapter: ModuleType) -> ModuleType:
-    """Return the module register.py; the package has the function under this name."""
+    """Return the module registration.py."""
     return inspect.getmodule(adapter.register)
 
 

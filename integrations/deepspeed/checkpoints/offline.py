@@ -11,7 +11,7 @@ import torch
 from adax_triton.convert.files import Progress, reject_unsafe_pickles
 
 from .atomic_save import MANIFEST, folder_to_load, replace_file, write_manifest
-from .from_adam import adax_from_deepspeed_adam, deepspeed_adam_from_adax
+from .adam_conversion import adax_from_deepspeed_adam, deepspeed_adam_from_adax
 from .universal import read_optimizer_file
 
 FORMS = ("adax", "adaxw", "adam", "adamw")

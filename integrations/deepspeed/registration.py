@@ -61,8 +61,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from adax_triton.integrations.deepspeed.checkpoints import atomic_save, load, universal
-from adax_triton.integrations.deepspeed.fused_step.choose import fuse
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
 from packaging.version import Version
@@ -70,7 +68,9 @@ from packaging.version import Version
 from adax_triton.moment_optimizer import MomentOptimizer
 
 from . import optimizer_in_use, patches
+from .checkpoints import atomic_save, load, universal
 from .config_checks import CONFIG_TYPES, check_config
+from .fused_step.fusion import fuse
 
 OLDEST_DEEPSPEED = "0.19.1"
 NEWEST_DEEPSPEED = "0.19.8"
