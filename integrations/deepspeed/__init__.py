@@ -5,8 +5,8 @@
     config = {"optimizer": {"type": "AdaX", "params": {"lr": 1.5e-3}}, ...}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 
-The type is read in any letter case. `params` takes the keyword arguments of `adax_triton.AdaX` or `AdaXW`. You can also
-pass an optimizer object or a callable to `deepspeed.initialize`: it gets the same checks and patches.
+`type` is case-insensitive. `params` takes the keyword arguments of `adax_triton.AdaX` or `AdaXW`. You can also pass an
+optimizer object or a callable to `deepspeed.initialize`: it gets the same checks and patches.
 
 The guide is docs/deepspeed.md. `register` lists the DeepSpeed methods that are replaced, and why.
 """

@@ -1,4 +1,4 @@
-"""Raise for DeepSpeed settings under which AdaX would not train as configured; each error says what to change."""
+"""Raise if DeepSpeed would ignore or replace AdaX's settings; each error says what to change."""
 
 import inspect
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from .optimizer_in_use import check_betas
 
 CONFIG_TYPES: dict[str, type[MomentOptimizer]] = {"adax": AdaX, "adaxw": AdaXW}
 
-# Options that need all gradients of a step in one call; ZeRO calls the optimizer once per group or part of one.
+# Options that need all gradients of a step in one call. ZeRO calls `optimizer.step()` once per group or sub-group.
 _NOT_UNDER_DEEPSPEED = {
     "max_grad_norm": "set gradient_clipping at the top level of the configuration instead of max_grad_norm",
     "error_if_nonfinite": "DeepSpeed skips such steps",
@@ -39,8 +39,8 @@ def check_config(config: Mapping[str, Any], client_optimizer: MomentOptimizer | 
             Default: None.
 
     Raises:
-        ValueError: `params` has unknown keys or values that the optimizer does not take, or with a setting DeepSpeed
-            steps another optimizer, steps on wrong gradients, or ignores the setting.
+        ValueError: `params` has unknown keys or values. Or a setting makes DeepSpeed run another optimizer or use
+            wrong gradients, or DeepSpeed ignores it.
         TypeError: a value of `params` has the wrong type.
     """
     if client_optimizer is not None:
@@ -66,7 +66,7 @@ def _check_settings(config: Mapping[str, Any], optimizer: MomentOptimizer) -> No
     options = {**optimizer.options._asdict(), "max_grad_norm": optimizer.max_grad_norm, "capturable": capturable}
     _check_options(name, options)
     fuse_mode(config)
-    _check_steps(name, config)
+    _check_step_settings(name, config)
     _check_nvme_offload(name, config)
     _check_precision(name, config, groups)
     _check_scheduler(name, config)
@@ -95,21 +95,22 @@ def _check_client_offload(name: str, config: Mapping[str, Any]) -> None:
     offload = deepspeed.runtime.zero.config.get_zero_config(config).offload_optimizer
     if offload is not None and offload.device != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         raise ValueError(
-            f"zero_optimization.offload_optimizer.device={offload.device!r}: DeepSpeed then takes no {name} object; "
-            f'set "zero_force_ds_cpu_optimizer": false, or name the optimizer in the configuration'
+            f"zero_optimization.offload_optimizer.device={offload.device!r}: with optimizer offload DeepSpeed does "
+            f'not accept an {name} object; set "zero_force_ds_cpu_optimizer": false, or name the optimizer in the '
+            "configuration"
         )
 
 
-def _check_steps(name: str, config: Mapping[str, Any]) -> None:
-    """Raise for settings with which DeepSpeed steps another optimizer, or steps on wrong gradients."""
+def _check_step_settings(name: str, config: Mapping[str, Any]) -> None:
+    """Raise if a setting makes DeepSpeed run another optimizer or use wrong gradients."""
     # DeepSpeed's own parsers know the defaults, the deprecated spellings and "auto".
     zero = deepspeed.runtime.zero.config.get_zero_config(config)
     fp16 = deepspeed.runtime.precision_config.get_float16_config(config)
     offload = zero.offload_optimizer
     if fp16.enabled and zero.stage == 0:
         raise ValueError(
-            f"fp16.enabled=true with zero_optimization.stage=0: DeepSpeed divides the gradients of {name} by a loss "
-            "scale that it has not multiplied the loss by; set zero_optimization.stage to 1"
+            f"fp16.enabled=true with zero_optimization.stage=0: DeepSpeed unscales the gradients of {name} but "
+            "never scales the loss; set zero_optimization.stage to 1"
         )
     if zero.zenflow is not None:
         raise ValueError(f"zero_optimization.zenflow steps Adam instead of {name}; remove it")
@@ -176,7 +177,7 @@ def _check_precision(name: str, config: Mapping[str, Any], groups: list[dict[str
         )
     if zero.stage == 0 or (zero.stage == 1 and _accumulates_in_float32(config)):
         raise ValueError(
-            f"{where} with zero_optimization.stage={zero.stage}: DeepSpeed keeps float32 master weights all the same; "
+            f"{where} with zero_optimization.stage={zero.stage}: DeepSpeed still keeps float32 master weights; "
             "set the stage to 2"
         )
     if "float32" in [group["states"] for group in groups]:

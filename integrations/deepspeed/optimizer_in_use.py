@@ -1,4 +1,4 @@
-"""Log the optimizer that an engine steps, and raise where Adam would silently replace AdaX.
+"""Log the optimizer that an engine runs; raise if Adam or its beta2 would replace AdaX's.
 
 Accelerate, and the Trainer of transformers through it, give DeepSpeed other settings than the user wrote:
 
@@ -27,8 +27,11 @@ _LOGGED = ("lr", "betas", "eps", "weight_decay", "states", "master_weights", "se
 logger = logging.getLogger(__name__)
 
 
-def raise_for_groups_of_adax(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace `DeepSpeedCPUAdam.add_param_group`, which its constructor calls before it compiles anything."""
+def reject_adax_param_groups(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace `DeepSpeedCPUAdam.add_param_group`: raise for parameter groups of AdaX.
+
+    The constructor calls it before the C++ extension is compiled, so the error comes early.
+    """
 
     @functools.wraps(original)
     def add_param_group(self: torch.optim.Optimizer, param_group: dict[str, Any]) -> None:
@@ -38,7 +41,7 @@ def raise_for_groups_of_adax(original: Callable[..., Any]) -> Callable[..., Any]
                 f"{type(self).__name__} got parameter groups of adax_triton (second_moment={rule!r}) and would step "
                 "Adam: with optimizer offload, Accelerate replaces an optimizer object. Set "
                 '"zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration, or name the optimizer in its '
-                '"optimizer" section (in your own loop, then pass a DummyOptim to Accelerate)'
+                '"optimizer" section; without the Trainer also pass accelerate.utils.DummyOptim to prepare()'
             )
         original(self, param_group)
 
@@ -70,9 +73,9 @@ def check_betas(name: str, params: Mapping[str, Any]) -> None:
 def log_optimizer_in_use(engine: Any) -> None:
     """Log on rank 0 which optimizer an engine steps.
 
-    For an optimizer of this package, a line at level INFO has its class, precision and hyper-parameters, with the
-    class's default next to each value that differs from it. For another optimizer that comes from the Trainer, a
-    warning says so, because the Trainer drops optimizer objects.
+    For an optimizer of this package, log its class, precision and hyper-parameters at INFO. A value that differs from
+    the class's default is followed by the default. For another optimizer that comes from the Trainer, log a warning,
+    because the Trainer drops optimizer objects.
 
     Args:
         engine: the DeepSpeed engine, with its optimizer.

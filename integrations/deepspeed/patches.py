@@ -1,4 +1,4 @@
-"""Patches of DeepSpeed methods that break AdaX while it trains; `register` says what each prevents.
+"""Patch the DeepSpeed methods that break AdaX training; `registration` lists the failures.
 
 Each function takes the original method and returns its replacement. Other optimizers keep the original.
 """
@@ -26,7 +26,8 @@ def skip_zero_gradient_step(original: Method) -> Method:
         if not isinstance(self.optimizer, MomentOptimizer):
             original(self)
             return
-        # The step only creates the states, which our optimizers do in their first step. It also clears gradients.
+        # DeepSpeed takes this step to create the states. AdaX creates them in its first step. Only clear the gradients,
+        # as that step does.
         for group in (*self.fp16_groups, *self.fp32_groups):
             for param in group:
                 param.grad = None
@@ -119,10 +120,10 @@ def reload_adax_states(original: Method) -> Method:
     return reload_states
 
 
-def align_starts(original: Method) -> Method:
+def align_gradient_starts(original: Method) -> Method:
     """Replace `OptimizerSwapper._adjust_for_misaligned_lengths`, which splits gradients for files on NVMe.
 
-    A file is read into aligned memory only, and DeepSpeed aligns the end of a gradient but not its start. Here the part
+    DeepSpeed reads files only into aligned memory. It aligns the end of a gradient but not its start. Here the part
     before the first aligned element stays in memory.
     """
 

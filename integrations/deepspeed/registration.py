@@ -1,9 +1,9 @@
 """Register AdaX with DeepSpeed: two optimizer types, and the DeepSpeed methods that are replaced.
 
 The types need no patch: DeepSpeed looks a type up in its list of names and in `torch.optim`. The methods below are
-replaced for optimizers of this package only; for others they call the original. Each entry says what happens to a run
-with AdaX without the replacement, and names a test below `tests/` that fails then. The tests were run without each
-replacement to find out. A test compares the entries with `_replacements`.
+replaced for optimizers of this package only; for others they call the original. Each entry describes the failure
+without the replacement and names a test in `tests/` that detects it. Each was verified by running the test without the
+replacement. A test compares the entries with `_replacements`.
 
 DeepSpeedEngine._configure_optimizer
     ZeRO does not accept AdaX. Settings are not checked: fp16 at stage 0 silently steps on gradients that are too
@@ -46,7 +46,7 @@ BF16_Optimizer.state_dict
     A checkpoint cannot be converted to a universal one: "narrow(): length must be non-negative".
     deepspeed_runs/test_deepspeed_checkpoints.py::test_universal_checkpoint_continues_exactly
 
-Three modules replace methods of single objects, and say why themselves: `fused_step.zero_methods`,
+Three modules patch individual objects instead of classes; their docstrings say why: `fused_step.zero_methods`,
 `fused_step.zero_steps` and `checkpoints.rank_errors`. `integrations.huggingface` replaces one function of transformers.
 
 Tested with DeepSpeed 0.19.1 and 0.19.8, see docs/deepspeed-acceptance.md. `register` raises for an older version:
@@ -140,15 +140,15 @@ def _replacements() -> list[tuple[type, str, Callable[[Method], Method]]]:
         (engine, "_configure_optimizer", _check_and_fuse),
         (engine, "save_checkpoint", atomic_save.save_atomically),
         (engine, "load_checkpoint", load.load_checked),
-        (DeepSpeedCPUAdam, "add_param_group", optimizer_in_use.raise_for_groups_of_adax),
+        (DeepSpeedCPUAdam, "add_param_group", optimizer_in_use.reject_adax_param_groups),
         (unfused, "initialize_optimizer_states", patches.skip_zero_gradient_step),
         (runtime.lr_schedules.OneCycle, "_initialize_momentum", patches.keep_beta2),
         (stage_3, "offload_states", patches.offload_adax_states),
         (stage_3, "reload_states", patches.reload_adax_states),
         *([overflow] if Version(deepspeed.__version__) < Version("0.19.8") else []),
-        (OptimizerSwapper, "_adjust_for_misaligned_lengths", patches.align_starts),
-        (zero, "load_hp_checkpoint_state_from_checkpoint_dir", universal.load_every_group),
-        (stage_3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", universal.load_every_group_at_stage_3),
+        (OptimizerSwapper, "_adjust_for_misaligned_lengths", patches.align_gradient_starts),
+        (zero, "load_hp_checkpoint_state_from_checkpoint_dir", universal.load_universal_stage_1_2),
+        (stage_3, "load_hp_checkpoint_state_from_checkpoint_dir_stage3", universal.load_universal_stage_3),
         (runtime.bf16_optimizer.BF16_Optimizer, "state_dict", universal.save_own_paddings),
     ]
 
@@ -161,17 +161,17 @@ def _check_and_fuse(original: Method) -> Method:
         if callable(client_optimizer):
             built = client_optimizer(model_parameters)
             client_optimizer = built if isinstance(built, MomentOptimizer) else lambda _: built
-        admitted = [type(client_optimizer)] if isinstance(client_optimizer, MomentOptimizer) else []
+        adax_classes = [type(client_optimizer)] if isinstance(client_optimizer, MomentOptimizer) else []
         if client_optimizer is None and self.optimizer_name() in CONFIG_TYPES:
-            admitted = [CONFIG_TYPES[self.optimizer_name()]]
-        if admitted:
+            adax_classes = [CONFIG_TYPES[self.optimizer_name()]]
+        if adax_classes:
             check_config(self._config._param_dict, client_optimizer)
         supported = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS  # DeepSpeed looks for the exact class
-        supported.extend(admitted)
+        supported.extend(adax_classes)
         try:
             original(self, client_optimizer, model_parameters)
         finally:
-            for optimizer_class in admitted:
+            for optimizer_class in adax_classes:
                 supported.remove(optimizer_class)
         optimizer_in_use.log_optimizer_in_use(self)
         if isinstance(self.basic_optimizer, MomentOptimizer):

@@ -172,7 +172,7 @@ def test_universal_checkpoint_continues_exactly(results: dict[str, Any], case: C
 
 
 def test_other_optimizers_keep_deepspeeds_overwritten_groups(results: dict[str, Any]) -> None:
-    # Fails when DeepSpeed fixes it: then simplify universal.load_every_group_at_stage_3.
+    # Fails when DeepSpeed fixes it: then simplify universal.load_universal_stage_3.
     first, second = results[OTHER_OPTIMIZER["name"]]
     assert first["weight_decay"] == [1e-2, 0.0, 1e-2]
     assert second["weight_decay"] == [1e-2, 1e-2, 1e-2]

@@ -12,7 +12,7 @@ from adax_triton.moment_optimizer import MomentOptimizer
 
 @contextmanager
 def switching_optimizer(engine: Any) -> Iterator[None]:
-    """Let `engine.load_checkpoint` convert checkpoints of Adam for AdaX, and of AdaX for Adam, within the block.
+    """Within the block, `engine.load_checkpoint` converts between Adam and AdaX.
 
         with switching_optimizer(engine):
             engine.load_checkpoint(folder)
@@ -32,8 +32,9 @@ def switching_optimizer(engine: Any) -> Iterator[None]:
         engine: from `deepspeed.initialize`.
 
     Raises:
-        ValueError: the engine has another optimizer, or groups of several rules. From `load_checkpoint`, before the
-            optimizer changes: the checkpoint cannot be converted, see `adax_triton.convert.state_dicts`.
+        ValueError: the engine has another optimizer, or a group with another `second_moment` than "adax". In the
+            block, `load_checkpoint` raises if the checkpoint cannot be converted (see
+            `adax_triton.convert.state_dicts`); the optimizer has not changed.
 
     Source: `adax_triton.convert.state_dicts.adax_from_adam` and its inverse.
     """
@@ -63,7 +64,7 @@ def adax_from_deepspeed_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e
     """Convert a state dict of DeepSpeed's or torch's Adam for a warm start of AdaX or AdaXW.
 
     Args:
-        state_dict: the state dict of the optimizer inside ZeRO's, as in the files of ZeRO. A group without
+        state_dict: the inner optimizer's state dict, as in ZeRO's optimizer files. A group without
             "decoupled_weight_decay", as in DeepSpeed's Adam, gets AdaX's L2 weight decay.
         beta2: AdaX's growth rate. Default: 1e-4.
 
@@ -84,7 +85,7 @@ def deepspeed_adam_from_adax(state_dict: Mapping[str, Any], betas: Sequence[tupl
     """Convert an AdaX state dict of this package for DeepSpeed's and torch's Adam.
 
     Args:
-        state_dict: the state dict of the optimizer inside ZeRO's, as in the files of ZeRO.
+        state_dict: the inner optimizer's state dict, as in ZeRO's optimizer files.
         betas: Adam's (beta1, beta2) of each group.
 
     Raises:
@@ -108,16 +109,18 @@ def deepspeed_adam_from_adax(state_dict: Mapping[str, Any], betas: Sequence[tupl
 
 def _to_adax(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     converted = adax_from_deepspeed_adam(state_dict)
-    return {**converted, "param_groups": _own_groups(optimizer, converted["param_groups"])}
+    return {**converted, "param_groups": _groups_with_saved_params(optimizer, converted["param_groups"])}
 
 
 def _to_adam(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    own = _own_groups(optimizer, state_dict["param_groups"])
+    own = _groups_with_saved_params(optimizer, state_dict["param_groups"])
     converted = deepspeed_adam_from_adax(state_dict, [group["betas"] for group in own])
     return {**converted, "param_groups": own}
 
 
-def _own_groups(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _groups_with_saved_params(
+    optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     if len(saved) != len(optimizer.param_groups):
         raise ValueError(
             f"the checkpoint has {len(saved)} parameter groups, the optimizer {len(optimizer.param_groups)}; "

@@ -35,7 +35,7 @@ from .rank_errors import Gather, raise_on_every_rank
 MANIFEST = "complete.json"
 _SAVING, _REPLACED = ".saving", ".replaced"
 _FLUSHES_AT_ONCE = 8
-# errno values for an operation that a file system does not have. A full or broken disk gives others.
+# errno values that mean "not supported". A full or broken disk has other errno values.
 _NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 _NO_RENAME = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EMFILE, errno.EXDEV}
 
@@ -57,8 +57,9 @@ def save_atomically(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, save_dir, tag, client_state, save_latest, exclude_frozen_parameters)
         if self.checkpoint_engine.is_decoupled():
             warnings.warn(
-                f"{type(self.checkpoint_engine).__name__} writes checkpoints after save_checkpoint has returned: a "
-                "checkpoint that a crash interrupts is not detected when it is loaded",
+                f"{type(self.checkpoint_engine).__name__} writes checkpoints after save_checkpoint has returned. "
+                "If a crash interrupts the save, load_checkpoint does not detect it; for atomic checkpoints use "
+                "DeepSpeed's default checkpoint engine",
                 stacklevel=2,
             )
             return original(self, save_dir, tag, client_state, save_latest, exclude_frozen_parameters)
@@ -120,11 +121,11 @@ def checkpoint_to_load(engine: Any, load_dir: str, tag: str | None, gather: Gath
     """
     if engine.load_universal_checkpoint():
         return tag
-    everywhere = gather(folder_to_load(load_dir, None if tag is None else str(tag)))
-    folders = {str(folder) for folder, _ in everywhere}
+    per_rank = gather(folder_to_load(load_dir, None if tag is None else str(tag)))
+    folders = {str(folder) for folder, _ in per_rank}
     if len(folders) > 1:
         raise ValueError(f"{load_dir}: ranks find different complete checkpoints, {sorted(folders)}; pass a tag")
-    folder, warning = everywhere[torch.distributed.get_rank()]
+    folder, warning = per_rank[torch.distributed.get_rank()]
     if folder is not None:
         _check_readable(os.path.join(load_dir, folder))
     if warning is not None:
@@ -140,7 +141,7 @@ def prepare_staging(save_dir: str, tag: str) -> bool:
         tag: the name of the checkpoint.
 
     Returns:
-        True if it does. False, after a warning, if not: then call `prepare_in_place`.
+        True if folders can be renamed. Otherwise warns and returns False; then call `prepare_in_place`.
     """
     staged = Path(save_dir, tag + _SAVING)
     if is_complete(str(staged)):
@@ -148,7 +149,7 @@ def prepare_staging(save_dir: str, tag: str) -> bool:
     _remove(staged)
     trial = staged / "trial"
     trial.mkdir(parents=True)
-    (trial / "file").write_text("gcsfuse renames empty folders only")
+    (trial / "file").write_text("trial")  # because gcsfuse renames only empty folders
     try:
         trial.rename(staged / "renamed")
     except OSError as error:
@@ -176,11 +177,13 @@ def prepare_in_place(save_dir: str, tag: str) -> None:
 
 
 def publish(save_dir: str, tag: str, as_latest: bool, in_place: bool = False) -> None:
-    """Write `complete.json` of a checkpoint that all ranks have written, and give it its name.
+    """Write `complete.json`, rename the folder to the tag, and update `latest`.
+
+    Call it on one rank, after all ranks have written their files.
 
     Args:
         save_dir: the folder of checkpoints.
-        tag: the same as for `prepare_staging`.
+        tag: the name of the checkpoint.
         as_latest: whether to update `latest`.
         in_place: whether the files are already in the folder of the tag. Default: False.
     """
@@ -232,8 +235,8 @@ def folder_to_load(load_dir: str, tag: str | None) -> tuple[str | None, str | No
         tag: the name of the checkpoint. None: the one that `latest` names, else the newest complete one.
 
     Returns:
-        (None, None) if no tag is given and there is no `latest`. The warning says that another folder is loaded than
-        the one that `latest` names.
+        (None, None) if no tag is given and there is no `latest`. The warning says that the folder in `latest` is
+        incomplete, and which folder is loaded instead.
 
     Raises:
         ValueError: the folder of the tag is incomplete, or no folder is complete.
@@ -295,8 +298,8 @@ def _check_readable(folder: str) -> None:
 def _find_complete(load_dir: str, tag: str) -> str | None:
     folder = os.path.join(load_dir, tag)
     if tag and os.path.isdir(folder):
-        unlisted = not tag.endswith((_SAVING, _REPLACED)) and not os.path.exists(os.path.join(folder, MANIFEST))
-        return tag if unlisted or is_complete(folder) else None
+        has_no_manifest = not tag.endswith((_SAVING, _REPLACED)) and not os.path.exists(os.path.join(folder, MANIFEST))
+        return tag if has_no_manifest or is_complete(folder) else None
     # A process that dies between the two renames leaves no folder of the tag, only these.
     names = (tag + _SAVING, tag + _REPLACED)
     return next((name for name in names if is_complete(os.path.join(load_dir, name))), None)

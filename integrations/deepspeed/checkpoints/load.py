@@ -18,7 +18,7 @@ from .universal import allowing_saved_classes, partitions_in_groups, read_optimi
 
 
 def check_checkpoint_settings(name: str, config: Mapping[str, Any], states: Sequence[str]) -> None:
-    """Raise for settings with which DeepSpeed cannot save or load the optimizer's states.
+    """Raise if DeepSpeed cannot save or load the states with these settings.
 
     Args:
         name: class name of the optimizer, for messages.
@@ -48,16 +48,16 @@ def check_checkpoint_settings(name: str, config: Mapping[str, Any], states: Sequ
     other = sorted({kept for kept in states if kept != "float32"})
     if other:
         raise ValueError(
-            f"{where} with states={other[0]!r}: DeepSpeed swaps states as float32 and changes them; set "
-            'states="float32" for this optimizer, or the device to "cpu"'
+            f"{where} with states={other[0]!r}: DeepSpeed swaps states as float32, which corrupts other dtypes; "
+            'set states="float32" for this optimizer, or the device to "cpu"'
         )
 
 
 def load_checked(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replace `DeepSpeedEngine.load_checkpoint`.
 
-    The replacement raises on every rank for an incomplete checkpoint, or for one of another ZeRO stage or offload.
-    After DeepSpeed's load it restores what is missing, and the loss scaler of the engine.
+    It raises on every rank if the checkpoint is incomplete or was saved with another ZeRO stage or offload. After
+    DeepSpeed's load it restores missing state and the engine's loss scaler.
     """
 
     @functools.wraps(original)
@@ -92,7 +92,7 @@ def load_checked(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_layout(engine: Any, load_dir: str, tag: str | None) -> None:
-    """Raise if one of checkpoint and engine is at ZeRO 3, or has NVMe offload, and the other is not."""
+    """Raise unless checkpoint and engine agree on ZeRO 3 and on NVMe offload."""
     if tag is None:
         tag = _latest(load_dir, "latest_universal" if engine.load_universal_checkpoint() else "latest")
     folder = os.path.join(load_dir, str(tag))
@@ -110,9 +110,9 @@ def _check_layout(engine: Any, load_dir: str, tag: str | None) -> None:
     saved_from_nvme = os.path.isdir(os.path.join(folder, "offloaded_tensors"))
     if nvme != saved_from_nvme:
         raise ValueError(
-            f"{folder} was saved {'with' if saved_from_nvme else 'without'} optimizer offload to NVMe, and DeepSpeed "
-            f"cannot load it {'with' if nvme else 'without'} it; set zero_optimization.offload_optimizer as in the run "
-            "that saved it"
+            f"{folder} was saved {'with' if saved_from_nvme else 'without'} optimizer offload to NVMe, but this "
+            f"run is configured {'with' if nvme else 'without'} NVMe offload; set zero_optimization.offload_optimizer "
+            "as in the run that saved the checkpoint"
         )
     if nvme:
         _check_swapped_files(engine, folder)
@@ -149,7 +149,7 @@ def _check_swapped_files(engine: Any, folder: str) -> None:
 
 
 def _restore(engine: Any, path: str, load_states: bool) -> None:
-    """Restore what DeepSpeed has not loaded: with NVMe offload, or from a universal checkpoint.
+    """Restore state that DeepSpeed does not load with NVMe offload or from universal checkpoints.
 
     Args:
         engine: the engine with ZeRO, after DeepSpeed's load.
@@ -173,10 +173,10 @@ def _restore(engine: Any, path: str, load_states: bool) -> None:
 
 
 def _keep_loss_scaler(zero: Any, own: Any) -> None:
-    """Restore the engine's own loss scaler, unless it and the checkpoint's are dynamic.
+    """Restore the engine's own loss scaler unless both scalers are dynamic.
 
-    A constant scale comes from the configuration. The constant 1 of a bfloat16 checkpoint would replace the dynamic
-    scale of fp16 for the rest of the run.
+    DeepSpeed loads the scaler of the checkpoint. A constant scale must come from the configuration. The constant 1 of a
+    bfloat16 checkpoint would replace the dynamic scale of fp16 for the rest of the run.
     """
     if own is not None and not (own.dynamic and zero.loss_scaler.dynamic):
         zero.loss_scaler = own

@@ -10,12 +10,13 @@ import torch
 
 from adax_triton.convert.files import Progress, reject_unsafe_pickles
 
-from .atomic_save import MANIFEST, folder_to_load, replace_file, write_manifest
 from .adam_conversion import adax_from_deepspeed_adam, deepspeed_adam_from_adax
+from .atomic_save import MANIFEST, folder_to_load, replace_file, write_manifest
 from .universal import read_optimizer_file
 
-FORMS = ("adax", "adaxw", "adam", "adamw")
-# Keys of the optimizer's own state dict in a rank's file: of ZeRO 1, 2 and BF16_Optimizer, and of ZeRO 3.
+CONVERTIBLE_KINDS = ("adax", "adaxw", "adam", "adamw")
+# Keys of the inner optimizer's state dict in a rank's file: the first at ZeRO 1, 2 and BF16_Optimizer, the second at
+# ZeRO 3.
 _KEYS = ("base_optimizer_state", "optimizer_state_dict")
 
 
@@ -30,10 +31,11 @@ def convert_folder(
     Args:
         source: a checkpoint, or a folder of checkpoints and `latest`.
         target: the folder of checkpoints to create, with this one and `latest`.
-        to: one of `FORMS`; names that end in w have decoupled weight decay.
+        to: one of `CONVERTIBLE_KINDS`; names that end in w have decoupled weight decay.
         beta2: betas[1] of the new rule. Default: None, 1e-4 for AdaX and 0.999 for Adam.
         lr: learning rate of all groups. Default: None, those of the checkpoint.
-        progress: (number of files, label) -> context manager of a function of (files done, file name).
+        progress: called with the number of files and a label. Returns a context manager that yields
+            advance(count, file name).
 
     Returns:
         A sentence for the user: the folder and the number of files.
@@ -42,8 +44,8 @@ def convert_folder(
         ValueError: the checkpoint is of another kind, incomplete, or of an optimizer that cannot be converted. No
             target is left.
     """
-    if to not in FORMS:
-        raise ValueError(f"--to {to}: a DeepSpeed checkpoint can be converted to {', '.join(FORMS)}")
+    if to not in CONVERTIBLE_KINDS:
+        raise ValueError(f"--to {to}: a DeepSpeed checkpoint can be converted to {', '.join(CONVERTIBLE_KINDS)}")
     folder = _checkpoint_folder(source)
     optimizer_files = _optimizer_files(folder)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
@@ -92,7 +94,7 @@ def _optimizer_files(folder: Path) -> set[Path]:
     other = sorted(path.name for path in found if "zero_pp_rank_" not in path.name)
     if not found or other:
         raise ValueError(
-            f"{folder} has no optimizer files of ZeRO{', but ' + other[0] if other else ''}; expected ZeRO 1, 2 or 3 "
+            f"{folder} has no optimizer files of ZeRO 1, 2 or 3{'; found ' + other[0] if other else ''} "
             "(for ZeRO 0 in fp32, convert the file of model states with --key optimizer)"
         )
     return found

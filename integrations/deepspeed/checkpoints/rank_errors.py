@@ -36,13 +36,13 @@ def raise_on_every_rank(engine: Any, writes_to: str | None = None) -> Iterator[G
     errors: list[Exception] = []
 
     def gather(value: Any = None, error: Exception | None = None) -> list[Any]:
-        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+        per_rank: list[Any] = [None] * torch.distributed.get_world_size()
         sent = (value, None if error is None else _with_rank(error, writes_to))
-        torch.distributed.all_gather_object(everywhere, sent)
-        errors.extend(found for _, found in everywhere if found is not None)
+        torch.distributed.all_gather_object(per_rank, sent)
+        errors.extend(found for _, found in per_rank if found is not None)
         if errors:
             raise errors[0] from error
-        return [value for value, _ in everywhere]
+        return [value for value, _ in per_rank]
 
     with contextlib.ExitStack() as restoring:
         for owner, name in _methods_before_collectives(engine):
@@ -77,8 +77,8 @@ def _is_full(folder: str) -> bool:
 def _methods_before_collectives(engine: Any) -> list[tuple[Any, str]]:
     """Return (owner, method name) of the DeepSpeed methods that precede a collective.
 
-    Without an exchange before one of them, an error on one rank leaves the others waiting until the timeout of the
-    process group: tests/deepspeed_runs/test_deepspeed_save_failures.py fails for each.
+    If the ranks did not exchange errors before these methods, an error on one rank would make the others wait until
+    the process group times out. tests/deepspeed_runs/test_deepspeed_save_failures.py fails if one entry is removed.
     """
     methods = (
         (engine.optimizer, "checkpoint_event_prologue"),  # partitions small weights at ZeRO 3

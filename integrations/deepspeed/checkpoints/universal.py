@@ -1,4 +1,4 @@
-"""Fix saving and loading of DeepSpeed's universal checkpoints; `register` says what goes wrong without it.
+"""Fix saving and loading of DeepSpeed's universal checkpoints; `registration` lists the failures without it.
 
 States are loaded through the optimizer's own `load_state_dict`. It raises for a second moment of another rule, and
 keeps states in the precision that the optimizer is configured with.
@@ -30,7 +30,7 @@ _SAVED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address
 def allowing_saved_classes() -> Iterator[None]:
     """Let `torch.load(weights_only=True)` read DeepSpeed's files within the block, which may be nested."""
     allowed = torch.serialization.get_safe_globals()
-    # torch's inner block removes its classes at its end, also those of an outer block: so add only new ones.
+    # At its end an inner safe_globals block also removes the classes of an outer block. So add only new classes.
     with torch.serialization.safe_globals([saved for saved in _SAVED_CLASSES if saved not in allowed]):
         yield
 
@@ -51,7 +51,7 @@ def partitions_in_groups(zero: Any) -> Iterator[None]:
         zero._clear_fp32_optimizer_param_groups()
 
 
-def load_every_group(original: Method) -> Method:
+def load_universal_stage_1_2(original: Method) -> Method:
     """Replace `load_hp_checkpoint_state_from_checkpoint_dir` of ZeRO 1 and 2 and of BF16_Optimizer."""
 
     @functools.wraps(original)
@@ -75,7 +75,7 @@ def load_every_group(original: Method) -> Method:
     return load_hp_checkpoint_state_from_checkpoint_dir
 
 
-def load_every_group_at_stage_3(original: Method) -> Method:
+def load_universal_stage_3(original: Method) -> Method:
     """Replace `load_hp_checkpoint_state_from_checkpoint_dir_stage3` of ZeRO 3."""
 
     @functools.wraps(original)
@@ -153,7 +153,7 @@ def _saved_groups(checkpoint_dir: str) -> list[dict[str, Any]]:
     """Return the hyper-parameters of each group of a universal checkpoint; raise if its states are incomplete."""
     groups = read_optimizer_file(os.path.join(checkpoint_dir, "zero", "optimizer_state.pt"))["param_groups"]
     for index, group in enumerate(groups):
-        # The conversion slices states by elements of the weights, and the codes lose their group exponents.
+        # The conversion slices states per element, which separates 8-bit values from their group exponents.
         if is_quantized(group.get("states", "float32")):
             raise ValueError(
                 f"{checkpoint_dir} was converted from states={group['states']!r} (param_groups[{index}]); a universal "
@@ -184,7 +184,7 @@ def _load_states(
     for own, group, loaded_group in zip(optimizer.param_groups, groups, loaded, strict=True):
         own.update(loaded_group)
         for param, key in zip(own["params"], group["params"], strict=True):
-            states[key] = optimizer.state.pop(param)  # if present, it would keep its precision
+            states[key] = optimizer.state.pop(param)  # an existing state would keep its old precision
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
@@ -203,7 +203,13 @@ def _with_own_params(
 
 @contextmanager
 def _padding_as_parameters(zero: Any, lp_groups_name: str) -> Iterator[str]:
-    """Yield the name of an attribute with all groups' parameters, and a stand-in where this rank owns only padding."""
+    """Within the block, replace groups of only padding by an empty parameter.
+
+    DeepSpeed's loading fails for a group if this rank holds only padding of it.
+
+    Yields:
+        The name of a temporary attribute of `zero` that lists the parameters of every group.
+    """
     lp_groups, stand_ins = [], []
     for lp_params in getattr(zero, lp_groups_name):
         if all(lp_param._hp_mapping is None for lp_param in lp_params):
@@ -223,7 +229,7 @@ def _padding_as_parameters(zero: Any, lp_groups_name: str) -> Iterator[str]:
 
 
 class _Padding:
-    """A parameter of no elements, for a group of which this rank owns only padding."""
+    """An empty parameter for a group if this rank holds only its padding."""
 
     def __init__(self) -> None:
         self.optim_fragment: dict[str, Tensor] = {}

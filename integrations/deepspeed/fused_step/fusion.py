@@ -1,12 +1,15 @@
-"""Choose how much of a ZeRO step is fused into the optimizer's, and describe it.
+"""Choose how much of a ZeRO step runs inside the optimizer step, and describe it.
 
-DeepSpeed checks gradients for inf and NaN, measures their norm, joins, casts, unscales and clips them, steps, and casts
-the weights back. That moves up to 78 bytes per parameter, of which the step itself needs 28. The fused step reads each
-gradient once for norm and check, and once in the step, in place and in its own dtype. The factor that unscales and
-clips stays on the device, and the step also writes the weights in the model's dtype. See docs/deepspeed-passes.md.
+DeepSpeed makes several passes over gradients and weights: it checks for inf and NaN, computes the norm, concatenates,
+casts, unscales and clips the gradients, steps, and casts the weights back. These passes move up to 78 bytes per
+parameter. The optimizer step alone needs 28.
 
-A built engine's ZeRO optimizer gets a subclass of its class; no DeepSpeed class changes. The default is
-`"adax_triton": {"fuse": "auto"}` in the configuration, which fuses as much as it can; "off" fuses nothing.
+The fused step reads each gradient twice, in place and in its own dtype: once for norm and check, and once in the step.
+The factor that unscales and clips stays on the device. The step also writes the weights in the model's dtype. See
+docs/deepspeed-passes.md.
+
+`fuse` sets `__class__` of an engine's ZeRO optimizer to a subclass. DeepSpeed's classes stay unchanged. The default
+`"adax_triton": {"fuse": "auto"}` in the configuration fuses as much as possible; "off" fuses nothing.
 """
 
 import functools
@@ -117,7 +120,7 @@ def fuse(wrapper: Any, config: Mapping[str, Any]) -> FusedStep:
     """Give a ZeRO optimizer the fused step that fits it, in place, and log it.
 
     Args:
-        wrapper: DeepSpeed's optimizer around one of this package, or that optimizer itself.
+        wrapper: DeepSpeed's optimizer that wraps AdaX, or the AdaX optimizer if it is not wrapped.
         config: the DeepSpeed configuration.
     """
     upstream: type = type(wrapper)
@@ -148,7 +151,7 @@ def _upstream_classes() -> tuple[type, type, type]:
 
 @functools.cache
 def _subclass(mixin: type, upstream: type) -> type:
-    # Under the upstream name, because DeepSpeed and others compare names.
+    # Keep the upstream class name, because DeepSpeed and others compare class names.
     return type(upstream.__name__, (mixin, upstream), {"__module__": upstream.__module__})
 
 

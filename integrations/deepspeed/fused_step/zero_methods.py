@@ -1,11 +1,16 @@
-"""Methods that replace those of DeepSpeed's ZeRO optimizers; each class is a mixin before DeepSpeed's.
+"""Mixins that override methods of DeepSpeed's ZeRO optimizers.
 
-They call DeepSpeed's methods with one-element stand-ins: norms instead of gradients, and a 1 instead of a gradient that
-is to be scaled. So DeepSpeed itself still combines ranks, model parallelism and experts, in every version.
+They call DeepSpeed's methods with small tensors instead of gradients:
+
+- norms, where DeepSpeed computes the norm of all gradients or looks for inf and NaN;
+- a 1, where DeepSpeed unscales and clips a gradient. The scaled 1 is the factor that the step applies.
+
+DeepSpeed itself still reduces the norm over ranks, model-parallel groups and experts.
 
 Without these classes the training is right but moves more bytes per parameter: 74 instead of 30 at ZeRO 1 and 2, 70
 instead of 30 at ZeRO 3 (bf16), see docs/deepspeed-passes.md. Tests: deepspeed_runs/test_deepspeed_passes.py for the
-bytes, test_deepspeed_fused_step.py for the numbers. The methods of a class belong together. One fixes an error:
+bytes, test_deepspeed_fused_step.py for the numbers. Override all methods of a class or
+none. One class also fixes an error:
 
 DelayedStateLinks._lazy_init_hp_params_optimizer_state
     `safe_get_full_optimizer_state` raises or hangs for parameters of the second group.
@@ -43,14 +48,14 @@ class SingleNormPass(_Wrapper):
     _norms_by_group: dict[int, list[Tensor]] | None = None
 
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
-        """Return DeepSpeed's norm, computed from norms instead of gradients."""
+        """Return the global norm, which DeepSpeed computes from the norms of single gradients."""
         if norm_type == 2:
             group = next((index for index, each in self.averaged_gradients.items() if each is gradients), -1)
             norms = (self._norms_by_group or {}).pop(group, None)
             gradients = _norms(gradients) if norms is None else norms
         return super().get_grad_norm_direct(gradients, params, norm_type)
 
-    def _measure(self) -> Tensor:
+    def _measure_norms(self) -> Tensor:
         """Keep the norms of all gradients of this rank, and return them, shape (gradients,)."""
         groups = sorted(self.averaged_gradients.items())
         self._norms_by_group = {index: _norms(gradients) for index, gradients in groups if gradients is not None}
@@ -60,7 +65,7 @@ class SingleNormPass(_Wrapper):
 
 def _norms(gradients: Iterable[Tensor]) -> list[Tensor]:
     gradients = list(gradients)
-    # ZeRO 1 also keeps gradients of frozen integers, which are 0.
+    # ZeRO 1 also keeps zero gradients of frozen integer parameters.
     read = [each.detach() if each.dtype in PARAM_DTYPES else each.detach().double() for each in gradients]
     norms = list(torch._foreach_norm(read, 2, dtype=torch.float64))
     for norm, gradient in zip(norms, gradients, strict=True):
@@ -76,10 +81,10 @@ class Zero12Methods(SingleNormPass, DelayedStateLinks):
 
     def has_overflow_partitioned_grads_serial(self) -> Tensor:
         """Return whether a gradient of this rank is not finite, shape (1,), and keep the norms."""
-        return ~self._measure().isfinite().all().reshape(1)
+        return ~self._measure_norms().isfinite().all().reshape(1)
 
     def unscale_and_clip_grads(self, grad_groups_flat: Sequence[Tensor], total_norm: Tensor | None) -> None:
-        """Let DeepSpeed scale a 1 instead of the gradient; the step multiplies by the result."""
+        """Get DeepSpeed's unscale-and-clip factor by scaling a 1. The step applies it to the gradients."""
         (flat,) = grad_groups_flat
         self._grad_factor = torch.ones(1, dtype=torch.float32, device=flat.device)
         super().unscale_and_clip_grads([self._grad_factor], total_norm)
@@ -105,7 +110,7 @@ class Zero3Methods(SingleNormPass):
         accelerator = get_accelerator()
         buffer = self.grad_partitions_flat_buffer
         self.grad_partitions_flat_buffer = (
-            torch.stack(_norms([buffer])) if self.offload_optimizer else self._measure().to(buffer.device)
+            torch.stack(_norms([buffer])) if self.offload_optimizer else self._measure_norms().to(buffer.device)
         )
         if not accelerator.resolves_data_dependency():  # DeepSpeed reads it on a stream of its own
             self.reduce_and_partition_stream.wait_stream(accelerator.current_stream())
@@ -124,7 +129,7 @@ class Zero3Methods(SingleNormPass):
         self.averaged_gradients[sub_group_id] = None
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor | None) -> None:
-        """Let DeepSpeed scale a 1 instead of the gradient; the step multiplies by the result."""
+        """Get DeepSpeed's unscale-and-clip factor by scaling a 1. The step applies it to the gradients."""
         master = self.fp32_partitioned_groups_flat[sub_group_id]
         stand_in = SimpleNamespace(grad=torch.ones(1, dtype=torch.float32, device=master.device))
         self.fp32_partitioned_groups_flat[sub_group_id] = stand_in
@@ -143,7 +148,10 @@ class Zero3Methods(SingleNormPass):
         super()._optimizer_step(sub_group_id)
 
     def _low_precision_copy(self, sub_group_id: int) -> Tensor | None:
-        """Return the tensor that the step writes the weights to in the model's dtype, or None if they are masters."""
+        """Return the tensor for the new weights in the model's dtype.
+
+        None if the model trains the master weights directly.
+        """
         master, flat = self.fp32_partitioned_groups_flat[sub_group_id], self.fp16_partitioned_groups_flat[sub_group_id]
         if flat.device == master.device:
             return None if flat.data_ptr() == master.data_ptr() else flat
@@ -155,7 +163,7 @@ class Zero3Methods(SingleNormPass):
         return self._staging[: flat.numel()]
 
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
-        flat, written = self.fp16_partitioned_groups_flat[sub_group_id], self._low_precision_copy(sub_group_id)
-        if written is not None and written is not flat:
-            flat.data.copy_(written)
+        flat, weights_out = self.fp16_partitioned_groups_flat[sub_group_id], self._low_precision_copy(sub_group_id)
+        if weights_out is not None and weights_out is not flat:
+            flat.data.copy_(weights_out)
         self._unflatten_partitioned_parameters(sub_group_id)

@@ -1,7 +1,7 @@
 """`step()` methods that replace those of ZeRO 1 and 2 and of BF16_Optimizer.
 
 They do the same as DeepSpeed's, in the same order, without the extra passes over gradients and weights. They are used
-only if the code of DeepSpeed's `step()` is one that they were compared with, see `VERIFIED_STEPS`.
+only if the hash of DeepSpeed's `step()` is in `VERIFIED_STEPS`: they were compared with that source.
 """
 
 import ast
@@ -35,8 +35,8 @@ _CLIP_EPS = 1e-6  # as in deepspeed.runtime.utils.clip_tensors_by_global_norm
 def methods_of(upstream: type) -> dict[str, ast.FunctionDef]:
     """Return the source of the methods that a class itself defines, by name.
 
-    The result is empty if the module has no source. `inspect.signature` would not do: DeepSpeed's decorators hide
-    signatures.
+    The result is empty if the module has no source. `inspect.signature` does not work here, because DeepSpeed's
+    decorators hide signatures.
     """
     try:
         module = ast.parse(inspect.getsource(sys.modules[upstream.__module__]))
@@ -63,7 +63,7 @@ class Zero12Step(Zero12Methods):
     """ZeRO 1 and 2: the step reads the pieces of a gradient in place and writes the weights in the model's dtype."""
 
     def step(self, closure: Any = None) -> None:
-        """Do DeepSpeed's step; it ignores a closure, too."""
+        """Do the same as DeepSpeed's step, which also ignores `closure`."""
         self.micro_step_id = stage_1_and_2.INITIAL_MICRO_STEP_ID
         self._wait_for_offload_copies()
         if self.cpu_offload:
@@ -126,17 +126,17 @@ class Zero12Step(Zero12Methods):
         rank = comm.get_rank(group=self.real_dp_process_group[index])
         model_weights = self.parallel_partitioned_bit16_groups[index][rank]
         if self.cpu_offload:
-            written, gradients = self.param_buffer_of_bit16_for_cpu_offload_groups[index], [master.grad]
+            weights_out, gradients = self.param_buffer_of_bit16_for_cpu_offload_groups[index], [master.grad]
         else:
             self.free_grad_in_param_list(self.params_not_in_partition[index])
-            written, gradients = model_weights, self._gradient_pieces(index, master)
-        self._external_grads = ExternalGrads(master, gradients, written)
+            weights_out, gradients = model_weights, self._gradient_pieces(index, master)
+        self._external_grads = ExternalGrads(master, gradients, weights_out)
         self.unscale_and_clip_grads([master], norm)
         self.timers(stage_1_and_2.OPTIMIZER_GRADIENTS_TIMER).stop()
         self.timers(stage_1_and_2.OPTIMIZER_STEP_TIMER).start()
         self._optimizer_step(index)
         if self.cpu_offload:
-            model_weights.data.copy_(written.data, non_blocking=True)
+            model_weights.data.copy_(weights_out.data, non_blocking=True)
         else:
             self.free_grad_in_param_list(self.params_in_partition[index])
             self.all_grad_tensors[index] = None
