@@ -9,8 +9,8 @@ from paths import ROOT
 TOP_LEVEL = ("kernels", "integrations", "bench")  # folders that are installed inside the package
 FOLDERS = {"adax_triton": "adax_triton", **{folder: f"adax_triton.{folder}" for folder in TOP_LEVEL}}
 FRAMEWORKS = {"deepspeed", "transformers", "accelerate", "lightning", "pytorch_lightning"}
-# Room -> rooms that it may import. A room is a folder or file of adax_triton/, or a top-level folder.
-ROOMS = {
+# Top module -> top modules that it may import. Top modules are folders and files of adax_triton/, and TOP_LEVEL.
+MAY_IMPORT = {
     "update": set(),
     "kernels": set(),
     "state": {"update"},
@@ -22,9 +22,9 @@ ROOMS = {
     "convert": {"update", "state", "optimizers"},
     "version": set(),
 }
-CORE = {*ROOMS, "adax_triton"}
-ROOMS |= {
-    "adax_triton": {*ROOMS},
+CORE = {*MAY_IMPORT, "adax_triton"}
+MAY_IMPORT |= {
+    "adax_triton": {*MAY_IMPORT},
     "integrations": CORE - {"kernels"},
     "bench": CORE | {"integrations"},
     "cli": CORE | {"integrations", "bench"},
@@ -42,8 +42,8 @@ def sources() -> list[tuple[str, Path]]:
     return modules
 
 
-def room_of(module: str) -> str:
-    """Return the room of a module: the first name after `adax_triton`."""
+def top_module(module: str) -> str:
+    """Return the first name after `adax_triton` of a module."""
     return module.split(".")[1] if "." in module else module
 
 
@@ -65,20 +65,20 @@ def imported_names(path: Path, module: str, top_level_only: bool = False) -> set
 
 
 def is_module(name: str) -> bool:
-    room, *below = name.split(".")[1:] or [""]
-    path = ROOT.joinpath(*(() if room in TOP_LEVEL else ("adax_triton",)), room, *below)
+    top, *below = name.split(".")[1:] or [""]
+    path = ROOT.joinpath(*(() if top in TOP_LEVEL else ("adax_triton",)), top, *below)
     return path.is_dir() or path.with_suffix(".py").exists()
 
 
-def test_rooms_import_only_the_rooms_below_them() -> None:
+def test_modules_import_only_modules_of_lower_layers() -> None:
     for module, path in sources():
-        room = room_of(module)
-        rooms = {room_of(name) for name in imported_names(path, module) if name.split(".")[0] == "adax_triton"}
-        assert rooms <= {room, *ROOMS[room]}, f"{module} may import only {sorted(ROOMS[room])}"
+        top = top_module(module)
+        imported = {top_module(name) for name in imported_names(path, module) if name.split(".")[0] == "adax_triton"}
+        assert imported <= {top, *MAY_IMPORT[top]}, f"{module} may import only {sorted(MAY_IMPORT[top])}"
 
 
-def test_every_room_has_a_rule() -> None:
-    assert {room_of(module) for module, _ in sources()} == set(ROOMS)
+def test_every_top_module_has_a_rule() -> None:
+    assert {top_module(module) for module, _ in sources()} == set(MAY_IMPORT)
 
 
 def test_imports_have_no_cycle() -> None:
@@ -95,16 +95,16 @@ def test_core_imports_no_kernel_at_the_top_of_a_file() -> None:
         eager = {
             name for name in imported_names(path, module, top_level_only=True) if name.startswith("adax_triton.kernels")
         }
-        if room_of(module) not in (*TOP_LEVEL, "cli"):
+        if top_module(module) not in (*TOP_LEVEL, "cli"):
             assert {name for name in eager if name not in EAGER_KERNELS} == set(), module
 
 
 def test_only_integrations_import_frameworks() -> None:
     for module, path in sources():
         roots = {name.split(".")[0] for name in imported_names(path, module)}
-        if room_of(module) not in ("integrations", "bench"):
+        if top_module(module) not in ("integrations", "bench"):
             assert not roots & FRAMEWORKS, module
-        if room_of(module) not in ("kernels", "bench"):
+        if top_module(module) not in ("kernels", "bench"):
             assert "triton" not in roots, module
 
 
