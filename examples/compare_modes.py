@@ -1,8 +1,8 @@
 """Compare a small GPT's validation loss between precisions of weights and states.
 
 Trains with AdaXW in plain PyTorch on the CPU, with linear warm-up and cosine decay. All runs of a seed start from the
-same weights, which bfloat16 can represent, and see the same batches. Forward and backward use `p.float()`, so only the
-optimizer's storage differs. p is float32 or bfloat16, and its gradient has the same dtype.
+same weights, which bfloat16 can represent, and see the same batches. A parameter p and its gradient are both float32 or
+both bfloat16. Forward and backward use `p.float()`, so only the storage differs.
 
     difference = loss of the mode - loss of float32, per seed;    its mean, and standard error s / sqrt(seeds)
 

@@ -13,7 +13,8 @@ class Curve:
 
     Args:
         label: name in the legend.
-        records: `{"step", "loss"}` of each step; some, and the last one, also have `"validation_loss"`.
+        records: one dict per step with "step" and "loss". Some records, including the last, also have
+            "validation_loss".
     """
 
     def __init__(self, label: str, records: list[dict[str, float]]) -> None:

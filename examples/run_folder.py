@@ -43,7 +43,7 @@ class RunFolder:
         self.check_settings(settings)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         _write_atomically(self.settings_file, json.dumps(settings, indent=2) + "\n")
-        self._cut_log(self.last_step())
+        self._truncate_log(self.last_step())
 
     def last_step(self) -> int:
         """Return the step of the last complete checkpoint, or 0."""
@@ -58,7 +58,7 @@ class RunFolder:
                 shutil.rmtree(folder)
 
     def append(self, record: dict[str, float]) -> None:
-        """Append a record to the loss log; it survives a kill."""
+        """Append a record to the loss log. The record is kept if the process is killed."""
         with self.log_file.open("a") as log:
             log.write(json.dumps(record) + "\n")
 
@@ -77,7 +77,7 @@ class RunFolder:
         """Return the saved result, or {} for an unfinished run."""
         return json.loads(self.result_file.read_text()) if self.result_file.exists() else {}
 
-    def _cut_log(self, step: int) -> None:
+    def _truncate_log(self, step: int) -> None:
         # Steps after the checkpoint are repeated, so their records are removed.
         kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
         _write_atomically(self.log_file, "".join(kept))

@@ -1,7 +1,7 @@
 """Train a small GPT-2 with Accelerate and DeepSpeed, configured by huggingface.json.
 
 deepspeed examples/train_accelerate.py                         # one process per GPU
-torchrun --nproc-per-node 1 examples/train_accelerate.py       # on a CPU; Accelerate supports one process there
+torchrun --nproc-per-node 1 examples/train_accelerate.py       # on a CPU Accelerate supports one process
 """
 
 import logging
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
-    inner = type(engine.basic_optimizer)
-    name = f"{inner.__module__}.{inner.__qualname__}"
+    optimizer_class = type(engine.basic_optimizer)
+    name = f"{optimizer_class.__module__}.{optimizer_class.__qualname__}"
     accelerator.print(f"{name}: loss {losses[0]:.3f}, after {len(losses)} steps {losses[-1]:.3f}")
 
 

@@ -146,7 +146,7 @@ def train(trainer: Trainer, label: str, done: int, save_every: int, validate_eve
     )
     for step in range(done + 1, steps + 1):
         if os.getppid() != LAUNCHER:
-            # A new launcher may use this folder.
+            # Stop, because a new launcher may already use this folder.
             raise SystemExit("train_gpt.py: the launcher is gone; stopped")
         start = time.perf_counter()
         loss = trainer.train_step(step)
@@ -169,10 +169,11 @@ def train(trainer: Trainer, label: str, done: int, save_every: int, validate_eve
 
 def announce(trainer: Trainer, label: str, done: int) -> None:
     """Print the optimizer, the sizes and the start step."""
-    inner, steps = type(trainer.engine.basic_optimizer), trainer.settings["steps"]
+    optimizer_class, steps = type(trainer.engine.basic_optimizer), trainer.settings["steps"]
     print(
-        f"{label}: {inner.__module__}.{inner.__qualname__} inside {type(trainer.engine.optimizer).__name__}, "
-        f"{trainer.ranks} processes, {trainer.weights:,} weights, {len(trainer.data.train):,} bytes of training text"
+        f"{label}: {optimizer_class.__module__}.{optimizer_class.__qualname__} "
+        f"inside {type(trainer.engine.optimizer).__name__}, {trainer.ranks} processes, "
+        f"{trainer.weights:,} weights, {len(trainer.data.train):,} bytes of training text"
     )
     if done == 0:
         where = f"starting at step 1 of {steps} in {trainer.folder.path}"

@@ -1,7 +1,7 @@
 """Train a small GPT-2 with the Trainer and DeepSpeed, configured by huggingface.json.
 
 deepspeed examples/train_huggingface.py                        # one process per GPU
-torchrun --nproc-per-node 1 examples/train_huggingface.py      # on a CPU; the Trainer supports one process there
+torchrun --nproc-per-node 1 examples/train_huggingface.py      # on a CPU the Trainer supports one process
 """
 
 import logging
@@ -37,9 +37,10 @@ def main(argv: list[str] | None = None) -> None:
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():
-        inner = type(trainer.deepspeed.basic_optimizer)
+        optimizer_class = type(trainer.deepspeed.basic_optimizer)
         print(
-            f"{inner.__module__}.{inner.__qualname__}: loss {losses[0]:.3f}, after {args.steps} steps {losses[-1]:.3f}"
+            f"{optimizer_class.__module__}.{optimizer_class.__qualname__}: "
+            f"loss {losses[0]:.3f}, after {args.steps} steps {losses[-1]:.3f}"
         )
 
 
