@@ -1,4 +1,4 @@
-# All targets but gpu-check and clean create .venv first; set PYTHON to choose its interpreter.
+# All targets except gpu-check and clean create .venv first; set PYTHON to choose its interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +29,7 @@ quick: $(READY)  ## after an edit: ruff, and tests that take a minute in total
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(PYTEST) --quick
 
-durations: $(READY)  ## run all tests on an idle machine and rewrite tests/support/durations.json, which orders `test` and selects `quick`
+durations: $(READY)  ## run all tests on an idle machine and rewrite tests/support/durations.json: the order of test files, and which of them `quick` runs
 	$(PYTEST) --durations=30 --record-durations --cache-clear
 
 audit: $(READY)  ## check the compiled code of all kernel variants for all GPU targets, and cache the results for `test`
