@@ -42,7 +42,7 @@ def switching_optimizer(engine: Any) -> Iterator[None]:
     if isinstance(optimizer, MomentOptimizer):
         rules = {group["second_moment"] for group in optimizer.param_groups}
         if rules != {"adax"}:
-            raise ValueError(f"the engine's groups have second_moment {sorted(rules)}; expected 'adax' alone")
+            raise ValueError(f"the engine's groups have second_moment {sorted(rules)}; expected only 'adax'")
         convert = _to_adax
     elif type(optimizer).__name__ in ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"):
         if engine.load_universal_checkpoint():
