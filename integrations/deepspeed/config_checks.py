@@ -1,4 +1,7 @@
-"""Raise if DeepSpeed would ignore or replace AdaX's settings; each error says what to change."""
+"""Raise if DeepSpeed would ignore or replace AdaX's settings.
+
+Each error says what to change.
+"""
 
 import inspect
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Log the optimizer that an engine runs; raise if Adam or its beta2 would replace AdaX's.
+"""Log the optimizer in use; raise if Adam would replace AdaX.
 
 Accelerate, and the Trainer of transformers through it, give DeepSpeed other settings than the user wrote:
 

@@ -1,4 +1,4 @@
-"""Register AdaX with DeepSpeed: two optimizer types, and the DeepSpeed methods that are replaced.
+"""Register two optimizer types with DeepSpeed, and replace DeepSpeed methods.
 
 The types need no patch: DeepSpeed looks a type up in its list of names and in `torch.optim`. The methods below are
 replaced for optimizers of this package only; for others they call the original. Each entry describes the failure

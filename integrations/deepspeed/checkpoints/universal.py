@@ -1,7 +1,7 @@
-"""Fix saving and loading of DeepSpeed's universal checkpoints; `registration` lists the failures without it.
+"""Fix saving and loading of DeepSpeed's universal checkpoints.
 
-States are loaded through the optimizer's own `load_state_dict`. It raises for a second moment of another rule, and
-keeps states in the precision that the optimizer is configured with.
+`registration` lists the failures without it. States are loaded through the optimizer's own `load_state_dict`. It raises
+for a second moment of another rule, and keeps states in the precision that the optimizer is configured with.
 """
 
 import functools
