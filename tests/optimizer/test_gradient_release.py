@@ -1,4 +1,7 @@
-"""Gradient release against the same run with `step()`, bit for bit; the norm of the last pass; and what is alive."""
+"""Gradient release equals `step()` bit for bit and frees each gradient after its update.
+
+Oracle: the same training run without release.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from adax_triton import AdamW, AdaX, AdaXW
 from adax_triton.gradient_release import GradientRelease
 
 SHAPES = ((129,), (), (0, 3), (1,))
-COMPACT = (65, 64)  # enough elements for codes, and no whole number of blocks
-# Each kind of state and each kind of weight once at least.
+QUANTIZED = (65, 64)  # large enough for 8-bit states; not a multiple of the chunk size
+# Cover each state format and each weight format at least once.
 MODES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
     "float32-master": (torch.bfloat16, {"master_weights": "float32"}),
@@ -37,28 +40,28 @@ def parameters(
     return [Parameter(torch.randn(shape, generator=generator).to(device, dtype)) for shape in shapes]
 
 
-def loss_of(params: list[Parameter], step: int) -> Tensor:
-    """A loss whose gradients depend on the weights, so that an error in one step stays."""
+def quadratic_loss(params: list[Parameter], step: int) -> Tensor:
+    """Return a loss whose gradients depend on the weights, so that one wrong step changes all later ones."""
     generator = torch.Generator().manual_seed(1 + step)
     targets = [torch.randn(param.shape, generator=generator).to(param) for param in params]
     losses = [(param - target).abs().square().sum() for param, target in zip(params, targets, strict=True)]
     return torch.stack([loss.float() for loss in losses]).sum()
 
 
-def everything(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """The weights, and all there is in the states, in order."""
+def weights_and_states(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return all weights and state tensors, in order."""
     state_dict = optimizer.state_dict()
     states = [value for _, state in sorted(state_dict["state"].items()) for _, value in sorted(state.items())]
     return [param.detach() for group in optimizer.param_groups for param in group["params"]] + states
 
 
 def assert_same(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> None:
-    for a, b in zip(everything(left), everything(right), strict=True):
+    for a, b in zip(weights_and_states(left), weights_and_states(right), strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
-def assert_release_changes_no_number(build: Build, params: Callable[[], list[Parameter]], steps: int = 2) -> None:
-    """Train with and without release, the learning rate halved at each step."""
+def assert_release_equals_step(build: Build, params: Callable[[], list[Parameter]], steps: int = 2) -> None:
+    """Train with and without release, and halve the learning rate after each step."""
     optimizers = []
     for released in (False, True):
         own = params()
@@ -67,7 +70,7 @@ def assert_release_changes_no_number(build: Build, params: Callable[[], list[Par
             GradientRelease(optimizer)
         scheduler = lr_scheduler.StepLR(optimizer, 1, 0.5)
         for step in range(steps):
-            loss_of(own, step).backward()
+            quadratic_loss(own, step).backward()
             assert all((param.grad is None) == released for param in own)
             optimizer.step()
             optimizer.zero_grad()
@@ -77,32 +80,32 @@ def assert_release_changes_no_number(build: Build, params: Callable[[], list[Par
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_steps_as_without_release(mode: str, backend: torch.device) -> None:
+def test_every_mode_equals_step(mode: str, backend: torch.device) -> None:
     dtype, options = MODES[mode]
-    shapes = (COMPACT, (129,))
-    assert_release_changes_no_number(
+    shapes = (QUANTIZED, (129,))
+    assert_release_equals_step(
         lambda params: AdaXW(params, **options), lambda: parameters(backend, dtype, shapes), steps=3
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
-def test_dtypes_that_the_kernel_leaves_step_as_without_release(dtype: torch.dtype, device: torch.device) -> None:
-    assert_release_changes_no_number(AdaX, lambda: [*parameters(device, dtype), *parameters(device)])
+def test_dtypes_without_a_kernel_equal_step(dtype: torch.dtype, device: torch.device) -> None:
+    assert_release_equals_step(AdaX, lambda: [*parameters(device, dtype), *parameters(device)])
 
 
-def test_groups_and_schedulers_step_as_without_release(backend: torch.device) -> None:
+def test_groups_and_schedulers_equal_step(backend: torch.device) -> None:
     def build(params: list[Parameter]) -> AdamW:
         return AdamW([{"params": params[:2]}, {"params": params[2:], "lr": 0.3, "weight_decay": 0.5}], lr=0.1)
 
-    assert_release_changes_no_number(build, lambda: parameters(backend), steps=3)
+    assert_release_equals_step(build, lambda: parameters(backend), steps=3)
 
 
-def test_schedule_on_the_device_steps_as_without_release(device: torch.device) -> None:
-    assert_release_changes_no_number(lambda params: AdaXW(params, capturable=True), lambda: parameters(device))
+def test_capturable_equals_step(device: torch.device) -> None:
+    assert_release_equals_step(lambda params: AdaXW(params, capturable=True), lambda: parameters(device))
 
 
 class Tied(nn.Module):
-    """Its embedding is used twice; `unused` is not, nor `frozen` trained."""
+    """A model that uses its embedding twice, never uses `unused` and does not train `frozen`."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -118,7 +121,7 @@ class Tied(nn.Module):
         return nn.functional.cross_entropy(x @ self.embed.weight.t(), tokens)
 
 
-def test_tied_parameters_step_once_and_unused_ones_not(backend: torch.device) -> None:
+def test_tied_parameters_are_updated_once_and_unused_ones_never(backend: torch.device) -> None:
     model, twin = Tied(backend), Tied(backend)
     optimizer, plain = AdaXW(model.parameters()), AdaXW(twin.parameters())
     tokens = torch.arange(11, device=backend)
@@ -134,7 +137,7 @@ def test_tied_parameters_step_once_and_unused_ones_not(backend: torch.device) ->
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointed_segments_step_as_without_release(use_reentrant: bool, native_cpu: torch.device) -> None:
+def test_activation_checkpointing_equals_step(use_reentrant: bool, native_cpu: torch.device) -> None:
     runs = []
     for released in (False, True):
         torch.manual_seed(0)
@@ -153,7 +156,7 @@ def test_checkpointed_segments_step_as_without_release(use_reentrant: bool, nati
     assert_same(runs[0], runs[1])
 
 
-def test_gradients_live_one_at_a_time(backend: torch.device) -> None:
+def test_only_one_gradient_exists_at_a_time(backend: torch.device) -> None:
     layers = [nn.Linear(16, 16, bias=False, device=backend) for _ in range(8)]
     params = [layer.weight for layer in layers]
     gradients: list[StorageWeakRef] = []
@@ -175,28 +178,28 @@ def test_gradients_live_one_at_a_time(backend: torch.device) -> None:
     release.remove()
     alive.clear()
     nn.Sequential(*layers)(torch.ones(2, 16, device=backend)).sum().backward()
-    assert max(alive) == 8  # or the test would count nothing
+    assert max(alive) == 8  # without release, so the hooks do count
 
 
-def test_removed_release_leaves_gradients_to_step(backend: torch.device) -> None:
+def test_step_uses_the_gradients_after_release_is_removed(backend: torch.device) -> None:
     params, twin = parameters(backend), parameters(backend)
     optimizer, plain = AdaXW(params), AdaXW(twin)
-    loss_of(params, 0).backward()
-    optimizer.step()  # what this leaves to the next whole step must not outlive the release
+    quadratic_loss(params, 0).backward()
+    optimizer.step()  # the plan of this step has outdated counts after the release and must not be reused
     optimizer.zero_grad()
     with GradientRelease(optimizer):
-        loss_of(params, 1).backward()
-    loss_of(params, 2).backward()
+        quadratic_loss(params, 1).backward()
+    quadratic_loss(params, 2).backward()
     assert all(param.grad is not None for param in params)
     optimizer.step()
     for step in range(3):
         plain.zero_grad()
-        loss_of(twin, step).backward()
+        quadratic_loss(twin, step).backward()
         plain.step()
     assert_same(optimizer, plain)
 
 
-def test_parameters_that_join_later_are_released(backend: torch.device) -> None:
+def test_parameters_that_are_added_later_are_released(backend: torch.device) -> None:
     params, twin = parameters(backend), parameters(backend)
     optimizer, plain = AdaXW(params[:2]), AdaXW(twin[:2])
     params[0].requires_grad_(False)
@@ -207,8 +210,8 @@ def test_parameters_that_join_later_are_released(backend: torch.device) -> None:
             plain.add_param_group({"params": twin[2:], "lr": 0.2})
             params[0].requires_grad_(True)
         used = slice(1, 2) if step == 0 else slice(None)
-        loss_of(params[used], step).backward()
-        loss_of(twin[used], step).backward()
+        quadratic_loss(params[used], step).backward()
+        quadratic_loss(twin[used], step).backward()
         plain.step()
         plain.zero_grad()
         assert all(param.grad is None for param in params)
@@ -217,9 +220,7 @@ def test_parameters_that_join_later_are_released(backend: torch.device) -> None:
         GradientRelease(AdaX(params[-1:]))
 
 
-def test_steady_passes_use_their_plans_again_and_step_leaves_them(
-    backend: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_later_passes_reuse_plans_and_step_keeps_them(backend: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(backend)
     optimizer = AdaXW(model.parameters())
     planned: list[tuple[str, int]] = []

@@ -1,4 +1,4 @@
-"""What gradient release refuses, what it raises, and what it does where gradients are reduced over ranks."""
+"""Errors of GradientRelease, and its behaviour under FSDP2 and DDP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adax_triton import AdaX, AdaXW
 from adax_triton.gradient_release import GradientRelease
 
 
-def test_bad_state_surfaces_from_backward(backend: torch.device) -> None:
+def test_backward_raises_for_a_bad_state(backend: torch.device) -> None:
     param = Parameter(torch.ones(5, device=backend))
     optimizer = AdaXW([param])
     GradientRelease(optimizer)
@@ -37,24 +37,24 @@ def test_bad_state_surfaces_from_backward(backend: torch.device) -> None:
     ("options", "message"),
     [({"max_grad_norm": 1.0}, "max_grad_norm: 1.0"), ({"telemetry": True}, "telemetry=True")],
 )
-def test_refuses_clipping_and_telemetry(options: dict[str, Any], message: str) -> None:
+def test_clipping_and_telemetry_raise(options: dict[str, Any], message: str) -> None:
     param = Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=message):
         GradientRelease(AdaX([param], **options))
     param.sum().backward()
-    assert param.grad is not None  # nothing was hooked
+    assert param.grad is not None  # no hook was installed
 
 
-def test_refuses_optimizers_and_parameters_of_others() -> None:
+def test_torch_optimizers_and_fsdp1_parameters_raise() -> None:
     param = Parameter(torch.ones(3))
     with pytest.raises(TypeError, match=r"got torch\.optim\.sgd\.SGD"):
         GradientRelease(torch.optim.SGD([param]))  # type: ignore[arg-type]
-    param._fsdp_flattened = True  # as FSDP1 marks it
+    param._fsdp_flattened = True  # FSDP1 sets this attribute
     with pytest.raises(ValueError, match="FSDP1"):
         GradientRelease(AdaX([param]))
 
 
-def test_refuses_offloaded_shards_of_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_shards_raise_before_torch_2_13(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -70,7 +70,7 @@ def test_refuses_offloaded_shards_of_older_torch(monkeypatch: pytest.MonkeyPatch
     GradientRelease(AdaX([param])).remove()
 
 
-def test_gradient_in_parts_is_refused(native_cpu: torch.device) -> None:
+def test_partial_gradient_raises(native_cpu: torch.device) -> None:
     shared, last = nn.Linear(4, 4), nn.Linear(4, 4)
     GradientRelease(AdaX([*shared.parameters(), *last.parameters()]))
     x = torch.ones(2, 4, requires_grad=True)
@@ -80,7 +80,7 @@ def test_gradient_in_parts_is_refused(native_cpu: torch.device) -> None:
         last(x).sum().backward()
 
 
-def test_clipping_set_later_is_refused(native_cpu: torch.device) -> None:
+def test_clipping_set_later_raises(native_cpu: torch.device) -> None:
     param = Parameter(torch.ones(3))
     optimizer = AdaX([param])
     GradientRelease(optimizer)
@@ -90,7 +90,7 @@ def test_clipping_set_later_is_refused(native_cpu: torch.device) -> None:
     assert torch.equal(param, torch.ones(3))
 
 
-def test_grad_scaler_is_refused(backend: torch.device) -> None:
+def test_grad_scaler_raises(backend: torch.device) -> None:
     param = Parameter(torch.ones(3, device=backend))
     optimizer = AdaX([param])
     GradientRelease(optimizer)
@@ -102,7 +102,7 @@ def test_grad_scaler_is_refused(backend: torch.device) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """What two processes with gloo found: by the name of a check, what is wrong, or nothing."""
+    """Return {check: error or ""} of each of two gloo ranks."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("needs torch.distributed with gloo")
     worker = SUPPORT / "gradient_release_worker.py"
@@ -112,5 +112,5 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("check", ["fsdp2", "accumulation", "twice", "ddp"])
-def test_on_two_ranks(check: str, ranks: list[dict[str, str]]) -> None:
+def test_fsdp2_equals_step_and_ddp_raises(check: str, ranks: list[dict[str, str]]) -> None:
     assert [found[check] for found in ranks] == ["", ""]

@@ -1,6 +1,6 @@
 """Compare telemetry with torch's norms and counts before and after a step.
 
-Bound: sums add float32 squares, so norms may differ from float64 by a factor of 1e-5; counts are exact.
+Bound: sums add float32 squares, so the relative error of norms is at most 1e-5 against float64. Counts are exact.
 """
 
 from __future__ import annotations

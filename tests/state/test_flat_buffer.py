@@ -1,4 +1,7 @@
-"""Flat storage: where its views lie, and what stays zero."""
+"""FlatBuffer: offsets and strides of its views, and zero padding.
+
+Oracle of `is_dense`: a list of every address.
+"""
 
 import itertools
 
@@ -29,7 +32,7 @@ LAYOUTS = {
     "permuted": torch.empty(3, 4, 5).permute(2, 0, 1),
     "channels-last": channels_last(),
     "offset": torch.empty(20)[3:15],
-    "rows-apart": torch.empty(4, 8)[:, :5],
+    "rows-with-gaps": torch.empty(4, 8)[:, :5],
     "every-second": torch.empty(10)[::2],
     "every-second-row": torch.empty(6, 3)[::2],
     "one-element-stride-7": torch.empty(1).as_strided((1,), (7,)),
@@ -43,7 +46,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_is_dense_agrees_with_listing_every_address(layout: str) -> None:
+def test_is_dense_equals_a_check_of_every_address(layout: str) -> None:
     tensor = LAYOUTS[layout]
     indices = itertools.product(*map(range, tensor.shape))
     addresses = sorted(sum(i * stride for i, stride in zip(index, tensor.stride(), strict=True)) for index in indices)
@@ -51,13 +54,13 @@ def test_is_dense_agrees_with_listing_every_address(layout: str) -> None:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=lambda order: "".join(map(str, order)))
-def test_memory_run_lists_elements_as_they_lie(order: tuple[int, ...]) -> None:
+def test_flat_view_is_in_memory_order(order: tuple[int, ...]) -> None:
     flat = torch.arange(2 + 24)[2:]
     assert torch.equal(flat_view(flat.view(2, 3, 4).permute(order)), flat)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
-def test_every_view_starts_on_an_aligned_element(dtype: torch.dtype) -> None:
+def test_every_view_starts_at_an_aligned_element(dtype: torch.dtype) -> None:
     buffer = FlatBuffer(tensors(), dtype=dtype)
     assert [view.storage_offset() % ALIGNMENT for view in buffer.views] == [0] * len(SHAPES)
 
@@ -72,17 +75,17 @@ def test_views_do_not_overlap() -> None:
 
 def test_padding_stays_zero_when_views_are_written() -> None:
     buffer = FlatBuffer(tensors())
-    inside = torch.zeros(buffer.data.numel(), dtype=torch.bool)
+    in_views = torch.zeros(buffer.data.numel(), dtype=torch.bool)
     for view in buffer.views:
         view.fill_(float("nan"))
-        inside[view.storage_offset() : view.storage_offset() + view.numel()] = True
-    assert torch.equal(buffer.data.nan_to_num(nan=1.0), inside.float())
+        in_views[view.storage_offset() : view.storage_offset() + view.numel()] = True
+    assert torch.equal(buffer.data.nan_to_num(nan=1.0), in_views.float())
 
 
 def test_padding_is_less_than_one_alignment_per_tensor() -> None:
     buffer = FlatBuffer(tensors())
-    filled = [torch.Size(shape).numel() for shape in SHAPES]
-    assert buffer.data.numel() == sum(-(-numel // ALIGNMENT) * ALIGNMENT for numel in filled)
+    numels = [torch.Size(shape).numel() for shape in SHAPES]
+    assert buffer.data.numel() == sum(-(-numel // ALIGNMENT) * ALIGNMENT for numel in numels)
 
 
 def test_numel_counts_elements_without_padding() -> None:
@@ -101,20 +104,20 @@ def test_view_of_a_dense_tensor_has_its_strides(layout: str) -> None:
     assert FlatBuffer([torch.empty(3), tensor]).views[1].stride() == tensor.stride()
 
 
-@pytest.mark.parametrize("layout", ["rows-apart", "every-second", "expanded"])
+@pytest.mark.parametrize("layout", ["rows-with-gaps", "every-second", "expanded"])
 def test_view_of_a_tensor_with_gaps_is_contiguous(layout: str) -> None:
     assert FlatBuffer([LAYOUTS[layout]]).views[0].is_contiguous()
 
 
-def test_dtype_given_replaces_that_of_the_tensors() -> None:
+def test_dtype_argument_overrides_tensor_dtypes() -> None:
     assert FlatBuffer([*tensors(torch.bfloat16), *tensors()], dtype=torch.float32).data.dtype == torch.float32
 
 
-def test_tensors_on_two_devices_are_refused() -> None:
+def test_tensors_on_two_devices_raise() -> None:
     with pytest.raises(ValueError, match=r"one device, got \['cpu', 'meta'\]"):
         FlatBuffer([torch.empty(3), torch.empty(3, device="meta")])
 
 
-def test_tensors_of_two_dtypes_are_refused() -> None:
+def test_tensors_of_two_dtypes_raise() -> None:
     with pytest.raises(ValueError, match=r"one dtype, got \['torch.bfloat16', 'torch.float32'\]; pass dtype="):
         FlatBuffer([torch.empty(3), torch.empty(3, dtype=torch.bfloat16)])

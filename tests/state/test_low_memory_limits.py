@@ -174,7 +174,9 @@ def launch(param: Tensor, grad: Tensor, state: dict[str, Any], variant: StepVari
     )
 
 
-def after_first_step(dtype: torch.dtype, states: str, master: str | None, device: torch.device) -> tuple[Tensor, dict]:
+def param_and_state_after_first_step(
+    dtype: torch.dtype, states: str, master: str | None, device: torch.device
+) -> tuple[Tensor, dict]:
     param = normal(NUMEL).to(device, dtype)
     state = local_state_tensors(allocate_states([param], [Precision(states, master)])[0])
     name = str(state["master"].dtype).removeprefix("torch.") if master else None
@@ -194,7 +196,7 @@ def test_skipping_unchanged_v_gives_the_same_bits(
     for weight in (1e-9, 1e-3):
         found = []
         for skip_unchanged_v in (False, True):
-            param, state = after_first_step(dtype, states, master, device)
+            param, state = param_and_state_after_first_step(dtype, states, master, device)
             before = state["exp_avg_sq"].clone()
             grad = normal(NUMEL, seed=2).to(param)
             grad[spikes], grad[zeroed] = 1e8, 0.0
