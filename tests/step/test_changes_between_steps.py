@@ -14,13 +14,13 @@ from adax_triton.step.external_grads import ExternalGrads
 from adax_triton.update.coefficients import COEFFICIENT_KEYS, step_scalars
 from adax_triton.update.reference import adax_update
 
-KINDS = ["plain", "cpu", "clipped", "capturable", "scaler", "external", "release"]
+STEP_KINDS = ["plain", "cpu", "clipped", "capturable", "scaler", "external", "release"]
 LIMIT, SCALE = 0.5, 4.0
 Change = Callable[[MomentOptimizer, nn.Parameter], None]
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=STEP_KINDS)
+def step_kind(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu":
         request.getfixturevalue("native_cpu")
     return str(request.param)
@@ -29,14 +29,14 @@ def kind(request: pytest.FixtureRequest) -> str:
 class Run:
     """Compares every step of an optimizer with the reference update of copies."""
 
-    def __init__(self, kind: str, device: torch.device) -> None:
-        self.kind, self.number = kind, 0
+    def __init__(self, step_kind: str, device: torch.device) -> None:
+        self.step_kind, self.number = step_kind, 0
         self.params = [nn.Parameter(torch.randn(shape, device=device)) for shape in ((5,), (6, 4), (3, 7))]
-        options = {"clipped": {"max_grad_norm": LIMIT}, "capturable": {"capturable": True}}.get(kind, {})
+        options = {"clipped": {"max_grad_norm": LIMIT}, "capturable": {"capturable": True}}.get(step_kind, {})
         self.optimizer = AdaXW([{"params": self.params[:1]}, {"params": self.params[1:]}], lr=0.01, **options)
-        if kind == "release":
+        if step_kind == "release":
             GradientRelease(self.optimizer)
-        if kind == "scaler":
+        if step_kind == "scaler":
             self.optimizer.grad_scale = torch.tensor(SCALE, device=device)
             self.optimizer.found_inf = torch.zeros((), device=device)
 
@@ -46,9 +46,9 @@ class Run:
         return [torch.randn(param.shape, generator=generator).to(param) for param in self.params]
 
     def step(self, gradients: list[Tensor]) -> None:
-        if self.kind == "release":
+        if self.step_kind == "release":
             sum((param * grad).sum() for param, grad in zip(self.params, gradients, strict=True)).backward()
-        elif self.kind == "external":
+        elif self.step_kind == "external":
             parts = [ExternalGrads(param, [grad]) for param, grad in zip(self.params, gradients, strict=True)]
             self.optimizer.set_external_grads(parts)
             self.optimizer.step()
@@ -61,13 +61,13 @@ class Run:
         gradients = self.gradients()
         expected = [self.expected(param, grad) for param, grad in zip(self.params, gradients, strict=True)]
         factor = 1.0
-        if self.kind == "clipped":
+        if self.step_kind == "clipped":
             norm = torch.stack([grad.norm() for grad in gradients]).norm()
             factor = min(1.0, LIMIT / (norm.item() + 1e-6))
         for update in expected:
             update.apply(factor)
-        change = change_gradient if self.kind != "release" else lambda grad: grad  # autograd makes the gradients
-        scale = SCALE if self.kind == "scaler" else 1.0
+        change = change_gradient if self.step_kind != "release" else lambda grad: grad  # autograd makes the gradients
+        scale = SCALE if self.step_kind == "scaler" else 1.0
         self.step([change(grad * scale) for grad in gradients])
         for param, update in zip(self.params, expected, strict=True):
             update.check(param, self.optimizer.state[param])
@@ -242,22 +242,22 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def test_each_change_takes_effect_in_the_next_step(kind: str, device: torch.device) -> None:
-    run = Run(kind, device)
+def test_each_change_takes_effect_in_the_next_step(step_kind: str, device: torch.device) -> None:
+    run = Run(step_kind, device)
     run.check_step()
-    for change in [*CHANGES, *([] if kind == "external" else CHANGES_OF_LAYOUT)]:
-        if kind == "external" and change is made_float64:
+    for change in [*CHANGES, *([] if step_kind == "external" else CHANGES_OF_LAYOUT)]:
+        if step_kind == "external" and change is made_float64:
             continue
-        run.check_step()  # reuses the plan if the last change allows it
+        run.check_step()  # this step reuses the plan unless the last change forbids it
         change(run.optimizer, run.params[1])
         run.check_step()
 
 
-def test_each_kind_of_gradient(kind: str, device: torch.device) -> None:
-    run = Run(kind, device)
+def test_each_kind_of_gradient(step_kind: str, device: torch.device) -> None:
+    run = Run(step_kind, device)
     run.check_step()
     for name, change in GRADIENTS.items():
-        if kind == "external" and name == "sparse":
+        if step_kind == "external" and name == "sparse":
             continue
         run.check_step()
         run.check_step(change)
@@ -304,10 +304,14 @@ UNSUPPORTED: dict[Change, str] = {
 }
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("external", "release")], indirect=True)
+@pytest.mark.parametrize(
+    "step_kind", [step_kind for step_kind in STEP_KINDS if step_kind not in ("external", "release")], indirect=True
+)
 @pytest.mark.parametrize("change", UNSUPPORTED, ids=lambda change: change.__name__)
-def test_unsupported_changes_raise_before_anything_changes(kind: str, change: Change, device: torch.device) -> None:
-    run = Run(kind, device)
+def test_unsupported_changes_raise_before_anything_changes(
+    step_kind: str, change: Change, device: torch.device
+) -> None:
+    run = Run(step_kind, device)
     run.check_step()
     run.check_step()
     change(run.optimizer, run.params[1])

@@ -105,7 +105,7 @@ def new_step(variant: KernelVariant, numel: int, index: int) -> TensorStep:
     exp_avg, exp_avg_sq = mixed_values(numel, generator) * 0.1, mixed_values(numel, generator).abs()
     exponents = master = None
     if variant.states in ("8bit_v16", "8bit"):
-        # Random bits, but most groups have exponents that a step would write.
+        # Fill states with random bits, but give most groups exponents that a step could have written.
         second, groups = (torch.int16, torch.uint8) if variant.states == "8bit_v16" else (torch.uint8, torch.int16)
         exp_avg, exp_avg_sq = random_words(numel, torch.int8, generator), random_words(numel, second, generator)
         exponents = random_words(-(-numel // 32), groups, generator)
@@ -122,7 +122,7 @@ def new_step(variant: KernelVariant, numel: int, index: int) -> TensorStep:
         master = random_words(numel, getattr(torch, variant.master), generator)
     elif variant.master == "float32":
         master = param.float()
-        master *= 1 + 1e-4 * torch.randn(numel, generator=generator)  # some still round to the parameter
+        master *= 1 + 1e-4 * torch.randn(numel, generator=generator)  # some masters still round to the parameter
     return TensorStep(
         *(param, mixed_values(numel, generator).to(variant.grad_dtype), exp_avg, exp_avg_sq, index % len(ROWS)),
         *(variant.states, master, exponents, variant.stochastic, FIRST_ELEMENTS[index % len(FIRST_ELEMENTS)]),
@@ -199,7 +199,7 @@ def cloned(steps: list[TensorStep]) -> list[TensorStep]:
     ]
 
 
-def referenced(steps: list[TensorStep]) -> list[TensorStep]:
+def reference_result(steps: list[TensorStep]) -> list[TensorStep]:
     steps = cloned(steps)
     ReferenceLaunch(steps, ()).run(ROWS, KEYS, UNCHANGED_GRADIENTS, None)
     return steps
@@ -219,7 +219,7 @@ def assert_same_bits(actual: Tensor | None, expected: Tensor | None) -> None:
 
 
 def assert_is_reference(result: Launched, steps: list[TensorStep]) -> None:
-    for actual, expected in zip(result.tensors, referenced(steps), strict=True):
+    for actual, expected in zip(result.tensors, reference_result(steps), strict=True):
         for found, wanted in zip(actual, arrays(expected), strict=True):
             assert_same_bits(found, wanted)
 
@@ -298,7 +298,7 @@ def test_telemetry_sums(variant: KernelVariant) -> None:
     steps = finite_steps(variant)
     steps[-1].grad[5:8] = torch.tensor([float("inf"), float("nan"), float("-inf")])
     sums = per_tensor(launched(variant, steps), len(steps))
-    expected = expected_sums(steps, referenced(steps))
+    expected = expected_sums(steps, reference_result(steps))
     torch.testing.assert_close(sums[:, 3:], expected[:, 3:], rtol=0, atol=0)
     torch.testing.assert_close(sums, expected, rtol=1e-5, atol=0, equal_nan=True)
 

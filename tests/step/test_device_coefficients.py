@@ -79,7 +79,7 @@ def prepare(
     return Prepared(counts[:-1].tolist(), scalars[:-1].cpu(), report.tolist())
 
 
-def units_apart(found: Tensor, expected: Tensor) -> Tensor:
+def ulp_distance(found: Tensor, expected: Tensor) -> Tensor:
     """Return the distance in float32 ulps; 2^32 if the signs differ."""
     words, others = (values.contiguous().view(torch.int32).to(torch.int64) for values in (found, expected))
     return torch.where((words < 0) == (others < 0), words - others, 2**32).abs()
@@ -95,8 +95,8 @@ def test_scalars_equal_those_of_the_host(device: torch.device, rule: str, beta2:
     group = {**GROUP, "betas": (0.9, beta2), "second_moment": rule, "eps_placement": placement}
     prepared = prepare(device, STEPS, [group])
     expected = torch.tensor([step_scalars(step=step, **group) for step in STEPS], dtype=torch.float64)
-    apart = units_apart(prepared.scalars[:, :7], expected.to(torch.float32))
-    assert apart.max() <= 1, f"step {STEPS[int(apart.max(dim=1).values.argmax())]}"
+    distance = ulp_distance(prepared.scalars[:, :7], expected.to(torch.float32))
+    assert distance.max() <= 1, f"step {STEPS[int(distance.max(dim=1).values.argmax())]}"
     assert prepared.column("exp_avg_sq_weight")[0] == 1.0
     assert prepared.counts == STEPS
     assert torch.all(prepared.scalars[:, SKIP] == 0.0)
@@ -106,7 +106,7 @@ def test_scalars_equal_those_of_the_host(device: torch.device, rule: str, beta2:
 def test_bias_correction_of_the_first_moment_equals_that_of_the_host(device: torch.device, beta1: float) -> None:
     group = {**GROUP, "betas": (beta1, 0.999), "second_moment": "adam"}
     expected = torch.tensor([step_scalars(step=step, **group).step_size for step in STEPS], dtype=torch.float64)
-    assert units_apart(prepare(device, STEPS, [group]).column("step_size"), expected.to(torch.float32)).max() <= 1
+    assert ulp_distance(prepare(device, STEPS, [group]).column("step_size"), expected.to(torch.float32)).max() <= 1
 
 
 def test_eps_stays_above_the_resolution_of_the_root_unless_it_was_zero(device: torch.device) -> None:
@@ -126,8 +126,8 @@ def test_each_tensor_has_the_scalars_of_its_group(device: torch.device) -> None:
     rows = [2, 0, 3, 3, 1, 1, 0, 2]
     prepared = prepare(device, steps, groups, rows_of_groups=rows)
     expected = [step_scalars(step=step, **groups[row]) for step, row in zip(steps, rows, strict=True)]
-    apart = units_apart(prepared.scalars[:, :7], torch.tensor(expected, dtype=torch.float64).to(torch.float32))
-    assert apart.max() <= 1
+    distance = ulp_distance(prepared.scalars[:, :7], torch.tensor(expected, dtype=torch.float64).to(torch.float32))
+    assert distance.max() <= 1
 
 
 def test_a_device_learning_rate_is_read(device: torch.device) -> None:
@@ -138,8 +138,8 @@ def test_a_device_learning_rate_is_read(device: torch.device) -> None:
     prepared = prepare(device, steps, groups, rows_of_groups=rows, lr_addresses=[*addresses, 0, 0])
     known = [*lrs.tolist(), GROUP["lr"], GROUP["lr"]]
     expected = [step_scalars(step=3, **{**groups[row], "lr": lr}) for row, lr in zip(rows, known, strict=True)]
-    apart = units_apart(prepared.scalars[:, :7], torch.tensor(expected, dtype=torch.float64).to(torch.float32))
-    assert apart.max() <= 1
+    distance = ulp_distance(prepared.scalars[:, :7], torch.tensor(expected, dtype=torch.float64).to(torch.float32))
+    assert distance.max() <= 1
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 1])

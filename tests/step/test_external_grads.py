@@ -20,9 +20,9 @@ def pieces(sizes: list[int], dtype: torch.dtype, device: torch.device, seed: int
     return [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
 
 
-def rounded(weights: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_like_the_kernel(weights: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.bfloat16 and weights.device.type == "cpu" and backend_of(weights.device, dtype) == TRITON:
-        # The interpreter truncates; a GPU rounds.
+        # Triton's interpreter truncates. A GPU rounds.
         return (weights.view(torch.int32) & ~0xFFFF).view(torch.float32).to(dtype)
     return weights.to(dtype)
 
@@ -67,7 +67,7 @@ def test_equals_cast_scaling_step_and_copy(
         multiplier = None if step == 0 else torch.tensor(0.37 / step, device=backend)
         step_both(optimizers, params, pieces(SIZES, grad_dtype, backend, step), low_precision_copy, multiplier)
         if low_precision_copy is not None:
-            assert torch.equal(low_precision_copy, rounded(params[1].detach(), low_precision_copy.dtype))
+            assert torch.equal(low_precision_copy, cast_like_the_kernel(params[1].detach(), low_precision_copy.dtype))
     assert_same(optimizers, params)
 
 

@@ -25,11 +25,11 @@ def random_grads(numels: Sequence[int], dtype: torch.dtype, device: torch.device
     return [torch.randn(numel, generator=generator, dtype=torch.float64).to(device, dtype) for numel in numels]
 
 
-def surrounded(grads: Sequence[Tensor], by: float, odd: bool) -> tuple[list[Tensor], Tensor]:
-    """Return copies of gradients inside a `by`-filled buffer, and the buffer."""
+def surrounded(grads: Sequence[Tensor], fill: float, odd: bool) -> tuple[list[Tensor], Tensor]:
+    """Return copies of the gradients inside a buffer filled with `fill`, and the buffer."""
     room = [-(-(grad.numel() + 2) // 64) * 64 for grad in grads]
     starts = [64 + odd + end for end in itertools.accumulate(room, initial=0)]
-    buffer = grads[0].new_full((starts[-1] + 64,), by)
+    buffer = grads[0].new_full((starts[-1] + 64,), fill)
     copies = [buffer[start : start + grad.numel()] for start, grad in zip(starts, grads, strict=False)]
     for copy, grad in zip(copies, grads, strict=True):
         copy.copy_(grad)
@@ -59,7 +59,7 @@ def assert_as_accurate_as_torch(partials: Tensor, grads: Sequence[Tensor]) -> No
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sum_over_any_size_is_as_accurate_as_torch(dtype: str, odd: bool, device: torch.device) -> None:
     for numel in SIZES:
-        grads, _ = surrounded(random_grads([numel], DTYPES[dtype], device), by=CANARY, odd=odd)
+        grads, _ = surrounded(random_grads([numel], DTYPES[dtype], device), fill=CANARY, odd=odd)
         assert_as_accurate_as_torch(launch(grads, aligned=not odd), grads)
 
 
@@ -121,13 +121,13 @@ def test_a_square_past_float32_makes_the_sum_infinite(grad: float, device: torch
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_memory_between_gradients_is_ignored(dtype: str, odd: bool, device: torch.device) -> None:
     given = random_grads(SIZES, DTYPES[dtype], device)
-    grads, _ = surrounded(given, by=float("nan"), odd=odd)
+    grads, _ = surrounded(given, fill=float("nan"), odd=odd)
     assert_as_accurate_as_torch(launch(grads, aligned=not odd), given)
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["aligned", "unaligned"])
 def test_only_the_partials_are_written(odd: bool, device: torch.device) -> None:
-    grads, buffer = surrounded(random_grads(SIZES, torch.bfloat16, device), by=CANARY, odd=odd)
+    grads, buffer = surrounded(random_grads(SIZES, torch.bfloat16, device), fill=CANARY, odd=odd)
     around = torch.full((48,), CANARY, device=device)
     rows = torch.tensor([(0, grad.data_ptr(), 0, 0, 0, 0, 0, grad.numel(), 0) for grad in grads], device=device)
     chunks = chunk_table(SIZES, CHUNK).to(device)

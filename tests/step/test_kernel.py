@@ -203,7 +203,7 @@ def test_each_tensor_gets_the_scalars_of_its_row(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("grad", ["fp32", "bf16", "fp16"])
-def test_first_second_moment_equals_the_squared_gradient(grad: str, device: torch.device) -> None:
+def test_v_after_step_1_is_the_squared_gradient(grad: str, device: torch.device) -> None:
     update = random_tensors(CHUNK + 3, device, "fp32", grad)
     update.exp_avg_sq.zero_()
     launch([update], [SCALARS._replace(exp_avg_sq_weight=1.0, l2=0.0)])

@@ -178,7 +178,7 @@ CHANGES = [
 ]
 
 
-# After each of the last two the device counts steps, so each has an optimizer of its own.
+# After `clip` or `count_in_a_tensor` the device counts steps, so each of them gets a new optimizer.
 @pytest.mark.parametrize("changes", [CHANGES, [clip], [count_in_a_tensor]], ids=["most", "clip", "count_in_a_tensor"])
 def test_each_change_needs_a_new_plan(changes: list[Callable[..., None]], backend: torch.device) -> None:
     pair = Pair(backend)
@@ -188,7 +188,7 @@ def test_each_change_needs_a_new_plan(changes: list[Callable[..., None]], backen
     allowed = [misalign_gradient, clip] if backend_of(backend, torch.float32) != TRITON else []
     for number, change in enumerate(changes, 1):
         assert pair.step(2 * number, change) == (change in allowed), change.__name__
-        # To revert a change is a change, too.
+        # Reverting a change also needs a new plan.
         assert pair.step(2 * number + 1) or pair.step(2 * number + 1), change.__name__
 
 
@@ -292,7 +292,7 @@ def test_another_weight_rounding_needs_a_new_plan(backend: torch.device) -> None
 
 
 def test_rarely_changing_second_moments_need_another_kernel_variant(device: torch.device) -> None:
-    def age(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
+    def set_large_step_count(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
         for state in optimizer.state.values():
             state["step"] = 150_000
 
@@ -305,7 +305,7 @@ def test_rarely_changing_second_moments_need_another_kernel_variant(device: torc
         return [launch.key.skip_unchanged_v for launch, _ in plan._launches]
 
     assert skip_unchanged_v() == [False]
-    assert not pair.step(2, age)
+    assert not pair.step(2, set_large_step_count)
     assert skip_unchanged_v() == [True]
     assert pair.step(3)
 

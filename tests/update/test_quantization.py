@@ -45,7 +45,7 @@ def kernel(m_ptr, v_ptr, random_ptr, m_code_ptr, v_code_ptr, exponents_ptr, stat
 def wide_moments(groups: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return m and v of groups with random scales.
 
-    v is within `spread` powers of two of its group's scale.
+    v differs from its group's scale by at most `spread` powers of two.
     """
     rng = np.random.default_rng(seed)
     scale = rng.uniform(-100, 100, (groups, 1))

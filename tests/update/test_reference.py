@@ -27,7 +27,7 @@ def paper_weights(placement: str, decoupled: bool) -> np.ndarray:
 
     v grows by (1 + b2) per step and is divided by (1 + b2)^t - 1.
 
-    The division comes before eps is added (`"normalized"`) or after it (`"unnormalized"`).
+    `"normalized"` divides v and then adds eps to its root. `"unnormalized"` adds eps before it divides.
     """
     p = np.random.default_rng(1).standard_normal(SIZE)
     m, v = np.zeros(SIZE), np.zeros(SIZE)
@@ -71,7 +71,7 @@ def test_eps_placement_matters() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_first_update_is_one_minus_beta1_against_the_sign(dtype: torch.dtype) -> None:
+def test_first_update_is_minus_step_size_times_one_minus_beta1_times_the_sign(dtype: torch.dtype) -> None:
     param = torch.zeros(5, dtype=dtype)
     grad = torch.tensor([-4.0, -0.5, 0.25, 1.0, 3.0], dtype=dtype)
     exp_avg, exp_avg_sq = (

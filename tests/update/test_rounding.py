@@ -72,7 +72,7 @@ def patterns(values: Tensor) -> np.ndarray:
 def many_floats(count: int = 2**18) -> Tensor:
     """Return floats near every rounding boundary, then random bit patterns.
 
-    The former have every sign and exponent.
+    The boundary floats cover every sign and exponent.
     """
     edges = [0, 1, 0x7F, 0x80, 0x81, 0xFF, 0x100, 0x7FFF, 0x8000, 0x8001, 0xFF7F, 0xFF80, 0xFFFF, 0x10000, 0x18000]
     edges += [0x7FFFFF - edge for edge in edges]
