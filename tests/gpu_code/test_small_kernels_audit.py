@@ -12,35 +12,42 @@ pytest.importorskip("triton")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Per thread, over triton 3.6.0 and 3.7.1: 32 leave all 64 warps on an SM of 65536, 48 leave 40. On gfx942, up to 64
-# leave all 8 waves of a SIMD.
-MOST_REGISTERS = {True: {"sm_80": 32, "sm_90": 32, "sm_100": 32, "gfx942": 64}, False: dict.fromkeys(TARGETS, 64)}
+# Limits of registers per thread for aligned (True) and unaligned (False) variants, with triton 3.6.0 and 3.7.1. An SM
+# runs at most 64 warps: 64 with 32 registers, 40 with 48. A SIMD of gfx942 runs at most 8 waves: 8 with 64 registers.
+MAX_REGISTERS = {True: {"sm_80": 32, "sm_90": 32, "sm_100": 32, "gfx942": 64}, False: dict.fromkeys(TARGETS, 64)}
 
 Facts = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def audit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The facts of each variant of each kernel, by target."""
+    """Return {target: {kernel name: audit results of its variants}}."""
     return audit_facts(request.config, SUPPORT / "small_kernels_audit.py", tmp_path_factory.mktemp("audit"))
 
 
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest) -> str:
-    """One of the targets."""
+    """Return one of the targets."""
     return request.param
 
 
 @pytest.fixture
-def sums(audit: dict[str, dict[str, Any]], target: str) -> list[Facts]:
-    """The facts of each variant of the gradient sums."""
+def grad_norm(audit: dict[str, dict[str, Any]], target: str) -> list[Facts]:
+    """Return the audit results of the variants of grad_norm_kernel."""
     return audit[target]["grad_norm_kernel"]
 
 
 @pytest.fixture
-def schedule(audit: dict[str, dict[str, Any]], target: str) -> Facts:
-    """The facts of the one variant of the device's schedule."""
+def prepare_step(audit: dict[str, dict[str, Any]], target: str) -> Facts:
+    """Return the audit results of prepare_step_kernel."""
     (facts,) = audit[target]["prepare_step_kernel"]
+    return facts
+
+
+@pytest.fixture
+def sum_rows(audit: dict[str, dict[str, Any]], target: str) -> Facts:
+    """Return the audit results of sum_rows_kernel."""
+    (facts,) = audit[target]["sum_rows_kernel"]
     return facts
 
 
@@ -59,68 +66,69 @@ def expected_loads(facts: Facts) -> Counter:
     return Counter(loads | ({("tail", 8 * itemsize(facts)): 1} if facts["aligned"] else {}))
 
 
-def test_every_variant_of_the_sums_is_compiled(sums: list[Facts]) -> None:
-    found = [(facts["grad_dtype"], facts["aligned"]) for facts in sums]
+def test_every_variant_of_grad_norm_is_compiled(grad_norm: list[Facts]) -> None:
+    found = [(facts["grad_dtype"], facts["aligned"]) for facts in grad_norm]
     assert sorted(found) == sorted((dtype, aligned) for dtype in DTYPES for aligned in (True, False))
 
 
-def test_each_gradient_is_read_once_at_full_width(sums: list[Facts]) -> None:
-    assert list(map(gradient_loads, sums)) == list(map(expected_loads, sums))
+def test_grad_norm_loads_each_gradient_once_at_full_width(grad_norm: list[Facts]) -> None:
+    assert list(map(gradient_loads, grad_norm)) == list(map(expected_loads, grad_norm))
 
 
-def test_bytes_per_element_are_those_of_the_dtype(sums: list[Facts]) -> None:
-    for facts in sums:
-        moved = sum(count * bits // 8 for (stream, bits), count in gradient_loads(facts).items() if stream == "tile")
-        assert moved / facts["elements_per_thread"] == itemsize(facts), facts["grad_dtype"]
+def test_grad_norm_loads_as_many_bytes_per_element_as_the_dtype_has(grad_norm: list[Facts]) -> None:
+    for facts in grad_norm:
+        loaded = sum(count * bits // 8 for (stream, bits), count in gradient_loads(facts).items() if stream == "tile")
+        assert loaded / facts["elements_per_thread"] == itemsize(facts), facts["grad_dtype"]
 
 
-def test_only_gradients_and_tables_are_read_and_one_sum_is_written(sums: list[Facts], target: str) -> None:
-    for facts in sums:
+def test_grad_norm_loads_gradients_and_tables_and_stores_one_sum(grad_norm: list[Facts], target: str) -> None:
+    for facts in grad_norm:
         tables = [(kind, bits) for stream, kind, bits in facts["accesses"] if stream == "table"]
-        # The chunk, the address and the number of elements, before the loop and in it; AMD has scalar loads for them.
+        # Chunk, address and number of elements: three loads before the loop, three in it. AMD uses scalar loads.
         assert tables == ([] if target == "gfx942" else [("load", 64)] * 6)
-        assert [tuple(found) for found in facts["accesses"] if found[1] == "store"] == [("partial", "store", 32)]
+        stores = [tuple(access) for access in facts["accesses"] if access[1] == "store"]
+        assert stores == [("partial", "store", 32)]
 
 
-def test_machine_code_has_the_accesses_of_the_assembly(sums: list[Facts]) -> None:
-    for facts in sums:
+def test_machine_code_has_the_same_accesses_as_the_assembly(grad_norm: list[Facts]) -> None:
+    for facts in grad_norm:
         assembly = Counter((kind, bits) for _, kind, bits in facts["accesses"])
         assert Counter(map(tuple, facts["machine"])) == assembly, facts["grad_dtype"]
 
 
-def test_sums_have_no_spills_and_no_atomics(sums: list[Facts]) -> None:
-    assert [(facts["spills"], facts["atomics"]) for facts in sums] == [(0, 0)] * 8
+def test_grad_norm_has_no_spills_and_no_atomics(grad_norm: list[Facts]) -> None:
+    assert [(facts["spills"], facts["atomics"]) for facts in grad_norm] == [(0, 0)] * 8
 
 
-def test_registers_are_within_bounds(sums: list[Facts], target: str) -> None:
-    for facts in sums:
-        assert facts["registers"] <= MOST_REGISTERS[facts["aligned"]][target], (facts["grad_dtype"], facts["aligned"])
+def test_grad_norm_stays_within_the_register_limits(grad_norm: list[Facts], target: str) -> None:
+    for facts in grad_norm:
+        assert facts["registers"] <= MAX_REGISTERS[facts["aligned"]][target], (facts["grad_dtype"], facts["aligned"])
 
 
-def test_tables_of_any_size_share_one_variant_of_the_sums(sums: list[Facts]) -> None:
-    assert [facts["launches"] for facts in sums] == [5] * 8
-    keys = [key for facts in sums for key in facts["keys"]]
+def test_grad_norm_compiles_once_per_variant_for_all_table_sizes(grad_norm: list[Facts]) -> None:
+    assert [facts["launches"] for facts in grad_norm] == [5] * 8
+    keys = [key for facts in grad_norm for key in facts["keys"]]
     assert len(keys) == len(set(keys)) == 8
 
 
-def test_schedule_compiles_once_for_all_sizes_and_values(schedule: Facts) -> None:
-    assert schedule["launches"] == 7
-    assert len(schedule["keys"]) == 1
-    assert schedule["signature"]["n"] == "i64"
+def test_prepare_step_compiles_once_for_all_sizes_and_values(prepare_step: Facts) -> None:
+    assert prepare_step["launches"] == 7
+    assert len(prepare_step["keys"]) == 1
+    assert prepare_step["signature"]["n"] == "i64"
 
 
-def test_schedule_is_kept_in_registers(schedule: Facts) -> None:
-    assert (schedule["spills"], schedule["shared"]) == (0, 0)
+def test_prepare_step_uses_registers_only(prepare_step: Facts) -> None:
+    assert (prepare_step["spills"], prepare_step["shared"]) == (0, 0)
 
 
-def test_exponential_and_logarithm_are_linked_in(schedule: Facts) -> None:
-    assert schedule["unresolved"] == []
+def test_prepare_step_calls_no_unlinked_math_function(prepare_step: Facts) -> None:
+    assert prepare_step["unresolved"] == []
 
 
-def test_rows_of_all_sizes_share_one_variant_without_spills_and_atomics(
-    audit: dict[str, dict[str, Any]], target: str
-) -> None:
-    (facts,) = audit[target]["add_rows_kernel"]
-    assert facts["launches"] == 5 and len(facts["keys"]) == 1
-    assert (facts["spills"], facts["atomics"]) == (0, 0)
-    assert facts["registers"] <= 64  # of 1024 threads an SM of 65536 then holds all
+def test_sum_rows_compiles_once_for_all_sizes(sum_rows: Facts) -> None:
+    assert sum_rows["launches"] == 5 and len(sum_rows["keys"]) == 1
+
+
+def test_sum_rows_has_no_spills_no_atomics_and_few_registers(sum_rows: Facts) -> None:
+    assert (sum_rows["spills"], sum_rows["atomics"]) == (0, 0)
+    assert sum_rows["registers"] <= 64  # an SM with 65536 registers then holds 1024 threads

@@ -1,8 +1,9 @@
-"""Cross-compile the step kernel, without a GPU, and collect facts about the code for test_code_audit.py.
+"""Cross-compile the step kernel, without a GPU, and read its machine code for test_code_audit.py.
 
 Usage, with TRITON_INTERPRET unset: python code_audit.py
-Prints, for each target, a JSON list of one dictionary per variant, with the fields of its StepVariant. The first target
-has every variant, the others a few that cover them. AUDIT=all selects every variant for all targets.
+Prints, for each target, a JSON list of one dictionary per variant, with the fields of its StepVariant and facts of its
+code. The first target has every variant. Other targets have a few that contain each value of each field; AUDIT=all
+selects every variant for all targets.
 """
 
 import bisect
@@ -77,7 +78,7 @@ class Launch(NamedTuple):
 
 
 def step_variants() -> list[StepVariant]:
-    """Return every combination of dtypes with float32 states, and every kind of states and master on its own dtypes."""
+    """Return all dtypes with float32 states, and each states and master format with dtypes that support it."""
     variants = [
         StepVariant(param, grad, aligned=aligned)
         for param, grad, aligned in itertools.product(PARAM_DTYPES, GRAD_DTYPES, (True, False))
@@ -92,7 +93,7 @@ def step_variants() -> list[StepVariant]:
             StepVariant(FP16, FP16, states, "float32", skip_unchanged_v=skip_unchanged_v),
         ]
         variants += [variant._replace(aligned=False) for variant in variants[-6:] if not skip_unchanged_v]
-    # float32 weights with a low-precision copy, see step/external_grads.py.
+    # float32 weights with a low-precision copy; see step/external_grads.py.
     for low_precision_copy, grad, aligned in (
         (BF16, BF16, True),
         (BF16, BF16, False),
@@ -110,18 +111,18 @@ def step_variants() -> list[StepVariant]:
     return sorted(set(variants), key=variants.index)
 
 
-def traits(variant: StepVariant) -> set[Any]:
+def field_values(variant: StepVariant) -> set[Any]:
     """Return the (field, value) pairs of a variant, and its pair of states and master."""
     return {*variant._asdict().items(), (variant.states, variant.master)}
 
 
 def covering(variants: list[StepVariant]) -> list[StepVariant]:
-    """Return a small set of variants that covers all traits and contains the tight ones."""
+    """Return a few variants that contain each field value of `variants`, and the TIGHT ones."""
     chosen = [*TIGHT]
-    missing = set().union(*map(traits, variants)).difference(*map(traits, TIGHT))
+    missing = set().union(*map(field_values, variants)).difference(*map(field_values, TIGHT))
     while missing:
-        chosen.append(max(variants, key=lambda variant: len(traits(variant) & missing)))
-        missing -= traits(chosen[-1])
+        chosen.append(max(variants, key=lambda variant: len(field_values(variant) & missing)))
+        missing -= field_values(chosen[-1])
     return chosen
 
 
@@ -159,16 +160,16 @@ def compile_launch(kernel: Any, launch: Launch, target: GPUTarget) -> Any:
 
 
 def stream_of(line: str) -> str:
-    named = STREAM.search(line)
-    # A load with a folded sign extension has the source line of the extension.
-    return named[1] if named else "master" if "join_master(" in line else "exp_avg"
+    match = STREAM.search(line)
+    # A load that is merged with a sign extension has the source line of the extension.
+    return match[1] if match else "master" if "join_master(" in line else "exp_avg"
 
 
 def read_accesses(code: str) -> list[tuple[str, str, str, int]]:
     """Return (region, "load" or "store", stream, bits) of each vector access of PTX or AMD assembly, in order.
 
-    The region is "tile", "tail", or "table" for accesses outside `_update_tile`. Region and stream come from the source
-    line of the access in the debug information.
+    The region is "tile", "tail", or "table" for accesses outside `_update_tile`. The debug information gives the source
+    line of each access, and that gives region and stream.
     """
     source = Path(inspect.getsourcefile(adax_step_kernel.fn)).read_text().splitlines()
     calls = [number for number, line in enumerate(source, start=1) if re.match(r"\s+(?:.* = )?_update_tile\(", line)]
@@ -176,14 +177,14 @@ def read_accesses(code: str) -> list[tuple[str, str, str, int]]:
     accesses = []
     for location, kind, bits in located_accesses(code, LOCATION):
         stream = stream_of(source[int(location[1]) - 1])
-        # The debug information may name any line of a call over several lines.
+        # A call may extend over several lines, and the debug information may give any of them.
         region = "table" if location[2] is None else "tile" if int(location[2]) < calls[1] else "tail"
         accesses.append((region, kind, stream, bits))
     return accesses
 
 
 def located_accesses(code: str, location: re.Pattern[str]) -> Iterator[tuple[Any, str, int]]:
-    """Yield (last match of the location, "load" or "store", bits) of each vector access of PTX or AMD assembly."""
+    """Yield (match of its location, "load" or "store", bits) of each vector access of PTX or AMD assembly."""
     last = None
     for line in code.splitlines():
         last = location.search(line) or last
@@ -207,7 +208,7 @@ def sass_bits(operation: str) -> int:
 
 
 def machine_code(cubin: bytes) -> bytes:
-    """Return the instructions of a cubin, the only section of its ELF file that is named .text.*."""
+    """Return the instructions of a cubin: the .text.* section of its ELF file."""
     start, entry_size, count, names_index = struct.unpack_from("<40xQ10xHHH", cubin)
     sections = [struct.unpack_from("<II16xQQ", cubin, start + index * entry_size) for index in range(count)]
     names = sections[names_index][2]
@@ -216,9 +217,9 @@ def machine_code(cubin: bytes) -> bytes:
 
 
 def disassemble(codes: list[bytes], architecture: str) -> list[list[str]]:
-    """Return the names of the instructions of each piece of code, such as LDG.E.128.
+    """Return the instruction names, such as LDG.E.128, of each piece of code.
 
-    One call of nvdisasm disassembles all of them, since it is slow to start.
+    One call of nvdisasm disassembles all pieces, since it is slow to start.
     """
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(codes))
@@ -230,13 +231,13 @@ def disassemble(codes: list[bytes], architecture: str) -> list[list[str]]:
     for address, name in SASS_INSTRUCTION.findall(dump):
         operations[bisect.bisect_right(ends, int(address, 16))].append(name)
     for names in operations:
-        while names[-1].startswith(("NOP", "BRA")):  # padding behind the last EXIT
+        while names[-1].startswith(("NOP", "BRA")):  # padding after the last EXIT
             names.pop()
     return operations
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Return (registers per thread, bytes of stack). Spilled registers count as stack bytes, not as LOCAL."""
+    """Return (registers per thread, stack bytes). cuobjdump counts spilled registers as STACK, not as LOCAL."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -287,7 +288,7 @@ def amd_facts(kernel: Any) -> dict[str, Any]:
 
 
 def machine_facts(kernels: list[Any], target: GPUTarget) -> Iterator[dict[str, Any]]:
-    """Yield facts of the machine code that apply to any kernel."""
+    """Yield the resources, instructions and accesses of each kernel's machine code."""
     return nvidia_facts(kernels) if target.backend == "cuda" else map(amd_facts, kernels)
 
 
@@ -304,12 +305,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def audit(target_name: str) -> list[dict[str, Any]]:
-    """Return the facts of the variants of one target."""
+    """Return the audit results of the variants of one target."""
     target = TARGETS[target_name]
     driver.set_active(absent_device(target))
     step_module.current_backend = lambda: target.backend
-    every = target_name == next(iter(TARGETS)) or os.environ.get("AUDIT") == "all"
-    variants = step_variants() if every else covering(step_variants())
+    all_variants = target_name == next(iter(TARGETS)) or os.environ.get("AUDIT") == "all"
+    variants = step_variants() if all_variants else covering(step_variants())
     launches = [record_launches(variant) for variant in variants]
     kernels = [compile_launch(adax_step_kernel, first, target) for first, *_ in launches]
     return [
@@ -317,20 +318,23 @@ def audit(target_name: str) -> list[dict[str, Any]]:
             **variant._asdict(),
             "param_dtype": dtype_name(variant.param_dtype),
             "grad_dtype": dtype_name(variant.grad_dtype),
-            "keys": sorted({launch.key for launch in of_variant}),
+            "keys": sorted({launch.key for launch in requests}),
             "elements_per_thread": elements_per_thread(kernel, target),
             "layout_conversions": kernel.asm["ttgir"].count("ttg.convert_layout"),
             "accesses": read_accesses(assembly(kernel)),
             **facts,
         }
-        for variant, of_variant, kernel, facts in zip(
+        for variant, requests, kernel, facts in zip(
             variants, launches, kernels, machine_facts(kernels, target), strict=True
         )
     ]
 
 
 def print_facts(audit: Callable[[str], Any], processes: int) -> None:
-    """Print the facts of all targets, one process per target: Triton caches device properties per process."""
+    """Print the audit results of all targets as JSON.
+
+    Each target has its own process, because Triton caches device properties per process.
+    """
     with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
         json.dump(dict(zip(TARGETS, pool.map(audit, TARGETS, chunksize=1), strict=True)), sys.stdout)
 
