@@ -33,7 +33,7 @@ DURATIONS = SUPPORT / "durations.json"
 QUICK_S = 3.0
 ESSENTIAL = {f"test_{name}.py" for name in ("kernel", "quantization", "rounding", "optimizer_contract", "bad_input")}
 
-# Triton reads this when it is imported. torch.cuda also covers HIP devices.
+# Without a GPU, interpret Triton kernels. Triton reads this variable at import. On ROCm torch.cuda reports HIP devices.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Each process that compiles would start a worker pool, which takes longer than the compilations.

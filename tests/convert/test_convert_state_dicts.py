@@ -190,7 +190,7 @@ def test_round_trip_is_within_one_ulp(source_class: type, target_class: type, dt
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
-def test_argument_replaces_the_key_that_old_torch_groups_lack(decoupled: bool) -> None:
+def test_decoupled_argument_fills_the_missing_key_of_old_torch(decoupled: bool) -> None:
     given = saved(torch.optim.AdamW if decoupled else torch.optim.Adam)
     expected = from_torch_adam(given)["param_groups"]
     assert from_torch_adam(given, decoupled_weight_decay=decoupled)["param_groups"] == expected

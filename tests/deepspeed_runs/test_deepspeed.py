@@ -71,7 +71,7 @@ EXACT = named(
             "config": {"gradient_accumulation_steps": 3, **FP32_ACCUMULATION},
             "accumulate_in_fp32": True,
         },
-        # All other cases at stages 1 to 3 are fused; see test_deepspeed_fused_step.py.
+        # These cases turn fusion off. test_deepspeed_fused_step.py checks that the others at stages 1 to 3 are fused.
         **{
             f"z{stage}-bf16-unfused": {"stage": stage, "dtype": "bf16", "config": {"adax_triton": {"fuse": "off"}}}
             for stage in (1, 2, 3)

@@ -122,7 +122,7 @@ def test_kill_without_rename_leaves_a_complete_checkpoint_or_none(
     assert [kind for kind, _ in itertools.groupby(found)] == kinds
 
 
-def test_incomplete_folder_raises_by_tag_and_is_skipped_without(tmp_path: Path) -> None:
+def test_incomplete_folder_raises_if_named_and_is_skipped_otherwise(tmp_path: Path) -> None:
     for tag in ("first", "second"):
         save(tmp_path, tag, tag)
     (tmp_path / "second" / "inner" / "states").write_text("sec")

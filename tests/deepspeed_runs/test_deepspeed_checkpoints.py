@@ -1,4 +1,4 @@
-"""AdaX with DeepSpeed checkpoints: of other ranks and stages, of other optimizers, and those that raise.
+"""Load DeepSpeed checkpoints from other rank counts, stages and optimizers; some must raise.
 
 Oracle: a run in one process that never stops, in deepspeed_checkpoint_worker.py. Three launches, on one, two and one
 rank, run all cases of this file; each test reads the results of its case.

@@ -1,8 +1,8 @@
 """Kill a rank at any moment: only the steps since the last checkpoint are lost.
 
 Oracle: the same run without kills; losses, weights, states and schedule are compared bit for bit. One launch of
-deepspeed_kill_server.py makes all kills. The variable KILLS is their number, KILL_SEED the random seed; by default
-there is one kill of each way, the same in every run. `make soak` makes hundreds.
+deepspeed_kill_server.py makes all kills. The environment variables KILLS and KILL_SEED set their number and the random
+seed. By default each kind of kill happens once, with a fixed seed. `make soak` makes hundreds.
 """
 
 import json
@@ -42,7 +42,7 @@ def test_only_steps_since_the_last_checkpoint_are_lost(results: dict[str, Any]) 
     assert max(lost) == 2  # steps from checkpoint to checkpoint
 
 
-def test_damaged_checkpoint_raises_by_tag_and_is_skipped_without(results: dict[str, Any]) -> None:
+def test_damaged_checkpoint_raises_if_named_and_is_skipped_otherwise(results: dict[str, Any]) -> None:
     damaged = results["damaged"]
     assert len(damaged["refused"]) == 2  # on both ranks
     for message in damaged["refused"]:

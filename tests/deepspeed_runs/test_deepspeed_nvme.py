@@ -36,7 +36,7 @@ RESUMED: dict[str, Case] = {
     for name, segments in {
         "plain": [bf16(zero=SWAPPED, **WIDE), bf16(zero=SWAPPED, **WIDE, **RESUMES)],
         "pipelined": [bf16(zero=PIPELINED_SWAPPED, **WIDE), bf16(zero=PIPELINED_SWAPPED, **WIDE, **RESUMES)],
-        # One layer is frozen: with two of them fp16 overflows in the third step.
+        # One hidden layer stays frozen: if both were trained, fp16 would overflow in the third step.
         "fp16": [
             {"stage": 3, "dtype": "fp16", "zero": SWAPPED, "width": 800},
             {"stage": 3, "dtype": "fp16", "zero": SWAPPED, "width": 800, **RESUMES},

@@ -1,4 +1,4 @@
-"""Registration with DeepSpeed, its undoing, and the settings for which check_config raises."""
+"""Register with DeepSpeed, unregister, and check the settings for which check_config raises."""
 
 import ast
 import inspect

@@ -54,7 +54,7 @@ LOADS = [
     failure("load", 3, "torch.load", "vanishes", 1, call=3),
     failure("load", 3, "torch.load", "EIO", 1, call=4, load_optimizer_states=False),
 ]
-# The second file of weights, after which DeepSpeed gathers them.
+# Fail at the second file of weights: DeepSpeed gathers the weights after reading it.
 UNIVERSALS = [failure("universal", stage, "torch.load", "EIO", 1, call=6) for stage in (2, 3)]
 FILE_SYSTEMS = [
     pytest.param({"name": f"no-{without}-{error}", "without": without, "error": error}, id=f"no-{without}-{error}")

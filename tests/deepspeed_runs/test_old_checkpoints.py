@@ -1,6 +1,6 @@
-"""Checkpoints of the version before the states were renamed still load, and train on with the same bits.
+"""Checkpoints from before the states were renamed still load, and training continues bit for bit.
 
-`old_checkpoint_worker.py` says which version wrote the files, and how.
+`old_checkpoint_worker.py` names the version that wrote the files, and the command.
 """
 
 from pathlib import Path

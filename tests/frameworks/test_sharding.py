@@ -36,7 +36,7 @@ MODES["8bit_v16-fp16"] = {
     "dtype": "float16",
     "master_weights": "float32",
 }
-# One mode per state and master format; other modes are only stepped and saved.
+# One mode per states and master format. The other modes run only the step and save checks.
 COPIED = ["float32-fp32", "bfloat16-bf16", "bfloat16-bf16-master", "8bit_v16-fp32", "8bit_v16-fp16", "8bit-bf16-24bit"]
 RESHARDED = ["float32-bf16", "bfloat16-bf16-24bit", "8bit_v16-bf16", "8bit_v16-fp16", "8bit-bf16-master"]
 CONVERSIONS = {

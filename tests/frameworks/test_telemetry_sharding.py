@@ -53,7 +53,7 @@ def model_case(case: dict[str, Any], mesh: Any) -> list[dict[str, Any]]:
 
 
 def order_case(mesh: Any) -> list[dict[str, Any]]:
-    """Return telemetry when an unaligned shard gives rank 1 two launches."""
+    """Return the telemetry of a case in which rank 1 needs two launches, because one shard is unaligned."""
     from torch.distributed.tensor import DTensor, Shard
 
     found = []

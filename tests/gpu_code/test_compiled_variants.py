@@ -21,8 +21,8 @@ from paths import SUPPORT
 
 pytest.importorskip("triton")
 
-# Steps of the case "capturable", which launches every kernel, and of the other cases: 224 steps pass every number in
-# every argument.
+# Steps of the case "capturable", which launches every kernel, and of the other cases. In 224 steps every argument takes
+# every number.
 STEPS, FEWER_STEPS = 1000, 224
 # Triton specializes on 0, 1 and multiples of 16, unless an argument is listed in do_not_specialize.
 NUMBERS = (0, 1, 16, 1e-3, 48, 2, 1600, 0.5)

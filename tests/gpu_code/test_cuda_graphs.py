@@ -1,7 +1,8 @@
 """Check CUDA graphs, and that steps neither wait nor allocate. Needs a GPU.
 
-Oracle of a graph: an optimizer with the same options, stepped without a graph, bit for bit. Gradients are elementwise,
-because a library might choose another algorithm during capture. test_capturable.py checks capturable steps on the CPU.
+Oracle of a graph: an optimizer with the same options, stepped without a graph, bit for bit. The loss uses only
+elementwise operations, because a library might choose another algorithm during capture. test_capturable.py checks
+capturable steps on the CPU.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def test_steps_after_a_refused_capture(options: dict[str, Any], before: str) -> 
             stepped.step()
     for param in params:
         param.grad = torch.ones_like(param)
-    # Fill free GPU memory with NaN, so that memory which the capture allocates and nobody fills is not 0.
+    # Fill free GPU memory with NaN, so that tensors which the capture allocates but never writes contain NaN.
     torch.full((2**26,), torch.nan, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from adax_triton import AdaX, AdaXW
 from adax_triton.cli import main as cli
 
-PARTS = 2  # of a batch, one for each of two ranks; a single rank takes both in turn
+PARTS = 2  # parts of a batch, one per rank; a single rank processes both, one after the other
 SEGMENT_DEFAULTS = {
     **CASE_DEFAULTS,
     "steps": 2,
     "launch": 1,
     "universal": False,  # convert the checkpoint to a universal one before loading it
     "switch": False,  # load it within switching_optimizer
-    "convert": None,  # or options of `adax-triton convert`, with which to convert it before
+    "convert": None,  # options of `adax-triton convert`, which then converts the checkpoint before the load
     "configured": {},  # wrong "optimizer.params", which the checkpoint's must replace
     "load": {},  # more arguments of load_checkpoint
     "save_latest": True,

@@ -104,7 +104,10 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def crossed(case: dict[str, Any], uninterrupted: dict[str, Tensor]) -> float:
-    """Return the deviation of a run with a fused, an unfused and a fused step, each from the previous checkpoint."""
+    """Return the deviation of a run of three steps: fused, unfused, fused.
+
+    Each step starts from the checkpoint of the previous step.
+    """
     with tempfile.TemporaryDirectory() as directory:
         folder: list[str] = [directory]
         dist.broadcast_object_list(folder)

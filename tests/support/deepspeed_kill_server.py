@@ -42,10 +42,10 @@ CASE = {**CASE_DEFAULTS, "stage": 2, "dtype": "bf16", "config": {"scheduler": SC
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
 
 
-class Plan(NamedTuple):
-    """When a rank is killed.
+class KillPlan(NamedTuple):
+    """The rank to kill, and when.
 
-    No rank is, if `way` is None, or if it is "damaged", for the start from a damaged checkpoint.
+    If `way` is None or "damaged", no rank is killed. "damaged" resumes from a damaged checkpoint.
     """
 
     way: str | None = None
@@ -77,7 +77,7 @@ class Run(NamedTuple):
 
 
 def run_rank(
-    rank: int, folder: Path, tag: str | None, plan: Plan, attempt: int, report: Callable[[str], object]
+    rank: int, folder: Path, tag: str | None, plan: KillPlan, attempt: int, report: Callable[[str], object]
 ) -> None:
     # DeepSpeed requires an address, although the ranks find each other by a file.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
@@ -94,7 +94,7 @@ def run_rank(
             report(f"refused {error}")
     engine.load_checkpoint(str(folder))
     report(f"loaded {engine.global_steps}")
-    dying = arm(plan if plan.rank == rank else Plan(), folder)
+    dying = arm(plan if plan.rank == rank else KillPlan(), folder)
     while engine.global_steps < STEPS:
         loss = engine(*batch(engine.global_steps, 0, rank))
         engine.backward(loss)
@@ -120,7 +120,7 @@ def digest(engine: Any) -> str:
     return found.hexdigest()
 
 
-def arm(plan: Plan, folder: Path) -> dict[str, bool]:
+def arm(plan: KillPlan, folder: Path) -> dict[str, bool]:
     """Make this process kill itself while it saves a checkpoint, as planned.
 
     The caller sets "saving" in the returned dictionary while it saves.
@@ -159,7 +159,7 @@ def arm(plan: Plan, folder: Path) -> dict[str, bool]:
 # The parent.
 
 
-def start(rank: int, folder: Path, tag: str | None, plan: Plan, attempt: int) -> tuple[int, Any]:
+def start(rank: int, folder: Path, tag: str | None, plan: KillPlan, attempt: int) -> tuple[int, Any]:
     """Fork a rank; return its process id and a non-blocking file of its reports."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -179,7 +179,7 @@ def start(rank: int, folder: Path, tag: str | None, plan: Plan, attempt: int) ->
         os._exit(1)
 
 
-def run_attempt(folder: Path, tag: str | None, plan: Plan, attempt: int, chance: random.Random) -> Attempt:
+def run_attempt(folder: Path, tag: str | None, plan: KillPlan, attempt: int, chance: random.Random) -> Attempt:
     ranks = dict(enumerate(start(rank, folder, tag, plan, attempt) for rank in range(2)))
     reports: dict[int, list[list[str]]] = {0: [], 1: []}
     exits: dict[int, int] = {}
@@ -211,7 +211,7 @@ def run_attempt(folder: Path, tag: str | None, plan: Plan, attempt: int, chance:
     return summary(reports, by_itself, plan)
 
 
-def summary(reports: dict[int, list[list[str]]], exits: dict[int, int], plan: Plan) -> Attempt:
+def summary(reports: dict[int, list[list[str]]], exits: dict[int, int], plan: KillPlan) -> Attempt:
     words = [(rank, line) for rank in reports for line in reports[rank]]
     return Attempt(
         refused=[" ".join(line[1:]) for _, line in words if line[0] == "refused"],
@@ -224,7 +224,7 @@ def summary(reports: dict[int, list[list[str]]], exits: dict[int, int], plan: Pl
     )
 
 
-def next_plan(number: int, chance: random.Random) -> Plan:
+def next_plan(number: int, chance: random.Random) -> KillPlan:
     way = ("step", "bytes", "operation")[number % 3]
     rank = chance.randrange(2)
     count = {
@@ -232,11 +232,11 @@ def next_plan(number: int, chance: random.Random) -> Plan:
         "bytes": chance.randrange(4) if rank == 0 else chance.randrange(2),  # rank 1 writes one file of two
         "operation": chance.randrange(60) if rank == 0 else chance.randrange(4),
     }[way]
-    return Plan(way, rank, count, chance.random())
+    return KillPlan(way, rank, count, chance.random())
 
 
 def problems(attempt: Attempt, reference: Attempt, saved: int) -> list[str]:
-    """Return the differences from the uninterrupted run, and steps lost although they were saved."""
+    """Return the differences from the uninterrupted run, and saved steps that were lost."""
     found = []
     if not attempt.killed and len(attempt.final) < 2:
         found.append("it ended by itself")
@@ -247,12 +247,14 @@ def problems(attempt: Attempt, reference: Attempt, saved: int) -> list[str]:
     return [f"{problem}: {attempt.end}" for problem in found]
 
 
-def run_to_end(folder: Path, tag: str | None, plans: Iterator[Plan], reference: Attempt, chance: random.Random) -> Run:
+def run_to_end(
+    folder: Path, tag: str | None, plans: Iterator[KillPlan], reference: Attempt, chance: random.Random
+) -> Run:
     """Restart a run until it finishes, and kill it as planned as long as there are plans."""
     run = Run([], [])
     saved = 0
     for number in itertools.count():
-        attempt = run_attempt(folder, tag, plan := next(plans, Plan()), number, chance)
+        attempt = run_attempt(folder, tag, plan := next(plans, KillPlan()), number, chance)
         run.problems.extend(f"attempt {number}, {plan}: {text}" for text in problems(attempt, reference, saved))
         if run.problems or len(attempt.final) == 2:
             return run
@@ -265,7 +267,7 @@ def start_from_damaged(folder: Path, reference: Attempt) -> dict[str, Any]:
     """Truncate a file of a finished run's last checkpoint, and resume from the folder."""
     (file,) = (folder / f"global_step{STEPS}").glob("*zero_pp_rank_1_*_optim_states.pt")
     os.truncate(file, file.stat().st_size - 1)
-    attempt = run_attempt(folder, None, Plan("damaged"), STEPS, random.Random(0))
+    attempt = run_attempt(folder, None, KillPlan("damaged"), STEPS, random.Random(0))
     return {
         "loaded": sorted(attempt.loaded),
         "problems": problems(attempt, reference, 0),
@@ -279,7 +281,7 @@ def main(folder: str, kills: str, seed: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # set once, before any rank is forked
     chance = random.Random(int(seed))
     began = time.monotonic()
-    reference = run_attempt(Path(folder) / "reference", None, Plan(), 0, chance)
+    reference = run_attempt(Path(folder) / "reference", None, KillPlan(), 0, chance)
     failures = problems(reference, reference, 0)
     killed: list[dict[str, Any]] = []
     runs = 0

@@ -28,7 +28,7 @@ class MixtureOfExperts(nn.Module):
 
 def run_moe_case(case: dict[str, Any]) -> dict[str, Any]:
     """Train, and return the results of this rank; expert weights differ between ranks."""
-    torch.manual_seed(dist.get_rank())  # DeepSpeed broadcasts all weights but the experts'
+    torch.manual_seed(dist.get_rank())  # DeepSpeed broadcasts all weights except those of experts
     model = MixtureOfExperts(case["width"])
     config = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,

@@ -58,7 +58,7 @@ CASE_DEFAULTS = {
 class TiedModel(nn.Module):
     """A model with a tied weight, a frozen layer, and a one-element parameter in a group of its own.
 
-    Of that group, one of two ranks owns only padding.
+    One of two ranks owns only padding of that group.
     """
 
     def __init__(self, width: int, frozen: bool = True, unused: bool = False) -> None:

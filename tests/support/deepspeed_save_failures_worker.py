@@ -71,7 +71,10 @@ def move_away(folder: Path) -> None:
 
 @contextmanager
 def failing(failure: Failure) -> Iterator[None]:
-    """Make a function fail on one rank from its n-th call on, or the folder of its file vanish."""
+    """Make a function fail on one rank from its n-th call on.
+
+    With the error "vanishes", move the folder of the function's file away instead.
+    """
     calls = 0
 
     def replacement(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -60,7 +60,10 @@ def build_model(seed: int = 0) -> TiedModel:
 
 
 def batches(steps: range, accumulation: int) -> list[tuple[Tensor, Tensor]]:
-    """Return this rank's batches of some steps; one rank that accumulates two batches sees those of two ranks."""
+    """Return this rank's batches of some steps.
+
+    One rank with two accumulation steps gets the batches of two ranks.
+    """
     found = []
     for step in steps:
         for part in range(accumulation):

@@ -84,7 +84,7 @@ def save(folder: Path, states: str) -> None:
     plain = cloned(optimizer.state_dict()["state"][0])
     expected = {"param": param.detach(), "plain": plain, "engine": engine_tensors(engine)}
     torch.save(expected, folder / "expected.pt")
-    for script in (folder / "deepspeed").glob("*.py"):  # DeepSpeed's own, with no part in a load
+    for script in (folder / "deepspeed").glob("*.py"):  # DeepSpeed writes these files but does not load them
         script.unlink()
 
 
