@@ -2,7 +2,7 @@
 //
 // Each variant is compiled with these macros, the macros of tables.definitions() and CHUNK_SIZE:
 //     PARAM, GRAD     float32, bfloat16, float16 or float64
-//     STATES          full, bfloat16_moments, moments_8bit_v16 or moments_8bit
+//     STATES          full_precision, bfloat16_moments, moments_8bit_v16 or moments_8bit
 //     MASTER          no_master, int16_remainder, int8_remainder or float32_copy
 //     STOCHASTIC, PARAM_IS_COPY, TELEMETRY    0 or 1
 // The compiler vectorizes the loops over a group. It needs -ffp-contract=off, so that results match the reference.
@@ -12,37 +12,37 @@
 
 namespace adax {
 
-enum States { full, bfloat16_moments, moments_8bit_v16, moments_8bit };
+enum States { full_precision, bfloat16_moments, moments_8bit_v16, moments_8bit };
 enum Master { no_master, int16_remainder, int8_remainder, float32_copy };
 
 template <class A, class B> constexpr bool same = false;
 template <class A> constexpr bool same<A, A> = true;
 template <bool CHOICE, class A, class B> struct choose { using type = A; };
 template <class A, class B> struct choose<false, A, B> { using type = B; };
-template <bool CHOICE, class A, class B> using either = typename choose<CHOICE, A, B>::type;
+template <bool CHOICE, class A, class B> using conditional_t = typename choose<CHOICE, A, B>::type;
 
 constexpr States STATE_FORMAT = STATES;
 constexpr Master MASTER_FORMAT = MASTER;
 constexpr bool FLOAT64 = same<PARAM, float64>;
 constexpr bool QUANTIZED = STATE_FORMAT == moments_8bit_v16 || STATE_FORMAT == moments_8bit;
 constexpr bool HAS_REMAINDER = MASTER_FORMAT == int16_remainder || MASTER_FORMAT == int8_remainder;
-constexpr bool NEEDS_RANDOM_BITS = STATE_FORMAT != full || STOCHASTIC || MASTER_FORMAT == int8_remainder;
+constexpr bool NEEDS_RANDOM_BITS = STATE_FORMAT != full_precision || STOCHASTIC || MASTER_FORMAT == int8_remainder;
 
 static_assert(MASTER_FORMAT == no_master || !(FLOAT64 || STOCHASTIC), "float64 and stochastic exclude a master");
-static_assert(STATE_FORMAT == full || !FLOAT64, "float64 parameters need float64 states");
+static_assert(STATE_FORMAT == full_precision || !FLOAT64, "float64 parameters need float64 states");
 static_assert(!STOCHASTIC || same<PARAM, bfloat16>, "stochastic rounding needs bfloat16 parameters");
 static_assert(!HAS_REMAINDER || same<PARAM, bfloat16>, "int16 and int8 remainders need bfloat16 parameters");
 static_assert(!PARAM_IS_COPY || MASTER_FORMAT == float32_copy, "a parameter that is a copy needs a float32 master");
 
-typedef either<FLOAT64, double, float> compute_t;  // of all arithmetic
-// Structs, because a template argument would drop the attributes (aligned, may_alias) of a word type.
-using full_dtype = either<FLOAT64, float64, float32>;
-using moment_dtype = either<STATE_FORMAT == bfloat16_moments, bfloat16, full_dtype>;
-using exp_avg_dtype = either<QUANTIZED, int8, moment_dtype>;
-using exp_avg_sq_dtype = either<QUANTIZED, either<STATE_FORMAT == moments_8bit_v16, uint16, uint8>, moment_dtype>;
-using exponents_dtype = either<STATE_FORMAT == moments_8bit_v16, uint8, uint16>;
+typedef conditional_t<FLOAT64, double, float> compute_t;  // dtype of all arithmetic
+// These are structs: a word type as template argument would lose its attributes (aligned, may_alias).
+using full_dtype = conditional_t<FLOAT64, float64, float32>;
+using moment_dtype = conditional_t<STATE_FORMAT == bfloat16_moments, bfloat16, full_dtype>;
+using exp_avg_dtype = conditional_t<QUANTIZED, int8, moment_dtype>;
+using exp_avg_sq_dtype = conditional_t<QUANTIZED, conditional_t<STATE_FORMAT == moments_8bit_v16, uint16, uint8>, moment_dtype>;
+using exponents_dtype = conditional_t<STATE_FORMAT == moments_8bit_v16, uint8, uint16>;
 using master_dtype =
-    either<MASTER_FORMAT == int16_remainder, int16, either<MASTER_FORMAT == int8_remainder, int8, float32>>;
+    conditional_t<MASTER_FORMAT == int16_remainder, int16, conditional_t<MASTER_FORMAT == int8_remainder, int8, float32>>;
 
 // ---- tables -------------------------------------------------------------------------------------------------------
 
@@ -165,7 +165,8 @@ struct DecodedGroups : Moments {
     int32_t remainder[BATCH * GROUP];
 };
 
-// Updates one group. 8-bit data comes from `decoded`, at `g`, because loads of bytes would halve the vector width.
+// Updates one group. Its 8-bit data is already decoded in group `g` of `decoded`: byte loads here would halve the vector
+// width.
 template <class POINTERS>
 inline void update_group(const POINTERS a, const Scalars s, uint32_t index, DecodedGroups& decoded, int g, Sums& sums) {
 #pragma omp simd
@@ -183,7 +184,7 @@ inline void update_group(const POINTERS a, const Scalars s, uint32_t index, Deco
         const uint32_t random = NEEDS_RANDOM_BITS ? random_bits(index + uint32_t(j), s.key0, s.key1) : 0;
         const compute_t stored = store_weight(a, j, weight, random, decoded.remainder[g * GROUP + j]);
         if constexpr (QUANTIZED) {
-            decoded.exp_avg[g][j] = exp_avg, decoded.exp_avg_sq[g][j] = exp_avg_sq, decoded.words[g][j] = random;
+            decoded.exp_avg[g][j] = exp_avg, decoded.exp_avg_sq[g][j] = exp_avg_sq, decoded.random_or_rounded[g][j] = random;
         } else if constexpr (STATE_FORMAT == bfloat16_moments) {
             a.exp_avg[j] = round_to_bfloat16(exp_avg, HALF_BFLOAT16);
             a.exp_avg_sq[j] = round_to_bfloat16(exp_avg_sq, random >> 16);
@@ -231,7 +232,7 @@ template <class DTYPE> struct Padded {
     }
 };
 
-// Adds elements to the telemetry sums, from their memory before and after the update.
+// Adds `count` elements to the telemetry sums. `before` points to the old tensors, `after` to the new ones.
 inline void add_sums(const Pointers& before, const Pointers& after, int64_t count, Sums& sums) {
     for (int j = 0; j < count; ++j) {
         const compute_t old_weight = load_weight(before, j, HAS_REMAINDER ? int32_t(before.master[j]) : 0);
@@ -259,7 +260,7 @@ __attribute__((noinline)) void update_partial_group(
 
 // ---- chunks and threads -------------------------------------------------------------------------------------------
 
-// The chunks of one thread. Each range has its own cache line, because all threads write to their `next`.
+// The chunks of one thread. Each range has its own cache line, because any thread may write its `next`.
 struct ChunkRange {
     alignas(64) int64_t next;
     int64_t end;
@@ -312,23 +313,24 @@ void square_chunk(const Job& job, int64_t i) {
     static_cast<double*>(job.results)[i] = sum;
 }
 
-// Functions of the OpenMP runtime that PyTorch has loaded. Linking OpenMP might load a second one, with more threads.
+// These functions are those of the OpenMP runtime that PyTorch loaded. Linking OpenMP might load a second runtime, with
+// more threads.
 static void (*run_in_parallel)(void (*)(void*), void*, unsigned, unsigned);
 static int (*thread_number)();
 
 void take_chunks(void* data) {
     const Job& job = *static_cast<const Job*>(data);
-    const int own = thread_number();
+    const int thread = thread_number();
     // A thread that has finished its own range takes chunks of the other ranges.
     for (int k = 0; k < job.range_count; ++k) {
-        ChunkRange& range = job.ranges[(own + k) % job.range_count];
+        ChunkRange& range = job.ranges[(thread + k) % job.range_count];
         for (int64_t i; (i = __atomic_fetch_add(&range.next, 1, __ATOMIC_RELAXED)) < range.end;) job.run(job, i);
     }
 }
 
 constexpr int MAX_RANGES = 512;
-// In elements: one thread is faster below PARALLEL_FROM, because waking a second one takes longer; CHUNK_COST is the
-// time to look up a chunk.
+// Both count elements. Below PARALLEL_FROM one thread is faster, because waking a second one takes longer. CHUNK_COST is
+// the cost of looking up a chunk.
 constexpr int64_t PARALLEL_FROM = 32768, CHUNK_COST = 64;
 
 void run_chunks(Job& job, int64_t chunk_count, int threads) {
@@ -361,9 +363,9 @@ void run_chunks(Job& job, int64_t chunk_count, int threads) {
 
 // Sets GOMP_parallel and omp_get_thread_num of an OpenMP runtime; its threads run later calls. Without them the calling
 // thread does all the work.
-EXPORTED void use_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*compute_t)()) {
+EXPORTED void use_openmp(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*number_of_thread)()) {
     adax::run_in_parallel = parallel;
-    adax::thread_number = compute_t;
+    adax::thread_number = number_of_thread;
 }
 
 // Updates every tensor of a table in place; see adax_step in adax_step.py. Scalars and sums are float32, or float64 for

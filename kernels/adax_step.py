@@ -84,14 +84,14 @@ def _stored_weight(param, master):
 
 
 @triton.jit
-def _store_exponents(group_exponents_ptr, exponents, groups, end, LANES: tl.constexpr):
+def _store_exponents(group_exponents_ptr, exponents, groups, end, THREADS_PER_GROUP: tl.constexpr):
     exponents = exponents.to(group_exponents_ptr.dtype.element_ty)
     stored = groups * GROUP < end
-    if LANES > 0:
-        # One column for each thread of a group, and only the first is stored. All threads of the group hold the
-        # exponents; a single column would take them through shared memory.
-        columns = tl.arange(0, LANES)[None, :]
-        groups = tl.max_contiguous(groups + columns, [1, LANES])
+    if THREADS_PER_GROUP > 0:
+        # Every thread of a group holds the exponent. Give each thread a column and store only the first: a single
+        # column would go through shared memory.
+        columns = tl.arange(0, THREADS_PER_GROUP)[None, :]
+        groups = tl.max_contiguous(groups + columns, [1, THREADS_PER_GROUP])
         exponents = tl.broadcast_to(exponents, groups.shape)
         stored = stored & (columns == 0)
     tl.store(group_exponents_ptr + groups, exponents, mask=stored)
@@ -107,9 +107,9 @@ def _update_tile(
     SKIP_UNCHANGED_V: tl.constexpr,
     TELEMETRY: tl.constexpr,
     PARAM_IS_COPY: tl.constexpr,
-    LANES: tl.constexpr,
+    THREADS_PER_GROUP: tl.constexpr,
 ):
-    AXIS: tl.constexpr = 1 if LANES > 0 else 0
+    AXIS: tl.constexpr = 1 if THREADS_PER_GROUP > 0 else 0
     pointers, scalars_ptr, first_index = chunk
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, group_exponents_ptr = pointers
     offsets, groups, end = tile
@@ -153,7 +153,7 @@ def _update_tile(
         tl.store(master_ptr + offsets, master, mask=store_mask)
     if STATES == "8bit_v16" or STATES == "8bit":
         exp_avg, exp_avg_sq, exponents = quantize_moments(exp_avg, exp_avg_sq, random, STATES, AXIS)
-        _store_exponents(group_exponents_ptr, exponents, groups, store_end, LANES)
+        _store_exponents(group_exponents_ptr, exponents, groups, store_end, THREADS_PER_GROUP)
     elif STATES == "bfloat16":
         exp_avg, exp_avg_sq = round_to_bfloat16(exp_avg, HALF_BFLOAT16), round_to_bfloat16(exp_avg_sq, random >> 16)
     tl.store(exp_avg_ptr + offsets, exp_avg, mask=store_mask)
@@ -232,7 +232,7 @@ def adax_step_kernel(
     TELEMETRY: tl.constexpr,
     PARAM_IS_COPY: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
-    VECTOR: tl.constexpr,  # elements per 16-byte access of the widest dtype stored
+    VECTOR: tl.constexpr,  # elements in 16 bytes of the widest stored dtype
     ALIGNED: tl.constexpr,
 ):
     """Update one chunk of one tensor; see `adax_step` and `StepVariant`."""
@@ -247,17 +247,17 @@ def adax_step_kernel(
     scalars_ptr += tl.load(row_ptr + _SCALAR_ROW) * SCALAR_COLUMNS
     chunk = (pointers, scalars_ptr, first_index)
 
-    # The tile ends at a whole vector or group, because a mask within one would split its accesses. The remaining
-    # elements are a small tile of their own.
+    # The main tile covers whole vectors or groups: a mask inside a vector would split its access. A small second tile
+    # covers the remaining elements.
     GROUPED: tl.constexpr = STATES == "8bit_v16" or STATES == "8bit" or SKIP_UNCHANGED_V
     UNIT: tl.constexpr = GROUP if GROUPED else VECTOR
-    LANES: tl.constexpr = GROUP // VECTOR if GROUPED else 0
+    THREADS_PER_GROUP: tl.constexpr = GROUP // VECTOR if GROUPED else 0
     groups, offsets = _tile_offsets(CHUNK_SIZE, VECTOR, GROUPED)
     tile_end = tl.multiple_of(remaining & -UNIT, UNIT)
     tile = (offsets, groups, tile_end)
     tail_offsets = tile_end + tl.arange(0, UNIT)
     sums = _update_tile(
-        chunk, tile, STATES, MASTER_DTYPE, STOCHASTIC, SKIP_UNCHANGED_V, TELEMETRY, PARAM_IS_COPY, LANES
+        chunk, tile, STATES, MASTER_DTYPE, STOCHASTIC, SKIP_UNCHANGED_V, TELEMETRY, PARAM_IS_COPY, THREADS_PER_GROUP
     )
     if tile_end != remaining:
         tail = (tail_offsets, tile_end // GROUP + tl.arange(0, 1), remaining)
@@ -284,7 +284,7 @@ def adax_step(
     It is the update of `adax_triton.update.reference.adax_update`, in float32.
 
     Args:
-        tensors: (n, 9) int64, see `tables.TENSOR_COLUMNS`. Every address is that of a contiguous array.
+        tensors: (n, 9) int64, see `tables.TENSOR_COLUMNS`. Every address points to a contiguous array.
         chunks: (programs,) int64: `tensor << 32 | chunk` for each `launch.chunk_size()` elements of each tensor.
         scalars: (rows, 10) float32, see `tables.SCALAR_COLUMNS`.
         variant: compile-time options, the same for all tensors of the table.

@@ -33,7 +33,7 @@ def grad_norm_kernel(
     tensors_ptr,
     chunks_ptr,
     partials_ptr,
-    chunk_count: tl.int64,  # typed and not specialized: one compiled kernel for every count
+    chunk_count: tl.int64,  # typed and not specialized, so that all counts share one compiled kernel
     GRAD_DTYPE: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     VECTOR: tl.constexpr,

@@ -71,7 +71,7 @@ def deferred_launches() -> Iterator[list[Callable[[], object]]]:
 
     Kernels are compiled while they are collected.
 
-    If a compilation fails, or an allocation between launches, nothing has been launched yet.
+    If a compilation or an allocation fails, nothing has been launched yet.
     """
     launches = _deferred.launches = []
     try:
@@ -92,14 +92,14 @@ def launch(
 
     The stream is the current one of the arguments' device. See `deferred_launches`.
 
-    The first launch of a variant caches the compiled kernel for the next ones. Triton itself inspects every argument at
-    every launch to find it, which takes longer than the launch.
+    The first launch of a variant caches the compiled kernel for the next ones. Triton's own
+    launcher inspects every argument to look up the kernel, which takes longer than the launch.
 
     Args:
         kernel: a function decorated with `triton.jit`.
         programs: size of the grid.
-        arguments: run-time arguments of the kernel, in order; the first is a tensor. The kernel annotates each number
-            with its type and lists it in `do_not_specialize`.
+        arguments: run-time arguments of the kernel, in order; the first is a tensor. A number must have a type
+            annotation in the kernel and be listed in its `do_not_specialize`.
         variant: cache key of the compile-time arguments and options.
         constants: returns the compile-time arguments, by name and in order.
         options: compiler options, such as `num_warps`.
@@ -122,7 +122,7 @@ def _launch(
     constants: Callable[[], dict[str, Any]],
     options: dict[str, int],
 ) -> None:
-    # Part of the cache key, because Triton compiles other code for addresses that are multiples of 16.
+    # Alignment is part of the cache key: Triton compiles different code for addresses that are multiples of 16.
     aligned = tuple([argument.data_ptr() % 16 == 0 for argument in arguments if isinstance(argument, Tensor)])
     found = _compiled.get((key, aligned))
     if found is None:

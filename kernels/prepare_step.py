@@ -2,8 +2,8 @@
 
 The GPU can then skip steps, and CUDA graphs can replay them.
 
-A small launch before the update: each thread computes one tensor's row of the scalar table from its step count, in
-float64. `adax_triton/update/coefficients.py` explains the closed forms.
+A small kernel runs before the update. Each thread computes one tensor's row of the scalar table from its step count,
+in float64. `adax_triton/update/coefficients.py` explains the closed forms.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def random_key(seed, step):
 
     The seed is uint32, the step is taken modulo 2^32.
 
-    `random_bits` with the key (0, 0) is the hash that makes both words.
+    Both words are hashes: `random_bits` with the key (0, 0).
     """
     key0 = random_bits(seed ^ random_bits(step, 0, 0), 0, 0)
     key1 = random_bits((step + 0x9E3779B9) ^ random_bits(seed ^ 0xFFFFFFFF, 0, 0), 0, 0)
@@ -60,7 +60,7 @@ def random_key(seed, step):
 
 @triton.jit
 def _clip_and_skip(inputs_ptr):
-    """Return norm, clip factor and scale of the gradients, and `taken`."""
+    """Return gradient norm, clip factor, AMP scale, and whether to take the step."""
     grad_scale = tl.load(inputs_ptr)
     found_inf = tl.load(inputs_ptr + 1)
     norm = tl.sqrt(tl.load(inputs_ptr + 2)) / grad_scale
@@ -99,22 +99,22 @@ def prepare_step_kernel(
     w_power = tl.load(groups_ptr + 4, mask=mask, other=1.0)
     w_exponent = tl.load(groups_ptr + 5, mask=mask, other=1.0)
     w_rate = tl.load(groups_ptr + 6, mask=mask, other=1.0)
-    group_eps = tl.load(groups_ptr + 7, mask=mask, other=1.0)
-    raw_eps = tl.load(groups_ptr + 8, mask=mask, other=1.0)
+    normalized_eps = tl.load(groups_ptr + 7, mask=mask, other=1.0)
+    unnormalized_eps = tl.load(groups_ptr + 8, mask=mask, other=1.0)
     smallest_eps = tl.load(groups_ptr + 9, mask=mask, other=1.0)
     decoupled_decay = tl.load(groups_ptr + 10, mask=mask, other=1.0)
     l2 = tl.load(groups_ptr + 11, mask=mask, other=1.0)
     grad_sign = tl.load(groups_ptr + 12, mask=mask, other=1.0)
     seed = tl.load(groups_ptr + 13, mask=mask, other=1.0)
 
-    own_lr = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=mask & (lr_address != 0), other=0.0)
-    lr = tl.where(lr_address != 0, own_lr.to(tl.float64), group_lr)
+    device_lr = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=mask & (lr_address != 0), other=0.0)
+    lr = tl.where(lr_address != 0, device_lr.to(tl.float64), group_lr)
     count = tl.load(count_ptr, mask=mask, other=0)
     step = count + 1
     t = step.to(tl.float64)
     weight = w_factor * tl.exp(-w_power * tl.log(t) - w_exponent * t) / _one_minus_exp(w_rate * t)
-    eps = tl.maximum(group_eps + raw_eps * tl.sqrt(weight), smallest_eps)
-    # By way of int64, because casts of float64 to uint32 differ between backends.
+    eps = tl.maximum(normalized_eps + unnormalized_eps * tl.sqrt(weight), smallest_eps)
+    # Cast through int64, because casts of float64 to uint32 differ between backends.
     key0, key1 = random_key(seed.to(tl.int64).to(tl.uint32), step.to(tl.uint32))
 
     scalars_ptr += tensors * SCALAR_COLUMNS
@@ -151,7 +151,7 @@ def prepare_step(
             [0] the scale of the gradients, 1 if there is none;
             [1] `found_inf`, 0 if there is none;
             [2] the sum of squares of the gradients, still scaled;
-            [3] the norm to clip to; inf only measures the norm; 0 does neither and ignores [2].
+            [3] `max_grad_norm`; inf: measure the norm, do not clip; 0: do not measure or clip, and ignore [2].
         scalars: (n, 10) float32, written: see `tables.SCALAR_COLUMNS`, for step t = count + 1. `grad_factor` is
             multiplied by the clip factor and divided by the scale.
         report: (3,) float32, written:

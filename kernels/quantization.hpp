@@ -1,8 +1,8 @@
 // Quantizes and dequantizes moments on the CPU, as quantization.py does on the GPU; the formats are described in
-// adax_triton/update/quantization.py. `direction` is u, the first moment divided by a power of two near sqrt(v).
+// adax_triton/update/quantization.py. u is the first moment divided by a power of two near sqrt(v).
 //
-// Groups are processed in batches of 16, one stage after the other for the whole batch. While the maximum of one group
-// is found, the CPU works on the others.
+// Groups are processed in batches of 16, one stage after the other for the whole batch. The CPU can then overlap the
+// computations of the maxima of different groups.
 
 #pragma once
 
@@ -13,17 +13,17 @@ namespace adax {
 constexpr int BATCH = 16;  // groups
 constexpr uint32_t MAX_DROPPED = EXPONENT_SHIFT - MIN_FRACTION_BITS, MAX_SCALE = MAX_STORED_SCALE;
 constexpr uint32_t FRACTION_MASK = (1u << (SCALE_SHIFT - FRACTION_SHIFT)) - 1;
-// Half a unit of a code with 7 bits: adding it raises the scale of a group whose largest u would round to 128.
+// Rounding offset, half a unit of a 7-bit code: a group whose largest code would round to 128 gets the next scale.
 constexpr uint32_t HALF_CODE = 1u << (EXPONENT_SHIFT - 7);
 // 1.5 * 2^23: adding it rounds a float in (-2^22, 2^22) to an integer in the low bits of its pattern.
 constexpr float TO_INTEGER = 12582912.0f;
-// The bits of 2^-k are these minus the bits of 2^k.
+// bits(2^-k) = RECIPROCAL_BITS - bits(2^k)
 constexpr uint32_t RECIPROCAL_BITS = 2u * EXPONENT_BIAS << EXPONENT_SHIFT;
 
 // Moments of a batch of groups, before and after the update.
 struct Moments {
     float exp_avg[BATCH][GROUP], exp_avg_sq[BATCH][GROUP];
-    uint32_t words[BATCH][GROUP];  // random bits, then the rounded bits of exp_avg_sq
+    uint32_t random_or_rounded[BATCH][GROUP];  // random bits, then the rounded bits of exp_avg_sq
 };
 
 inline uint32_t code_offset(uint32_t exponent, uint32_t fraction) {
@@ -71,18 +71,18 @@ inline float inverse_root(uint32_t stored_bits) {
     return from_bits(RECIPROCAL_BITS - (stored_bits >> 1 & INFINITY_BITS));
 }
 
-inline int32_t largest_magnitude(const float* directions) {
+inline int32_t largest_magnitude(const float* u) {
     int32_t largest = 0;
 #pragma omp simd reduction(max : largest)
     for (int j = 0; j < GROUP; ++j) {
-        const int32_t magnitude = int32_t(bits_of(directions[j]) & 0x7FFFFFFF);
+        const int32_t magnitude = int32_t(bits_of(u[j]) & 0x7FFFFFFF);
         largest = largest_of(largest, magnitude < int32_t(INFINITY_BITS) ? magnitude : 0);
     }
     return largest;
 }
 
 // Quantizes u, which m.exp_avg holds, and writes the groups' scales.
-inline void quantize_directions(
+inline void quantize_u(
     const Moments& m, const int32_t* largest, int groups, uint32_t origin, int8::word* codes, uint32_t* scales) {
     for (int g = 0; g < groups; ++g) {
         scales[g] = largest_of((uint32_t(largest[g]) + HALF_CODE) >> EXPONENT_SHIFT, origin);
@@ -108,13 +108,13 @@ inline void quantize_moments(
 #pragma omp simd
         for (int j = 0; j < GROUP; ++j) {
             const uint32_t bits = smallest_of(bits_of(m.exp_avg_sq[g][j]), QUIET_NAN);
-            const uint32_t rounded = (bits + (m.words[g][j] >> (32 - V16_DROPPED_BITS))) >> V16_DROPPED_BITS;
+            const uint32_t rounded = (bits + (m.random_or_rounded[g][j] >> (32 - V16_DROPPED_BITS))) >> V16_DROPPED_BITS;
             exp_avg_sq[g * GROUP + j] = uint16_t(rounded);
             m.exp_avg[g][j] = (is_normal(bits) ? m.exp_avg[g][j] : 0.0f) * inverse_root(rounded << V16_DROPPED_BITS);
         }
     }
     for (int g = 0; g < groups; ++g) largest[g] = largest_magnitude(m.exp_avg[g]);
-    quantize_directions(m, largest, groups, SCALE_ORIGIN, exp_avg, scales);
+    quantize_u(m, largest, groups, SCALE_ORIGIN, exp_avg, scales);
     for (int g = 0; g < groups; ++g) exponents[g] = uint8_t(scales[g]);
 }
 
@@ -151,9 +151,9 @@ inline void quantize_moments(
 #pragma omp simd reduction(max : max_rounded)
         for (int j = 0; j < GROUP; ++j) {
             const uint32_t bits = bits_of(m.exp_avg_sq[g][j]);
-            const uint32_t rounded = (smallest_of(bits, limit) + (m.words[g][j] >> (32 - low_bits))) >> low_bits;
+            const uint32_t rounded = (smallest_of(bits, limit) + (m.random_or_rounded[g][j] >> (32 - low_bits))) >> low_bits;
             m.exp_avg[g][j] = is_normal(bits) ? m.exp_avg[g][j] : 0.0f;
-            m.words[g][j] = rounded;
+            m.random_or_rounded[g][j] = rounded;
             max_rounded = largest_of(max_rounded, int32_t(rounded));
         }
         top_exponents[g] = uint32_t(max_rounded);
@@ -168,13 +168,13 @@ inline void quantize_moments(
 #pragma omp simd
         for (int j = 0; j < GROUP; ++j) {
             // Code 0 is reserved for moments that were never updated.
-            const int32_t code = largest_of(int32_t(m.words[g][j]) - offset, 1);
+            const int32_t code = largest_of(int32_t(m.random_or_rounded[g][j]) - offset, 1);
             exp_avg_sq[g * GROUP + j] = uint8_t(code);
             m.exp_avg[g][j] *= inverse_root(uint32_t(code + offset) << low_bits);
         }
     }
     for (int g = 0; g < groups; ++g) largest[g] = largest_magnitude(m.exp_avg[g]);
-    quantize_directions(m, largest, groups, SCALE_ORIGIN + MIN_SCALE, exp_avg, scales);
+    quantize_u(m, largest, groups, SCALE_ORIGIN + MIN_SCALE, exp_avg, scales);
     for (int g = 0; g < groups; ++g) {
         exponents[g] = uint16_t(
             smallest_of(scales[g], MAX_SCALE) << SCALE_SHIFT | (MAX_DROPPED - dropped[g]) << FRACTION_SHIFT |

@@ -1,7 +1,7 @@
 """Quantize and dequantize moments to "8bit_v16" and "8bit", on the GPU.
 
 `adax_triton/update/quantization.py` describes the formats. AXIS is the axis of a group's 32 elements: 1 in a tile of
-(groups, 32), 0 in a tile of one group. `direction` is u, the first moment divided by a power of two near sqrt(v).
+(groups, 32), 0 in a tile of one group. u is the first moment divided by a power of two near sqrt(v).
 """
 
 import triton
@@ -20,10 +20,10 @@ MIN_SCALE = tl.constexpr(tables.MIN_SCALE)
 MAX_STORED_SCALE = tl.constexpr(tables.MAX_STORED_SCALE)
 FRACTION_SHIFT = tl.constexpr(tables.FRACTION_SHIFT)
 SCALE_SHIFT = tl.constexpr(tables.SCALE_SHIFT)
-# Bits of the smallest normal number, plus one exponent.
+# Bits of twice the smallest normal number.
 NEXT_EXPONENT = tl.constexpr(2 * SMALLEST_NORMAL.value)
 LARGEST_FINITE = tl.constexpr(INFINITY_BITS.value - 1)
-# Half a unit of a code with 7 bits: adding it raises the scale of a group whose largest u would round to 128.
+# Rounding offset, half a unit of a 7-bit code: a group whose largest code would round to 128 gets the next scale.
 HALF_CODE = tl.constexpr(1 << EXPONENT_SHIFT.value - 7)
 # 1.5 * 2^23: adding it rounds a float32 in (-2^22, 2^22) to an integer in the low bits of its pattern.
 TO_INTEGER = tl.constexpr(12582912.0)
@@ -36,8 +36,8 @@ def _code_offset(exponent, fraction):
 
 @triton.jit
 def _power_of_two(exponent):
-    # As a float, or the compiler would turn products with it into shifts. Shifts share their units with most of this
-    # kernel's instructions, and a product fuses with the next sum.
+    # Built as a float, because the compiler turns integer products by powers of two into shifts. Most instructions here
+    # use the units of shifts; a multiplication uses another unit and fuses with the next addition.
     return from_bits((exponent + EXPONENT_BIAS) << EXPONENT_SHIFT).to(tl.uint32)
 
 
@@ -64,7 +64,7 @@ def dequantize_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
 @triton.jit
 def _fraction_bits(bits, largest, AXIS: tl.constexpr):
     exponent_range = (largest >> EXPONENT_SHIFT) - (tl.min(bits, axis=AXIS, keep_dims=True) >> EXPONENT_SHIFT)
-    # 7 - floor(log2(exponent_range + 2)) fraction bits, and 3 at least.
+    # 7 - floor(log2(exponent_range + 2)) fraction bits, at least 3.
     log2 = (bits_of((exponent_range + 2).to(tl.float32)) >> EXPONENT_SHIFT).to(tl.int32) - EXPONENT_BIAS
     return tl.maximum(7 - log2, MIN_FRACTION_BITS).to(tl.uint32)
 
@@ -75,7 +75,8 @@ def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl
 
     The upper random bits round v.
     """
-    # Plus one exponent: SMALLEST_NORMAL for 0, NEXT_EXPONENT or more for normal numbers, negative for inf and NaN.
+    # Add one to the exponent. The bits are then SMALLEST_NORMAL for 0, NEXT_EXPONENT or more for normal numbers, and
+    # negative for inf and NaN.
     wrapped = (bits_of(exp_avg_sq) + SMALLEST_NORMAL).to(tl.int32, bitcast=True)
     exp_avg = tl.where(wrapped >= NEXT_EXPONENT, exp_avg, 0.0)
     if STATES == "8bit_v16":
@@ -83,8 +84,8 @@ def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl
         bits = tl.minimum(bits_of(exp_avg_sq), QUIET_NAN)
         rounded = (bits + (random >> (32 - V16_DROPPED_BITS))) >> V16_DROPPED_BITS
         inverse = LARGEST_FINITE - (rounded << V16_DROPPED_BITS - 1)
-        direction, scale = _quantize_direction(exp_avg, inverse, SCALE_ORIGIN, AXIS)
-        return direction, rounded.to(tl.uint16), scale
+        exp_avg_code, scale = _quantize_u(exp_avg, inverse, SCALE_ORIGIN, AXIS)
+        return exp_avg_code, rounded.to(tl.uint16), scale
     else:
         # Infinities and NaNs become the group's largest finite v, or an infinity if it has none.
         largest = (tl.max(wrapped, axis=AXIS, keep_dims=True) - SMALLEST_NORMAL).to(tl.uint32, bitcast=True)
@@ -99,20 +100,20 @@ def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl
         code = tl.maximum((rounded - offset).to(tl.int32), 1).to(tl.uint32)
         root_shift = EXPONENT_SHIFT - 1 - fraction
         inverse = (LARGEST_FINITE - (offset << root_shift)) + code * (0 - _power_of_two(root_shift))
-        direction, scale = _quantize_direction(exp_avg, inverse, SCALE_ORIGIN + MIN_SCALE, AXIS)
+        exp_avg_code, scale = _quantize_u(exp_avg, inverse, SCALE_ORIGIN + MIN_SCALE, AXIS)
         code = code.to(tl.uint8)
         word = (tl.minimum(scale, MAX_STORED_SCALE) << SCALE_SHIFT) | ((fraction - MIN_FRACTION_BITS) << FRACTION_SHIFT)
-        return direction, code, word | exponent
+        return exp_avg_code, code, word | exponent
 
 
 @triton.jit
-def _quantize_direction(exp_avg, inverse, ORIGIN: tl.constexpr, AXIS: tl.constexpr):
+def _quantize_u(exp_avg, inverse, ORIGIN: tl.constexpr, AXIS: tl.constexpr):
     # `inverse` is LARGEST_FINITE minus half the bits of v. It has the exponent of 2^-(E(v) // 2), because the fraction
     # bits of LARGEST_FINITE are all ones and the subtraction borrows nothing from the exponent.
-    direction = exp_avg * from_bits(inverse & INFINITY_BITS)
-    # The shift drops the sign. Plus one exponent, infinities and NaNs wrap to small values and lose the maximum.
-    largest = tl.max((bits_of(direction) << 1) + NEXT_EXPONENT, axis=AXIS, keep_dims=True) >> 1
+    u = exp_avg * from_bits(inverse & INFINITY_BITS)
+    # The shift drops the sign. Adding one exponent wraps inf and NaN to small values, so the maximum ignores them.
+    largest = tl.max((bits_of(u) << 1) + NEXT_EXPONENT, axis=AXIS, keep_dims=True) >> 1
     scale = tl.maximum((largest + HALF_CODE) >> EXPONENT_SHIFT, ORIGIN + 1)
     factor_bits = (SCALE_ORIGIN + EXPONENT_BIAS + 1 - scale) << EXPONENT_SHIFT
-    code = direction * from_bits(factor_bits) + TO_INTEGER
+    code = u * from_bits(factor_bits) + TO_INTEGER
     return bits_of(code).to(tl.uint8).to(tl.int8, bitcast=True), scale - (ORIGIN + 1)

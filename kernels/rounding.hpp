@@ -64,7 +64,7 @@ struct float16 {
     typedef u16 word;
     static float decode(uint16_t word) {
         const uint32_t magnitude = uint32_t(word & 0x7FFF) << 13, sign = uint32_t(word & 0x8000) << 16;
-        // A denormal is a normal float with the same fraction, minus the implied bit.
+        // Decode a denormal as a normal float with the same fraction, then subtract the implied 1.
         const uint32_t denormal = bits_of(from_bits(magnitude + (113u << 23)) - from_bits(113u << 23));
         const uint32_t special = magnitude + (224u << 23), normal = magnitude + (112u << 23);
         return from_bits(sign | (magnitude < 1u << 23 ? denormal : magnitude >= 31u << 23 ? special : normal));

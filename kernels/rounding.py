@@ -63,7 +63,7 @@ def _top_half(bits):
 def round_to_bfloat16(values, addend):
     """Round float32 to bfloat16.
 
-    16 random bits as addend round stochastically, HALF_BFLOAT16 rounds to nearest.
+    addend: 16 random bits to round stochastically, or HALF_BFLOAT16 to round to nearest.
     """
     return _top_half(_canonical_bits(values) + addend)
 
@@ -100,8 +100,8 @@ def join_master(param, master):
         if master.dtype == tl.int8:
             low_bits = low_bits << 8
         joined = from_bits(bits_of(weights) + low_bits)
-        # Next to a parameter of 0 or infinity the sum may wrap to a NaN; the parameter then is the weight. A second sum
-        # takes as many instructions as a choice between both values, and fewer integer ones.
+        # If the parameter is 0 or infinity, the sum may be NaN; the weight is then the parameter. Adding again takes as
+        # many instructions as a select, and fewer of them are integer instructions.
         return from_bits(bits_of(weights) + tl.where(joined != joined, 0, low_bits))
 
 

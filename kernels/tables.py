@@ -27,10 +27,10 @@ GROUP = 32  # consecutive elements that share one exponent word
 V16_DROPPED_BITS = 15  # low bits of a float32 v that "8bit_v16" drops
 MIN_FRACTION_BITS = 3  # of v in "8bit"
 MAX_V_CODE = 255  # of v in "8bit"
-SCALE_ORIGIN = 133  # float32 exponent of a group's largest u that has scale 0
+SCALE_ORIGIN = 133  # a group has scale 0 if its largest u has this float32 exponent
 MIN_SCALE = 48  # scale that "8bit" stores as 0
 MAX_STORED_SCALE = 63  # of "8bit"
-# Bits of the exponent word of "8bit": the largest exponent of v, then the fraction bits, then the scale.
+# Exponent word of "8bit", from bit 0: largest exponent of v (8 bits), fraction bits minus 3 (2 bits), scale (6 bits).
 FRACTION_SHIFT, SCALE_SHIFT = 8, 10
 
 _SCALAR_ROW = struct.Struct("7f2If")

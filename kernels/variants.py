@@ -34,7 +34,7 @@ class StepVariant(NamedTuple):
         states: `"float32"`, `"bfloat16"`, `"8bit_v16"` or `"8bit"`.
         master: None; `"int16"` or `"int8"`, a remainder next to bfloat16 parameters; `"float32"`, a master copy.
         stochastic: round the parameters themselves stochastically; only for bfloat16 without a master.
-        skip_unchanged_v: store second moments only in groups of 32 in which one has changed.
+        skip_unchanged_v: store v only for groups of 32 in which at least one element changed.
         telemetry: write the sums of each chunk, see `telemetry.tile_sums`.
         aligned: every address is a multiple of 16 bytes.
         param_is_copy: the float32 master is the weight, and the kernel only writes the parameter.

@@ -42,7 +42,12 @@ _DTYPES = {
     torch.float16: "float16",
     torch.float64: "float64",
 }
-_STATES = {"float32": "full", "bfloat16": "bfloat16_moments", "8bit_v16": "moments_8bit_v16", "8bit": "moments_8bit"}
+_STATES = {
+    "float32": "full_precision",
+    "bfloat16": "bfloat16_moments",
+    "8bit_v16": "moments_8bit_v16",
+    "8bit": "moments_8bit",
+}
 _MASTERS = {None: "no_master", "int16": "int16_remainder", "int8": "int8_remainder", "float32": "float32_copy"}
 
 
@@ -56,8 +61,8 @@ class KernelVariant(NamedTuple):
     Args:
         param_dtype: float32, bfloat16, float16 or float64.
         grad_dtype: one of the same dtypes.
-        states: `"float32"`, `"bfloat16"`, `"8bit_v16"` or `"8bit"`. Default: `"float32"`, for float64 parameters the
-            only choice: their states are float64.
+        states: `"float32"`, `"bfloat16"`, `"8bit_v16"` or `"8bit"`. Default: `"float32"`. float64 parameters
+            accept only `"float32"`, and their states are then float64.
         master: None, `"int16"` or `"int8"` for the remainder of bfloat16 parameters, `"float32"` for a master copy.
             Default: None.
         stochastic: round the parameters stochastically; bfloat16 without a master. Default: False.
@@ -170,7 +175,7 @@ def cpu_kernel(variant: KernelVariant) -> CpuKernel:
 
 def _load_cached(folder: Path, key: str) -> CpuKernel | None:
     for library in folder.glob(f"{key}-*.so"):
-        with contextlib.suppress(OSError, AttributeError):  # a broken file is built again
+        with contextlib.suppress(OSError, AttributeError):  # ignore a broken file; the caller builds it again
             # A truncated file can crash the process when loaded, so its name contains its size.
             if library.name == _file_name(key, library):
                 return CpuKernel(library)
