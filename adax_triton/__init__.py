@@ -62,7 +62,7 @@ _MODULES = (
 # Public names that were renamed before the first release.
 _RENAMED = {"Beside": "ExternalGrads"}
 
-if not TYPE_CHECKING:  # with it, type checkers would accept any attribute name
+if not TYPE_CHECKING:  # with a module __getattr__, type checkers accept any name
 
     def __getattr__(name: str) -> object:
         if name in _RENAMED:

@@ -26,13 +26,13 @@ class GradientRelease:
 
     - Groups and learning rates are read when a parameter is stepped.
     - A parameter that the model uses twice is stepped once, by the sum of its gradients.
-    - A parameter that joins a group or starts to require a gradient later is stepped at the end of its first backward
-      pass, and inside the backward pass from then on.
+    - A parameter that is added or unfrozen later is stepped at the end of its first backward pass. In later passes it
+      is stepped like the others.
     - Gradient release does not support clipping, accumulation over several backward passes, or `GradScaler`: each
       needs all gradients at once. Train in bfloat16 instead of using a `GradScaler`.
     - FSDP2 works: it reduces gradients before their hooks run, and accumulates them with
-      `set_requires_gradient_sync`. `DistributedDataParallel` reduces them afterwards, so the first backward pass
-      raises.
+      `set_requires_gradient_sync`. `DistributedDataParallel` is not supported: it reduces gradients after their
+      hooks, so the first backward pass raises.
     - A reentrant checkpoint runs its own backward pass, so two of them must not share a parameter. Use
       `use_reentrant=False` if they do.
     - Under `torch.compile` one graph node returns all gradients, so they exist at the same time.
@@ -43,7 +43,8 @@ class GradientRelease:
     Raises:
         TypeError: `optimizer` is not one of this package.
         ValueError: the optimizer clips or records telemetry; or a parameter belongs to another `GradientRelease`, to
-            FSDP1, or to FSDP2 with CPU offload and torch < 2.13, whose hooks see unfinished copies.
+            FSDP1, or to FSDP2 with CPU offload and torch < 2.13. That FSDP2 runs hooks before the gradient has reached
+            the CPU.
         RuntimeError: a `GradScaler` has been used with the optimizer; backward passes and `step()` raise it too.
 
     A backward pass raises the errors of `step()`. Parameters that it stepped before the error stay stepped.
@@ -65,15 +66,15 @@ class GradientRelease:
         self._group_of: dict[Tensor, int] = {}  # read once per backward pass
         self._handles: list[RemovableHandle] = []
         self._stepped: set[Tensor] = set()
-        # Only the running backward pass holds the callback, so the reference dies with a pass that fails.
+        # Weak: if a backward pass fails, autograd frees the callback, and the next pass starts anew.
         self._end_callback: weakref.ref[Callable[[], None]] | None = None
         # Autograd runs one thread per device.
         self._lock = threading.Lock()
         self._check_optimizer()
-        joining = self._joining()
-        for param, group_index in joining.items():
+        new_params = self._params_without_hook()
+        for param, group_index in new_params.items():
             _check_param(param, group_index)
-        self._hook(joining)
+        self._hook(new_params)
         self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._check_optimizer()))
 
     def remove(self) -> None:
@@ -102,7 +103,7 @@ class GradientRelease:
                     f"{name} is set: GradientRelease does not support GradScaler; train in bfloat16 without a scaler"
                 )
 
-    def _joining(self) -> dict[Tensor, int]:
+    def _params_without_hook(self) -> dict[Tensor, int]:
         """Return the trained parameters without a hook, with their group indices."""
         return {
             param: group_index
@@ -140,8 +141,8 @@ class GradientRelease:
             return
         if param in self._stepped:
             raise RuntimeError(
-                f"GradientRelease stepped a parameter of shape {tuple(param.shape)} by part of its gradient: two "
-                "reentrant checkpoints share it and its gradient arrives in parts; use use_reentrant=False"
+                f"GradientRelease updated a parameter of shape {tuple(param.shape)} with only part of its gradient: "
+                "two reentrant checkpoints share the parameter; pass use_reentrant=False to them"
             )
         self._optimizer._step_one(param, self._group_of[param])
         param.grad = None
@@ -154,14 +155,15 @@ class GradientRelease:
             for param in self._stepped:
                 if param.grad is not None:
                     raise RuntimeError(
-                        f"A parameter of shape {tuple(param.shape)} got a gradient again after GradientRelease had "
-                        "stepped it, as DistributedDataParallel does, which reduces gradients afterwards. This step "
-                        "used the gradients of this rank only. Use FSDP2 (fully_shard), or no GradientRelease"
+                        f"A parameter of shape {tuple(param.shape)} got a second gradient after GradientRelease "
+                        "updated it. DistributedDataParallel causes this: it reduces gradients after their hooks, so "
+                        "this step used only the gradients of this rank. Use FSDP2 (fully_shard), or train without "
+                        "GradientRelease"
                     )
-            joining = self._joining()
-            self._hook(joining)
-            self._group_of.update(joining)
-            for param in joining:
+            new_params = self._params_without_hook()
+            self._hook(new_params)
+            self._group_of.update(new_params)
+            for param in new_params:
                 if param.grad is not None:
                     self._step_and_free(param)
 

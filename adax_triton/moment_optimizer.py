@@ -27,7 +27,6 @@ from adax_triton.state.precision import precision_for
 from adax_triton.state.validation import OLD_CHECKPOINT_DEFAULTS, validate_group
 from adax_triton.step.backend import uses_triton
 from adax_triton.step.collect import Collected, ParamWithGrad, collect, normalize_counts
-from adax_triton.step.conditions import DEFAULT_CONDITIONS, OptimizerOptions, StepConditions, conditions_of
 from adax_triton.step.external_grads import (
     ExternalGrads,
     ExternalStep,
@@ -36,14 +35,20 @@ from adax_triton.step.external_grads import (
     params_with_external_grads,
 )
 from adax_triton.step.frozen_warning import FrozenWarning
+from adax_triton.step.gradient_handling import (
+    DEFAULT_HANDLING,
+    GradientHandling,
+    OptimizerOptions,
+    gradient_handling_of,
+)
 from adax_triton.step.launch import LaunchCache
 from adax_triton.step.plan import StepPlan
 from adax_triton.step.scalars import HostScalars
 from adax_triton.step.telemetry import StepSums, StepTelemetry
 from adax_triton.update.horizon import FROZEN_WEIGHT
 
-# Plans of removed parameters are dropped when there are this many, or twice as many as were in use before.
-_FEW_PLANS = 64
+# Drop unused plans when the number of plans reaches a limit: this, plus twice the plans kept at the last cleanup.
+_MIN_PLAN_LIMIT = 64
 
 
 class SharedOptions(TypedDict, total=False):
@@ -67,16 +72,17 @@ class MomentOptimizer(Optimizer):
 
     A parameter's state is created at its first step with a gradient, and updated in place from then on:
 
-    - `step`: int, number of steps taken; it does not advance while the parameter has no gradient. A 0-d int64 tensor
-      on the GPU where the GPU counts steps: with `capturable`, `max_grad_norm`, a `GradScaler` or a learning rate on
-      the GPU.
+    - `step`: int, number of steps with a gradient. It is a 0-d int64 tensor on the GPU if the GPU counts steps: with
+      `capturable`, `max_grad_norm`, a `GradScaler` or a learning rate on the GPU.
     - `exp_avg`: m, same shape as the parameter; float32 unless `states` says otherwise. float64 and complex
       parameters keep their own dtype.
     - `exp_avg_sq`: v, as `exp_avg`. A complex parameter has one v for the real and one for the imaginary part.
     - `group_exponents`: one exponent per 32 elements; only with 8-bit states.
-    - `master`: the bits that a 16-bit parameter lacks of its float32 weight; only with `master_weights`.
+    - `master`: the low bits of the float32 weight that a 16-bit parameter cannot hold; only with `master_weights`.
 
-    Precision is fixed when a state is created and read back from its dtypes. `max_grad_norm` may change between steps.
+    Precision is fixed when a state is created and read back from its dtypes.
+
+    `max_grad_norm` may change between steps.
     """
 
     def __init__(
@@ -136,7 +142,7 @@ class MomentOptimizer(Optimizer):
                 listed.append(parameter)
         cls.__signature__ = own.replace(parameters=listed)  # type: ignore[attr-defined]
 
-    # True where the class fixes decoupled weight decay, whatever a loaded checkpoint says, as in torch's AdamW.
+    # True: weight decay is always decoupled, and a loaded checkpoint does not change this, as in torch's AdamW.
     _is_decoupled = False
     # Tells torch.amp.GradScaler that `step` unscales gradients and skips steps itself.
     _step_supports_amp_scaling = True
@@ -146,7 +152,7 @@ class MomentOptimizer(Optimizer):
         self._sums = StepSums() if self.options.telemetry else None
         # Keyed by kind of step and first parameter: ZeRO steps one group at a time, GradientRelease one parameter.
         self._plans: dict[tuple[str, int], StepPlan] = {}
-        self._most_plans = _FEW_PLANS
+        self._plan_limit = _MIN_PLAN_LIMIT
         self._external_step: ExternalStep | None = None
         self._grad_norm: Tensor | None = None
         self._frozen_warning = FrozenWarning()
@@ -229,20 +235,20 @@ class MomentOptimizer(Optimizer):
         self._step()
 
     def _step(self) -> None:
-        conditions = conditions_of(self)
+        handling = gradient_handling_of(self)
         if self._external_step is not None:
             external_step, self._external_step = self._external_step, None
-            return self._step_external(external_step, conditions)
+            return self._step_external(external_step, handling)
         key = "step", next((id(group["params"][0]) for group in self.param_groups if group["params"]), 0)
         plan = self._plans.get(key)
-        if plan is None or not plan.try_reuse(self.param_groups, self.state, conditions):
-            plan = self._new_plan(key, collect(self.param_groups, self.state, conditions, self.options.keep_float32))
-        self._run(plan, conditions)
+        if plan is None or not plan.try_reuse(self.param_groups, self.state, handling):
+            plan = self._new_plan(key, collect(self.param_groups, self.state, handling, self.options.keep_float32))
+        self._run(plan, handling)
 
     def _new_plan(self, key: tuple[str, int], collected: Collected, covers_all_params: bool = True) -> StepPlan:
         """Return a new plan for checked parameters, and keep it if later steps can reuse it."""
         normalize_counts(collected.params, self.state)
-        host = HostScalars(
+        host_scalars = HostScalars(
             [
                 (item.group_index, 1 if is_new(state) else state["step"] + 1)
                 for item in collected.params
@@ -250,12 +256,12 @@ class MomentOptimizer(Optimizer):
                 if not (collected.counts_on_device and uses_triton(item.param))
             ]
         )
-        host.compute(self.param_groups)
+        host_scalars.compute(self.param_groups)
         # All checks have passed; state changes start here.
         self._create_states([item[:2] for item in collected.params if is_new(self.state[item.param])])
         plan = StepPlan(
             collected,
-            host,
+            host_scalars,
             self.param_groups,
             self.state,
             self._launch_cache,
@@ -264,20 +270,20 @@ class MomentOptimizer(Optimizer):
             covers_all_params,
         )
         self._plans.pop(key, None)
-        if key[0] == "step" or len(self._plans) >= self._most_plans:
+        if key[0] == "step" or len(self._plans) >= self._plan_limit:
             # A plan keeps its tensors alive, so drop the plans of replaced parameters.
             self._plans = {other: old for other, old in self._plans.items() if old.belongs_to(self.state)}
-            self._most_plans = 2 * len(self._plans) + _FEW_PLANS
+            self._plan_limit = 2 * len(self._plans) + _MIN_PLAN_LIMIT
         if plan.is_reusable:
             self._plans[key] = plan
         return plan
 
-    def _run(self, plan: StepPlan, conditions: StepConditions) -> None:
-        result = plan.run(self.param_groups, conditions, self.options.error_if_nonfinite, self._sums)
+    def _run(self, plan: StepPlan, handling: GradientHandling) -> None:
+        result = plan.run(self.param_groups, handling, self.options.error_if_nonfinite, self._sums)
         self._grad_norm = result.grad_norm
         warning = None
-        if result.taken and any(row.exp_avg_sq_weight < FROZEN_WEIGHT for row in plan.host.rows):
-            group_steps = zip(plan.host.groups, plan.host.steps, strict=True)
+        if result.taken and any(row.exp_avg_sq_weight < FROZEN_WEIGHT for row in plan.host_scalars.rows):
+            group_steps = zip(plan.host_scalars.groups, plan.host_scalars.steps, strict=True)
             warning = self._frozen_warning.after_host_step(group_steps, self.param_groups)
         if plan.device_rows:
             warning = warning or self._frozen_warning.after_device_step(plan.device_rows, self.param_groups)
@@ -287,10 +293,10 @@ class MomentOptimizer(Optimizer):
     def set_external_grads(self, parts: Sequence[ExternalGrads], grad_factor: Tensor | None = None) -> None:
         """Make the next `step()` use external gradients: it updates these parameters and no others.
 
-        A ZeRO-like framework has float32 weights next to the model's, with gradients in the model's dtype and in
-        pieces. The step reads each gradient once in its own dtype, multiplies it by `grad_factor` in float32, and
-        writes the new weights in the model's dtype too. The result is that of a step with `grad * grad_factor`; the
-        host does not wait for the factor.
+        ZeRO keeps float32 weights in addition to the model's low-precision weights. A gradient is one or more tensors
+        in the model's dtype. The step reads each gradient once in its own dtype, multiplies it by `grad_factor` in
+        float32, and writes the new weights in the model's dtype too. The result is that of a step with
+        `grad * grad_factor`; the host does not wait for the factor.
 
         Args:
             parts: parameters with their gradients and low-precision copies; see `ExternalGrads`.
@@ -298,37 +304,36 @@ class MomentOptimizer(Optimizer):
 
         Raises:
             TypeError, ValueError: a tensor does not fit, or the optimizer was made with `telemetry=True`. The next
-                `step()` raises ValueError for a parameter in no group, for steps counted on the device, and for
-                clipping.
+                `step()` raises ValueError if a parameter is in no group, if the device counts steps, or if
+                `max_grad_norm` is set.
         """
         self._external_step = checked_external_grads(parts, grad_factor, self.options.telemetry)
 
-    def _step_external(self, external_step: ExternalStep, conditions: StepConditions) -> None:
+    def _step_external(self, external_step: ExternalStep, handling: GradientHandling) -> None:
         parts, group_of = external_step.parts, self._group_indices()
         key = "external", id(parts[0].param) if parts else 0
         plan = self._plans.get(key)
-        may_reuse = conditions.is_default and all(part.param in group_of for part in parts)
+        may_reuse = handling.is_default and all(part.param in group_of for part in parts)
         if (
             plan is None
             or not may_reuse
-            or not plan.try_reuse(
-                self.param_groups, self.state, conditions, params_with_external_grads(parts, group_of)
-            )
+            or not plan.try_reuse(self.param_groups, self.state, handling, params_with_external_grads(parts, group_of))
         ):
-            checked_external_grads(parts, external_step.grad_factor, telemetry=False)  # a tensor may have changed since
-            collected = collect_external(parts, conditions, group_of, self.param_groups, self.state)
+            # Check again: a tensor may have changed since `set_external_grads`.
+            checked_external_grads(parts, external_step.grad_factor, telemetry=False)
+            collected = collect_external(parts, handling, group_of, self.param_groups, self.state)
             plan = self._new_plan(key, collected, covers_all_params=False)
-        self._run(plan, conditions._replace(grad_factor=external_step.grad_factor))
+        self._run(plan, handling._replace(grad_factor=external_step.grad_factor))
 
     def _step_one(self, param: Tensor, group_index: int) -> None:
-        conditions, key = DEFAULT_CONDITIONS, ("release", id(param))
+        handling, key = DEFAULT_HANDLING, ("release", id(param))
         plan = self._plans.get(key)
-        given = [ParamWithGrad(param, group_index, (param.grad,))] if param.grad is not None else []
-        if plan is None or not plan.try_reuse(self.param_groups, self.state, conditions, given):
+        params = [ParamWithGrad(param, group_index, (param.grad,))] if param.grad is not None else []
+        if plan is None or not plan.try_reuse(self.param_groups, self.state, handling, params):
             only = {param: group_index}
-            collected = collect(self.param_groups, self.state, conditions, self.options.keep_float32, only)
+            collected = collect(self.param_groups, self.state, handling, self.options.keep_float32, only)
             plan = self._new_plan(key, collected, covers_all_params=False)
-        self._run(plan, conditions)
+        self._run(plan, handling)
 
     def _create_states(self, params: list[tuple[Tensor, int]]) -> None:
         keep_float32 = self.options.keep_float32
@@ -374,7 +379,7 @@ class MomentOptimizer(Optimizer):
 
         Args:
             model: the model that this optimizer trains.
-            state_dict: from `master_state_dict`; every parameter and buffer of the model.
+            state_dict: from `master_state_dict`; must hold every parameter and buffer of the model.
 
         Raises:
             ValueError: keys or shapes do not fit. Nothing has changed.
@@ -391,7 +396,7 @@ class MomentOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return states and groups as `torch.optim.Optimizer.state_dict`, with step counts as ints."""
-        # First of the post-hooks, so that the user's own hooks see its result.
+        # Run before the user's post-hooks, so that they see int step counts.
         handle = self.register_state_dict_post_hook(lambda _, given: with_int_counts(given), prepend=True)
         try:
             return super().state_dict()
@@ -399,7 +404,7 @@ class MomentOptimizer(Optimizer):
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the same rule, in any precision.
+        """Load a state dict of the same kind of optimizer, in any precision.
 
         This optimizer keeps its own `states`, `master_weights` and `weight_rounding`. States in another precision are
         converted: exactly if the new precision can represent the values, else rounded to nearest. The tensors are
@@ -417,7 +422,7 @@ class MomentOptimizer(Optimizer):
             wrapped = wrap_tensors(given, optimizer.state)
             return {**wrapped, "param_groups": with_kept_options(optimizer.param_groups, given)}
 
-        # Last of the pre-hooks, so that it sees the result of the user's own hooks.
+        # Run after the user's pre-hooks, to see their result.
         handle = self.register_load_state_dict_pre_hook(check_and_wrap)
         try:
             super().load_state_dict(state_dict)
@@ -425,9 +430,9 @@ class MomentOptimizer(Optimizer):
             handle.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        before, own_groups = self.__dict__.get("state", {}), self.__dict__.get("param_groups", [])
+        before, current_groups = self.__dict__.get("state", {}), self.__dict__.get("param_groups", [])
         super().__setstate__(state)
-        keep_lr_tensors(self.param_groups, own_groups)
+        keep_lr_tensors(self.param_groups, current_groups)
         if "_launch_cache" not in self.__dict__:  # unpickled; otherwise keep the tables that captured graphs read
             self._prepare()
         self._plans.clear()
@@ -438,10 +443,10 @@ class MomentOptimizer(Optimizer):
         loaded = {param: self.state[param] for param in params_with_wrapped_tensors(self.state)}
         group_of = self._group_indices()
         for param in loaded:
-            # Load into the existing tensors, unless a framework emptied them or the user moved the parameter.
+            # Load into the existing tensors, unless a framework freed them or the user moved the parameter.
             existing = before.get(param, {})
-            own = {name: value for name, value in existing.items() if name in ("step", *STATE_TENSORS)}
-            self.state[param] = own if state_mismatch(existing, param) is None else {}
+            kept = {name: value for name, value in existing.items() if name in ("step", *STATE_TENSORS)}
+            self.state[param] = kept if state_mismatch(existing, param) is None else {}
         self._create_states([(param, group_of[param]) for param in loaded if is_new(self.state[param])])
         for param, values in loaded.items():
             copy_loaded_state(values, self.state[param], param)

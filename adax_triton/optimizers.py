@@ -18,9 +18,10 @@ class AdaX(MomentOptimizer):
         v_t &= v_{t-1} + w_t (g_t^2 - v_{t-1}), \qquad w_t = \beta_2 / ((1 + \beta_2)^t - 1) \\
         p_t &= p_{t-1} - lr \; m_t / (\sqrt{v_t} + \epsilon)
 
-    Adam forgets old gradients at a fixed rate. In AdaX the weight of a new gradient, :math:`w_t`, falls towards 0, so
-    the step size of each weight settles. `v` is the paper's second moment divided by its bias factor. The numbers are
-    the same, but `v` stays bounded, while the paper's moment overflows float32 at step 887k.
+    Adam forgets old gradients at a fixed rate. In AdaX the coefficient of a new gradient, :math:`w_t`, falls to 0, so
+    the effective learning rate of each parameter becomes constant. `v` is the paper's second moment divided by its
+    bias factor. The updates are the same, but `v` stays bounded, while the paper's moment overflows float32 at step
+    887k.
 
     `betas[1] * steps` decides how long the memory is. At 1e-4, `v` stops changing at step 115,847. For long runs set
     `betas=(0.9, beta2_for_horizon(total_steps))`.
@@ -43,8 +44,8 @@ class AdaX(MomentOptimizer):
             moment, as in the authors' program; here that is `eps / sqrt((1 + b2)^t - 1)`. Default: `"normalized"`.
         maximize: maximize the objective. Default: False.
         states: precision of the moments. `"float32"`; `"bfloat16"`; `"8bit_v16"`: 8-bit m and 16-bit v; `"8bit"`:
-            8-bit m and 8-bit v. Below float32, v is rounded stochastically, because rounding to nearest would stop
-            it early. Tensors with fewer than 4096 elements keep float32. Default: `"float32"`.
+            8-bit m and 8-bit v. In lower precision v is rounded stochastically; rounding to nearest would stop
+            updating it too early. Tensors with fewer than 4096 elements keep float32. Default: `"float32"`.
         master_weights: extra bits for 16-bit parameters. `"float32"`: full float32 weights, so that training is bit
             for bit that of float32 parameters. `"24bit"`: one extra byte for bfloat16, rounded stochastically. None:
             no extra bits. float32 parameters need none. Default: None.
@@ -56,9 +57,10 @@ class AdaX(MomentOptimizer):
             state dict. Default: None.
         capturable: count steps on the GPU, so that a CUDA graph may capture `step()`. A float32 learning rate on the
             GPU is then read at each replay. Use numbers for betas. Default: False.
-        max_grad_norm: clip the norm of all gradients to this, > 0, as `torch.nn.utils.clip_grad_norm_` before the
-            step, to rounding; `grad` is not changed. A step with a norm that is not finite is skipped. `inf` measures
-            without clipping. Not part of the state dict. Default: None, the norm is not measured.
+        max_grad_norm: clip the norm of all gradients to this, > 0. The step is that after
+            `torch.nn.utils.clip_grad_norm_`, up to rounding errors, but `grad` is not changed. A step with a norm that
+            is not finite is skipped. `inf` measures without clipping. Not part of the state dict. Default: None, the
+            norm is not measured.
         error_if_nonfinite: raise instead of skipping the step; the host then waits for the norm. Needs
             `max_grad_norm`. Default: False.
         norm_process_group: process group whose ranks hold different shards of the gradients as plain tensors. DTensors
@@ -146,7 +148,7 @@ class AdaXW(AdaX):
 
 
 class Adam(MomentOptimizer):
-    r"""Adam on AdaX's kernel, with the numbers and defaults of `torch.optim.Adam`.
+    r"""Adam on AdaX's kernel, with the results and defaults of `torch.optim.Adam`.
 
     Use it to compare the two rules on the same kernel.
 
@@ -198,7 +200,7 @@ class Adam(MomentOptimizer):
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay, with the numbers and defaults of `torch.optim.AdamW`.
+    """Adam with decoupled weight decay: results and defaults of `torch.optim.AdamW`.
 
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
 

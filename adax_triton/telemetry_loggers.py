@@ -14,7 +14,7 @@ from .moment_optimizer import MomentOptimizer
 
 
 class ScalarWriter(Protocol):
-    """The part of `torch.utils.tensorboard.SummaryWriter` that is used."""
+    """The methods of `torch.utils.tensorboard.SummaryWriter` that are called."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         """Log one number."""
@@ -49,7 +49,7 @@ class JsonLinesLogger(_EveryNthStep):
 
     Args:
         path: file to append to. With DTensor parameters every rank needs a logger, because reading is collective; pass
-            None on the ranks that shall not write.
+            None on the ranks that must not write.
         every: log every n-th step, counted from the creation of the logger; skipped steps count. Default: 1.
         per_parameter: log each parameter too. Default: False.
 
@@ -81,7 +81,7 @@ class TensorBoardLogger(_EveryNthStep):
 
     Args:
         writer: a `torch.utils.tensorboard.SummaryWriter`, or an object with its `add_scalar`. Pass None on the ranks
-            that shall not write, see `JsonLinesLogger`.
+            that must not write, see `JsonLinesLogger`.
         every, per_parameter: see `JsonLinesLogger`.
         prefix: first part of each tag. Default: "optimizer".
 

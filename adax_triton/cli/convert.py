@@ -1,9 +1,9 @@
 """Convert checkpoints to another optimizer or precision.
 
 The source is a file or a folder. A file holds an optimizer's state dict, or a dictionary with one under --key. A folder
-is a DeepSpeed checkpoint, or the parent of checkpoints and `latest`. Folders convert between Adam(W) and AdaX(W);
-`engine.load_checkpoint` loads the result. Hyper-parameters are kept unless given. Files are read with
-torch.load(weights_only=True). The source is not modified. The target appears when it is complete.
+is a DeepSpeed checkpoint, or the folder that contains checkpoints and the file `latest`. Folders convert between
+Adam(W) and AdaX(W); `engine.load_checkpoint` loads the result. Hyper-parameters are kept unless given. Files are read
+with torch.load(weights_only=True). The source is not modified. The target is written atomically.
 """
 
 from __future__ import annotations

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from adax_triton.version import __version__
 
 COMMANDS = {
-    "doctor": "what this machine can run, and whether the kernel is right on it",
-    "convert": "checkpoints of one optimizer or precision as checkpoints of another",
+    "doctor": "show the kernels that this machine can run and check their results",
+    "convert": "convert checkpoints to another optimizer or precision",
 }
 BENCHMARKS = {
-    "memory": "bytes per parameter of every mode, beside other optimizers",
-    "step": "time of one step next to other optimizers, in every precision",
-    "host": "time of a step on the host, for 1 to 5,000 tensors",
-    "cpu": "time of a step on a CPU, next to torch's and DeepSpeed's AdamW",
-    "functions": "Python functions and files that a first and a later step execute",
+    "memory": "bytes per parameter of every mode, compared with other optimizers",
+    "step": "time of one step in every precision, compared with other optimizers",
+    "host": "host overhead of one step, for 1 to 5,000 tensors",
+    "cpu": "time of one step on a CPU, compared with torch's and DeepSpeed's AdamW",
+    "functions": "number of Python functions and files that the first step and a later step execute",
     "train": "tokens per second and memory of a small GPT, in plain PyTorch and under DeepSpeed",
-    "scale": "time of a step against elements and tensors; a model of ZeRO up to 1T parameters",
+    "scale": "time of one step by number of elements and tensors; estimated time with ZeRO up to 1T parameters",
     "report": "tables and plots of result files",
 }
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
     Args:
-        argv: the words after the command's name. Default: those of the process.
+        argv: arguments after the name of the command. Default: None, `sys.argv[1:]`.
 
     Returns:
         The exit code: 0 if all is well.
@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     benchmarks = commands.add_parser("bench", help="benchmarks").add_subparsers(dest="benchmark", required=True)
     for name, summary in BENCHMARKS.items():
         benchmarks.add_parser(name, help=summary, add_help=False)
-    chosen, words = parser.parse_known_args(argv)
-    return _run([chosen.command, chosen.benchmark] if chosen.command == "bench" else [chosen.command], words)
+    chosen, remaining_args = parser.parse_known_args(argv)
+    return _run([chosen.command, chosen.benchmark] if chosen.command == "bench" else [chosen.command], remaining_args)
 
 
-def _run(names: list[str], words: list[str]) -> int:
-    # Not earlier: PyTorch takes seconds, which --version, --help and a misspelt command do not need.
+def _run(names: list[str], args: list[str]) -> int:
+    # Import here: importing PyTorch takes seconds, and --version, --help and errors do not need it.
     from adax_triton.bench import host
     from adax_triton.bench.memory import per_parameter as memory
     from adax_triton.bench.report import command as report
@@ -62,7 +62,7 @@ def _run(names: list[str], words: list[str]) -> int:
     module = modules[names[-1]]
     parser = argparse.ArgumentParser(prog=" ".join(["adax-triton", *names]), description=module.__doc__)
     if module is doctor:
-        parser.parse_args(words)
+        parser.parse_args(args)
         return doctor.main()
     module.add_arguments(parser)
-    return module.main(parser.parse_args(words))
+    return module.main(parser.parse_args(args))

@@ -89,7 +89,7 @@ def _state_dict_of(saved: Any, source: Path, key: str | None) -> dict[str, Any]:
         return found
     keys = [name for name, value in saved.items() if _is_state_dict(value)]
     where = f"{source}[{key!r}]" if key is not None else str(source)
-    advice = f"give --key {' or '.join(map(str, keys))}" if keys else "no key of the file holds one either"
+    advice = f"give --key {' or '.join(map(str, keys))}" if keys else "pass a file that holds optimizer.state_dict()"
     raise ValueError(f"{where} is not the state dict of an optimizer; {advice}")
 
 
@@ -102,8 +102,8 @@ def convert_optimizer(
 ) -> dict[str, Any]:
     """Convert a state dict to another optimizer; `state_dicts` has the formulas.
 
-    Between Adam and AdaX the result is a warm start, and its weight decay is coupled or decoupled as in `kind`. All
-    other conversions continue training with the same numbers, and `kind` must have the weight decay of the source.
+    Between Adam and AdaX the result is a warm start, and `kind` chooses coupled or decoupled weight decay. All other
+    conversions continue training with the same numbers; for them `kind` must keep the weight decay of the source.
 
     Args:
         state_dict: of this package, of torch's or DeepSpeed's Adam, or of the paper's released code.
@@ -115,15 +115,15 @@ def convert_optimizer(
         ValueError, TypeError: the state dict cannot be converted to `kind`.
     """
     decoupled, rule = kind.endswith("w"), kind.rstrip("w").rpartition("-")[2]
-    own = _from_any_optimizer(state_dict, decoupled)
-    if {group["second_moment"] for group in own["param_groups"]} != {rule}:
+    converted = _from_any_optimizer(state_dict, decoupled)
+    if {group["second_moment"] for group in converted["param_groups"]} != {rule}:
         convert = {"adax": adax_from_adam, "adam": adam_from_adax}[rule]
-        own = convert(own) if beta2 is None else convert(own, beta2=beta2)
-        for group in own["param_groups"]:
+        converted = convert(converted) if beta2 is None else convert(converted, beta2=beta2)
+        for group in converted["param_groups"]:
             group["decoupled_weight_decay"] = decoupled
     elif beta2 is not None:
         raise ValueError(f"beta2={beta2} applies only if the rule changes, but the state dict has {rule!r}; omit beta2")
-    for index, group in enumerate(own["param_groups"]):
+    for index, group in enumerate(converted["param_groups"]):
         if group["decoupled_weight_decay"] != decoupled:
             raise ValueError(
                 f"param_groups[{index}] has decoupled_weight_decay={not decoupled}; convert it to "
@@ -132,8 +132,8 @@ def convert_optimizer(
         if lr is not None:
             group["lr"] = lr
     if kind.startswith("torch-"):
-        return to_torch_adam(own)
-    return to_released_adax(own) if kind.startswith("released-") else own
+        return to_torch_adam(converted)
+    return to_released_adax(converted) if kind.startswith("released-") else converted
 
 
 def _from_any_optimizer(state_dict: Mapping[str, Any], decoupled: bool) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def convert_precision(
 ) -> dict[str, Any]:
     """Convert the states or masters of a state dict of this package to another precision.
 
-    Values are those that an optimizer of that precision would load: exact if the new format can represent them, else
-    rounded to nearest.
+    The result equals what an optimizer of that precision would load. Values are exact if the new format can represent
+    them, else rounded to nearest.
 
     Args:
         state_dict: of an optimizer of this package.
@@ -162,7 +162,8 @@ def convert_precision(
             needs the model's weights and is not supported. Default: None, keep the masters.
 
     Raises:
-        ValueError: another package saved the state dict, or `master_weights` is given and it has no masters.
+        ValueError: another package saved the state dict, or `master_weights` is given but the state dict has no
+            masters.
     """
     groups = [with_current_names(group) for group in state_dict["param_groups"]]
     if not all("second_moment" in group for group in groups):
@@ -176,14 +177,14 @@ def convert_precision(
     changes = {key: value for key, value in changes.items() if value is not None}
     saved = state_dict["state"]
     dummies = {key: _dummy_param(saved.get(key) or {}) for group in groups for key in group["params"]}
-    own_groups = []
+    new_groups = []
     for group in groups:
         kept = {key: group[key] for key in HYPERPARAMETERS if key in group and key != "capturable"}
-        own_groups.append({**kept, **changes, "params": [dummies[key] for key in group["params"]]})
+        new_groups.append({**kept, **changes, "params": [dummies[key] for key in group["params"]]})
     exceptions = {
         id(dummies[key]) for group in groups for key in group["params"] if _is_float32_exception(saved.get(key), group)
     }
-    optimizer = AdaX(own_groups, keep_float32=lambda param: id(param) in exceptions)
+    optimizer = AdaX(new_groups, keep_float32=lambda param: id(param) in exceptions)
     optimizer.load_state_dict({"state": state_dict["state"], "param_groups": groups})
     keys = list(dummies)
     loaded = {keys[index]: state for index, state in optimizer.state_dict()["state"].items()}
@@ -191,7 +192,7 @@ def convert_precision(
 
 
 def _is_float32_exception(state: Mapping[str, Any] | None, group: Mapping[str, Any]) -> bool:
-    """Return whether `keep_float32` or its size kept a state in float32, unlike its group."""
+    """Return whether a state is float32 although its group uses another precision."""
     if not state or group.get("states", "float32") == "float32":
         return False
     return precision_of(state).states == "float32"
@@ -200,7 +201,7 @@ def _is_float32_exception(state: Mapping[str, Any] | None, group: Mapping[str, A
 def _dummy_param(state: Mapping[str, Any]) -> nn.Parameter:
     """Return a zero parameter of the shape and dtype that match a state."""
     moment, master = state.get("exp_avg", torch.empty(0)), state.get("master")
-    if moment.dtype == torch.uint8:  # codes, with their bytes along the last dimension
+    if moment.dtype == torch.uint8:  # quantized: the bytes of each integer are the last dimension
         moment = moment[..., 0]
     dtype = moment.dtype
     if master is not None:

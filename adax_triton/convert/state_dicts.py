@@ -41,10 +41,12 @@ _ConvertGroup = Callable[[Mapping[str, Any], str], dict[str, Any]]  # (group, it
 class _MomentConversion(NamedTuple):
     """How a conversion scales the moments of a state."""
 
-    factors: Callable[[float, float, int], tuple[float, float]]  # (b1, b2, step) -> factors of exp_avg, exp_avg_sq
-    scale: Callable[[Any, Any], Any]  # (moment, factor) -> converted moment; truediv or mul
+    moment_factors: Callable[
+        [float, float, int], tuple[float, float]
+    ]  # (b1, b2, step) -> factors of exp_avg, exp_avg_sq
+    apply_factor: Callable[[Any, Any], Any]  # (moment, factor) -> converted moment; truediv or mul
     raw_adax: bool = False  # source or target holds AdaX's raw moment, which can overflow
-    count: Callable[[int], Any] = int  # step count -> the target's type of step
+    convert_step: Callable[[int], Any] = int  # step count -> the target's type of step
 
 
 def from_torch_adam(state_dict: Mapping[str, Any], *, decoupled_weight_decay: bool | None = None) -> dict[str, Any]:
@@ -75,21 +77,23 @@ def from_torch_adam(state_dict: Mapping[str, Any], *, decoupled_weight_decay: bo
             raise ValueError(
                 f"{where}['amsgrad'] is {group['amsgrad']!r}, which is not supported; use a checkpoint without amsgrad"
             )
-        own = group.get("decoupled_weight_decay", decoupled_weight_decay)
-        if own is None:
+        is_decoupled = group.get("decoupled_weight_decay", decoupled_weight_decay)
+        if is_decoupled is None:
             raise ValueError(
                 f"{where} has no 'decoupled_weight_decay'; pass decoupled_weight_decay=True for AdamW, False for Adam"
             )
-        if decoupled_weight_decay is not None and own != decoupled_weight_decay:
+        if decoupled_weight_decay is not None and is_decoupled != decoupled_weight_decay:
             raise ValueError(
-                f"decoupled_weight_decay={decoupled_weight_decay!r}, but {where} has {own!r}; pass the same "
+                f"decoupled_weight_decay={decoupled_weight_decay!r}, but {where} has {is_decoupled!r}; pass the same "
                 "value or None"
             )
         if not group.get("bias_correction", True):
             raise ValueError(f"{where}['bias_correction'] is False, which is not supported; expected True")
         maximize = group.get("maximize", False)
         group = {key: value for key, value in group.items() if key != "bias_correction"}
-        return _own_group(group, where, {**_ADAM, "decoupled_weight_decay": own, "maximize": maximize})
+        return _to_adax_triton_group(
+            group, where, {**_ADAM, "decoupled_weight_decay": is_decoupled, "maximize": maximize}
+        )
 
     return _convert_state_dict(
         state_dict, _SHARED_KEYS, convert_group, _MomentConversion(_adam_factors, operator.truediv)
@@ -116,12 +120,12 @@ def to_torch_adam(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        own = _validated_group(group, where, _ADAM)
+        validated = _validated_group(group, where, _ADAM)
         kept = (*_SHARED_KEYS, "decoupled_weight_decay", "maximize")
-        return copy.deepcopy({**_extra_keys(group), **{key: own[key] for key in kept}, **_TORCH_FLAGS})
+        return copy.deepcopy({**_extra_keys(group), **{key: validated[key] for key in kept}, **_TORCH_FLAGS})
 
     conversion = _MomentConversion(
-        _adam_factors, operator.mul, count=lambda step: torch.tensor(float(step), dtype=torch.float32)
+        _adam_factors, operator.mul, convert_step=lambda step: torch.tensor(float(step), dtype=torch.float32)
     )
     return _convert_state_dict(state_dict, _OWN_KEYS, convert_group, conversion)
 
@@ -148,7 +152,7 @@ def from_released_adax(state_dict: Mapping[str, Any], *, decoupled_weight_decay:
     """
 
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        return _own_group(group, where, {**_RELEASED_ADAX, "decoupled_weight_decay": decoupled_weight_decay})
+        return _to_adax_triton_group(group, where, {**_RELEASED_ADAX, "decoupled_weight_decay": decoupled_weight_decay})
 
     return _convert_state_dict(
         state_dict, _SHARED_KEYS, convert_group, _MomentConversion(_adax_factors, operator.truediv, raw_adax=True)
@@ -175,8 +179,8 @@ def to_released_adax(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        own = _validated_group(group, where, {**_RELEASED_ADAX, "maximize": False})
-        return copy.deepcopy({**_extra_keys(group), **{key: own[key] for key in _SHARED_KEYS}})
+        validated = _validated_group(group, where, {**_RELEASED_ADAX, "maximize": False})
+        return copy.deepcopy({**_extra_keys(group), **{key: validated[key] for key in _SHARED_KEYS}})
 
     return _convert_state_dict(
         state_dict, _OWN_KEYS, convert_group, _MomentConversion(_adax_factors, operator.mul, raw_adax=True)
@@ -188,9 +192,9 @@ def adax_from_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e-4) -> dic
 
         m = m_adam / (1 - b1^step),   v = v_adam
 
-    Update sizes continue, but v now follows AdaX's rule, so the run differs from Adam's. `step` is kept. New squared
-    gradients therefore get AdaX's small `w_t` of that step, although v averages only Adam's last `1 / (1 - b2)` steps.
-    Learning rates, eps and weight decays stay Adam's.
+    The first updates have Adam's size, but v now follows AdaX's rule, so the run differs from Adam's. `step` is kept.
+    AdaX's `w_t` is small at that step, so v changes slowly from then on, although at first it averages only Adam's last
+    `1 / (1 - b2)` steps. Learning rates, eps and weight decays stay Adam's.
 
     Args:
         state_dict: of `Adam` or `AdamW`, or from `from_torch_adam`.
@@ -205,10 +209,10 @@ def adax_from_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e-4) -> dic
     """
 
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        own = _validated_group(group, where, _ADAM)
-        betas = (as_float(own["betas"][0], "betas[0]"), as_float(beta2, "beta2"))
-        own = _validated_group({**own, "betas": betas, "second_moment": "adax"}, f"beta2={beta2!r}", {})
-        return copy.deepcopy({**_extra_keys(group), **own})
+        validated = _validated_group(group, where, _ADAM)
+        betas = (as_float(validated["betas"][0], "betas[0]"), as_float(beta2, "beta2"))
+        validated = _validated_group({**validated, "betas": betas, "second_moment": "adax"}, f"beta2={beta2!r}", {})
+        return copy.deepcopy({**_extra_keys(group), **validated})
 
     conversion = _MomentConversion(lambda beta1, _, step: (one_minus_power(beta1, step), 1.0), operator.truediv)
     return _convert_state_dict(state_dict, _OWN_KEYS, convert_group, conversion)
@@ -235,10 +239,10 @@ def adam_from_adax(state_dict: Mapping[str, Any], *, beta2: float = 0.999) -> di
     """
 
     def convert_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        own = _validated_group(group, where, {"second_moment": "adax"})
-        betas = (as_float(own["betas"][0], "betas[0]"), as_float(beta2, "beta2"))
-        own = _validated_group({**own, "betas": betas, **_ADAM}, f"beta2={beta2!r}", {})
-        return copy.deepcopy({**_extra_keys(group), **own})
+        validated = _validated_group(group, where, {"second_moment": "adax"})
+        betas = (as_float(validated["betas"][0], "betas[0]"), as_float(beta2, "beta2"))
+        validated = _validated_group({**validated, "betas": betas, **_ADAM}, f"beta2={beta2!r}", {})
+        return copy.deepcopy({**_extra_keys(group), **validated})
 
     conversion = _MomentConversion(lambda beta1, _, step: (one_minus_power(beta1, step), 1.0), operator.mul)
     return _convert_state_dict(state_dict, _OWN_KEYS, convert_group, conversion)
@@ -301,16 +305,16 @@ def _convert_state(state: Mapping[str, Any], where: str, betas: Any, conversion:
     step = int(state["step"])
     beta1, beta2 = (as_float(beta, "betas") for beta in betas)
     # At step 0 the moments and the bias factor are 0, so there is nothing to scale.
-    factors = conversion.factors(beta1, beta2, step) if step else (1.0, 1.0)
-    exp_avg = _scaled(state["exp_avg"], factors[0], conversion.scale)
-    exp_avg_sq = _scaled(state["exp_avg_sq"], factors[1], conversion.scale)
+    factors = conversion.moment_factors(beta1, beta2, step) if step else (1.0, 1.0)
+    exp_avg = _scaled(state["exp_avg"], factors[0], conversion.apply_factor)
+    exp_avg_sq = _scaled(state["exp_avg_sq"], factors[1], conversion.apply_factor)
     if conversion.raw_adax and not (state["exp_avg_sq"].isfinite().all() and exp_avg_sq.isfinite().all()):
         largest_step = math.log(torch.finfo(exp_avg_sq.dtype).max) / math.log1p(beta2)
         raise ValueError(
             f"{where}['exp_avg_sq']: the raw moment of step {step} is not finite; it grows as (1 + {beta2})^t and "
             f"overflows {exp_avg_sq.dtype} at about step {largest_step:.0f}; use an earlier checkpoint"
         )
-    return {"step": conversion.count(step), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    return {"step": conversion.convert_step(step), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
 def _scaled(moment: Tensor, factor: float, scale: Callable[[Any, Any], Any]) -> Tensor:
@@ -322,18 +326,18 @@ def _scaled(moment: Tensor, factor: float, scale: Callable[[Any, Any], Any]) -> 
 
 def _validated_group(group: Mapping[str, Any], where: str, required: dict[str, Any]) -> dict[str, Any]:
     """Return a group's hyper-parameters; raise unless they are valid and equal those in `required`."""
-    own = {
+    validated = {
         **OLD_CHECKPOINT_DEFAULTS,
         **{key: value for key, value in with_current_names(group).items() if key in HYPERPARAMETERS},
     }
     try:
-        validate_group(own)
+        validate_group(validated)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from None
     for key, value in required.items():
-        if own[key] != value:
-            raise ValueError(f"{where}[{key!r}] is {own[key]!r}; this conversion supports only {value!r}")
-    return own
+        if validated[key] != value:
+            raise ValueError(f"{where}[{key!r}] is {validated[key]!r}; this conversion supports only {value!r}")
+    return validated
 
 
 def _extra_keys(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -358,11 +362,11 @@ def _adax_factors(_: float, beta2: float, step: int) -> tuple[float, float]:
     return 1.0, math.inf if exponent > _LARGEST_EXPONENT else math.expm1(exponent)
 
 
-def _own_group(group: Mapping[str, Any], where: str, changes: dict[str, Any]) -> dict[str, Any]:
+def _to_adax_triton_group(group: Mapping[str, Any], where: str, changes: dict[str, Any]) -> dict[str, Any]:
     if "second_moment" in group:
         raise ValueError(
             f"{where}['second_moment'] is {group['second_moment']!r}, so adax_triton saved this state dict; load it "
             "without this conversion"
         )
-    own = _validated_group({**{key: group[key] for key in _SHARED_KEYS}, **changes}, where, {})
-    return copy.deepcopy({**_extra_keys(group), **own})
+    validated = _validated_group({**{key: group[key] for key in _SHARED_KEYS}, **changes}, where, {})
+    return copy.deepcopy({**_extra_keys(group), **validated})

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dtensor import is_sharded, local_tensor, sharded_like
-from .flat_buffer import FlatBuffer, why_not_writable
+from .dtensor import is_dtensor, local_tensor, sharded_like
+from .flat_buffer import FlatBuffer, write_problem
 from .precision import HALF_DTYPES, Layout, Precision, is_quantized, precision_of, state_layouts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -34,16 +34,16 @@ def allocate_states(params: Sequence[Tensor], precisions: Sequence[Precision]) -
     cannot deepcopy a DTensor that has a storage offset.
     """
     states: list[dict[str, Any]] = [{"step": 0} for _ in params]
-    shards = [local_tensor(param.detach()) for param in params]
+    local_params = [local_tensor(param.detach()) for param in params]
     indices_by_buffer: dict[tuple[torch.device, str, torch.dtype, int | None], list[int]] = defaultdict(list)
     for index, (param, precision) in enumerate(zip(params, precisions, strict=True)):
-        for name, layout in state_layouts(shards[index], precision).items():
-            indices_by_buffer[param.device, name, layout.dtype, index if is_sharded(param) else None].append(index)
+        for name, layout in state_layouts(local_params[index], precision).items():
+            indices_by_buffer[param.device, name, layout.dtype, index if is_dtensor(param) else None].append(index)
     for (_, name, dtype, _), indices in indices_by_buffer.items():
-        templates = [_template(shards[index], name, precisions[index]) for index in indices]
+        templates = [_template(local_params[index], name, precisions[index]) for index in indices]
         for index, view in zip(indices, FlatBuffer(templates, dtype=dtype.to_real()).views, strict=True):
             if name == "master" and dtype == torch.float32:
-                view.copy_(shards[index])
+                view.copy_(local_params[index])
             layout = state_layouts(params[index], precisions[index])[name]
             shard = torch.view_as_complex(view) if dtype.is_complex else view
             if layout.is_bytes:
@@ -106,7 +106,7 @@ def state_mismatch(state: Mapping[str, Any], param: Tensor) -> str | None:
                 f"state[{name!r}] has shape {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}; a parameter of "
                 f"{param.dtype} needs shape {wanted[0]}, {wanted[1]}, on {wanted[2]}"
             )
-        problem = why_not_writable(tensor)
+        problem = write_problem(tensor)
         if problem is not None:
             return f"state[{name!r}]: {problem}"
         readable = tensor.is_contiguous() or (name == "master" and _can_be_viewed_as_integers(tensor))

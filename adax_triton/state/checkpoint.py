@@ -19,7 +19,7 @@ from .precision import HALF_DTYPES, Layout, is_quantized, precision_of, state_la
 from .step_counts import checked_count, counts_as_ints
 from .validation import OLD_CHECKPOINT_DEFAULTS, validate_group, with_current_names
 
-# Options that loading a checkpoint does not overwrite: they choose storage formats and are not part of the training.
+# Options that loading a checkpoint does not overwrite: they choose storage formats and do not change the update rule.
 KEPT_OPTIONS = ("states", "master_weights", "weight_rounding", "capturable")
 
 
@@ -40,20 +40,22 @@ def _param_keys(groups: Iterable[Mapping[str, Any]]) -> Iterable[Any]:
     return chain.from_iterable(group["params"] for group in groups)
 
 
-def wrap_tensors(state_dict: Mapping[str, Any], own_states: Mapping[Any, Any]) -> dict[str, Any]:
+def wrap_tensors(state_dict: Mapping[str, Any], current_states: Mapping[Any, Any]) -> dict[str, Any]:
     """Return a shallow copy of a state dict with state tensors wrapped in `OpaqueTensor`.
 
     Args:
         state_dict: the state dict to load.
-        own_states: states of the loading optimizer. Loading writes into them, so saved tensors that share their
+        current_states: states of the loading optimizer. Loading writes into them, so saved tensors that share their
             memory are cloned.
     """
-    own = {_address(value) for state in own_states.values() if isinstance(state, Mapping) for value in state.values()}
+    addresses = {
+        _address(value) for state in current_states.values() if isinstance(state, Mapping) for value in state.values()
+    }
     states = dict(state_dict["state"])
     for key in _param_keys(state_dict["param_groups"]):
         if isinstance(states.get(key), Mapping):
             states[key] = {
-                name: OpaqueTensor(value.clone() if _address(value) in own else value)
+                name: OpaqueTensor(value.clone() if _address(value) in addresses else value)
                 if name in STATE_TENSORS
                 else value
                 for name, value in states[key].items()
@@ -65,20 +67,22 @@ def _address(value: Any) -> int | None:
     return local_tensor(value).untyped_storage().data_ptr() or None if isinstance(value, Tensor) else None
 
 
-def with_kept_options(own_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the saved groups with `KEPT_OPTIONS` from the optimizer's own groups."""
+def with_kept_options(
+    current_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the saved groups with `KEPT_OPTIONS` from the optimizer's groups."""
     groups = [dict(group) for group in state_dict["param_groups"]]
-    for saved, own in zip(groups, own_groups, strict=False):  # torch raises later if their numbers differ
-        saved.update({key: own[key] for key in KEPT_OPTIONS})
+    for saved, current in zip(groups, current_groups, strict=False):  # torch raises later if their numbers differ
+        saved.update({key: current[key] for key in KEPT_OPTIONS})
     return groups
 
 
-def keep_lr_tensors(groups: Sequence[dict[str, Any]], own_groups: Sequence[Mapping[str, Any]]) -> None:
+def keep_lr_tensors(groups: Sequence[dict[str, Any]], current_groups: Sequence[Mapping[str, Any]]) -> None:
     """Copy loaded learning rates into the existing lr tensors, which CUDA graphs read."""
-    for group, own in zip(groups, own_groups, strict=False):  # own_groups is empty while unpickling
-        if isinstance(own["lr"], Tensor) and group["lr"] is not own["lr"]:
-            own["lr"].copy_(torch.as_tensor(group["lr"]))
-            group["lr"] = own["lr"]
+    for group, current in zip(groups, current_groups, strict=False):  # current_groups is empty while unpickling
+        if isinstance(current["lr"], Tensor) and group["lr"] is not current["lr"]:
+            current["lr"].copy_(torch.as_tensor(group["lr"]))
+            group["lr"] = current["lr"]
 
 
 def check_state_dict(state_dict: Mapping[str, Any], param_groups: list[dict[str, Any]]) -> None:
@@ -86,7 +90,7 @@ def check_state_dict(state_dict: Mapping[str, Any], param_groups: list[dict[str,
 
     Args:
         state_dict: as given to `load_state_dict`.
-        param_groups: the optimizer's own groups.
+        param_groups: the optimizer's groups.
 
     Raises:
         ValueError: keys or shapes differ; `second_moment` differs, or is missing because another package saved it.
@@ -99,34 +103,34 @@ def check_state_dict(state_dict: Mapping[str, Any], param_groups: list[dict[str,
     if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in param_groups]:
         return  # torch's load_state_dict raises for this
     states = state_dict["state"]
-    for index, (saved, own) in enumerate(zip(saved_groups, param_groups, strict=True)):
-        _check_rule(saved.get("second_moment"), own["second_moment"], index)
-        _check_group(saved, own, index)
+    for index, (saved, current) in enumerate(zip(saved_groups, param_groups, strict=True)):
+        _check_rule(saved.get("second_moment"), current["second_moment"], index)
+        _check_group(saved, current, index)
     for key, param in zip(_param_keys(saved_groups), _param_keys(param_groups), strict=True):
         if isinstance(states.get(key), Mapping) and not is_new(states[key]):
             _check_state(states[key], param, key)
 
 
-def _check_rule(saved: str | None, own: str, index: int) -> None:
+def _check_rule(saved: str | None, current: str, index: int) -> None:
     if saved is None:
         raise ValueError(
             f"state_dict['param_groups'][{index}] has no 'second_moment', so adax_triton did not save it and its "
             "exp_avg_sq may be the raw moment; convert it first with from_torch_adam or from_released_adax"
         )
-    if saved != own:
+    if saved != current:
         raise ValueError(
-            f"state_dict['param_groups'][{index}]['second_moment'] is {saved!r}, but this optimizer uses {own!r}; "
+            f"state_dict['param_groups'][{index}]['second_moment'] is {saved!r}, but this optimizer uses {current!r}; "
             "load it into an optimizer with the saved rule, or convert it with adax_from_adam or adam_from_adax"
         )
 
 
-def _check_group(saved: Mapping[str, Any], own: Mapping[str, Any], index: int) -> None:
+def _check_group(saved: Mapping[str, Any], current: Mapping[str, Any], index: int) -> None:
     where = f"state_dict['param_groups'][{index}]"
     missing = [key for key in COEFFICIENT_KEYS if key not in saved and key not in OLD_CHECKPOINT_DEFAULTS]
     if missing:
         raise ValueError(f"{where} has no {', '.join(map(repr, missing))}; its keys are {sorted(map(str, saved))}")
     try:
-        validate_group({**own, **with_current_names(saved)})
+        validate_group({**current, **with_current_names(saved)})
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from None
 
@@ -153,8 +157,8 @@ def _check_state(state: Mapping[str, Any], param: Tensor, key: int) -> None:
     precision = precision_of(state)
     if is_quantized(precision.states) and splits_code_groups(param):  # a rank cannot dequantize part of a group
         raise ValueError(
-            f"{where} holds states={precision.states!r} in groups of {GROUP} elements, which the placements "
-            f"{getattr(param, 'placements', None)} of the parameter split; save it with states='float32' instead"
+            f"{where} has states={precision.states!r}, but the placements {getattr(param, 'placements', None)} of its "
+            f"parameter split groups of {GROUP} elements; save the checkpoint with states='float32'"
         )
     if param.dtype not in HALF_DTYPES and master is not None:  # the saved master is not needed
         precision = precision._replace(master_weights=None)
@@ -222,7 +226,7 @@ def _copy_quantized(saved: Mapping[str, Tensor], state: Mapping[str, Tensor], pa
     targets = _flat_moments(state, param.device)
     padding = 0 if targets[2] is None else -numel % GROUP
     first, second = (torch.nn.functional.pad(moment[:numel], (0, padding)) for moment in moments)
-    # Round to nearest: one rounding cannot freeze v, as rounding at every step would.
+    # Round to nearest. This freezes v only if it is done at every step.
     store_moments((first, second), *targets, random=None)
     tensors = local_state_tensors(state)
     for name, target in zip(MOMENTS, targets[:2], strict=True):
@@ -242,12 +246,12 @@ def _flat_moments(state: Mapping[str, Tensor], device: torch.device) -> tuple[Te
 
 
 def _copy_master(saved: Mapping[str, Tensor], state: Mapping[str, Tensor], param: Tensor) -> None:
-    given, own = local_state_tensors(saved).get("master"), local_state_tensors(state)["master"]
+    given, master = local_state_tensors(saved).get("master"), local_state_tensors(state)["master"]
     if given is None:
-        own.copy_(local_tensor(param.detach()) if own.is_floating_point() else torch.zeros_like(own))
-    elif given.dtype == own.dtype:
-        own.copy_(given)
-    elif own.dtype == torch.int16:
-        own.copy_(given.to(torch.int16) << 8)
+        master.copy_(local_tensor(param.detach()) if master.is_floating_point() else torch.zeros_like(master))
+    elif given.dtype == master.dtype:
+        master.copy_(given)
+    elif master.dtype == torch.int16:
+        master.copy_(given.to(torch.int16) << 8)
     else:  # round to the nearest int8, clamped so that the parameter's value does not change
-        own.copy_(((given.to(torch.int32) + 0x80) >> 8).clamp(-128, 127))
+        master.copy_(((given.to(torch.int32) + 0x80) >> 8).clamp(-128, 127))

@@ -57,7 +57,7 @@ def sharded_like(param: Tensor, shard: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Redistribute a tensor to the mesh and placements of `like`, which has its shape."""
+    """Redistribute a tensor to the mesh and placements of `like`, of equal shape."""
     given, wanted = _as_dtensor(tensor), _as_dtensor(like)
     if wanted is None:
         return tensor if given is None else given.full_tensor()
@@ -71,7 +71,7 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     return given.redistribute(wanted.device_mesh, wanted.placements)
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
     return _as_dtensor(tensor) is not None
 
@@ -84,7 +84,7 @@ def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
     return grad if dtensor is None else dtensor.to_local()
 
 
-def first_element(param: Tensor) -> int:
+def first_element_index(param: Tensor) -> int:
     """Return the index of this rank's first element in the full parameter.
 
     If the parameter is sharded along dim 0, the shard's other elements follow it in the full parameter.

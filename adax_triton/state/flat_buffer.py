@@ -1,4 +1,4 @@
-"""Flat buffers, and checks of how a tensor lies in memory."""
+"""Flat buffers, and checks of memory layout."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def why_not_writable(tensor: Tensor) -> str | None:
+def write_problem(tensor: Tensor) -> str | None:
     """Return why a tensor cannot be updated in place and what to do, or None if it can."""
     if tensor.layout != torch.strided:
         return f"has layout {tensor.layout}; make it dense"
     if tensor.is_conj():
-        return "is a lazy conjugate; replace it by its resolve_conj()"
+        return "is a lazy conjugate; call resolve_conj() and use the result"
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        return "was created in inference mode; replace it by its clone()"
+        return "was created in inference mode; call clone() and use the result"
     if not tensor.is_contiguous() and _shares_memory(tensor):
-        return "is expanded, so its elements share memory; replace it by its contiguous()"
+        return "is expanded, so its elements share memory; call contiguous() and use the result"
     return storage_problem(tensor)
 
 
@@ -70,7 +70,8 @@ class FlatBuffer:
     """Allocate one zeroed buffer with one view for each given tensor.
 
     A view has the shape of its tensor. It also has the strides if the tensor is dense (channels-last, transposed), so
-    that a flat index means the same element in both. Up to `ALIGNMENT - 1` unused elements separate two views.
+    that flat index i is the same element in the view and in the tensor. Up to `ALIGNMENT - 1` unused elements
+    separate two views.
 
     Args:
         tensors: templates for shape, strides and device; all on one device.

@@ -40,11 +40,11 @@ def check(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: keys or shapes differ.
     """
-    own = model.state_dict()
-    if set(own) != set(state_dict):
-        missing, unknown = sorted(set(own) - set(state_dict)), sorted(set(state_dict) - set(own))
+    current = model.state_dict()
+    if set(current) != set(state_dict):
+        missing, unknown = sorted(set(current) - set(state_dict)), sorted(set(state_dict) - set(current))
         raise ValueError(f"state_dict does not match the model: missing keys {missing}, unknown keys {unknown}")
-    for name, tensor in own.items():
+    for name, tensor in current.items():
         if isinstance(tensor, Tensor) and tensor.shape != state_dict[name].shape:
             raise ValueError(
                 f"state_dict[{name!r}] has shape {tuple(state_dict[name].shape)}; the model needs {tuple(tensor.shape)}"
@@ -59,9 +59,9 @@ def load(model: nn.Module, states: Mapping[Tensor, Mapping[str, Any]], state_dic
         states: optimizer state of each parameter.
         state_dict: float32 weights by name; checked by `check`.
     """
-    own = model.state_dict()
+    current = model.state_dict()
     placed = {
-        name: placed_like(tensor, own[name]) if isinstance(tensor, Tensor) else tensor
+        name: placed_like(tensor, current[name]) if isinstance(tensor, Tensor) else tensor
         for name, tensor in state_dict.items()
     }
     model.load_state_dict(placed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .dtensor import is_sharded, is_supported, splits_code_groups
+from .dtensor import is_dtensor, is_supported, splits_code_groups
 from .precision import PARAM_DTYPES, QUANTIZED_FROM_NUMEL, is_quantized
 
 
@@ -63,7 +63,7 @@ def check_param(
 
 
 def checked_gradient(param: Tensor) -> Tensor:
-    """Check a parameter's gradient and return it dense, with lazy bits resolved.
+    """Check a parameter's gradient and return it dense, with lazy conj and neg applied.
 
     Raises:
         TypeError, ValueError: its dtype, shape or device does not match the parameter.
@@ -72,7 +72,7 @@ def checked_gradient(param: Tensor) -> Tensor:
     assert grad is not None
     if grad.shape != param.shape:
         raise ValueError(f"grad has shape {tuple(grad.shape)}; expected the parameter's shape {tuple(param.shape)}")
-    if is_sharded(grad) != is_sharded(param):  # torch allows this, but the local shapes differ
+    if is_dtensor(grad) != is_dtensor(param):  # torch allows this, but the local shapes differ
         raise TypeError(
             f"grad is a {type(grad).__name__}, but the parameter is a {type(param.data).__name__}; shard both alike"
         )

@@ -17,7 +17,8 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 STATES = ("float32", "bfloat16", "8bit_v16", "8bit")  # 8bit_v16: 8-bit m and 16-bit v; 8bit: both 8-bit
 MASTER_WEIGHTS = ("float32", "24bit")
 WEIGHT_ROUNDINGS = ("nearest", "stochastic")
-# In elements. Smaller tensors keep float32 states: biases and norms are sensitive, and a thousandth of a model.
+# In elements. Smaller tensors keep float32 states: biases and norm weights are sensitive to rounding, and they are only
+# about 0.1 % of a model.
 QUANTIZED_FROM_NUMEL = 4096
 
 _EXP_AVG_DTYPES = {
@@ -55,7 +56,7 @@ class Layout(NamedTuple):
     """Shape and dtype of a state tensor's values.
 
     Integers are stored as uint8, with the bytes of each integer along an extra last dimension. In-place checkpoint
-    loaders then cannot mistake them for floats of the same shape, and NCCL and Gloo can send them; they have no int16.
+    loaders then cannot mistake them for floats of the same shape. NCCL and Gloo support uint8, but not int16.
     """
 
     shape: tuple[int, ...]
@@ -85,8 +86,8 @@ def is_quantized(states: str) -> bool:
 def precision_for(param: Tensor, group: Mapping[str, Any], keep_float32: Callable[[Tensor], bool] | None) -> Precision:
     """Return the precision for a new state, from the options of its group.
 
-    Tensors with fewer than `QUANTIZED_FROM_NUMEL` elements, float64 and complex tensors, and tensors for which
-    `keep_float32` returns True have `"float32"` states; see `state_dtype`. Only 16-bit parameters have a master.
+    The states are `"float32"` if the tensor has fewer than `QUANTIZED_FROM_NUMEL` elements, is float64 or complex, or
+    `keep_float32` returns True for it; see `state_dtype`. Only 16-bit parameters have a master.
     """
     unquantized = param.numel() < QUANTIZED_FROM_NUMEL or param.is_complex() or param.dtype == torch.float64
     states = "float32" if unquantized or (keep_float32 is not None and keep_float32(param)) else group["states"]
@@ -118,7 +119,8 @@ def state_layouts(param: Tensor, precision: Precision) -> dict[str, Layout]:
 
     Float moments and masters have the parameter's shape and strides. Codes have its shape and are contiguous: a group
     is 32 elements in index order, for any strides of the parameter. `group_exponents` has shape (rows, groups per row)
-    if a row is a multiple of 32 elements, so that sharding along dim 0 fits both. Otherwise it has shape (groups,).
+    if a row is a multiple of 32 elements; sharding along dim 0 then splits codes and exponents alike. Otherwise it
+    has shape (groups,).
     """
     return _state_layouts(tuple(param.shape), param.dtype, precision)
 
@@ -172,7 +174,7 @@ def bytes_stored(
     Args:
         param_dtype: dtype of the parameter.
         precision: precision of its states. Default: float32.
-        skip_unchanged_v: count none for v, as if no group of it changed. Default: False.
+        skip_unchanged_v: leave out v; the kernel does not write groups of v that did not change. Default: False.
     """
     skipped = bytes_by_state(param_dtype, precision)["exp_avg_sq"] if skip_unchanged_v else 0
     return param_dtype.itemsize + state_bytes(param_dtype, precision) - skipped

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def checked_count(step: Any, name: str) -> int:
-    """Check a step count and return it as an int; a GPU tensor synchronizes.
+    """Check a step count and return it as an int; reading a GPU tensor synchronizes.
 
     Args:
         step: a non-negative int or integer-valued float, or a one-element tensor of either, as in torch's optimizers.
@@ -27,35 +27,34 @@ def checked_count(step: Any, name: str) -> int:
     return int(count)
 
 
-def is_on_device(step: Any, param: Tensor) -> bool:
+def can_increment_on_device(step: Any, param: Tensor) -> bool:
     """Return whether a kernel can increment this count, maybe after a cast, without synchronizing."""
     if not isinstance(step, Tensor) or step.numel() != 1:
         return False
     return step.device.type == "cuda" or (step.device == param.device and step.ndim == 0 and step.dtype == torch.int64)
 
 
-def check_count(step: Any, param: Tensor) -> None:
+def check_count_without_sync(step: Any, param: Tensor) -> None:
     """Check a parameter's step count, unless that would synchronize with a GPU.
 
     Raises:
         TypeError: not a non-negative whole number.
     """
-    if not is_on_device(step, param):
+    if not can_increment_on_device(step, param):
         checked_count(step, "state['step']")
 
 
 def normalized_count(step: Any, param: Tensor, uses_kernel: bool) -> int | Tensor:
     """Return a checked count as an int or a 0-d int64 tensor on the parameter's device.
 
-    A count that is on a device stays there. Other code may have stored it in another form; torch's optimizers use a
-    float32 tensor.
+    A count on a device stays there. Other forms are accepted, such as the float32 tensor of torch's optimizers.
 
     Args:
         step: the count.
         param: its parameter.
         uses_kernel: whether a Triton kernel updates the parameter and can increment its count.
     """
-    if uses_kernel and is_on_device(step, param):
+    if uses_kernel and can_increment_on_device(step, param):
         return step.reshape(()).to(device=param.device, dtype=torch.int64)
     return checked_count(step, "state['step']")
 

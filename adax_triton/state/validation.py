@@ -26,7 +26,7 @@ OLD_CHECKPOINT_DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "capturable": False,
 }
-# Names of `states` that older checkpoints hold.
+# Old values of `states` in checkpoints -> current values.
 _RENAMED_STATES = {"low": "8bit_v16", "lowest": "8bit"}
 
 
@@ -131,7 +131,7 @@ def _check_beta2(beta2: float, second_moment: str) -> None:
         if not 0.0 <= beta2 <= LARGEST_ADAX_BETA2:
             raise ValueError(
                 f"{title} AdaX's betas[1] is the growth rate of its memory, 1e-4 by default and at most "
-                f"{LARGEST_ADAX_BETA2}; a value like 0.999 is Adam's decay, for second_moment='adam'"
+                f"{LARGEST_ADAX_BETA2}; pass second_moment='adam' to use a decay such as 0.999"
             )
     elif second_moment == "adam":
         if not 0.0 <= beta2 < 1.0:

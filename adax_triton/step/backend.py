@@ -18,12 +18,13 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def backend_of(device: torch.device, param_dtype: torch.dtype, param: Tensor | None = None) -> str:
     """Return `TRITON`, `NATIVE` or `REFERENCE` for a parameter.
 
-    CPU tensors go to Triton only in its interpreter.
+    CPU tensors use Triton only if the variable TRITON_INTERPRET is set.
 
     Args:
         device: device of the parameter.
-        param_dtype: its dtype; for a complex parameter that of the components.
-        param: the parameter. A fake tensor has no memory, so it gets `REFERENCE`. Default: None, not a fake tensor.
+        param_dtype: its dtype; for a complex parameter, the dtype of its real part.
+        param: the parameter. A fake tensor has no memory, so it gets `REFERENCE`. Default: None, which means a real
+            tensor.
     """
     if param is not None and is_fake(param):
         return REFERENCE
@@ -61,7 +62,7 @@ _warned: list[str] = []
 
 
 def native_kernel(variant: KernelVariant) -> CpuKernel | None:
-    """Return the native kernel. Warn once and return None without one."""
+    """Return the native kernel, or warn once and return None if it cannot be built."""
     if variant in _failed:
         return None
     try:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from adax_triton.state.allocation import is_new, state_mismatch
-from adax_triton.state.flat_buffer import storage_problem, why_not_writable
+from adax_triton.state.flat_buffer import storage_problem, write_problem
 from adax_triton.state.parameters import check_param, checked_gradient
-from adax_triton.state.step_counts import check_count, is_on_device, normalized_count
+from adax_triton.state.step_counts import can_increment_on_device, check_count_without_sync, normalized_count
 
 from .backend import is_fake, uses_triton
-from .conditions import StepConditions
 from .device_tables import CAPTURE_NEEDS_WARM_UP, is_capturing
+from .gradient_handling import GradientHandling
 from .scalars import lr_address
 
 
@@ -46,27 +46,27 @@ class Collected(NamedTuple):
 def collect(
     param_groups: Sequence[Mapping[str, Any]],
     states: Mapping[Tensor, Mapping[str, Any]],
-    conditions: StepConditions,
+    handling: GradientHandling,
     keep_float32: Callable[[Tensor], bool] | None,
     only: Mapping[Tensor, int] | None = None,
 ) -> Collected:
     """Return the parameters that have a gradient. Nothing changes.
 
-    The device counts steps with GradScaler, clipping, `capturable=True` or a learning rate on the GPU, and steps of
-    parameters whose `step` is a device tensor already.
+    Steps are counted on the device if there is a GradScaler, clipping, `capturable=True` or a learning rate on the GPU,
+    or if `step` is already a device tensor.
 
     Args:
         param_groups: the optimizer's groups.
         states: the optimizer's states.
-        conditions: scaling, skipping and clipping of the step.
+        handling: scaling, skipping and clipping of the step.
         keep_float32: see `AdaX`.
-        only: group indices of the parameters to collect; each has a `grad`. Default: None, all that have one.
+        only: {parameter: group index} to collect; each has a `grad`. Default: None, all parameters with a `grad`.
 
     Raises:
         TypeError, ValueError: a parameter is not supported; a gradient or state does not fit its parameter; a group
             with `capturable=True` has a parameter that the Triton kernel does not support.
         RuntimeError: a CUDA graph is being captured, and a group has `capturable=False` or a parameter has no state
-            with a step count on its device. A state that is created now would be filled only by replays.
+            with a step count on its device. A state created during the capture would get values only at replay.
     """
     # A dict, because a group may list a parameter twice (torch only warns): two updates in one launch would race.
     group_of = only or {
@@ -85,13 +85,15 @@ def collect(
                 f"step(): a CUDA graph is being captured, but param_groups[{group_index}] has capturable=False; set "
                 "capturable=True"
             )
-        grad = _checked_gradient(param, group_index, group, state, keep_float32)
+        grad = _check_and_get_grad(param, group_index, group, state, keep_float32)
         params.append(ParamWithGrad(param, group_index, (grad,)))
         if uses_triton(param):
-            counted_on_device = is_on_device(state.get("step"), param)
+            counted_on_device = can_increment_on_device(state.get("step"), param)
             if capturing and not counted_on_device:
                 raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
-            counts_on_device = counts_on_device or not conditions.is_default or needs_device(group) or counted_on_device
+            counts_on_device = (
+                counts_on_device or not handling.is_default or group_counts_on_device(group) or counted_on_device
+            )
         elif group["capturable"] and not is_fake(param):
             raise ValueError(
                 f"param_groups[{group_index}]['capturable'] is True, but the Triton kernel does not support its "
@@ -104,7 +106,7 @@ def collect(
     return Collected(params, counts_on_device)
 
 
-def _checked_gradient(
+def _check_and_get_grad(
     param: Tensor,
     group_index: int,
     group: Mapping[str, Any],
@@ -117,7 +119,7 @@ def _checked_gradient(
     grad = checked_gradient(param)
     if not new:
         check_state(state, param)
-    problem = why_not_writable(param)
+    problem = write_problem(param)
     if problem is not None:
         raise ValueError(f"{name}: {problem}")
     problem = storage_problem(grad)
@@ -135,7 +137,7 @@ def check_state(state: Mapping[str, Any], param: Tensor) -> None:
     problem = state_mismatch(state, param)
     if problem is not None:
         raise ValueError(problem)
-    check_count(state["step"], param)
+    check_count_without_sync(state["step"], param)
 
 
 def normalize_counts(params: Sequence[ParamWithGrad], states: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -152,6 +154,6 @@ def normalize_counts(params: Sequence[ParamWithGrad], states: Mapping[Tensor, di
             state["step"] = count
 
 
-def needs_device(group: Mapping[str, Any]) -> bool:
+def group_counts_on_device(group: Mapping[str, Any]) -> bool:
     """Return whether a group is capturable or its lr is on a GPU."""
     return group["capturable"] or (isinstance(group["lr"], torch.Tensor) and group["lr"].device.type != "cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Not `signal`, which converts each handler to an enum: that takes 4 us.
+# `signal` would convert each handler to an enum, which takes 4 us.
 import _signal  # type: ignore[import-not-found]
 import threading
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 class DelayedInterrupt:
     """Context manager that defers SIGINT to the end of its block.
 
-    Python handles signals on the main thread, so it does nothing on other threads. It also does nothing if the program
-    ignores SIGINT or has no Python handler.
+    The context manager does nothing on other threads, because Python handles signals on the main thread. It also does
+    nothing if the program ignores SIGINT or has no Python handler.
     """
 
     _handler: Any = None

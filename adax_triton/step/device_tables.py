@@ -27,9 +27,9 @@ class DeviceTable:
 
     The host does not wait for an upload. Memory is allocated only if the shape changes.
 
-    Before a CUDA graph capture, call `set` once with content of the same shape. The graph records the upload from
-    pinned memory that this call allocated, and uploads again at every replay. Keep the table alive after the capture
-    and never set it again.
+    Before a CUDA graph capture, call `set` once with content of the same shape. This allocates pinned memory. The graph
+    records the upload from it, and every replay uploads from it again. Keep the table alive after the capture and never
+    set it again.
 
     Args:
         device: where kernels read the table.
@@ -100,9 +100,9 @@ def _same_layout(left: Tensor, right: Tensor) -> bool:
 class PerStreamCache(Generic[T]):
     """Cache of objects that own device memory, one per key and stream.
 
-    The allocator orders the reuse of memory by the stream of its allocation, so no other stream may read it. A CUDA
-    graph capture takes the most recently used entry of its key out of the cache, because the graph reads it at every
-    replay. The next step on that entry's stream makes a new one.
+    The CUDA allocator reuses freed memory safely only on the stream that allocated it, so each stream has its own
+    entry. During a CUDA graph capture, `get` removes the key's newest entry from the cache, because the graph reads the
+    entry at every replay. The next step on that entry's stream makes a new one.
     """
 
     def __init__(self) -> None:

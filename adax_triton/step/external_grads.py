@@ -1,6 +1,6 @@
 """Update float32 weights from external gradients and write a low-precision copy.
 
-ZeRO keeps float32 weights in addition to the model's 16-bit ones. Its gradients are 16-bit tensors in pieces, and it
+ZeRO keeps float32 weights in addition to the model's 16-bit weights. A gradient is one or more 16-bit tensors, and ZeRO
 needs the new weights in 16 bits. A separate cast, scaling and copy move more bytes than the update; here the update
 does all of them.
 """
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton.state.allocation import MOMENTS, is_new
-from adax_triton.state.flat_buffer import storage_problem, why_not_writable
+from adax_triton.state.flat_buffer import storage_problem, write_problem
 from adax_triton.state.precision import PARAM_DTYPES, is_quantized
-from adax_triton.state.step_counts import is_on_device
+from adax_triton.state.step_counts import can_increment_on_device
 from adax_triton.update.quantization import GROUP
 
-from .collect import Collected, ParamWithGrad, check_state, needs_device
-from .conditions import StepConditions, check_one_element
+from .collect import Collected, ParamWithGrad, check_state, group_counts_on_device
 from .device_tables import is_capturing
+from .gradient_handling import GradientHandling, check_one_element
 from .tensor_step import TensorStep, tensor_step
 
 _COPY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,7 +100,7 @@ def _kind(tensor: object) -> str:
 
 def collect_external(
     parts: Sequence[ExternalGrads],
-    conditions: StepConditions,
+    handling: GradientHandling,
     group_of: Mapping[Tensor, int],
     param_groups: Sequence[Mapping[str, Any]],
     states: Mapping[Tensor, Mapping[str, Any]],
@@ -117,7 +117,7 @@ def collect_external(
     """
     if any(map(is_capturing, {part.param.device for part in parts})):
         raise RuntimeError("step(): set_external_grads() does not support CUDA graph capture; step outside the capture")
-    if not conditions.is_default:
+    if not handling.is_default:
         raise ValueError(
             "step(): set_external_grads() does not support max_grad_norm, grad_scale or found_inf; "
             "pass grad_factor instead"
@@ -126,14 +126,14 @@ def collect_external(
         if part.param not in group_of:
             raise ValueError(f"parts[{index}].param is in none of the optimizer's groups; call add_param_group() first")
         group, state = param_groups[group_of[part.param]], states.get(part.param, {})
-        if needs_device(group) or is_on_device(state.get("step"), part.param):
+        if group_counts_on_device(group) or can_increment_on_device(state.get("step"), part.param):
             raise ValueError(
                 f"parts[{index}].param: its steps are counted on the device; set_external_grads() needs "
                 "capturable=False, a number or CPU tensor as lr, and no earlier steps with grad_scale or max_grad_norm"
             )
         if not is_new(state):
             check_state(state, part.param)
-        problem = why_not_writable(part.param)
+        problem = write_problem(part.param)
         if problem is not None:
             raise ValueError(f"parts[{index}].param {problem}")
     return Collected(params_with_external_grads(parts, group_of), False)
@@ -154,7 +154,7 @@ def tensor_steps(
 
     Args:
         item: the parameter with its gradients.
-        state: its state. External gradients make its moments contiguous.
+        state: its state. With external gradients, its moments are replaced by contiguous copies where needed.
         scalar_row: row index in the scalar table.
         group: the parameter's group.
         norm_process_group: process group that shards plain-tensor gradients, or None.

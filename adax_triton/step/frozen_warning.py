@@ -16,7 +16,7 @@ from .device_tables import is_capturing
 from .scalars import DeviceRow
 
 # Read device step counts at the first 4 steps, for resumed runs, then every 1024 steps.
-_FIRST_READS, _READ_EVERY = 4, 1024
+_INITIAL_COUNT_READS, _COUNT_READ_INTERVAL = 4, 1024
 
 
 class FrozenWarning:
@@ -30,7 +30,7 @@ class FrozenWarning:
     def after_host_step(
         self, counts: Iterable[tuple[int, int]], param_groups: Sequence[Mapping[str, Any]]
     ) -> str | None:
-        """Return the warning when a first group freezes, else None.
+        """Return the warning when the first group freezes, else None.
 
         Args:
             counts: (group index, step number) pairs of the step.
@@ -48,7 +48,8 @@ class FrozenWarning:
     ) -> str | None:
         """Return the warning for device-counted steps, or None.
 
-        It reads one step count per group now and then. On a GPU the warning comes a few steps late.
+        It reads one step count per group, at the first 4 steps and then at every 1024th. On a GPU the warning comes a
+        few steps late.
         """
         self._steps += 1
         if self._warned or any(map(is_capturing, rows)):
@@ -56,7 +57,7 @@ class FrozenWarning:
         known = [(index, int(count)) for index, count, event in self._copies if event.query()]
         if known:
             self._copies.clear()
-        if self._steps <= _FIRST_READS or self._steps % _READ_EVERY == 0:
+        if self._steps <= _INITIAL_COUNT_READS or self._steps % _COUNT_READ_INTERVAL == 0:
             first = {row.group_index: row.step for device_rows in rows.values() for row in reversed(device_rows)}
             known += [(index, int(step)) for index, step in first.items() if step.device.type == "cpu"]
             self._copies = [_copy(index, step) for index, step in first.items() if step.device.type != "cpu"]

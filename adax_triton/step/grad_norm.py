@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .conditions import NormRanks
+from .gradient_handling import NormRanks
 
 if TYPE_CHECKING:
     from .launch import Launch
@@ -25,14 +25,14 @@ def sum_of_squares(launches: Sequence[Launch], ranks: NormRanks | None = None) -
         ranks: ranks that take part in the all-reduce, even without gradients. Default: None.
 
     Returns:
-        0-d float64 on the device of the first tensor. It is not finite if a gradient is not.
+        0-d float64 on the device of the first tensor. It is inf or NaN if a gradient contains inf or NaN.
     """
     parts: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     # Every rank adds this key first, so that the all-reduces match.
-    own = () if ranks is None else parts[(ranks.process_group,)]
+    group_parts = () if ranks is None else parts[(ranks.process_group,)]
     for launch in launches:
         parts[launch.process_groups].append(launch.sum_of_squares())
-    if ranks is not None and not own:
+    if ranks is not None and not group_parts:
         parts[(ranks.process_group,)].append(torch.zeros((), dtype=torch.float64, device=ranks.device))
     return sum_over_ranks(parts)
 

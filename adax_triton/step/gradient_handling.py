@@ -20,7 +20,7 @@ class NormRanks(NamedTuple):
     device: torch.device  # for the all-reduce on a rank without gradients
 
 
-class StepConditions(NamedTuple):
+class GradientHandling(NamedTuple):
     """Gradient scale, overflow flag and clipping of one step.
 
     Each field is None by default.
@@ -29,7 +29,8 @@ class StepConditions(NamedTuple):
     found_inf: overflow flag, 1 element; any value but 0 skips the step. `torch.amp.GradScaler` sets it.
     max_grad_norm: clip the norm of all gradients to this. A norm that is not finite skips the step.
     norm_ranks: ranks that shard plain-tensor gradients. Needs `max_grad_norm`.
-    grad_factor: factor of all gradients, 1 element. Not combined with the others; the host counts such steps.
+    grad_factor: factor of all gradients, 1 element. Excludes the other fields. The host counts these
+        steps.
     """
 
     grad_scale: Tensor | None = None
@@ -40,8 +41,8 @@ class StepConditions(NamedTuple):
 
     @property
     def is_default(self) -> bool:
-        """Whether the step neither scales, skips nor clips."""
-        return self is DEFAULT_CONDITIONS or all(value is None for value in self)
+        """Whether the step does not scale, skip or clip."""
+        return self is DEFAULT_HANDLING or all(value is None for value in self)
 
     def decide(self, sum_of_squares: Tensor | None) -> StepDecision:
         """Return the gradient factor and skip flag of host-counted parameters.
@@ -56,7 +57,7 @@ class StepConditions(NamedTuple):
         scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
         if self.found_inf is not None and bool(self.found_inf != 0):
             return StepDecision(1.0, True)
-        if scale == 0.0:  # 1 / 0 is inf in the kernel
+        if scale == 0.0:  # Python raises for 1 / 0; the kernel computes inf
             return StepDecision(math.inf, self.max_grad_norm is not None)
         if self.max_grad_norm is None or sum_of_squares is None:
             return StepDecision(1.0 / scale, False)
@@ -70,7 +71,7 @@ class StepConditions(NamedTuple):
         return (norm if self.grad_scale is None else norm / self.grad_scale.reshape(()).to(norm.device)).float()
 
 
-DEFAULT_CONDITIONS = StepConditions()
+DEFAULT_HANDLING = GradientHandling()
 
 
 class OptimizerOptions(NamedTuple):
@@ -111,7 +112,7 @@ class StepDecision(NamedTuple):
     skip: bool
 
 
-UNCHANGED_GRADIENTS = StepDecision(1.0, False)
+DEFAULT_DECISION = StepDecision(grad_factor=1.0, skip=False)
 
 
 def check_max_grad_norm(max_grad_norm: Any, name: str = "max_grad_norm") -> float | None:
@@ -148,7 +149,7 @@ def check_one_element(value: Any, name: str) -> Tensor | None:
     raise TypeError(f"Invalid type of {name}: expected a tensor of one element or None, got {given}")
 
 
-def conditions_of(optimizer: Any) -> StepConditions:
+def gradient_handling_of(optimizer: Any) -> GradientHandling:
     """Return a `MomentOptimizer`'s `max_grad_norm`, `grad_scale` and `found_inf` for the next step.
 
     Raises:
@@ -156,13 +157,13 @@ def conditions_of(optimizer: Any) -> StepConditions:
     """
     given = optimizer.__dict__
     if given["max_grad_norm"] is None and given.get("grad_scale") is None and given.get("found_inf") is None:
-        return DEFAULT_CONDITIONS
+        return DEFAULT_HANDLING
     limit, process_group = check_max_grad_norm(optimizer.max_grad_norm), optimizer.options.norm_process_group
     ranks = None
     if limit is not None and process_group is not None:
         devices = (param.device for group in optimizer.param_groups for param in group["params"])
         ranks = NormRanks(process_group, next(devices, torch.device("cpu")))
-    return StepConditions(
+    return GradientHandling(
         check_one_element(getattr(optimizer, "grad_scale", None), "grad_scale"),
         check_one_element(getattr(optimizer, "found_inf", None), "found_inf"),
         limit,

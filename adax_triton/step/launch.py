@@ -35,7 +35,7 @@ class LaunchKey(NamedTuple):
 
     device: device of the tensors.
     backend: `backend.TRITON`, `NATIVE` or `REFERENCE`.
-    variant: options of every kernel.
+    variant: compile-time options that all backends have.
     skip_unchanged_v, aligned: further options of the Triton kernel, see `kernels.variants.StepVariant`.
     """
 
@@ -123,7 +123,8 @@ class TritonLaunch(TableLaunch):
 
         Args:
             scalars: (rows, 10) float32 on the device, see `kernels.tables.SCALAR_COLUMNS`.
-            sums: (n, 5) float32 on the device; receives telemetry sums, see `kernels.tables.SUM_COLUMNS`. None: none.
+            sums: (n, 5) float32 on the device; receives telemetry sums, see `kernels.tables.SUM_COLUMNS`. None: no
+                telemetry.
         """
         from adax_triton.kernels.adax_step import adax_step
 
@@ -163,7 +164,8 @@ class NativeLaunch(TableLaunch):
 
         Args:
             scalars: (rows, 10) float32 or float64 on the CPU, see `kernels.tables.SCALAR_COLUMNS`.
-            sums: (n, 5) float32; receives telemetry sums, see `kernels.tables.SUM_COLUMNS`. None: none.
+            sums: (n, 5) float32; receives telemetry sums, see `kernels.tables.SUM_COLUMNS`. None: no
+                telemetry.
         """
         if sums is None:
             return self._kernel.step(self._table.tensors, self._table.chunks, scalars)
@@ -182,13 +184,13 @@ class LaunchCache:
 
     Attributes:
         device_scalars: scalars that a device computes, for device-counted parameters.
-        host_scalars: device tables of scalars that the host computes.
+        host_computed_scalars: device tables with scalars that the host computes.
     """
 
     def __init__(self) -> None:
         self._launches: PerStreamCache[TritonLaunch] = PerStreamCache()
         self.device_scalars: PerStreamCache[DeviceScalars] = PerStreamCache()
-        self.host_scalars: PerStreamCache[DeviceTable] = PerStreamCache()
+        self.host_computed_scalars: PerStreamCache[DeviceTable] = PerStreamCache()
 
     def launches(
         self, steps: Sequence[TensorStep], scalars: Sequence[StepScalars] | None, telemetry: bool
@@ -197,7 +199,7 @@ class LaunchCache:
 
         Args:
             steps: steps on dense tensors.
-            scalars: scalars of each row if the host counts the steps of Triton tensors, else None.
+            scalars: scalars of each row, or None if the device counts the steps.
             telemetry: whether kernels write telemetry sums.
 
         Returns:
@@ -208,27 +210,29 @@ class LaunchCache:
                 changed.
         """
         all_addresses: list[tuple[int, ...]] = []
-        indices_of_kind: dict[tuple[LaunchKey, tuple[Any, ...], int], list[int]] = defaultdict(list)
+        indices_by_launch: dict[tuple[LaunchKey, tuple[Any, ...], int], list[int]] = defaultdict(list)
         for index, (step, number) in enumerate(zip(steps, _launch_order(steps), strict=True)):
             weight = 1.0 if scalars is None else scalars[step.scalar_row].exp_avg_sq_weight
             key, addresses = _launch_key(step, weight, telemetry)
             all_addresses.append(addresses)
-            indices_of_kind[key, step.process_groups, number].append(index)
-        # The first address is part of the key: ZeRO calls step() once per group, with a launch each.
-        cache_keys = {kind: (*kind, all_addresses[indices[0]][0]) for kind, indices in indices_of_kind.items()}
-        for kind, indices in indices_of_kind.items():
-            if is_capturing(kind[0].device):
-                latest = self._launches.latest(cache_keys[kind])
+            indices_by_launch[key, step.process_groups, number].append(index)
+        # The first address separates the launches of ZeRO, which calls step() once per group.
+        cache_keys = {
+            launch_id: (*launch_id, all_addresses[indices[0]][0]) for launch_id, indices in indices_by_launch.items()
+        }
+        for launch_id, indices in indices_by_launch.items():
+            if is_capturing(launch_id[0].device):
+                latest = self._launches.latest(cache_keys[launch_id])
                 if latest is None or not latest.is_prepared_for([steps[index] for index in indices]):
                     raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
         launches: list[IndexedLaunch] = []
-        for kind, indices in indices_of_kind.items():
-            key, process_groups, _ = kind
+        for launch_id, indices in indices_by_launch.items():
+            key, process_groups, _ = launch_id
             members = [steps[index] for index in indices]
             table: TritonLaunch | NativeLaunch | None = None
             if key.backend == TRITON:
                 make = functools.partial(TritonLaunch, key, process_groups)
-                table = self._launches.get(cache_keys[kind], key.device, make)
+                table = self._launches.get(cache_keys[launch_id], key.device, make)
             elif key.backend == NATIVE and (kernel := native_kernel(key.variant)) is not None:
                 table = NativeLaunch(key, process_groups, kernel)
             if table is not None:
@@ -238,7 +242,7 @@ class LaunchCache:
 
 
 def _launch_order(steps: Sequence[TensorStep]) -> list[int]:
-    """Number each tensor's launch so that overlapping parameters run in order."""
+    """Give parameters that share memory successive launch numbers, else 0."""
     order = [0] * len(steps)
     spans = sorted(
         (str(step.param.device), step.param.data_ptr(), step.param.nbytes, index)
@@ -256,7 +260,7 @@ def _launch_order(steps: Sequence[TensorStep]) -> list[int]:
     return order
 
 
-def skips_unchanged_v(states: str, exp_avg_sq_weight: float) -> bool:
+def should_skip_unchanged_v(states: str, exp_avg_sq_weight: float) -> bool:
     """Return whether the kernel stores v only where it changed."""
     return exp_avg_sq_weight < _SKIP_UNCHANGED_V_BELOW[states]
 
@@ -286,5 +290,5 @@ def _launch_key(step: TensorStep, exp_avg_sq_weight: float, telemetry: bool) -> 
         telemetry,
         step.param_is_copy,
     )
-    skip_unchanged_v = backend == TRITON and skips_unchanged_v(step.states, exp_avg_sq_weight)
+    skip_unchanged_v = backend == TRITON and should_skip_unchanged_v(step.states, exp_avg_sq_weight)
     return LaunchKey(step.param.device, backend, variant, skip_unchanged_v, misaligned == 0), addresses

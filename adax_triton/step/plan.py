@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from .backend import is_fake, uses_triton
-from .collect import Collected, ParamWithGrad, needs_device
-from .conditions import UNCHANGED_GRADIENTS, StepConditions, StepDecision
+from .collect import Collected, ParamWithGrad, group_counts_on_device
 from .delayed_interrupt import DelayedInterrupt
 from .device_tables import CAPTURE_NEEDS_WARM_UP, DeviceTable, current_stream, is_capturing
 from .external_grads import tensor_steps
 from .grad_norm import sum_of_squares
+from .gradient_handling import DEFAULT_DECISION, GradientHandling, StepDecision
 from .launch import (
     ALIGNED_BYTES,
     LaunchCache,
@@ -27,10 +27,10 @@ from .launch import (
     ReferenceLaunch,
     TableLaunch,
     TritonLaunch,
-    skips_unchanged_v,
+    should_skip_unchanged_v,
 )
 from .reuse_check import ReuseCheck, has_plain_tensors
-from .scalars import DeviceRow, DeviceScalars, HostScalars, count_on_device
+from .scalars import DeviceRow, DeviceScalars, HostScalars, move_counts_to_device
 from .telemetry import StepSums, TelemetryRow
 from .tensor_step import TensorStep, with_matching_strides
 
@@ -55,8 +55,8 @@ class StepPlan:
     Later steps reuse them while only gradient addresses and step counts change.
 
     Args:
-        collected: checked parameters. Their states exist.
-        host: computed scalars of the host-counted parameters, in their order.
+        collected: checked parameters; their states must exist.
+        host_scalars: computed scalars of the host-counted parameters, in the order of `collected.params`.
         param_groups: the optimizer's groups.
         states: the optimizer's states.
         launch_cache: launches and tables of earlier steps.
@@ -65,9 +65,9 @@ class StepPlan:
         covers_all_params: whether the step updates every parameter that has a `grad`. Default: True.
 
     Attributes:
-        host: see Args.
-        device_rows: for each device the step counts and groups of its device-counted parameters.
-        is_reusable: whether a later step can reuse the plan. It cannot if, for example, a tensor had to be copied.
+        host_scalars: see Args.
+        device_rows: step counts and group indices of the device-counted parameters, by device.
+        is_reusable: whether a later step can reuse the plan; False, for example, if a tensor had to be copied.
 
     Raises:
         RuntimeError: a CUDA graph is being captured without a warm-up step of the same parameters.
@@ -76,7 +76,7 @@ class StepPlan:
     def __init__(
         self,
         collected: Collected,
-        host: HostScalars,
+        host_scalars: HostScalars,
         param_groups: Sequence[Mapping[str, Any]],
         states: MutableMapping[Tensor, dict[str, Any]],
         launch_cache: LaunchCache,
@@ -85,28 +85,28 @@ class StepPlan:
         covers_all_params: bool = True,
     ) -> None:
         params = collected.params
-        self.host = host
+        self.host_scalars = host_scalars
         self._launch_cache = launch_cache
         self._params = [item.param for item in params]
         self._is_fake = any(map(is_fake, self._params))
         param_states = self._param_states = [states[item.param] for item in params]
         counted_on_device = [collected.counts_on_device and uses_triton(param) for param in self._params]
-        count_on_device(list(compress(param_states, counted_on_device)))
+        move_counts_to_device(list(compress(param_states, counted_on_device)))
         self._host_states = list(compress(param_states, [not on_device for on_device in counted_on_device]))
-        self.device_rows, rows = _assign_rows(params, param_states, counted_on_device, host)
+        self.device_rows, rows = _assign_rows(params, param_states, counted_on_device, host_scalars)
         self._check_capture_warm_up(param_groups)
         steps = [
             step
             for item, state, row in zip(params, param_states, rows, strict=True)
             for step in tensor_steps(item, state, row, param_groups[item.group_index], norm_process_group)
         ]
-        host.needs_keys = any(step.needs_random_bits for step in steps)
+        host_scalars.needs_keys = any(step.needs_random_bits for step in steps)
         self._copies: list[tuple[Tensor, Tensor]] = []  # (original, copy that the kernel writes)
         dense_steps = [with_matching_strides(step, self._copies) for step in steps]
-        host_rows = None if collected.counts_on_device else host.rows
+        host_rows = None if collected.counts_on_device else host_scalars.rows
         self._launches = launch_cache.launches(dense_steps, host_rows, telemetry)
         self._triton = [launch for launch, _ in self._launches if isinstance(launch, TritonLaunch)]
-        self._host_launches = [
+        self._non_triton_launches = [
             (launch, indices) for launch, indices in self._launches if not isinstance(launch, TritonLaunch)
         ]
         self._telemetry_rows = _telemetry_rows(params, steps, param_groups) if telemetry else []
@@ -130,46 +130,47 @@ class StepPlan:
         self._devices = list({launch.device for launch in self._triton})
         self._streams = list(map(current_stream, self._devices))
         host_steps = [] if collected.counts_on_device else [step for step in steps if uses_triton(step.param)]
-        self._row_states = sorted({(step.scalar_row, step.states) for step in host_steps})
-        self._skips_unchanged_v = self._find_skips()
+        self._rows_and_formats = sorted({(step.scalar_row, step.states) for step in host_steps})
+        self._known_v_skips = self._which_skip_unchanged_v()
         self._param_names = _param_names(param_groups)
 
     def try_reuse(
         self,
         param_groups: Sequence[Mapping[str, Any]],
         states: Mapping[Tensor, dict[str, Any]],
-        conditions: StepConditions,
-        given: Sequence[ParamWithGrad] | None = None,
+        handling: GradientHandling,
+        params_with_grads: Sequence[ParamWithGrad] | None = None,
     ) -> bool:
         """Prepare the next step. Return False if it needs a new plan.
 
-        It needs one if anything except gradient addresses and step counts changed.
+        A new plan is needed if anything except gradient addresses and step counts changed.
 
         Args:
             param_groups: the optimizer's groups.
             states: the optimizer's states.
-            conditions: scaling, clipping and skipping of this step.
-            given: the parameters, if the plan does not cover all of them. Default: None, all that have a `grad`.
+            handling: scaling, clipping and skipping of this step.
+            params_with_grads: the parameters, if the plan does not cover all of them. Default: None, all parameters
+                with a `grad`.
 
         Raises:
             TypeError, ValueError: a hyper-parameter is not a number.
         """
         # The tables belong to one stream. Another step may have overwritten them, even if it raised.
-        if self._devices and not self._fits_devices(param_groups, conditions):
+        if self._devices and not self._tables_are_current(param_groups, handling):
             return False
         if self._telemetry_rows and _param_names(param_groups) != self._param_names:
             return False
-        addresses = self._reuse_check.gradient_addresses(param_groups, states, given, self._grad_addresses)
+        addresses = self._reuse_check.gradient_addresses(param_groups, states, params_with_grads, self._grad_addresses)
         if addresses is None:
             return False
         moved = addresses != self._grad_addresses
         if moved and (not self._grads_may_move or (self._aligned and reduce(or_, addresses) % ALIGNED_BYTES)):
             return False
         if self._host_states:
-            if not self.host.update_counts(self._reuse_check.counts):
+            if not self.host_scalars.update_counts(self._reuse_check.counts):
                 return False
-            self.host.compute(param_groups)
-            if self._row_states and self._find_skips() != self._skips_unchanged_v:
+            self.host_scalars.compute(param_groups)
+            if self._rows_and_formats and self._which_skip_unchanged_v() != self._known_v_skips:
                 return False
         if moved:
             self._grad_addresses = array("q")  # invalid until all tables are refreshed
@@ -180,25 +181,28 @@ class StepPlan:
             self._grad_addresses = addresses
         return True
 
-    def _fits_devices(self, param_groups: Sequence[Mapping[str, Any]], conditions: StepConditions) -> bool:
+    def _tables_are_current(self, param_groups: Sequence[Mapping[str, Any]], handling: GradientHandling) -> bool:
         if any(map(is_capturing, self._devices)) or list(map(current_stream, self._devices)) != self._streams:
             return False
         if [launch.revision for launch in self._triton] != self._revisions:
             return False
-        return bool(self.device_rows) or (conditions.is_default and not any(map(needs_device, param_groups)))
+        return bool(self.device_rows) or (handling.is_default and not any(map(group_counts_on_device, param_groups)))
 
     def belongs_to(self, states: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         """Return whether `states` still holds the states of this plan's parameters."""
         return all(map(is_, map(states.get, self._params), self._param_states))
 
-    def _find_skips(self) -> list[bool]:
-        """Return for each of `_row_states` whether its kernel skips unchanged v."""
-        return [skips_unchanged_v(states, self.host.rows[row].exp_avg_sq_weight) for row, states in self._row_states]
+    def _which_skip_unchanged_v(self) -> list[bool]:
+        """For each entry of `_rows_and_formats`, return whether the kernel skips unchanged v."""
+        return [
+            should_skip_unchanged_v(states, self.host_scalars.rows[row].exp_avg_sq_weight)
+            for row, states in self._rows_and_formats
+        ]
 
     def run(
         self,
         param_groups: Sequence[Mapping[str, Any]],
-        conditions: StepConditions,
+        handling: GradientHandling,
         error_if_nonfinite: bool = False,
         sums: StepSums | None = None,
     ) -> StepResult:
@@ -206,7 +210,7 @@ class StepPlan:
 
         Args:
             param_groups: the optimizer's groups.
-            conditions: scaling, clipping and skipping, the same for all tensors.
+            handling: scaling, clipping and skipping, the same for all tensors.
             error_if_nonfinite: raise if the norm is not finite; the host waits for the norm. Default: False, skip.
             sums: receives the telemetry. Default: None, no telemetry.
 
@@ -216,65 +220,65 @@ class StepPlan:
         if sums is not None:
             sums.begin(self._telemetry_rows)
         squares = None
-        if conditions.max_grad_norm is not None:
-            squares = sum_of_squares([launch for launch, _ in self._launches], conditions.norm_ranks)
+        if handling.max_grad_norm is not None:
+            squares = sum_of_squares([launch for launch, _ in self._launches], handling.norm_ranks)
             if error_if_nonfinite and not self._is_fake and squares is not None and not bool(squares.isfinite()):
                 raise RuntimeError(
                     "The norm of the gradients is not finite, so the step cannot clip them; "
                     "set error_if_nonfinite=False to skip such steps"
                 )
-        # Fake tensors have no values to decide by.
-        host_decides = not conditions.is_default and bool(self._host_launches) and not self._is_fake
-        decision = conditions.decide(squares) if host_decides else UNCHANGED_GRADIENTS
+        # Fake tensors have no values, so the host cannot decide.
+        host_decides = not handling.is_default and bool(self._non_triton_launches) and not self._is_fake
+        decision = handling.decide(squares) if host_decides else DEFAULT_DECISION
         # Do everything that can fail before the first write.
-        host_launches = self._prepare_host_launches(decision, sums) if self._host_launches else []
+        non_triton_launches = self._prepare_non_triton_launches(decision, sums) if self._non_triton_launches else []
         launch_triton: Callable[[], Tensor | None] | None = None
         if self._triton:
-            launch_triton = partial(self._launch_triton, param_groups, conditions, squares, sums)
-            if self._is_new and need_compilation(self._triton):
+            launch_triton = partial(self._launch_triton, param_groups, handling, squares, sums)
+            if self._is_new and needs_compilation(self._triton):
                 launch_triton = _compile_first(launch_triton)
             self._is_new = False
         with DelayedInterrupt():
             # Autograd does not see kernel writes. Without this, a backward that needs the old values would not raise.
             torch.autograd.graph.increment_version(self._params)
-            for launch, arguments in host_launches:
+            for launch, arguments in non_triton_launches:
                 launch.run(*arguments)
-            report = None if launch_triton is None else launch_triton()
+            norm_clip_skip = None if launch_triton is None else launch_triton()
             # After a skipped step the copies are unchanged.
             for original, copy in self._copies:
                 original.copy_(copy)
             if not decision.skip:
-                self.host.advance(self._host_states)
+                self.host_scalars.advance(self._host_states)
         if sums is not None:
-            sums.end(decision.skip if report is None else report[2], conditions.grad_scale)
+            sums.end(decision.skip if norm_clip_skip is None else norm_clip_skip[2], handling.grad_scale)
         grad_norm = None
         if squares is not None:
-            grad_norm = conditions.norm(squares) if report is None else report[0]
-        return StepResult(not decision.skip, None if report is None else report[2], grad_norm)
+            grad_norm = handling.norm(squares) if norm_clip_skip is None else norm_clip_skip[0]
+        return StepResult(not decision.skip, None if norm_clip_skip is None else norm_clip_skip[2], grad_norm)
 
-    def _prepare_host_launches(
+    def _prepare_non_triton_launches(
         self, decision: StepDecision, sums: StepSums | None
     ) -> list[tuple[NativeLaunch | ReferenceLaunch, tuple[Any, ...]]]:
         """Return the native and reference launches with their arguments."""
         if decision.skip and sums is None:
             return []
         prepared: list[tuple[NativeLaunch | ReferenceLaunch, tuple[Any, ...]]] = []
-        for launch, indices in self._host_launches:
-            rows = None if sums is None else sums.rows(launch.device, indices)
+        for launch, indices in self._non_triton_launches:
+            sum_rows = None if sums is None else sums.rows(launch.device, indices)
             if isinstance(launch, NativeLaunch):
-                prepared.append((launch, (self.host.cpu_table(launch.is_float64, decision), rows)))
+                prepared.append((launch, (self.host_scalars.cpu_table(launch.is_float64, decision), sum_rows)))
             else:
-                prepared.append((launch, (*self.host.scaled(decision), decision, rows)))
+                prepared.append((launch, (*self.host_scalars.rows_with_grad_factor(decision), decision, sum_rows)))
         return prepared
 
     def _launch_triton(
         self,
         param_groups: Sequence[Mapping[str, Any]],
-        conditions: StepConditions,
+        handling: GradientHandling,
         squares: Tensor | None,
         sums: StepSums | None,
     ) -> Tensor | None:
-        report = None
+        norm_clip_skip = None
         scalars: dict[torch.device, Tensor] = {}
         for device in dict.fromkeys(launch.device for launch in self._triton):
             if self.device_rows:
@@ -282,15 +286,15 @@ class StepPlan:
                 cache = self._launch_cache.device_scalars
                 device_scalars = cache.get(_scalars_key(device, rows), device, partial(DeviceScalars, device))
                 squares_here = None if squares is None else squares.to(device, non_blocking=True)
-                scalars[device] = device_scalars.prepare(rows, param_groups, conditions, squares_here)
-                report = device_scalars.report if report is None else report
+                scalars[device] = device_scalars.prepare(rows, param_groups, handling, squares_here)
+                norm_clip_skip = device_scalars.report if norm_clip_skip is None else norm_clip_skip
             else:
-                table = self._launch_cache.host_scalars.get(device, device, partial(DeviceTable, device))
-                scalars[device] = self.host.device_table(table, conditions.grad_factor)
+                table = self._launch_cache.host_computed_scalars.get(device, device, partial(DeviceTable, device))
+                scalars[device] = self.host_scalars.device_table(table, handling.grad_factor)
         for launch, indices in self._launches:
             if isinstance(launch, TritonLaunch):
                 launch.run(scalars[launch.device], None if sums is None else sums.rows(launch.device, indices))
-        return report
+        return norm_clip_skip
 
     def _check_capture_warm_up(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
         for device, rows in self.device_rows.items():
@@ -304,11 +308,11 @@ def _assign_rows(
     params: Sequence[ParamWithGrad],
     param_states: Sequence[Mapping[str, Any]],
     counted_on_device: Sequence[bool],
-    host: HostScalars,
+    host_scalars: HostScalars,
 ) -> tuple[dict[torch.device, list[DeviceRow]], list[int]]:
     """Return each device's scalar rows, and the row index of each parameter."""
     device_rows: dict[torch.device, list[DeviceRow]] = defaultdict(list)
-    host_rows = iter(host.row_of_param)
+    host_rows = iter(host_scalars.row_of_param)
     rows = []
     for item, state, on_device in zip(params, param_states, counted_on_device, strict=True):
         if on_device:
@@ -360,7 +364,7 @@ def _scalars_key(device: torch.device, rows: Sequence[DeviceRow]) -> tuple[torch
     return device, rows[0].step.data_ptr()
 
 
-def need_compilation(launches: Sequence[TritonLaunch]) -> bool:
+def needs_compilation(launches: Sequence[TritonLaunch]) -> bool:
     """Return whether kernels must be compiled before the first launch."""
     return any(launch.device.type == "cuda" for launch in launches)
 
@@ -370,11 +374,11 @@ def _compile_first(launch: Callable[[], Tensor | None]) -> Callable[[], Tensor |
     from adax_triton.kernels.launch import deferred_launches
 
     with deferred_launches() as deferred:
-        report = launch()
+        norm_clip_skip = launch()
 
     def run() -> Tensor | None:
         for item in deferred:
             item()
-        return report
+        return norm_clip_skip
 
     return run

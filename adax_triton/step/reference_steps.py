@@ -14,7 +14,7 @@ from adax_triton.update.quantization import GROUP
 from adax_triton.update.quantized_update import load_master, quantized_update
 from adax_triton.update.reference import adax_update
 
-from .conditions import StepDecision
+from .gradient_handling import StepDecision
 from .tensor_step import TensorStep
 
 # Elements per update, a multiple of GROUP: few enough that temporaries stay in the CPU cache.
@@ -48,7 +48,8 @@ class ReferenceLaunch:
             rows: scalars of each row, gradient factor included.
             keys: random key of each row, see `rounding.random_key`.
             decision: gradient factor and skip flag. Only the flag is used.
-            sums: (n, 5) float32 on the device; receives telemetry sums, see `kernels.tables.SUM_COLUMNS`. None: none.
+            sums: (n, 5) float32 on the device; receives telemetry sums, see `kernels.tables.SUM_COLUMNS`. None: no
+                telemetry.
         """
         for index, step in enumerate(self._steps):
             scalars, key = rows[step.scalar_row], keys[step.scalar_row]
@@ -68,7 +69,7 @@ def _update(part: TensorStep, scalars: StepScalars, key: tuple[int, int]) -> Non
     missing = 0 if part.group_exponents is None else -part.param.numel() % GROUP
     if not missing:
         return _update_quantized(part, scalars, key)
-    padded = part.mapped(lambda tensor: pad(tensor, (0, missing)))
+    padded = part.map_tensors(lambda tensor: pad(tensor, (0, missing)))
     _update_quantized(padded, scalars, key)
     for original, updated in zip(part.written, padded.written, strict=True):
         original.copy_(updated[: original.numel()])
@@ -77,7 +78,7 @@ def _update(part: TensorStep, scalars: StepScalars, key: tuple[int, int]) -> Non
 def _update_quantized(part: TensorStep, scalars: StepScalars, key: tuple[int, int]) -> None:
     exponents = part.group_exponents
     if exponents is not None:
-        part = part.mapped(lambda tensor: tensor.view(-1, GROUP))
+        part = part.map_tensors(lambda tensor: tensor.view(-1, GROUP))
     quantized_update(
         *part.tensors,
         part.master,

@@ -102,11 +102,11 @@ class ReuseCheck:
             self.counts = list(map(_count, self._host_counted))
         except KeyError:  # a state tensor was removed
             return None
-        # The guards compare type, dtype, device, sizes, strides, and kinds such as sparse, lazily negated and fake.
+        # The guards compare type, dtype, device, sizes, strides and dispatch keys (sparse, lazily negated, fake).
         if not self._guards.check(*fixed, *gradients) or list(map(Tensor.data_ptr, fixed)) != self._addresses:
             return None
         addresses = array("q", map(Tensor.data_ptr, gradients))
-        if addresses != known:  # other code may have freed their storages
+        if addresses != known:  # a gradient at a new address may have a freed storage
             storage_bytes = [grad.untyped_storage().nbytes() for grad in gradients]
             if not all(map(ge, storage_bytes, self._grad_bytes)):
                 return None

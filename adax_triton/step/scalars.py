@@ -20,8 +20,8 @@ from adax_triton.update.coefficients import (
 )
 from adax_triton.update.rounding import random_key
 
-from .conditions import UNCHANGED_GRADIENTS, StepConditions, StepDecision
 from .device_tables import DeviceTable, upload
+from .gradient_handling import DEFAULT_DECISION, GradientHandling, StepDecision
 
 _GRAD_FACTOR = SCALAR_COLUMNS.index("grad_factor")
 
@@ -52,7 +52,7 @@ class HostScalars:
         self._tables: dict[bool, tuple[bytearray, Tensor]] = {}
 
     def update_counts(self, counts: list[Any]) -> bool:
-        """Set `steps` from step counts. Return False if rows no longer fit."""
+        """Set `steps`. Return False if parameters of one row now have different counts."""
         if set(map(type, counts)) != {int}:
             return False
         row_counts = [counts[first] for first in self._first_param]
@@ -76,11 +76,11 @@ class HostScalars:
             self.rows.append(scalars_of(group, step))
             self._keys.append(random_key(group["seed"], step) if self.needs_keys else (0, 0))
 
-    def cpu_table(self, float64: bool, decision: StepDecision = UNCHANGED_GRADIENTS) -> Tensor:
+    def cpu_table(self, float64: bool, decision: StepDecision = DEFAULT_DECISION) -> Tensor:
         """Return the CPU scalar table, (rows, 10), until the next call.
 
         Args:
-            float64: True for float64 parameters: a float64 table. Otherwise it is float32.
+            float64: return a float64 table, for float64 parameters; False: float32.
             decision: gradient factor and skip flag. Default: factor 1, no skip.
         """
         if float64 not in self._tables:
@@ -101,7 +101,7 @@ class HostScalars:
         columns = len(SCALAR_COLUMNS)
         scalars = table.set(
             (self.rows, self._keys),
-            lambda _: torch.frombuffer(bytearray(self._packed(False, UNCHANGED_GRADIENTS)), dtype=torch.float32).view(
+            lambda _: torch.frombuffer(bytearray(self._packed(False, DEFAULT_DECISION)), dtype=torch.float32).view(
                 -1, columns
             ),
         )
@@ -111,14 +111,14 @@ class HostScalars:
             table.invalidate()
         return scalars
 
-    def scaled(self, decision: StepDecision) -> tuple[list[StepScalars], list[tuple[int, int]]]:
+    def rows_with_grad_factor(self, decision: StepDecision) -> tuple[list[StepScalars], list[tuple[int, int]]]:
         """Return each row's scalars with the gradient factor, and its random key."""
         factor = decision.grad_factor
         return [row._replace(grad_factor=row.grad_factor * factor) for row in self.rows], self._keys
 
     def _packed(self, float64: bool, decision: StepDecision) -> bytes:
         packed = []
-        rows = self.rows if decision is UNCHANGED_GRADIENTS else self.scaled(decision)[0]
+        rows = self.rows if decision is DEFAULT_DECISION else self.rows_with_grad_factor(decision)[0]
         for scalars, key in zip(rows, self._keys, strict=True):
             packed.append(scalar_row(scalars, key, decision.skip, float64))
         return packed[0] if len(packed) == 1 else b"".join(packed)
@@ -180,7 +180,7 @@ class DeviceScalars:
         self,
         rows: Sequence[DeviceRow],
         groups: Sequence[Mapping[str, Any]],
-        conditions: StepConditions,
+        handling: GradientHandling,
         sum_of_squares: Tensor | None,
     ) -> Tensor:
         """Advance step counts unless the step is skipped, and return the scalars.
@@ -188,7 +188,7 @@ class DeviceScalars:
         Args:
             rows: one per parameter. Do not modify a list that was passed before; its counts must keep their addresses.
             groups: the parameter groups.
-            conditions: scaling, skipping and clipping of this step.
+            handling: scaling, skipping and clipping of this step.
             sum_of_squares: sum over all scaled gradients, 0-d float64; None without clipping.
 
         Returns:
@@ -197,16 +197,16 @@ class DeviceScalars:
         Raises:
             TypeError: a learning rate on this device is not float32.
         """
-        from adax_triton.kernels.coefficients import SCALAR_COLUMNS, prepare_step
+        from adax_triton.kernels.prepare_step import SCALAR_COLUMNS, prepare_step
 
         used = _used_groups(rows, groups)
         constants = [_constants(groups[index], self._device) for index in used]
         addresses = [lr_address(groups[index], self._device) for index in used]
         positions = {index: position for position, index in enumerate(used)}
         columns = len(DeviceCoefficients._fields)
-        # Compare `rows` by identity, so that a steady step does not iterate over all parameters.
+        # Compare `rows` by identity, so that a step with unchanged rows does not loop over all parameters.
         row_table = self._rows.set(
-            (_SameList(rows), addresses),
+            (_ListByIdentity(rows), addresses),
             lambda _: torch.tensor(
                 [
                     (row.step.data_ptr(), positions[row.group_index], addresses[positions[row.group_index]])
@@ -222,7 +222,7 @@ class DeviceScalars:
         if self._scalars.shape[0] < len(rows):
             self._scalars = torch.empty(len(rows), SCALAR_COLUMNS, dtype=torch.float32, device=self._device)
         scalars = self._scalars[: len(rows)]
-        prepare_step(row_table, group_table, self._fill_inputs(conditions, sum_of_squares), scalars, self.report)
+        prepare_step(row_table, group_table, self._fill_inputs(handling, sum_of_squares), scalars, self.report)
         return scalars
 
     def is_prepared_for(self, rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -230,13 +230,13 @@ class DeviceScalars:
         counts = len(self._rows.tensor), len(self._groups.tensor)
         return counts == (len(rows), len(_used_groups(rows, groups)))
 
-    def _fill_inputs(self, conditions: StepConditions, sum_of_squares: Tensor | None) -> Tensor:
-        given = (conditions.grad_scale, conditions.found_inf, sum_of_squares)
+    def _fill_inputs(self, handling: GradientHandling, sum_of_squares: Tensor | None) -> Tensor:
+        given = (handling.grad_scale, handling.found_inf, sum_of_squares)
         present = tuple(value is not None for value in given)
         if present != self._written:
             self._inputs.invalidate()  # restore the defaults of values that are absent now
             self._written = present
-        limit = conditions.max_grad_norm or 0.0
+        limit = handling.max_grad_norm or 0.0
         inputs = self._inputs.set(
             (1.0, 0.0, 0.0, limit), lambda given: torch.tensor(given, dtype=torch.float64, device="cpu")
         )
@@ -250,14 +250,14 @@ def _used_groups(rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]])
     return sorted({row.group_index for row in rows}) if len(groups) > 1 else [0]
 
 
-class _SameList:
+class _ListByIdentity:
     """Compares a list by identity."""
 
     def __init__(self, rows: Sequence[DeviceRow]) -> None:
         self.rows = rows
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _SameList) and other.rows is self.rows
+        return isinstance(other, _ListByIdentity) and other.rows is self.rows
 
 
 def _constants(group: Mapping[str, Any], device: torch.device) -> DeviceCoefficients:
@@ -282,7 +282,7 @@ def lr_address(group: Mapping[str, Any], device: torch.device) -> int:
     return lr.data_ptr()
 
 
-def count_on_device(states: Iterable[dict[str, Any]]) -> None:
+def move_counts_to_device(states: Iterable[dict[str, Any]]) -> None:
     """Replace int step counts by device tensors. The host does not wait."""
     by_device: dict[torch.device, list[dict[str, Any]]] = defaultdict(list)
     for state in states:

@@ -1,4 +1,4 @@
-"""Telemetry: norms and counts that the step computes and a program reads."""
+"""Telemetry: norms and counts computed in the step, for `read_telemetry`."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ class StepTelemetry(NamedTuple):
 
     skipped: whether the step was skipped.
     groups: one entry per parameter group; all zeros for a group without gradients.
-    params: entries by parameter name, or by group and position such as "0.3" without names. Empty unless
-        `per_parameter` is set.
+    params: {name: entry}. An unnamed parameter is "group.position", such as "0.3". Empty unless `per_parameter` is set.
     """
 
     skipped: bool
@@ -59,14 +58,14 @@ class TelemetryRow(NamedTuple):
     group_index: int
     name: str
     numel: int
-    process_groups: tuple[Any, ...]  # that shard the parameter
+    process_groups: tuple[Any, ...]  # the parameter is sharded over them
 
 
 class DeviceSums:
     """Adds up a launch's sums per tensor, in a fixed order.
 
     Args:
-        device: device of the launch. The buffers take 20 bytes per program.
+        device: device of the launch. The buffers take 20 bytes per Triton program.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -82,7 +81,7 @@ class DeviceSums:
         return self._stages[0][0]
 
     def _make_stages(self, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield for each stage of the reduction its rows and the row range of each sum."""
+        """For each reduction stage, yield its input rows and the row range of each sum."""
         from adax_triton.kernels.telemetry import ROWS_PER_PROGRAM
 
         while True:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adax_triton.state.allocation import local_state_tensors
-from adax_triton.state.dtensor import first_element, local_gradient, local_tensor, shard_process_groups
+from adax_triton.state.dtensor import first_element_index, local_gradient, local_tensor, shard_process_groups
 from adax_triton.state.flat_buffer import flat_view, is_dense
 from adax_triton.state.precision import precision_of
 from adax_triton.update.quantization import GROUP
@@ -52,7 +52,7 @@ class TensorStep(NamedTuple):
 
     @property
     def written(self) -> tuple[Tensor, ...]:
-        """The tensors of `mapped` except the gradient; the update writes them."""
+        """The tensors that the update writes: parameter, moments and master."""
         master = () if self.master is None else (self.master,)
         return self.param, self.exp_avg, self.exp_avg_sq, *master
 
@@ -63,10 +63,10 @@ class TensorStep(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether moments are float32, without master weights and stochastic rounding."""
+        """Whether moments are float32, and there is no master and no stochastic rounding."""
         return self.states == "float32" and self.master is None and not self.stochastic
 
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> TensorStep:
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> TensorStep:
         """Apply `function` to every tensor except `group_exponents`."""
         param, grad, exp_avg, exp_avg_sq = map(function, self.tensors)
         master = None if self.master is None else function(self.master)
@@ -80,12 +80,12 @@ class TensorStep(NamedTuple):
         exponents = self.group_exponents
         if exponents is not None:
             exponents = exponents.view(-1)[start // GROUP : -(-end // GROUP)]
-        part = self.mapped(lambda tensor: tensor[start:end])
+        part = self.map_tensors(lambda tensor: tensor[start:end])
         return part._replace(first_element=self.first_element + start, group_exponents=exponents)
 
     def flattened(self) -> TensorStep:
         """Return the step on 1-D views in memory order; strides must match."""
-        return self.mapped(flat_view)
+        return self.map_tensors(flat_view)
 
 
 def tensor_step(
@@ -104,17 +104,18 @@ def tensor_step(
         master,
         tensors.get("group_exponents"),
         group["weight_rounding"] == "stochastic" and master is None and param.dtype == torch.bfloat16,
-        first_element(param),
+        first_element_index(param),
         shard_process_groups(param),
     )
-    return step.mapped(torch.view_as_real) if param.is_complex() else step
+    return step.map_tensors(torch.view_as_real) if param.is_complex() else step
 
 
 def with_matching_strides(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> TensorStep:
     """Return the step on dense tensors with equal strides; copy where needed.
 
     A gradient with other strides is copied into the parameter's layout. All tensors are replaced by contiguous copies
-    if the parameter has gaps or strides other than its states', or if a tensor is lazily negated or conjugated.
+    if the parameter is not dense, if its strides differ from the strides of its states, or if a tensor is lazily
+    negated or conjugated.
 
     Args:
         step: the tensors.
@@ -135,7 +136,7 @@ def with_matching_strides(step: TensorStep, copies: list[tuple[Tensor, Tensor]])
 
 
 def _contiguous(step: TensorStep, copies: list[tuple[Tensor, Tensor]]) -> TensorStep:
-    contiguous = step.mapped(lambda tensor: tensor.resolve_conj().resolve_neg().contiguous())
+    contiguous = step.map_tensors(lambda tensor: tensor.resolve_conj().resolve_neg().contiguous())
     for original, copy in zip(step.written, contiguous.written, strict=True):
         if copy is not original:
             copies.append((original, copy))

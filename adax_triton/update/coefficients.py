@@ -24,14 +24,14 @@ COEFFICIENT_KEYS = (
 )
 EPS_PLACEMENTS = ("normalized", "unnormalized")
 
-# From here on exp(x) - 1 == exp(x) in float64. exp(x) itself overflows from 710 on, exp(-x) never.
+# For x above this, exp(x) - 1 == exp(x) in float64. exp(x) overflows from 710 on; exp(-x) does not overflow.
 _EXPM1_IS_EXP = 100.0
-# Square root of float32's smallest normal number. GPUs flush a smaller sqrt(v) to 0: a smaller eps would then make
-# m / (0 + eps) huge, and one that underflows to 0 would make an untouched weight NaN.
+# Square root of float32's smallest normal number. GPUs flush a smaller sqrt(v) to 0, and m / (0 + eps) would then be
+# huge for a smaller eps. An eps that underflows to 0 would give 0 / 0 = NaN for weights without gradients.
 _SMALLEST_EPS = 2.0**-63
-# For `DeviceCoefficients`: a rate with 1 - exp(-rate t) == 1 in float64, and a b2 for which AdaX's w_t is 1/t.
-_SATURATED_RATE = 1024.0
-_NO_GROWTH = 2.0**-1000
+# Constants of `DeviceCoefficients`.
+_SATURATED_RATE = 1024.0  # 1 - exp(-rate t) == 1 in float64
+_NO_GROWTH = 2.0**-1000  # AdaX's w_t is 1/t for this b2
 
 
 class StepScalars(NamedTuple):
@@ -59,11 +59,11 @@ class DeviceCoefficients(NamedTuple):
 
         step_size          lr / B(bias_rate)
         exp_avg_sq_weight  w_t = w_factor t^-w_power exp(-w_exponent t) / B(w_rate)
-        eps                max(eps + raw_eps sqrt(w_t), smallest_eps)
+        eps                max(eps + unnormalized_eps sqrt(w_t), smallest_eps)
         decay              lr * decoupled_decay
     """
 
-    lr: float  # used by tensors that have no learning rate on the device
+    lr: float  # used if the group's lr is a number, not a GPU tensor
     bias_rate: float  # adam -log b1
     one_minus_beta1: float
     w_factor: float  # adax b2, adam 1 - b2, adafactor 1
@@ -71,7 +71,7 @@ class DeviceCoefficients(NamedTuple):
     w_exponent: float  # adax log(1 + b2)
     w_rate: float  # adax log(1 + b2), adam -log b2
     eps: float  # eps if normalized, else 0
-    raw_eps: float  # eps / sqrt(w_factor) if unnormalized, else 0
+    unnormalized_eps: float  # eps / sqrt(w_factor) if unnormalized, else 0
     smallest_eps: float  # 0 if the user's eps is 0
     decoupled_decay: float  # weight_decay if decoupled, else 0
     l2: float  # weight_decay if it is part of the gradient, else 0
@@ -123,7 +123,7 @@ def effective_eps(eps: float, eps_placement: str, second_moment: str, beta2: flo
 
     `"normalized"` is `sqrt(v) + eps`. `"unnormalized"` is the released AdaX program, which adds eps to the root of the
     raw moment `V = v * factor_t` and then divides: `eps / sqrt(factor_t)`, with `factor_t = (1+b2)^t - 1` for AdaX and
-    `1 - b2^t` for Adam. An eps other than 0 is raised to at least 1.08e-19, float32's resolution of the root.
+    `1 - b2^t` for Adam. A nonzero eps is at least 1.08e-19, the smallest nonzero sqrt(v) of a GPU in float32.
 
     Args:
         eps: as the user gave it.
@@ -197,7 +197,7 @@ def device_coefficients(
     """Return the step-independent constants of a parameter group that `validate_group` has accepted.
 
     Args:
-        lr: learning rate of tensors that have none on the device.
+        lr: learning rate if the group's lr is a number; unused if it is a GPU tensor.
         betas: b1, and b2 or the other parameter of the rule.
         eps: as the user gave it; see `effective_eps`.
         weight_decay, decoupled_weight_decay: see `step_scalars`.
@@ -221,7 +221,7 @@ def device_coefficients(
         w_exponent=exponent,
         w_rate=rate,
         eps=eps if normalized else 0.0,
-        raw_eps=0.0 if normalized else eps / math.sqrt(factor),
+        unnormalized_eps=0.0 if normalized else eps / math.sqrt(factor),
         smallest_eps=_SMALLEST_EPS if eps > 0.0 else 0.0,
         decoupled_decay=weight_decay if decoupled_weight_decay else 0.0,
         l2=0.0 if decoupled_weight_decay else weight_decay,

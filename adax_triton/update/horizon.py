@@ -26,7 +26,7 @@ def steps_until_frozen(beta2: float) -> int:
 
         min { t : b2 / ((1 + b2)^t - 1) < 2^-30 },   close to   log(1 + b2 2^30) / log(1 + b2)
 
-    This holds for squared gradients up to 32 v. Larger ones still change v for some more steps.
+    This holds for squared gradients up to 32 v. Larger squared gradients change v for some more steps.
 
     Args:
         beta2: AdaX's `betas[1]`, the growth rate per step, in [0, 0.1]; 0 is the limit `w_t = 1/t`.
@@ -58,9 +58,9 @@ def beta2_for_horizon(total_steps: int) -> float:
 
         max { b2 <= 1e-4 : b2 / ((1 + b2)^T - 1) >= 2^-30 },   T = total_steps
 
-    Only `b2 * T` matters: a step weighs the past by `(1 + b2)^t`, about `exp(b2 t)`. So ten times as many steps with a
-    tenth of the rate have the same memory relative to their length. The result keeps `b2 * T` below 11.6, and lower as
-    T grows: 9.2 at a million steps, 6.6 at ten million.
+    Only `b2 * T` matters: a step weighs the past by `(1 + b2)^t`, about `exp(b2 t)`. So a run
+    10 times longer with `b2 / 10` averages over the same fraction of the run. The result keeps `b2 * T` below 11.6, and
+    lower as T grows: 9.2 at a million steps, 6.6 at ten million.
 
     For short runs it is 1e-4, the rate of the paper. A larger rate would give recent squared gradients less weight at
     every step after the first.

@@ -1,16 +1,16 @@
 """Quantized states in PyTorch: 8-bit m, 16-bit or 8-bit v.
 
     v, "8bit_v16"  16 bits: the 8 exponent bits and the first 8 fraction bits of a float32, without the sign, which is 0
-    v, "8bit"      8 bits: a float with 3 to 6 fraction bits, as many as the exponents in its group allow, counted down
-                   from the largest exponent of the group
+    v, "8bit"      8 bits: a float with 3 to 6 fraction bits. Codes count down from the largest exponent of the group. A
+                   smaller range of exponents in the group leaves more fraction bits
     m              8 bits: u = m / 2^(E(v) // 2), in a power-of-two scale per group. E(v) is the exponent field of v, so
-                   u is m / sqrt(v) to within a factor of 2, times a constant power of two
+                   u is about m / sqrt(v), up to a factor of 2 and a constant scale
 
 A group is 32 consecutive elements in memory. `kernels/quantization.py` implements the same formats in Triton.
 
 v is rounded stochastically. `w_t` falls for as long as AdaX runs, and rounding to nearest would freeze v early. The
-variance of the rounding noise is proportional to the spacing of the codes, so groups of similar elements, the most
-common ones, get finer codes. u does not grow with the gradients, so one scale fits all elements of a group.
+variance of the rounding noise is proportional to the spacing of the codes, so groups of similar elements get
+finer codes. Most groups are like this. u does not grow with the gradients, so one scale fits all elements of a group.
 
 If v is 0, subnormal, infinite or NaN, the code of u is 0 and the group's scale ignores it. In "8bit" an infinite or NaN
 v becomes the largest finite v of its group.
@@ -21,20 +21,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rounding import QUIET_NAN, bits_of, from_bits, high_bits, signed_byte, signed_half
+from .rounding import QUIET_NAN, addend_from_high_bits, bits_of, from_bits, signed_byte, signed_half
 
 # The format; `kernels/tables.py` has the same constants.
 GROUP = 32
 _V16_DROPPED_BITS = 15  # low bits of a float32 v that "8bit_v16" drops
 _MIN_FRACTION_BITS = 3
-# Fraction bits of "8bit" -> largest difference of exponents in a group for which they fit, even if rounding raises the
-# largest element to the next exponent.
+# Fraction bits of "8bit" -> largest range of exponents in a group that still fits in 8 bits. This includes rounding of
+# the largest element up to the next exponent.
 _MAX_EXPONENT_RANGE = {4: 13, 5: 5, 6: 1}
 _MAX_V_CODE = 255
-# Exponent field of a group's largest u that has scale 0. The code of this element has 7 bits.
+# A group has scale 0 if its largest u has this exponent field. That u then has a 7-bit code.
 _SCALE_ORIGIN = 133
-# "8bit" stores the scale minus this, in 6 bits. Smaller scales mean that no weight of the group moves by 1e-3 of the
-# learning rate.
+# "8bit" stores the scale minus this, in 6 bits. Smaller scales are raised to it: every update of such a group is
+# below 1e-3 of the learning rate.
 _MIN_SCALE = 48
 _MAX_STORED_SCALE = 63
 # Exponent word of "8bit": 8 bits for the largest exponent of v, 2 for the fraction bits, 6 for the scale.
@@ -43,13 +43,13 @@ _FRACTION_MASK = 3
 
 # Float32: the exponent is above the 23 fraction bits, with a bias of 127.
 _EXPONENT_SHIFT, _EXPONENT_BIAS = 23, 127
-# The bits of 2^-k are these minus the bits of 2^k.
+# bits(2^-k) = _RECIPROCAL_BITS - bits(2^k)
 _RECIPROCAL_BITS = 2 * _EXPONENT_BIAS << _EXPONENT_SHIFT
-# Half a unit of a code with 7 bits: adding it raises the scale of a group whose largest u would round to 128.
+# Rounding offset, half a unit of a 7-bit code: a group whose largest code would round to 128 gets the next scale.
 _HALF_CODE = 1 << _EXPONENT_SHIFT - 7
 # 1.5 * 2^23: adding it rounds a float32 in (-2^22, 2^22) to an integer in the low bits of its pattern.
 _TO_INTEGER = 12582912.0
-_SMALLEST_NORMAL, _INFINITY = 0x00800000, 0x7F800000  # the second is also all exponent bits
+_SMALLEST_NORMAL, _INFINITY = 0x00800000, 0x7F800000  # _INFINITY is also the mask of the exponent bits
 
 
 def _largest_in_group(values: Tensor) -> Tensor:
@@ -88,14 +88,14 @@ def quantize_moments(
         code = (rounded - offset).clamp_min(1)  # code 0 is reserved for moments that were never updated
         stored_bits, origin = (code + offset) << dropped, _SCALE_ORIGIN + _MIN_SCALE
     else:
-        rounded = (bits + high_bits(random, _V16_DROPPED_BITS)) >> _V16_DROPPED_BITS
+        rounded = (bits + addend_from_high_bits(random, _V16_DROPPED_BITS)) >> _V16_DROPPED_BITS
         stored_bits, code, origin = rounded << _V16_DROPPED_BITS, signed_half(rounded), _SCALE_ORIGIN
-    direction = exp_avg * from_bits(_RECIPROCAL_BITS - _half_exponent(stored_bits))
-    magnitude = bits_of(direction) & 0x7FFFFFFF
+    u = exp_avg * from_bits(_RECIPROCAL_BITS - _half_exponent(stored_bits))
+    magnitude = bits_of(u) & 0x7FFFFFFF
     largest = _largest_in_group(torch.where(magnitude < _INFINITY, magnitude, 0))
     scale = ((largest + _HALF_CODE) >> _EXPONENT_SHIFT).clamp_min(origin)
     factor = from_bits((_SCALE_ORIGIN + _EXPONENT_BIAS - scale) << _EXPONENT_SHIFT)
-    exp_avg_code = signed_byte(bits_of(direction * factor + _TO_INTEGER))
+    exp_avg_code = signed_byte(bits_of(u * factor + _TO_INTEGER))
     scale = scale - origin
     if not v_8bit:
         return exp_avg_code, code, scale.view(-1)
@@ -128,7 +128,7 @@ def dequantize_moments(exp_avg: Tensor, exp_avg_sq: Tensor, group_exponents: Ten
 
 
 def _canonical_bits(values: Tensor) -> Tensor:
-    # Every NaN becomes QUIET_NAN: an addend would overflow a NaN of all ones. v >= 0, so a negative pattern is a NaN.
+    # Replace each NaN by QUIET_NAN: adding to a NaN of 0xFFFFFFFF would overflow. v >= 0, so negative bits are a NaN.
     bits = bits_of(values)
     return torch.where(bits < 0, QUIET_NAN, bits).clamp_max(QUIET_NAN)
 
@@ -142,7 +142,7 @@ def _fraction_bits(bits: Tensor, largest: Tensor) -> Tensor:
 
 
 def _rounding_addend(random: Tensor | None, dropped: Tensor) -> Tensor:
-    # The upper random bits, or half of the dropped range; the mask clears the copies of the sign.
+    # The upper random bits, or half of the dropped range; the mask clears the sign bits of the arithmetic shift.
     return (1 << dropped) >> 1 if random is None else (random >> (32 - dropped)) & ((1 << dropped) - 1)
 
 

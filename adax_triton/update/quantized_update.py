@@ -10,9 +10,9 @@ from .quantization import GROUP, dequantize_moments, quantize_moments
 from .reference import adax_update
 from .rounding import (
     HALF_BFLOAT16,
-    high_bits,
+    addend_from_high_bits,
+    addend_from_low_bits,
     join_master,
-    low_bits,
     random_bits,
     round_to_bfloat16,
     signed_word,
@@ -30,7 +30,7 @@ def load_master(param: Tensor, master: Tensor | None, param_is_copy: bool = Fals
     Args:
         param: any float dtype; bfloat16 if `master` is a remainder, float16 if it is a copy.
         master: int16 or int8 remainder, float32 copy, or None.
-        param_is_copy: always take the float32 `master`; `param`, of any float dtype, is a copy that is only written.
+        param_is_copy: use the float32 `master` without comparing it with `param`, which is output only.
     """
     if master is None:
         return param.to(torch.float32, copy=True)
@@ -58,12 +58,12 @@ def store_master(
         stochastic: round stochastically if the parameter is bfloat16 and has no master.
     """
     if master is None:
-        param.copy_(round_to_bfloat16(weights, low_bits(random, 16)) if stochastic else weights)
+        param.copy_(round_to_bfloat16(weights, addend_from_low_bits(random, 16)) if stochastic else weights)
     elif master.dtype == torch.float32:
         param.copy_(weights)
         master.copy_(weights)
     else:
-        high, remainder = split_master(weights, low_bits(random, 8) if master.dtype == torch.int8 else None)
+        high, remainder = split_master(weights, addend_from_low_bits(random, 8) if master.dtype == torch.int8 else None)
         param.copy_(high)
         master.copy_(remainder)
 
@@ -104,7 +104,7 @@ def store_moments(
         group_exponents.copy_(codes[2].view(group_exponents.shape))
     elif exp_avg_sq.dtype == torch.bfloat16:
         exp_avg.copy_(round_to_bfloat16(first, HALF_BFLOAT16))
-        exp_avg_sq.copy_(round_to_bfloat16(second, high_bits(random, 16)))
+        exp_avg_sq.copy_(round_to_bfloat16(second, addend_from_high_bits(random, 16)))
     else:
         exp_avg.copy_(first)
         exp_avg_sq.copy_(second)

@@ -79,18 +79,18 @@ def from_bits(bits: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-def low_bits(random: Tensor | None, bits: int) -> Tensor | int:
-    """Return the lowest random bits, an addend to round off `bits` bits.
+def addend_from_low_bits(random: Tensor | None, bits: int) -> Tensor | int:
+    """Return the lowest `bits` random bits, to add before dropping `bits` bits.
 
-    Without random bits it is half their range, which rounds to nearest.
+    If `random` is None, return 2^(bits - 1), which rounds to nearest.
     """
     return 1 << (bits - 1) if random is None else random & ((1 << bits) - 1)
 
 
-def high_bits(random: Tensor | None, bits: int) -> Tensor | int:
-    """Return the highest random bits, an addend to round off `bits` bits.
+def addend_from_high_bits(random: Tensor | None, bits: int) -> Tensor | int:
+    """Return the highest `bits` random bits, to add before dropping `bits` bits.
 
-    Without random bits it is half their range, which rounds to nearest.
+    If `random` is None, return 2^(bits - 1), which rounds to nearest.
     """
     return 1 << (bits - 1) if random is None else _shift_right(random, 32 - bits)
 
@@ -108,7 +108,7 @@ def round_to_bfloat16(values: Tensor, addend: Tensor | int) -> Tensor:
 
 
 def _canonical_bits(values: Tensor) -> Tensor:
-    # Every NaN becomes QUIET_NAN: an addend would overflow a NaN of all ones.
+    # Replace each NaN by QUIET_NAN: adding to a NaN of 0xFFFFFFFF would overflow.
     return torch.where(values != values, QUIET_NAN, bits_of(values))
 
 
@@ -151,8 +151,8 @@ def split_master(master: Tensor, addend: Tensor | int | None) -> tuple[Tensor, T
 def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     """Return the float32 master weights of bfloat16 parameters and their remainders.
 
-    The sum of both rounds to the parameter, unless the user has set the parameter to 0 or infinity: the sum may then
-    wrap to a NaN, and the parameter is the weight.
+    The weight is the sum of both, and it rounds to the parameter. If the user has set the parameter to 0 or infinity,
+    the sum may be NaN. Then the weight is the parameter.
 
     Args:
         param: bfloat16.

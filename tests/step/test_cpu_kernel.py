@@ -15,8 +15,8 @@ from adax_triton.kernels import tables
 from torch import Tensor
 
 from adax_triton.step import cpu_kernel as module
-from adax_triton.step.conditions import UNCHANGED_GRADIENTS
 from adax_triton.step.cpu_kernel import CHUNK_SIZE, KernelVariant, build_problem, cpu_kernel
+from adax_triton.step.gradient_handling import DEFAULT_DECISION
 from adax_triton.step.reference_steps import ReferenceLaunch
 from adax_triton.step.tensor_step import TensorStep
 from adax_triton.update import reference
@@ -192,7 +192,7 @@ def launched(variant: KernelVariant, steps: list[TensorStep], shift: int = 0, sk
 
 def cloned(steps: list[TensorStep]) -> list[TensorStep]:
     return [
-        step.mapped(Tensor.clone)._replace(
+        step.map_tensors(Tensor.clone)._replace(
             group_exponents=None if step.group_exponents is None else step.group_exponents.clone()
         )
         for step in steps
@@ -201,7 +201,7 @@ def cloned(steps: list[TensorStep]) -> list[TensorStep]:
 
 def reference_result(steps: list[TensorStep]) -> list[TensorStep]:
     steps = cloned(steps)
-    ReferenceLaunch(steps, ()).run(ROWS, KEYS, UNCHANGED_GRADIENTS, None)
+    ReferenceLaunch(steps, ()).run(ROWS, KEYS, DEFAULT_DECISION, None)
     return steps
 
 

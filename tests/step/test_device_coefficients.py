@@ -14,7 +14,7 @@ from adax_triton.update.rounding import random_key
 pytest.importorskip("triton")
 
 from adax_triton.kernels.adax_step import SCALAR_COLUMNS
-from adax_triton.kernels.coefficients import BLOCK_SIZE, COEFFICIENT_COLUMNS, prepare_step
+from adax_triton.kernels.prepare_step import BLOCK_SIZE, COEFFICIENT_COLUMNS, prepare_step
 
 SPACED = [round(10 ** (3 + index / 25)) for index in range(151)]  # to 1e9
 NEIGHBOURS = [power + offset for power in (2**24, 2**31, 2**32) for offset in (-1, 0, 1)]

@@ -257,7 +257,7 @@ def test_a_capture_takes_the_latest_entry_only(replace: Replace) -> None:
 def cached_tables(training: Training) -> list[Any]:
     """Return all cached tables with their revisions, and the plans."""
     launch_cache, sums = training.optimizer._launch_cache, training.optimizer._sums
-    caches = [launch_cache._launches, launch_cache.device_scalars, launch_cache.host_scalars]
+    caches = [launch_cache._launches, launch_cache.device_scalars, launch_cache.host_computed_scalars]
     caches += [] if sums is None else [sums._buffers]
     entries = [entry for cache in caches for by_stream in cache._entries.values() for entry in by_stream.values()]
     revisions = [getattr(entry, "revision", None) for entry in entries]

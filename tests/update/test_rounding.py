@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from adax_triton.update.rounding import (
+    addend_from_low_bits,
     join_master,
-    low_bits,
     mix_words,
     random_bits,
     random_key,
@@ -209,7 +209,9 @@ def test_probability_of_rounding_up_is_the_dropped_fraction(pattern: int) -> Non
 def test_stochastic_rounding_of_one_value_is_unbiased_over_elements_and_steps() -> None:
     value, count = 1.0 + 0.3 * 2**-7, 2**18
     random = [random_bits(torch.arange(count, dtype=torch.int32), random_key(0, step)) for step in (1, 2, 3, 4)]
-    rounded = torch.cat([round_to_bfloat16(torch.full((count,), value), low_bits(words, 16)) for words in random])
+    rounded = torch.cat(
+        [round_to_bfloat16(torch.full((count,), value), addend_from_low_bits(words, 16)) for words in random]
+    )
     ups = (rounded.double() - 1.0).sum().item() * 2**7
     share = (value - 1.0) * 2**7
     assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}

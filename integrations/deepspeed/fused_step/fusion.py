@@ -23,7 +23,7 @@ from deepspeed.utils.logging import log_dist
 
 from adax_triton.moment_optimizer import MomentOptimizer
 from adax_triton.state.allocation import local_state_tensors
-from adax_triton.step.collect import needs_device
+from adax_triton.step.collect import group_counts_on_device
 
 from .zero_methods import DelayedStateLinks, Zero3Methods, Zero12Methods
 from .zero_steps import BF16Step, Zero12Step, is_verified, methods_of
@@ -187,7 +187,7 @@ def _why_not_fused(wrapper: Any) -> str | None:
     other = {master.dtype for master in masters} - {torch.float32}
     if other:
         return f"the master weights are {other.pop()}"
-    if any(map(needs_device, wrapper.optimizer.param_groups)):
+    if any(map(group_counts_on_device, wrapper.optimizer.param_groups)):
         return "the learning rate is a tensor on the device"
     if isinstance(wrapper, deepspeed.runtime.bf16_optimizer.BF16_Optimizer):
         if wrapper.has_moe_layers:
