@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the name of the command. Default: None, `sys.argv[1:]`.
 
     Returns:
-        The exit code: 0 if all is well.
+        The exit code: 0 on success.
     """
     parser = argparse.ArgumentParser(prog="adax-triton", description="AdaX as one fused Triton kernel.")
     parser.add_argument("--version", action="version", version=__version__)
