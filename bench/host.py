@@ -31,7 +31,7 @@ GOAL_US, GOAL_US_PER_TENSOR = 60.0, 0.05
 _NUMEL = 64  # float32 elements of each tensor
 _WARM_UP = 3
 # Functions of kernels/ that launch.
-_LAUNCHES = ("adax_step.adax_step", "coefficients.prepare_step", "grad_norm.grad_norm_partials", "telemetry.sum_rows")
+_LAUNCHES = ("adax_step.adax_step", "prepare_step.prepare_step", "grad_norm.grad_norm_partials", "telemetry.sum_rows")
 
 Step = Callable[[], object]
 Build = Callable[[list[Tensor]], Step]

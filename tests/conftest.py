@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 # Module of adax_triton.kernels -> function that launches its kernel.
 LAUNCHERS = {
     "adax_step": "adax_step",
-    "coefficients": "prepare_step",
+    "prepare_step": "prepare_step",
     "grad_norm": "grad_norm_partials",
     "telemetry": "sum_rows",
 }

@@ -164,7 +164,7 @@ BAD_INPUTS: list[tuple[Any, list[str], list[str]]] = [
     (without_bias_correction, ["--to", "adax"], ["param_groups'][1]['bias_correction'] is False"]),
     (lambda: trained(AdaX, states="8bit_v16").state_dict(), ["--to", "adam"], ["states='float32'"]),
     (lambda: {"model": 1, "optimizer": adax()}, ["--to", "adam"], ["give --key optimizer"]),
-    (lambda: {"model": 1}, ["--to", "adam"], ["no key of the file holds one"]),
+    (lambda: {"model": 1}, ["--to", "adam"], ["pass a file that holds optimizer.state_dict()"]),
     (lambda: [1], ["--to", "adam"], ["holds a list"]),
     (lambda: {"state": {}, "param_groups": [], "more": Path}, ["--to", "adam"], ["weights_only=True"]),
 ]
