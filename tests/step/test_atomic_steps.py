@@ -30,10 +30,10 @@ from adax_triton.step.external_grads import ExternalGrads
 from adax_triton.step.launch import NativeLaunch, TritonLaunch
 
 Sizes = tuple[tuple[int, torch.dtype], ...]
-# Tensors of several chunks and of one.
-SIZES: Sizes = ((50_000, torch.float32), (40_001, torch.bfloat16), (10, torch.float32), (33_000, torch.float32))
-# Small enough for Triton's interpreter.
-SMALL = ((5_000, torch.float32), (401, torch.bfloat16), (10, torch.float32))
+# Tensors of several chunks and of one chunk, for the native kernel.
+NATIVE_SIZES: Sizes = ((50_000, torch.float32), (40_001, torch.bfloat16), (10, torch.float32), (33_000, torch.float32))
+# For Triton's kernel, small enough for the interpreter.
+TRITON_SIZES = ((5_000, torch.float32), (401, torch.bfloat16), (10, torch.float32))
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "8bit_v16": {"states": "8bit_v16", "master_weights": "24bit"},
@@ -43,7 +43,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 each_mode = pytest.mark.parametrize("mode", ["plain", "8bit_v16", "telemetry"])
 
 
-def build(sizes: Sizes = SIZES, device: torch.device | str = "cpu", **options: Any) -> tuple[AdaXW, list[Parameter]]:
+def build(
+    sizes: Sizes = NATIVE_SIZES, device: torch.device | str = "cpu", **options: Any
+) -> tuple[AdaXW, list[Parameter]]:
     generator = torch.Generator().manual_seed(0)
     params = [Parameter(torch.randn(size, generator=generator).to(device, dtype)) for size, dtype in sizes]
     return AdaXW(params, lr=1e-2, **options), params
@@ -61,7 +63,7 @@ def tensors_of(optimizer: AdaXW, params: list[Parameter]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in (*params, *states)]
 
 
-def trained(mode: str = "plain", sizes: Sizes = SIZES, device: torch.device | str = "cpu") -> list[list[Tensor]]:
+def trained(mode: str = "plain", sizes: Sizes = NATIVE_SIZES, device: torch.device | str = "cpu") -> list[list[Tensor]]:
     """Return the tensors after one step and after two."""
     optimizer, params = build(sizes, device, **OPTIONS[mode])
     found = []
@@ -72,7 +74,7 @@ def trained(mode: str = "plain", sizes: Sizes = SIZES, device: torch.device | st
     return found
 
 
-# On a CPU only the native kernel gets `SIZES`, and only Triton's kernel gets `SMALL`, so sizes identify the kernel.
+# On a CPU each kernel has its own sizes, so the arguments identify the kernel in the cache.
 undisturbed = functools.cache(trained)
 
 
@@ -122,7 +124,9 @@ def interrupts_raise() -> Iterator[None]:
 
 @each_mode
 def test_interrupt_waits_for_the_step(mode: str, backend: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, sizes = (TritonLaunch, SMALL) if uses_triton(torch.empty(1, device=backend)) else (NativeLaunch, SIZES)
+    owner, sizes = (
+        (TritonLaunch, TRITON_SIZES) if uses_triton(torch.empty(1, device=backend)) else (NativeLaunch, NATIVE_SIZES)
+    )
     optimizer, params = build(sizes, backend, **OPTIONS[mode])
     give_gradients(params, 0)
     before = signal.getsignal(signal.SIGINT)
@@ -275,7 +279,7 @@ def test_a_failed_compilation_changes_nothing(mode: str, device: torch.device, m
     from adax_triton.kernels import adax_step
 
     monkeypatch.setattr("adax_triton.step.plan.needs_compilation", lambda launches: True)
-    optimizer, params = build(SMALL, device, **OPTIONS[mode])
+    optimizer, params = build(TRITON_SIZES, device, **OPTIONS[mode])
     give_gradients(params, 0)
     weights = [param.detach().clone() for param in params]
     with monkeypatch.context() as patch:
@@ -288,7 +292,7 @@ def test_a_failed_compilation_changes_nothing(mode: str, device: torch.device, m
     give_gradients(params, 1)
     optimizer.step()
     monkeypatch.undo()
-    assert equal(tensors_of(optimizer, params), undisturbed(mode, SMALL, device)[1])
+    assert equal(tensors_of(optimizer, params), undisturbed(mode, TRITON_SIZES, device)[1])
 
 
 class FakeKernel:

@@ -81,7 +81,7 @@ def nothing_is_launched(launchers: dict[str, str], monkeypatch: pytest.MonkeyPat
 
 
 class GuardsWithoutModes:
-    """Tensor guards without dispatch modes: the guards would reject tensors under `Watch`."""
+    """Run tensor guards outside dispatch modes, because they reject tensors under `Watch`."""
 
     def __init__(self, tensors: Sequence[Any]) -> None:
         self._guards = original_guards(tensors)
@@ -94,7 +94,7 @@ class GuardsWithoutModes:
 @pytest.fixture(autouse=True)
 def only_the_step_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reuse_check, "tensor_guards", GuardsWithoutModes)
-    # The frozen warning reads a CPU count directly. A GPU count would be a copy that has arrived.
+    # The frozen warning reads a CPU count directly. On a GPU it reads a finished asynchronous copy.
     monkeypatch.setattr("adax_triton.step.frozen_warning._INITIAL_COUNT_READS", 0)
 
 

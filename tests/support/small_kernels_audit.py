@@ -1,4 +1,4 @@
-"""Cross-compile the small kernels, without a GPU, and collect facts about them for test_small_kernels_audit.py.
+"""Cross-compile the small kernels, without a GPU, and read their machine code for test_small_kernels_audit.py.
 
 Usage, with TRITON_INTERPRET unset: python small_kernels_audit.py
 Prints, for each target and kernel, a JSON list of one dictionary per variant.
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from adax_triton.bench.launch_variants.compile import absent_device
-from adax_triton.kernels import grad_norm as stats_module
+from adax_triton.kernels import grad_norm as grad_norm_module
 from adax_triton.kernels.grad_norm import grad_norm_kernel, grad_norm_partials
 from adax_triton.kernels.prepare_step import prepare_step, prepare_step_kernel
-from adax_triton.kernels.telemetry import add_rows, add_rows_kernel
+from adax_triton.kernels.telemetry import sum_rows, sum_rows_kernel
 from code_audit import (
     GRAD_DTYPES,
     TARGETS,
@@ -53,55 +53,55 @@ def prepare_steps() -> None:
         prepare_step(rows, groups, inputs, scalars, torch.full((3,), value))
 
 
-def add_up_rows() -> None:
-    for rows, runs in ((1, 1), (16, 1), (17, 2), (4096, 16), (5000, 128)):
-        add_rows(torch.zeros(rows, 5), torch.zeros(runs, 2, dtype=torch.int64), torch.zeros(runs, 5))
+def sum_telemetry_rows() -> None:
+    for rows, ranges in ((1, 1), (16, 1), (17, 2), (4096, 16), (5000, 128)):
+        sum_rows(torch.zeros(rows, 5), torch.zeros(ranges, 2, dtype=torch.int64), torch.zeros(ranges, 5))
 
 
 def gradient_accesses(code: str) -> list[tuple[str, str, int]]:
     """Return (stream, "load" or "store", bits) of each vector access of PTX or AMD assembly, in order.
 
-    The stream is "tile" or "tail" of the gradients, "partial" or "table", from the source line of the access.
+    The source line of an access gives its stream: "tile" or "tail" of the gradients, "partial" or "table".
     """
     source = Path(inspect.getsourcefile(grad_norm_kernel.fn)).read_text().splitlines()
     accesses = []
     for location, kind, bits in located_accesses(code, LOCATION):
         text = source[int(location[1]) - 1] if location else ""
-        accesses.append((next((name for words, name in STREAMS.items() if words in text), "table"), kind, bits))
+        accesses.append((next((name for pointer, name in STREAMS.items() if pointer in text), "table"), kind, bits))
     return accesses
 
 
 def variants() -> list[tuple[Any, list[Launch], dict[str, Any]]]:
-    """Return each kernel with its compile requests and the fields of its variant."""
-    found = []
+    """Return (kernel, compile requests, variant fields) of each variant."""
+    norm_variants = []
     for grad_dtype, aligned in itertools.product(GRAD_DTYPES, (True, False)):
         launches = recorded(partial(sum_gradients, grad_dtype, aligned))
-        found.append((grad_norm_kernel, launches, {"grad_dtype": dtype_name(grad_dtype), "aligned": aligned}))
+        norm_variants.append((grad_norm_kernel, launches, {"grad_dtype": dtype_name(grad_dtype), "aligned": aligned}))
     return [
-        *found,
+        *norm_variants,
         (prepare_step_kernel, recorded(prepare_steps), {}),
-        (add_rows_kernel, recorded(add_up_rows), {}),
+        (sum_rows_kernel, recorded(sum_telemetry_rows), {}),
     ]
 
 
 def audit(target_name: str) -> dict[str, list[dict[str, Any]]]:
-    """Return the facts of every variant of one target, by kernel."""
+    """Return {kernel name: audit results of its variants} for one target."""
     target = TARGETS[target_name]
     driver.set_active(absent_device(target))
-    stats_module.current_backend = lambda: target.backend
-    found = variants()
-    kernels = [compile_launch(kernel, launches[0], target) for kernel, launches, _ in found]
+    grad_norm_module.current_backend = lambda: target.backend
+    kernel_variants = variants()
+    kernels = [compile_launch(kernel, launches[0], target) for kernel, launches, _ in kernel_variants]
     facts = defaultdict(list)
     for (kernel, launches, fields), compiled, machine in zip(
-        found, kernels, machine_facts(kernels, target), strict=True
+        kernel_variants, kernels, machine_facts(kernels, target), strict=True
     ):
         code = assembly(compiled)
-        of_launches = {"keys": sorted({launch.key for launch in launches}), "launches": len(launches)}
-        of_code = {"unresolved": UNRESOLVED.findall(code), "signature": launches[0].signature}
+        launch_facts = {"keys": sorted({launch.key for launch in launches}), "launches": len(launches)}
+        code_facts = {"unresolved": UNRESOLVED.findall(code), "signature": launches[0].signature}
         if kernel is grad_norm_kernel:
-            of_code["elements_per_thread"] = elements_per_thread(compiled, target)
-            of_code["accesses"] = gradient_accesses(code)
-        facts[kernel.fn.__name__].append({**fields, **of_launches, **of_code, **machine})
+            code_facts["elements_per_thread"] = elements_per_thread(compiled, target)
+            code_facts["accesses"] = gradient_accesses(code)
+        facts[kernel.fn.__name__].append({**fields, **launch_facts, **code_facts, **machine})
     return facts
 
 
