@@ -43,8 +43,7 @@ class GradientRelease:
     Raises:
         TypeError: `optimizer` is not one of this package.
         ValueError: the optimizer clips or records telemetry; or a parameter belongs to another `GradientRelease`, to
-            FSDP1, or to FSDP2 with CPU offload and torch < 2.13. That FSDP2 runs hooks before the gradient has reached
-            the CPU.
+            FSDP1, or to FSDP2 with CPU offload and torch < 2.13, which runs hooks before the gradient reaches the CPU.
         RuntimeError: a `GradScaler` has been used with the optimizer; backward passes and `step()` raise it too.
 
     A backward pass raises the errors of `step()`. Parameters that it stepped before the error stay stepped.

@@ -47,7 +47,7 @@ from adax_triton.step.scalars import HostScalars
 from adax_triton.step.telemetry import StepSums, StepTelemetry
 from adax_triton.update.horizon import FROZEN_WEIGHT
 
-# Drop unused plans when the number of plans reaches a limit: this, plus twice the plans kept at the last cleanup.
+# A cleanup drops unused plans. The next one runs at `_MIN_PLAN_LIMIT + 2 * (plans kept)` plans.
 _MIN_PLAN_LIMIT = 64
 
 

@@ -46,20 +46,20 @@ class AdaX(MomentOptimizer):
         states: precision of the moments. `"float32"`; `"bfloat16"`; `"8bit_v16"`: 8-bit m and 16-bit v; `"8bit"`:
             8-bit m and 8-bit v. In lower precision v is rounded stochastically; rounding to nearest would stop
             updating it too early. Tensors with fewer than 4096 elements keep float32. Default: `"float32"`.
-        master_weights: extra bits for 16-bit parameters. `"float32"`: full float32 weights, so that training is bit
-            for bit that of float32 parameters. `"24bit"`: one extra byte for bfloat16, rounded stochastically. None:
+        master_weights: extra bits for 16-bit parameters. `"float32"`: full float32 weights; the weights are then bit
+            for bit those of float32 training. `"24bit"`: one extra byte for bfloat16, rounded stochastically. None:
             no extra bits. float32 parameters need none. Default: None.
         weight_rounding: rounding of bfloat16 parameters without master weights, `"nearest"` or `"stochastic"`.
             Default: `"nearest"`.
         seed: seed of stochastic rounding, in [0, 2^32). A random bit depends on the seed, the step and the index of
             the element in its parameter, and on nothing else. Default: 0.
-        keep_float32: function of a parameter; True keeps float32 states for it whatever `states` is. Not part of the
-            state dict. Default: None.
+        keep_float32: function of a parameter. If it returns True, the parameter has float32 states for any `states`.
+            Not part of the state dict. Default: None.
         capturable: count steps on the GPU, so that a CUDA graph may capture `step()`. A float32 learning rate on the
             GPU is then read at each replay. Use numbers for betas. Default: False.
-        max_grad_norm: clip the norm of all gradients to this, > 0. The step is that after
-            `torch.nn.utils.clip_grad_norm_`, up to rounding errors, but `grad` is not changed. A step with a norm that
-            is not finite is skipped. `inf` measures without clipping. Not part of the state dict. Default: None, the
+        max_grad_norm: clip the norm of all gradients to this, > 0. The result equals `torch.nn.utils.clip_grad_norm_`
+            followed by a step, up to rounding errors, but `grad` is not changed. A step with a norm that is not
+            finite is skipped. `inf` measures without clipping. Not part of the state dict. Default: None, the
             norm is not measured.
         error_if_nonfinite: raise instead of skipping the step; the host then waits for the norm. Needs
             `max_grad_norm`. Default: False.

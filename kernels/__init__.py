@@ -1,1 +1,1 @@
-"""Triton and C++ kernels. They read tables of addresses and scalars, and import no other module."""
+"""Triton and C++ kernels. They read tables of addresses and scalars, and import nothing else of adax_triton."""

@@ -66,8 +66,8 @@ def _update(param, grad, exp_avg, exp_avg_sq, scalars):
     grad = grad * grad_factor + param * l2
     exp_avg += (grad - exp_avg) * one_minus_beta1
     exp_avg_sq += (grad * grad - exp_avg_sq) * exp_avg_sq_weight
-    # rsqrt takes 6 instructions less than a division. root * root cannot underflow, because eps is 0 or at least 2^-63.
-    # If it overflows, the update is 0.
+    # rsqrt takes 6 instructions less than a division. A nonzero root is at least 2^-63, so root * root does not
+    # underflow. If it overflows, the update is 0.
     root = tl.sqrt(exp_avg_sq) + eps
     param -= param * decay + exp_avg * tl.rsqrt(root * root) * step_size
     return param, exp_avg, exp_avg_sq

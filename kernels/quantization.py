@@ -36,8 +36,8 @@ def _code_offset(exponent, fraction):
 
 @triton.jit
 def _power_of_two(exponent):
-    # Built as a float, because the compiler turns integer products by powers of two into shifts. Most instructions here
-    # use the units of shifts; a multiplication uses another unit and fuses with the next addition.
+    # Built as a float, because the compiler turns integer products by powers of two into shifts. Shifts run on the
+    # integer unit, which is busy here; a multiplication runs on another unit and fuses with the next addition.
     return from_bits((exponent + EXPONENT_BIAS) << EXPONENT_SHIFT).to(tl.uint32)
 
 

@@ -12,7 +12,8 @@ TENSOR_COLUMNS = (
     *("first_element", "numel", "scalar_row"),
 )
 # Scalar table, 32-bit words: the fields of `coefficients.StepScalars`, the two words of `rounding.random_key`, and a
-# flag: if `skip` is not 0, the kernel writes nothing. float64 parameters read a row of float64 and ignore the key.
+# flag: if `skip` is not 0, parameters and states stay unchanged. float64 parameters read a row of float64 and
+# ignore the key.
 SCALAR_COLUMNS = (
     *("step_size", "one_minus_beta1", "exp_avg_sq_weight", "eps", "decay", "l2", "grad_factor"),
     *("random_key0", "random_key1", "skip"),

@@ -49,14 +49,14 @@ def _run(names: list[str], args: list[str]) -> int:
     from adax_triton.bench import host
     from adax_triton.bench.memory import per_parameter as memory
     from adax_triton.bench.report import command as report
-    from adax_triton.bench.step import command as step_report
+    from adax_triton.bench.step import command as step
     from adax_triton.bench.step import cpu, scale
     from adax_triton.bench.step import functions as step_functions
     from adax_triton.bench.training import command as train
     from adax_triton.cli import convert as convert_command
     from adax_triton.cli import doctor
 
-    modules = {"doctor": doctor, "convert": convert_command, "memory": memory, "step": step_report, "host": host}
+    modules = {"doctor": doctor, "convert": convert_command, "memory": memory, "step": step, "host": host}
     modules |= {"cpu": cpu, "functions": step_functions}
     modules |= {"train": train, "scale": scale, "report": report}
     module = modules[names[-1]]

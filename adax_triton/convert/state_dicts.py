@@ -193,8 +193,8 @@ def adax_from_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e-4) -> dic
         m = m_adam / (1 - b1^step),   v = v_adam
 
     The first updates have Adam's size, but v now follows AdaX's rule, so the run differs from Adam's. `step` is kept.
-    AdaX's `w_t` is small at that step, so v changes slowly from then on, although at first it averages only Adam's last
-    `1 / (1 - b2)` steps. Learning rates, eps and weight decays stay Adam's.
+    The converted v averages Adam's last `1 / (1 - b2)` steps. AdaX's `w_t` is small at this step, so v then changes
+    slowly. Learning rates, eps and weight decays stay Adam's.
 
     Args:
         state_dict: of `Adam` or `AdamW`, or from `from_torch_adam`.

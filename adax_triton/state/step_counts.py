@@ -47,7 +47,8 @@ def check_count_without_sync(step: Any, param: Tensor) -> None:
 def normalized_count(step: Any, param: Tensor, uses_kernel: bool) -> int | Tensor:
     """Return a checked count as an int or a 0-d int64 tensor on the parameter's device.
 
-    A count on a device stays there. Other forms are accepted, such as the float32 tensor of torch's optimizers.
+    If a kernel updates the parameter, a count on a GPU stays there; otherwise it becomes an int. Other forms are
+    accepted, such as the float32 tensor of torch's optimizers.
 
     Args:
         step: the count.

@@ -27,8 +27,8 @@ _SOURCES = [Path(tables.__file__).with_name(name) for name in ("adax_step.cpp", 
 _COMPILERS = ("c++", "g++", "clang++")
 _INSTALL_ADVICE = "Install a C++ compiler, such as g++, or name one in the environment variable CXX"
 _CXX_ADVICE = "Unset CXX to use the machine's compiler, or set it to another compiler"
-# FMA contraction would change results, and errno would prevent vectorized square roots. -fopenmp-simd enables OpenMP
-# pragmas only; threads come from the OpenMP runtime that PyTorch has loaded.
+# FMA contraction would change results, and errno would prevent vectorized square roots. -fopenmp-simd enables only
+# OpenMP's simd pragmas; threads come from the OpenMP runtime that PyTorch has loaded.
 _FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
@@ -137,7 +137,7 @@ class CpuKernel:
     def sum_of_squares(self, tensors: Tensor, chunks: Tensor, partials: Tensor) -> None:
         """Write the sum of squares of each chunk's gradients.
 
-        Squares are float32, or float64 for float64 gradients. Sums are float64.
+        Squares and sums are float64.
 
         Args:
             tensors, chunks: see `step`.

@@ -242,7 +242,7 @@ class LaunchCache:
 
 
 def _launch_order(steps: Sequence[TensorStep]) -> list[int]:
-    """Give parameters that share memory successive launch numbers, else 0."""
+    """Return a launch number per step: 0, 1, ... for parameters that share memory, 0 for all others."""
     order = [0] * len(steps)
     spans = sorted(
         (str(step.param.device), step.param.data_ptr(), step.param.nbytes, index)

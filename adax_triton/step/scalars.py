@@ -197,7 +197,7 @@ class DeviceScalars:
         Raises:
             TypeError: a learning rate on this device is not float32.
         """
-        from adax_triton.kernels.prepare_step import SCALAR_COLUMNS, prepare_step
+        from adax_triton.kernels.prepare_step import prepare_step
 
         used = _used_groups(rows, groups)
         constants = [_constants(groups[index], self._device) for index in used]
@@ -220,7 +220,7 @@ class DeviceScalars:
             constants, lambda given: torch.tensor(given, dtype=torch.float64, device="cpu").view(-1, columns)
         )
         if self._scalars.shape[0] < len(rows):
-            self._scalars = torch.empty(len(rows), SCALAR_COLUMNS, dtype=torch.float32, device=self._device)
+            self._scalars = torch.empty(len(rows), len(SCALAR_COLUMNS), dtype=torch.float32, device=self._device)
         scalars = self._scalars[: len(rows)]
         prepare_step(row_table, group_table, self._fill_inputs(handling, sum_of_squares), scalars, self.report)
         return scalars

@@ -74,7 +74,7 @@ class DeviceSums:
         self._stages: list[tuple[Tensor, Tensor]] = []
 
     def chunk_sums(self, counts: Sequence[int]) -> Tensor:
-        """Return a launch's (programs, 5) float32 output; `counts`: chunks per tensor."""
+        """Return the buffer that a launch writes, (chunks, 5) float32, for `counts` chunks per tensor."""
         if counts != self._counts or not self._stages:
             self._stages = list(self._make_stages(counts))
             self._counts = counts

@@ -52,13 +52,13 @@ def steps_until_frozen(beta2: float) -> int:
 
 
 def beta2_for_horizon(total_steps: int) -> float:
-    """Return the largest beta2 whose v still changes at the last step.
+    """Return the largest beta2 with which v still changes at the end.
 
     It is at most the published 1e-4.
 
         max { b2 <= 1e-4 : b2 / ((1 + b2)^T - 1) >= 2^-30 },   T = total_steps
 
-    Only `b2 * T` matters: a step weighs the past by `(1 + b2)^t`, about `exp(b2 t)`. So a run
+    `w_t` depends on t through `(1 + b2)^t`, about `exp(b2 t)`, so mainly `b2 * T` matters: a run
     10 times longer with `b2 / 10` averages over the same fraction of the run. The result keeps `b2 * T` below 11.6, and
     lower as T grows: 9.2 at a million steps, 6.6 at ten million.
 

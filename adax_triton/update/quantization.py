@@ -3,14 +3,14 @@
     v, "8bit_v16"  16 bits: the 8 exponent bits and the first 8 fraction bits of a float32, without the sign, which is 0
     v, "8bit"      8 bits: a float with 3 to 6 fraction bits. Codes count down from the largest exponent of the group. A
                    smaller range of exponents in the group leaves more fraction bits
-    m              8 bits: u = m / 2^(E(v) // 2), in a power-of-two scale per group. E(v) is the exponent field of v, so
-                   u is about m / sqrt(v), up to a factor of 2 and a constant scale
+    m              8 bits: u = m 2^(127 - E(v) // 2), in a power-of-two scale per group. E(v) is the exponent field
+                   of v, so u is about m / sqrt(v), up to a factor of 2 and a constant scale
 
 A group is 32 consecutive elements in memory. `kernels/quantization.py` implements the same formats in Triton.
 
 v is rounded stochastically. `w_t` falls for as long as AdaX runs, and rounding to nearest would freeze v early. The
-variance of the rounding noise is proportional to the spacing of the codes, so groups of similar elements get
-finer codes. Most groups are like this. u does not grow with the gradients, so one scale fits all elements of a group.
+variance of the rounding noise is proportional to the spacing of the codes. The elements of most groups are similar, so
+most groups get fine codes. u does not grow with the gradients, so one scale fits all elements of a group.
 
 If v is 0, subnormal, infinite or NaN, the code of u is 0 and the group's scale ignores it. In "8bit" an infinite or NaN
 v becomes the largest finite v of its group.

@@ -24,8 +24,8 @@ from .rounding import (
 def load_master(param: Tensor, master: Tensor | None, param_is_copy: bool = False) -> Tensor:
     """Return the float32 weights before a step, as a new tensor.
 
-    The master is the weight if it still rounds to the parameter. Otherwise the user has set the parameter, and the
-    parameter is the weight.
+    They are the master if it rounds to the parameter. Otherwise the user has overwritten the parameter, and they are
+    the parameter.
 
     Args:
         param: any float dtype; bfloat16 if `master` is a remainder, float16 if it is a copy.

@@ -1,6 +1,6 @@
 """Reference update in PyTorch.
 
-It is the oracle of the tests, and the step of tensors without a kernel.
+Tests compare the kernels with it. It also updates tensors that no kernel supports.
 """
 
 from __future__ import annotations

@@ -19,12 +19,13 @@ from .optimizer_in_use import check_betas
 
 CONFIG_TYPES: dict[str, type[MomentOptimizer]] = {"adax": AdaX, "adaxw": AdaXW}
 
-# Options that need all gradients of a step in one call. ZeRO calls `optimizer.step()` once per group or sub-group.
+# Options that DeepSpeed does not support, and what to do instead. Most need all gradients in one call, but ZeRO calls
+# `optimizer.step()` once per group or sub-group.
 _NOT_UNDER_DEEPSPEED = {
     "max_grad_norm": "set gradient_clipping at the top level of the configuration instead of max_grad_norm",
-    "error_if_nonfinite": "DeepSpeed skips such steps",
+    "error_if_nonfinite": "remove it; DeepSpeed skips steps with gradients that are not finite",
     "norm_process_group": "DeepSpeed measures the norm",
-    "capturable": "DeepSpeed keeps step counts as numbers",
+    "capturable": "remove it; DeepSpeed keeps step counts on the CPU",
     "telemetry": "read the norm from engine.get_global_grad_norm()",
 }
 # Buffers of a ZeRO 3 sub-group while it is swapped in: partition, gradient and two moments.
@@ -58,7 +59,7 @@ def check_config(config: Mapping[str, Any], client_optimizer: MomentOptimizer | 
     _check_keys(optimizer_class, params)
     _check_options(optimizer_class.__name__, params)
     check_betas(optimizer_class.__name__, params)
-    # The optimizer checks its own values. "auto" is filled in later, by the framework that wrote it.
+    # The optimizer checks its own values. Accelerate or the Trainer replaces "auto" later.
     given = {key: value for key, value in params.items() if value != "auto"}
     _check_settings(config, optimizer_class([torch.nn.Parameter(torch.zeros(1))], **given))
 

@@ -1,6 +1,6 @@
 """`adax-triton convert` on DeepSpeed folders that it cannot convert; test_deepspeed_checkpoints.py converts others.
 
-Oracle: the error, and a folder in which nothing has changed.
+Each test expects an error and an unchanged folder.
 """
 
 from __future__ import annotations

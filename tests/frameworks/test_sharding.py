@@ -168,7 +168,7 @@ def test_small_and_replicated_parameters_equal_the_unsharded_run(two: Results, k
 
 def test_loading_codes_into_column_shards_raises(two: Results) -> None:
     for result in two["errors"]:
-        assert result["codes into columns"].startswith("ValueError: state_dict['state'][0] holds states='8bit_v16'")
+        assert result["codes into columns"].startswith("ValueError: state_dict['state'][0] has states='8bit_v16'")
 
 
 @pytest.mark.parametrize("kind", ["plain gradient", "sharded gradient"])
@@ -194,7 +194,7 @@ def test_two_dimensional_meshes_equal_the_unsharded_run(four: Results, case: str
         assert result["rows"].startswith("ValueError: params[4]: states=")
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # this test loads without it
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # this test loads without torch.distributed
 @pytest.mark.parametrize("mode", RESHARDED)
 def test_sharded_checkpoint_loads_into_an_unsharded_run(
     two: Results, folder: Path, mode: str, native_cpu: torch.device

@@ -350,7 +350,7 @@ def test_a_capture_with_external_gradients_raises(steps: int, replace: Replace) 
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_failed_capture_of_a_backward_pass_changes_nothing(steps: int, replace: Replace) -> None:
     training, twin = Training("release", capturable=True), Training("release", capturable=True)
-    # step() makes the states, but neither the tables of single parameters nor the gradient scale of a release.
+    # step() creates the states, but not the tables of single parameters that GradientRelease needs.
     for each in (training, twin):
         each.release.remove()
         each.kind = "step"

@@ -50,7 +50,7 @@ class KillPlan(NamedTuple):
 
     way: str | None = None
     rank: int = 0
-    count: int = 0  # number of the step since the start, of the file or of the operation
+    count: int = 0  # which step, file or operation to kill at, counted from 1
     part: float = 0.0  # share of the file's bytes that are written
 
 

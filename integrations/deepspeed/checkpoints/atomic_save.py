@@ -167,7 +167,7 @@ def prepare_staging(save_dir: str, tag: str) -> bool:
 
 
 def prepare_in_place(save_dir: str, tag: str) -> None:
-    """Empty the folder of a tag, except for a `complete.json` that marks it as incomplete."""
+    """Empty the folder of a tag, except for an empty `complete.json`: it means incomplete."""
     folder = Path(save_dir, tag)
     folder.mkdir(exist_ok=True)
     replace_file(str(folder / MANIFEST), "{}")

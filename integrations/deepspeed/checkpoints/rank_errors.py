@@ -30,8 +30,8 @@ def raise_on_every_rank(engine: Any, writes_to: str | None = None) -> Iterator[G
         gather(value): returns the values of all ranks, in the order of ranks. Values are small and picklable.
 
     Raises:
-        OSError, ValueError, TypeError, AssertionError, RuntimeError: the error of the first rank that failed, with its
-            number. An error of another type becomes a RuntimeError.
+        OSError, ValueError, TypeError, AssertionError, RuntimeError: the error of the first rank that failed; the
+            message starts with the rank's number. An error of another type becomes a RuntimeError.
     """
     errors: list[Exception] = []
 

@@ -1,7 +1,7 @@
 """Fix saving and loading of DeepSpeed's universal checkpoints.
 
-`registration` lists the failures without it. States are loaded through the optimizer's own `load_state_dict`. It raises
-for a second moment of another rule, and keeps states in the precision that the optimizer is configured with.
+`registration` lists what fails without these fixes. States are loaded through the optimizer's own `load_state_dict`. It
+raises for a second moment of another rule, and keeps states in the precision that the optimizer is configured with.
 """
 
 import functools
@@ -94,7 +94,7 @@ def load_universal_stage_3(original: Method) -> Method:
 
 
 def save_own_paddings(original: Method) -> Method:
-    """Replace `BF16_Optimizer.state_dict`, which saves the padding of all ranks on the last rank."""
+    """Replace `BF16_Optimizer.state_dict`, so that the last rank saves its own padding only."""
 
     @functools.wraps(original)
     def state_dict(self: Any) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _with_own_params(
 
 @contextmanager
 def _padding_as_parameters(zero: Any, lp_groups_name: str) -> Iterator[str]:
-    """Within the block, replace groups of only padding by an empty parameter.
+    """Within the block, give a group without elements on this rank an empty parameter.
 
     DeepSpeed's loading fails for a group if this rank holds only padding of it.
 

@@ -34,7 +34,7 @@ _Wrapper: Any = object  # DeepSpeed's class, which follows the mixin
 class DelayedStateLinks(_Wrapper):
     """ZeRO 1 and 2: link parameters to their states once every group has states.
 
-    DeepSpeed does it after the step of the first group, when the other groups have none.
+    DeepSpeed links them after the first group's step, when the other groups have no states.
     """
 
     def _lazy_init_hp_params_optimizer_state(self) -> None:
