@@ -78,7 +78,7 @@ class MomentOptimizer(Optimizer):
       parameters keep their own dtype.
     - `exp_avg_sq`: v, as `exp_avg`. A complex parameter has one v for the real and one for the imaginary part.
     - `group_exponents`: one exponent per 32 elements; only with 8-bit states.
-    - `master`: the low bits of the float32 weight that a 16-bit parameter cannot hold; only with `master_weights`.
+    - `master`: low bits of the float32 weight (bfloat16) or a float32 copy (float16); only with `master_weights`.
 
     Precision is fixed when a state is created and read back from its dtypes.
 

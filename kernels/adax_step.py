@@ -3,8 +3,8 @@
 One launch updates every tensor of an address table.
 
 The tensor table has one int64 row per tensor; the chunk table has one int64 per program; the scalar table has one row
-of 32-bit words per (group, step). A program finds its chunk, its tensor's row and that row's scalars, loads each
-element once, computes in float32 and stores once.
+of 32-bit words per parameter group and step count. A program finds its chunk, its tensor's row and that row's scalars,
+loads each element once, computes in float32 and stores once.
 """
 
 from __future__ import annotations

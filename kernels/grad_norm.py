@@ -40,7 +40,7 @@ def grad_norm_kernel(
 ):
     """Sum the squares of chunks i, i + num_programs, ... in program i.
 
-    VECTOR elements make one access.
+    Each load reads VECTOR elements.
     """
     # max_contiguous limits the layout to VECTOR elements.
     offsets = tl.max_contiguous(tl.arange(0, CHUNK_SIZE), VECTOR)

@@ -1,5 +1,5 @@
 // Quantizes and dequantizes moments on the CPU, as quantization.py does on the GPU; the formats are described in
-// adax_triton/update/quantization.py. u is the first moment divided by a power of two near sqrt(v).
+// adax_triton/update/quantization.py. u is m 2^(127 - E(v) // 2), about m / sqrt(v) times a constant.
 //
 // Groups are processed in batches of 16, one stage after the other for the whole batch. The CPU can then overlap the
 // computations of the maxima of different groups.
@@ -66,7 +66,7 @@ inline void dequantize_moments(
     }
 }
 
-// Returns 2^-(E(v) // 2), which turns exp_avg into u, from the stored bits of v.
+// Returns 2^(127 - E(v) // 2) from the stored bits of v; E is the exponent field. exp_avg times it is u.
 inline float inverse_root(uint32_t stored_bits) {
     return from_bits(RECIPROCAL_BITS - (stored_bits >> 1 & INFINITY_BITS));
 }

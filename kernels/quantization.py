@@ -1,7 +1,8 @@
 """Quantize and dequantize moments to "8bit_v16" and "8bit", on the GPU.
 
 `adax_triton/update/quantization.py` describes the formats. AXIS is the axis of a group's 32 elements: 1 in a tile of
-(groups, 32), 0 in a tile of one group. u is the first moment divided by a power of two near sqrt(v).
+(groups, 32), 0 in a tile of one group. u is m 2^(127 - E(v) // 2), about m / sqrt(v)
+times a constant.
 """
 
 import triton
@@ -108,8 +109,8 @@ def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl
 
 @triton.jit
 def _quantize_u(exp_avg, inverse, ORIGIN: tl.constexpr, AXIS: tl.constexpr):
-    # `inverse` is LARGEST_FINITE minus half the bits of v. It has the exponent of 2^-(E(v) // 2), because the fraction
-    # bits of LARGEST_FINITE are all ones and the subtraction borrows nothing from the exponent.
+    # `inverse` is LARGEST_FINITE minus half the bits of v. Its exponent field is that of 2^(127 - E(v) // 2): the
+    # fraction bits of LARGEST_FINITE are all ones, so the subtraction borrows nothing from the exponent.
     u = exp_avg * from_bits(inverse & INFINITY_BITS)
     # The shift drops the sign. Adding one exponent wraps inf and NaN to small values, so the maximum ignores them.
     largest = tl.max((bits_of(u) << 1) + NEXT_EXPONENT, axis=AXIS, keep_dims=True) >> 1

@@ -30,7 +30,7 @@ _COPY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class ExternalGrads(NamedTuple):
     """A parameter with external gradients and an optional low-precision copy.
 
-    param: float32 and contiguous. `step()` needs it in a group of the optimizer.
+    param: float32 and contiguous. It must be in one of the optimizer's groups at `step()`.
     grads: floating-point tensors on the same device. Concatenated, their elements are the gradient.
     low_precision_copy: receives the new weights, rounded to nearest; float32, bfloat16 or float16, contiguous, with the
         same number of elements and device. Default: None, no copy.

@@ -84,7 +84,7 @@ def _check_keys(optimizer_class: type[MomentOptimizer], params: Mapping[str, Any
     if unknown:
         raise ValueError(
             f"optimizer.params has unknown keys for {optimizer_class.__name__}: {', '.join(unknown)}; "
-            f"accepted are: {', '.join(accepted)}"
+            f"accepted keys: {', '.join(accepted)}"
         )
 
 

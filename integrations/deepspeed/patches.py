@@ -89,8 +89,8 @@ def offload_adax_states(original: Method) -> Method:
                     "offload_states with lp_params: at ZeRO 3 DeepSpeed cannot move the weights of a model with frozen "
                     "parameters; pass include= without lp_params"
                 )
-            own = {OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim_states} - self.offloaded_states
-            moved = own if include is None else {kind for kind in own if kind in include}
+            moved_here = {OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim_states} - self.offloaded_states
+            moved = moved_here if include is None else {kind for kind in moved_here if kind in include}
             if OffloadStateTypeEnum.hp_params in moved:
                 for partition in self.fp32_partitioned_groups_flat:
                     pinned = pin_memory and partition.device.type != "cpu"

@@ -187,7 +187,7 @@ def test_engine_has_the_expected_wrapper(results: dict[str, Any], case: Case) ->
 
 
 @pytest.mark.parametrize("case", [param for param in STAGES if param.values[0]["stage"] in (1, 2)])
-def test_cases_cover_a_rank_with_padding_alone(results: dict[str, Any], case: Case) -> None:
+def test_cases_cover_a_rank_with_only_padding(results: dict[str, Any], case: Case) -> None:
     # Stage 3 has one too, but its padding is not zero and looks like data.
     assert result_of(results, case)["padding_only_rank"]
 

@@ -183,7 +183,7 @@ def test_step_does_not_change_scaled_gradients(backend: torch.device) -> None:
     assert torch.equal(params[0].grad, 1024 * gradient(params[0], 0))
 
 
-def test_scale_may_be_no_power_of_two(backend: torch.device) -> None:
+def test_scale_need_not_be_a_power_of_two(backend: torch.device) -> None:
     params = parameters(backend)
     exact = [Parameter(param.detach().double()) for param in params]
     optimizer, twin = AdaX(params, lr=0.01), AdaX(exact, lr=0.01)

@@ -164,7 +164,7 @@ def test_partial_count_is_bounded() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_gradients_on_another_than_the_current_device_are_summed() -> None:
+def test_gradients_on_a_non_current_device_are_summed() -> None:
     grads = random_grads([CHUNK + 1], torch.float32, torch.device("cuda", 1))
     with torch.cuda.device(0):
         partials = launch(grads)

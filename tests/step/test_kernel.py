@@ -296,7 +296,7 @@ def test_step_does_not_make_the_host_wait(device: torch.device) -> None:
 
 @gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_tensors_on_another_than_the_current_device_are_updated() -> None:
+def test_tensors_on_a_non_current_device_are_updated() -> None:
     update = random_tensors(CHUNK + 1, torch.device("cuda", 1))
     before = update.clone()
     with torch.cuda.device(0):

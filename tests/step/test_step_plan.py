@@ -28,7 +28,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def skip_if_refused(mode: str, backend: torch.device) -> None:
+def skip_capturable_without_triton(mode: str, backend: torch.device) -> None:
     if mode == "capturable" and backend_of(backend, torch.float32) != TRITON:
         pytest.skip("needs the Triton kernel")
 
@@ -87,7 +87,7 @@ class Pair:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_steady_steps_reuse_their_plan(mode: str, backend: torch.device) -> None:
-    skip_if_refused(mode, backend)
+    skip_capturable_without_triton(mode, backend)
     pair = Pair(backend, torch.bfloat16 if mode in ("masters", "stochastic") else torch.float32, LONG, **MODES[mode])
     reused = [pair.step(number) for number in range(4)]
     assert reused == [False, True, True, True]
@@ -275,7 +275,7 @@ def change_rule(optimizer: MomentOptimizer, params: list[nn.Parameter]) -> None:
 
 @pytest.mark.parametrize("mode", ["float32", "stochastic", "clipped", "capturable"])
 def test_reused_plans_read_hyperparameters(mode: str, backend: torch.device) -> None:
-    skip_if_refused(mode, backend)
+    skip_capturable_without_triton(mode, backend)
     pair = Pair(backend, torch.bfloat16 if mode == "stochastic" else torch.float32, **MODES[mode])
     pair.step(0)
     for number, change in enumerate([scale_lr, change_rule, scale_lr], 1):

@@ -164,7 +164,7 @@ def main(cases_path: str, results_path: str) -> None:
     start()
     # DeepSpeed asks whether the accelerator supports fp16; its logic is the same on a CPU.
     get_accelerator().is_fp16_supported = lambda: True
-    # It collects garbage a dozen times while DeepSpeed builds a BF16_Optimizer.
+    # see_memory_usage collects garbage a dozen times while DeepSpeed builds a BF16_Optimizer.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
     run_cases(cases_path, results_path, CASE_DEFAULTS, run)
 

@@ -70,7 +70,7 @@ def test_longer_runs_get_no_larger_beta2() -> None:
 
 
 @pytest.mark.parametrize(("total_steps", "product"), [(10**6, 9.2), (10**7, 6.6)])
-def test_products_of_the_docstring(total_steps: int, product: float) -> None:
+def test_beta2_times_steps_equals_the_docstring(total_steps: int, product: float) -> None:
     assert beta2_for_horizon(total_steps) * total_steps == pytest.approx(product, abs=0.05)
 
 

@@ -1,4 +1,4 @@
-"""Choose how much of a ZeRO step the optimizer step runs.
+"""Choose which passes of a ZeRO step are fused into the optimizer's step.
 
 DeepSpeed makes several passes over gradients and weights: it checks for inf and NaN, computes the norm, concatenates,
 casts, unscales and clips the gradients, steps, and casts the weights back. These passes move up to 78 bytes per

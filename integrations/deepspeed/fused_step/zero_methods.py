@@ -3,7 +3,8 @@
 They call DeepSpeed's methods with small tensors instead of gradients:
 
 - norms, where DeepSpeed computes the norm of all gradients or looks for inf and NaN;
-- a 1, where DeepSpeed unscales and clips a gradient. The scaled 1 is the factor that the step applies.
+- a tensor with one 1.0, where DeepSpeed unscales and clips gradients. DeepSpeed turns it into the factor that the step
+  applies.
 
 DeepSpeed itself still reduces the norm over ranks, model-parallel groups and experts.
 
