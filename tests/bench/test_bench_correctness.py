@@ -49,7 +49,7 @@ def not_a_number(mode: Mode, params: list[Tensor], rule: Rule) -> Step:
 
 
 @each_mode
-def test_ours_passes(mode: Mode, device: torch.device) -> None:
+def test_adaxw_passes_the_check(mode: Mode, device: torch.device) -> None:
     passed = correctness.check(ours(mode), device)
     assert passed.error <= passed.tolerance == correctness.tolerance(mode)
     assert passed.compile_s > 0
@@ -63,28 +63,28 @@ def test_ours_passes(mode: Mode, device: torch.device) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_what_is_wrong_is_rejected(wrong: Wrong, mode: str, native_cpu: torch.device) -> None:
+def test_wrong_update_is_rejected(wrong: Wrong, mode: str, native_cpu: torch.device) -> None:
     provider = dataclasses.replace(ours(MODES[mode]), build=functools.partial(wrong, MODES[mode]))
     with pytest.raises(correctness.WrongResultError, match="AdaX-W rule"):
         correctness.check(provider, native_cpu)
 
 
 @each_mode
-def test_first_step_on_the_tensors_that_are_timed_passes(mode: Mode, device: torch.device) -> None:
+def test_first_step_of_timed_tensors_passes(mode: Mode, device: torch.device) -> None:
     params = step.make_params([(5000,), (3,)], device, seed=0, dtype=mode.param_dtype)
     step.Entry(ours(mode)).start(params, device)
 
 
 @pytest.mark.parametrize("name", ["fused", "foreach"])
 @pytest.mark.parametrize("mode", ["fp32", "bf16 + bfloat16"])
-def test_adamw_of_torch_is_adamw_and_not_adax(name: str, mode: str) -> None:
+def test_torch_adamw_passes_only_as_adamw(name: str, mode: str) -> None:
     (provider,) = (one for one in PROVIDERS if one.name == f"torch AdamW {name}" and one.mode.name == mode)
     assert correctness.check(provider, CPU).error < correctness.tolerance(provider.mode)
     with pytest.raises(correctness.WrongResultError):
         correctness.check(dataclasses.replace(provider, second_moment="adax"), CPU)
 
 
-def test_a_tail_left_out_is_found_on_the_tensors_that_are_timed(device: torch.device) -> None:
+def test_skipped_tail_of_timed_tensors_is_detected(device: torch.device) -> None:
     def all_but_the_tail(params: list[Tensor], rule: Rule) -> Step:
         views = []
         for param in params:
@@ -101,7 +101,7 @@ def test_a_tail_left_out_is_found_on_the_tensors_that_are_timed(device: torch.de
     step.Entry(ours(FP32)).start(params, device)
 
 
-def test_providers_are_told_apart() -> None:
+def test_provider_labels_are_unique() -> None:
     labels = [(provider.label, kind) for provider in PROVIDERS for kind in provider.device_types]
     assert len(set(labels)) == len(labels)
     assert {provider.mode.name for provider in PROVIDERS} == set(MODES)

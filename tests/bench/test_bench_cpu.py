@@ -35,7 +35,7 @@ def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(WORKLOADS, name, Workload(shapes, replaced))
 
 
-def test_every_workload_is_timed_and_kept(
+def test_every_workload_is_timed_and_written(
     without_deepspeed: None, native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "_first_step", lambda label, numel, environment: 0.2)
@@ -59,7 +59,7 @@ def test_every_workload_is_timed_and_kept(
     assert lines[-1].count("no_such_package is not installed") == 1
 
 
-def test_our_own_failure_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_of_adaxw_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(params: list[torch.Tensor], rule: Rule) -> Step:
         raise ValueError("broken")
 
@@ -69,7 +69,7 @@ def test_our_own_failure_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         cpu.run(["stub"], TINY, rounds=1, processes=0)
 
 
-def test_backward_of_gradient_release_steps_as_a_step_after_backward(native_cpu: torch.device) -> None:
+def test_gradient_release_equals_step_after_backward(native_cpu: torch.device) -> None:
     released, after = WORKLOADS["gradient release"].providers
     weights = []
     for provider in (released, after):
@@ -81,7 +81,7 @@ def test_backward_of_gradient_release_steps_as_a_step_after_backward(native_cpu:
     assert torch.equal(*weights)
 
 
-def test_first_steps_find_an_empty_cache_and_then_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_step_is_timed_with_empty_and_filled_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def first_step(label: str, numel: int, environment: dict[str, str]) -> float:
@@ -97,7 +97,7 @@ def test_first_steps_find_an_empty_cache_and_then_their_own(monkeypatch: pytest.
     assert all(side["median_ms"] == 1000.0 for row in rows for side in row["sides"].values())
 
 
-def test_first_step_runs_in_a_process_of_its_own() -> None:
+def test_first_step_runs_in_a_new_process() -> None:
     assert cpu._first_step(FUSED, 10, os.environ) > 0
 
 

@@ -28,7 +28,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_commit_is_the_checkouts_and_dirty_if_its_code_differs(checkout: Path) -> None:
+def test_commit_is_marked_dirty_if_code_differs(checkout: Path) -> None:
     head = git(checkout, "rev-parse", "--short=12", "HEAD").strip()
     assert environment.commit() == head
     (checkout / "bench" / "results" / "a.json").write_text("2")
@@ -38,7 +38,7 @@ def test_commit_is_the_checkouts_and_dirty_if_its_code_differs(checkout: Path) -
     assert environment.commit() == f"{head}-dirty"
 
 
-def test_commit_can_be_given_and_is_unknown_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_comes_from_the_environment_or_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHECKOUT", str(tmp_path))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.delenv("COMMIT", raising=False)
@@ -48,11 +48,11 @@ def test_commit_can_be_given_and_is_unknown_else(tmp_path: Path, monkeypatch: py
     assert environment.describe(torch.device("cpu"))["commit"] == "abc123"
 
 
-def test_versions_are_those_of_what_is_installed() -> None:
+def test_versions_match_installed_packages() -> None:
     assert environment.versions(["torch", "no_such_package"]) == {"torch": torch.__version__}
 
 
-def test_driver_is_what_its_program_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_driver_version_comes_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch.version, "hip", None)
     assert environment.driver() is None

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launches are real on a GPU")
-def test_launches_are_left_out_and_come_back() -> None:
+def test_launches_are_disabled_and_restored() -> None:
     param = torch.zeros(5, requires_grad=True)
     param.grad = torch.ones(5)
     optimizer = AdaXW([param], max_grad_norm=1.0, telemetry=True)
@@ -38,7 +38,7 @@ def test_table_has_every_optimizer_count_and_goal() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_replay_of_a_graph_is_timed_once_and_steps() -> None:
+def test_graph_replay_is_timed_and_updates_weights() -> None:
     device = torch.device("cuda")
     params = [torch.zeros(5, device=device, requires_grad=True) for _ in range(2)]
     for param in params:

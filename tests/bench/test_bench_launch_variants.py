@@ -58,7 +58,7 @@ def test_changed_result_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @interpreted
-def test_dry_run_writes_what_it_prints(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_writes_the_printed_rows(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # A variant that cannot be launched gets a row; the others are timed.
     monkeypatch.setitem(SECTIONS, "fp32", SECTIONS["fp32"]._replace(labels="3x1, 1024x4 r48"))
     path, written = tmp_path / "variants.json", []

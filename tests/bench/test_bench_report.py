@@ -60,7 +60,7 @@ def run(*words: object) -> int:
     return report.main(parser.parse_args([str(word) for word in words]))
 
 
-def test_table_is_that_of_the_figures() -> None:
+def test_table_shows_the_measured_values() -> None:
     result = step()
     result["workloads"][0]["providers"]["one"] = {"absent": "not | here"}
     result["workloads"].append(
@@ -83,7 +83,7 @@ def test_table_is_that_of_the_figures() -> None:
     ]
 
 
-def test_columns_are_those_that_some_row_has() -> None:
+def test_empty_columns_are_omitted() -> None:
     more = {"mode": "bf16", "bytes_per_element": 14.0625, "host_us": 31.4, "peak_bytes": 25e6, "launches": 2}
     lines = step_table.table(step(**more)).splitlines()
     titles = "mode | median ms | p20 | p80 | bytes/element | GB/s | of copy | host us | launches | peak MB"
@@ -118,7 +118,7 @@ def test_every_kind_of_result_is_reported(tmp_path: Path, capsys: pytest.Capture
     assert "step: A Machine, driver 580.1, 3 threads, torch 2.13, commit abc123, 2026-01-02\n" in printed
 
 
-def test_summary_has_a_row_per_mode_next_to_the_fastest_other() -> None:
+def test_summary_compares_each_mode_with_the_fastest_other_provider() -> None:
     mode = "bf16 + 8bit_v16 + 24-bit masters"
     ours = {"mode": "fp32", "median_ms": 2.0, "bytes_per_element": 28.0, "copy_share": 0.99}
     rows: dict[str, dict[str, Any]] = {
@@ -145,7 +145,7 @@ def test_summary_has_a_row_per_mode_next_to_the_fastest_other() -> None:
     ]
 
 
-def test_committed_figures_stand_in_the_readme() -> None:
+def test_readme_contains_the_committed_numbers() -> None:
     text = (ROOT / "README.md").read_text()
     for path in PUBLISHED:
         flat = [one for one in json.loads(path.read_text())["workloads"] if one["tensors"] == 1]
@@ -155,7 +155,7 @@ def test_committed_figures_stand_in_the_readme() -> None:
             assert f"| {mode} | {row['bytes_per_element']:.4g} | {row['median_ms']:.2f} | " in text
 
 
-def test_readme_shows_steps_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_accepts_only_step_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"{report.BEGIN}\n{report.END}\n")
     assert run(written(tmp_path, "train.json", training()), "--readme", readme) == 2
@@ -163,13 +163,13 @@ def test_readme_shows_steps_alone(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"benchmark": "another", "environment": {}}'])
-def test_what_is_no_result_is_named(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_result_file_is_named_in_the_error(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "wrong.json").write_text(text)
     assert run(tmp_path / "wrong.json") == 2
     assert "wrong.json" in capsys.readouterr().err
 
 
-def test_folder_gets_tables_and_pictures(tmp_path: Path) -> None:
+def test_tables_and_plots_are_written_to_the_folder(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     made = {"step.json": step(), "scale.json": scaling(), "train.json": training()}
     files = [written(tmp_path, name, result) for name, result in made.items()]
@@ -183,13 +183,13 @@ def test_folder_gets_tables_and_pictures(tmp_path: Path) -> None:
     assert all(f"]({name}.png)" in text for name in drawn)
 
 
-def test_two_files_of_one_name_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_duplicate_file_names_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [written(tmp_path / folder, "step.json", step()) for folder in ("a", "b")]
     assert run(*files, "--out", tmp_path / "out") == 2
     assert "same name" in capsys.readouterr().err
 
 
-def test_missing_matplotlib_is_an_error_that_names_the_extra(
+def test_missing_matplotlib_error_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -199,7 +199,7 @@ def test_missing_matplotlib_is_an_error_that_names_the_extra(
     assert run(file) == 0  # tables need none
 
 
-def test_readme_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_readme_section_is_replaced(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
     files = [written(tmp_path / "results", name, step()) for name in ("one.json", "two.json")]
@@ -215,7 +215,7 @@ def test_readme_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "<!-- bench:begin -->", "<!-- bench:end --> <!-- bench:begin -->"])
-def test_readme_without_its_marks_is_left_alone(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_without_markers_is_unchanged(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(text)
     assert run(written(tmp_path, "step.json", step()), "--readme", readme) == 2
@@ -223,12 +223,12 @@ def test_readme_without_its_marks_is_left_alone(text: str, tmp_path: Path, capsy
     assert readme.read_text() == text
 
 
-def test_this_readme_is_what_the_committed_files_give() -> None:
+def test_readme_matches_the_committed_results() -> None:
     assert PUBLISHED
     assert f"{report.BEGIN}\n{report.section(PUBLISHED, ROOT)}{report.END}" in (ROOT / "README.md").read_text()
 
 
-def test_published_report_is_what_the_committed_files_give() -> None:
+def test_report_matches_the_committed_results() -> None:
     folder = ROOT / "docs" / "benchmarks"
     text = (folder / "report.md").read_text()
     stems = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
@@ -238,6 +238,6 @@ def test_published_report_is_what_the_committed_files_give() -> None:
     assert set(re.findall(r"\]\((.*?\.png)\)", text)) == {path.name for path in folder.glob("*.png")}
 
 
-def test_nothing_to_report_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_without_files_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
     assert "files" in capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_slope_is_the_exponent() -> None:
         scale.slope([5, 5], [1.0, 2.0])
 
 
-def test_lines_have_the_points_of_their_workloads() -> None:
+def test_lines_have_one_point_per_workload() -> None:
     given = measured(broken={"absent": "why"})
     given["workloads"].append({"name": "elements 3", "numel": 10**15, "tensors": 1, "providers": {"broken": {}}})
     result = scale.lines_of(given)
@@ -86,7 +86,7 @@ def test_command_measures_both_lines(quick: None, tmp_path: Path, capsys: pytest
     assert scale.table(result) in capsys.readouterr().out
 
 
-def test_lines_of_one_point_are_refused(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_line_needs_two_points(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--sizes", "10", "20", "--tensors", "3"], ["--sizes", "10", "1e15", "--tensors", "1", "2"]):
         assert main(["bench", "scale", "--device=cpu", "--rounds", "2", *words]) == 2
         assert "sizes, tensors" in capsys.readouterr().err
@@ -114,12 +114,12 @@ def test_memory_of_a_gpu(stage: int, gigabytes: float) -> None:
     assert zero_model.memory_bytes(8e9, 8, stage, True) == pytest.approx((gigabytes - 6) * 1e9)
 
 
-def test_flat_gradients_of_stage_3_are_of_one_sub_group() -> None:
+def test_stage_3_flattens_gradients_of_one_sub_group() -> None:
     unfused, fused = (zero_model.memory_bytes(40e9, 8, 3, is_fused) for is_fused in (False, True))
     assert unfused - fused == 6e9
 
 
-def test_model_is_fed_by_a_gpu_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_model_needs_gpu_results(capsys: pytest.CaptureFixture[str]) -> None:
     results = ROOT / "bench" / "results"
     assert main(["bench", "scale", "--model", str(results / "nvidia-h200-step.json")]) == 0
     printed = capsys.readouterr().out

@@ -39,7 +39,7 @@ def named(*labels: str) -> list[Provider]:
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=list(MODES))
-def test_bytes_per_element_are_those_of_tensors(mode: Mode, native_cpu: torch.device) -> None:
+def test_bytes_per_element_match_tensor_sizes(mode: Mode, native_cpu: torch.device) -> None:
     param = nn.Parameter(torch.ones(128, 64, device=native_cpu, dtype=mode.param_dtype))
     param.grad = torch.ones_like(param)
     optimizer = AdaXW([param], states=mode.precision.states, master_weights=mode.precision.master_weights)
@@ -50,7 +50,7 @@ def test_bytes_per_element_are_those_of_tensors(mode: Mode, native_cpu: torch.de
     assert mode.state_bytes == states / param.numel()
 
 
-def test_bytes_per_element_are_those_that_the_audit_holds_against_code() -> None:
+def test_bytes_per_element_match_the_code_audit() -> None:
     pytest.importorskip("triton")
     spec = importlib.util.spec_from_file_location("code_audit", SUPPORT / "code_audit.py")
     code_audit = importlib.util.module_from_spec(spec)
@@ -81,12 +81,12 @@ def test_bytes_per_element_are_those_that_the_audit_holds_against_code() -> None
     ],
     ids=["gpt2", "llama3-8b", "llama3-8b-shard", "resnet50", "vit-l", "many-small", "flat"],
 )
-def test_workloads_have_their_tensors_and_elements(shapes: workloads.Shapes, tensors: int, numel: int) -> None:
+def test_workloads_have_expected_tensor_and_element_counts(shapes: workloads.Shapes, tensors: int, numel: int) -> None:
     assert len(shapes) == tensors
     assert sum(torch.Size(shape).numel() for shape in shapes) == numel
 
 
-def test_figures_follow_from_times_and_formula() -> None:
+def test_statistics_are_computed_from_times_and_bytes() -> None:
     copy, entry = step.Entry(None, times=[0.25, 0.25]), step.Entry(named("adax_triton.AdaXW")[0])
     entry.times, entry.host_times = [0.5, 1.0, 2.0], [1e-4, 2e-4, 3e-4]
     row = step.summarize(entry, copy, 10**9)
@@ -98,7 +98,7 @@ def test_figures_follow_from_times_and_formula() -> None:
     assert step.summarize(copy, copy, 10**9)["gb_per_s"] == 32.0
 
 
-def test_wrong_provider_gets_no_number() -> None:
+def test_wrong_provider_is_not_timed() -> None:
     (fused,) = named("torch AdamW fused")
     wrong = dataclasses.replace(fused, name="wrong", second_moment="adax")
     *_, result = step_report.run(ONE, CPU, [fused, wrong], rounds=2, budget=60)
@@ -110,7 +110,7 @@ def test_wrong_provider_gets_no_number() -> None:
     assert step_report.failures(result) == {}  # not ours
 
 
-def test_what_is_not_installed_is_listed_with_the_reason() -> None:
+def test_missing_providers_are_listed_with_the_reason() -> None:
     (fused,) = named("torch AdamW fused")
     elsewhere = dataclasses.replace(fused, name="of a GPU", device_types=("cuda",))
     missing = dataclasses.replace(fused, package="no_such_package")
@@ -130,7 +130,7 @@ def test_every_provider_is_listed_on_every_device(capsys: pytest.CaptureFixture[
     assert "  FlashOptim: absent: not for a CPU" in capsys.readouterr().out
 
 
-def test_sizes_are_those_that_fit_in_one_mode_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_is_kept_if_one_mode_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_report, "free_bytes", lambda device: 80e9)
     gpu = torch.device("cuda")
     assert step_report.default_sizes(gpu, ("fp32",))[-1] == 4_000_000_000  # 64 GB
@@ -139,7 +139,7 @@ def test_sizes_are_those_that_fit_in_one_mode_at_least(monkeypatch: pytest.Monke
     assert step_report.default_sizes(gpu, ("fp32", "bf16 + 8bit_v16"))[-1] == 4_000_000_000  # 28 GB
 
 
-def test_one_of_ours_that_breaks_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_failing_adaxw_provider_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def broken(params: list[torch.Tensor], rule: providers.Rule) -> providers.Step:
         raise RuntimeError("no such kernel")
 
@@ -152,27 +152,27 @@ def test_one_of_ours_that_breaks_fails_the_command(monkeypatch: pytest.MonkeyPat
     assert "adax_triton.AdaXW: RuntimeError: no such kernel" in capsys.readouterr().err
 
 
-def test_no_check_begins_after_its_time() -> None:
+def test_no_check_starts_after_its_budget() -> None:
     (fused,) = named("torch AdamW fused")
     passed, rejected = step_report.check_all([fused], CPU, time.perf_counter() - 1)
     assert (passed, rejected[fused.label]["absent"]) == ({}, step_report.NOT_REACHED)
 
 
-def test_what_compiles_long_does_so_once() -> None:
+def test_slow_compilation_runs_once() -> None:
     (fused,) = named("torch AdamW fused")
     slow = dataclasses.replace(fused, name="slow", compiles_long=True)
     rows = step.measure([fused, slow], [(5,)], timing.Clock(CPU), CPU, rounds=4, seconds=60.0)
     assert [rows[name]["rounds"] for name in ("torch AdamW fused", "slow", "copy")] == [4, 2, 4]
 
 
-def test_what_the_budget_does_not_reach_is_no_failure() -> None:
+def test_cases_beyond_the_budget_are_not_failures() -> None:
     *_, result = step_report.run(ONE, CPU, named("adax_triton.AdaXW"), rounds=1, budget=1e-9)
     row = result["workloads"][0]["providers"]["adax_triton.AdaXW"]
     assert row["absent"] == step_report.NOT_REACHED
     assert step_report.failures(result) == {}
 
 
-def test_long_compilation_is_left_to_those_who_ask_for_it() -> None:
+def test_slow_compilations_are_opt_in() -> None:
     compiled = dataclasses.replace(named("torch AdamW fused")[0], compiles_long=True)
     for asked in (False, True):
         *_, result = step_report.run({"two": [(5,), (7,)]}, CPU, [compiled], rounds=1, budget=60, compile_long=asked)
@@ -195,7 +195,7 @@ def test_long_compilation_is_left_to_those_who_ask_for_it() -> None:
     ],
     ids=["all", "two", "one", "none"],
 )
-def test_batches_fit_in_memory_and_have_ours(
+def test_batches_fit_in_memory_and_include_adaxw(
     free: float, expected: list[list[str]] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step, "free_bytes", lambda device: free)
@@ -204,7 +204,7 @@ def test_batches_fit_in_memory_and_have_ours(
     assert found == ([[provider.label] for provider in chosen] if expected is None else expected)
 
 
-def test_what_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_workload_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "free_bytes", lambda device: 1e9)
     rows = step.measure(named("adax_triton.AdaXW"), workloads.flat(10**9), None, CPU, 1, 1.0)
     assert "16 GB" in rows["adax_triton.AdaXW"]["absent"]
@@ -245,7 +245,7 @@ def test_report_renders_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert row[key] is None
 
 
-def test_list_names_what_would_be_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_prints_planned_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "step", "--device", "cpu", "--list"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert {f"  {mode.name}: {mode.bytes_per_element:g}" for mode in MODES.values()} <= set(printed)

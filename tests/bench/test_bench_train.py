@@ -54,7 +54,7 @@ def run_command(folder: Path, *flags: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", train_cases.DTYPES)
-def test_every_framework_has_ours_and_its_own(dtype: str) -> None:
+def test_each_framework_compares_adaxw_with_its_own_optimizer(dtype: str) -> None:
     found = list(train_cases.cases(dtype).values())
     zero = [f"ZeRO-{stage}" for stage in range(4)] + [f"ZeRO-{stage} offload" for stage in (1, 2, 3)]
     for framework in ["plain", *zero]:
@@ -82,7 +82,7 @@ def test_times_and_memory_are_the_maximum_over_ranks() -> None:
     assert (row["peak_bytes"], row["state_bytes"], row["loss"]) == (9, 3, 2.5)
 
 
-def test_our_failure_fails_the_command() -> None:
+def test_failure_of_adaxw_fails_the_command() -> None:
     chosen = [case("ZeRO-2 / AdaXW"), case("ZeRO-2 / DeepSpeed AdamW")]
     absent, there = {"absent": "why"}, {"loss": 1.0}
     assert train.ours_failed(chosen, {chosen[0].name: absent, chosen[1].name: there})
@@ -143,7 +143,7 @@ def test_cases_are_chosen_by_name_or_part(capsys: pytest.CaptureFixture[str]) ->
     assert "ZeRO-3 / DeepSpeed AdamW" in capsys.readouterr().err
 
 
-def test_a_case_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipped_case_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = job(width=33)  # no multiple of the heads
     assert "RuntimeError: shape" in train.run_case(case("plain / AdaXW"), broken, timeout_s=60)["absent"]
     monkeypatch.setattr(train, "TIMEOUT_S", 0.01)
@@ -155,13 +155,13 @@ def test_a_case_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     assert f"| ZeRO-1 / AdaXW | absent: {result['cases']['ZeRO-1 / AdaXW']['absent']} |" in table(result)
 
 
-def test_budget_is_kept_and_every_case_listed() -> None:
+def test_budget_is_respected_and_every_case_is_listed() -> None:
     names = ["plain / torch AdamW", "plain / AdaXW"]
     *_, result = train.run([case(name) for name in names], job(steps=10**6), budget_s=0.5)
     assert result["cases"] == {name: {"absent": train.NOT_REACHED} for name in names}
 
 
-def test_peak_does_not_include_the_parent() -> None:
+def test_peak_memory_excludes_the_parent_process() -> None:
     held = bytearray(300_000_000)  # of this process, not of its child
     program = "from adax_triton.bench.training.worker import host_peak_bytes; print(host_peak_bytes())"
     command = [sys.executable, "-P", "-c", program]
@@ -171,7 +171,7 @@ def test_peak_does_not_include_the_parent() -> None:
         assert int(small.stdout) < worker.host_peak_bytes() - 100_000_000
 
 
-def test_plain_training_learns_and_is_counted(tmp_path: Path) -> None:
+def test_plain_training_learns_and_reports_its_measurements(tmp_path: Path) -> None:
     result = run_command(tmp_path, "--ranks=1", "--lr=1e-2", "--only", "plain / AdaXW")
     (row,) = result["cases"].values()
     assert result["benchmark"] == "train"
@@ -184,7 +184,7 @@ def test_plain_training_learns_and_is_counted(tmp_path: Path) -> None:
     assert len(table(result).splitlines()[-1].split(" | ")) == len(COLUMNS) + 1
 
 
-def test_states_are_those_of_the_mode(native_cpu: torch.device) -> None:
+def test_states_match_the_mode(native_cpu: torch.device) -> None:
     figures = worker.train(case("plain / AdaXW 8bit_v16"), job(steps=1), 0)
     # Weights of 4096 elements and more have 1 + 2 bytes and a byte per 32; the others 8.
     with torch.device("meta"):
@@ -196,7 +196,7 @@ def test_states_are_those_of_the_mode(native_cpu: torch.device) -> None:
 
 @pytest.mark.deepspeed
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
-def test_zero_2_on_two_ranks_ends_where_plain_training_does(native_cpu: torch.device, tmp_path: Path) -> None:
+def test_zero_2_on_two_ranks_equals_plain_training(native_cpu: torch.device, tmp_path: Path) -> None:
     (sharded,) = run_command(tmp_path, "--ranks=2", "--lr=1e-2", "--only", "ZeRO-2 / AdaXW")["cases"].values()
     # One process on the batches of both ranks.
     plain = worker.train(case("plain / AdaXW"), job(batch=8), 0)

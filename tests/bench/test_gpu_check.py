@@ -94,7 +94,7 @@ def test_dry_run_of_the_second_call(checkout: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", gpu_check.NEEDED)
-def test_parts_are_skipped_after_a_required_part_failed(
+def test_parts_are_skipped_after_a_required_part_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     def part(name: str, *_: Any) -> CheckPart:
@@ -120,7 +120,7 @@ def pytest_on(folder: Path, text: str, *words: str, **variables: str) -> tuple[l
     return command, {"env": environment, "cwd": folder, "capture_output": True, "text": True, "timeout": 60}
 
 
-def test_failures_are_in_the_file_before_the_run_ends(tmp_path: Path) -> None:
+def test_failures_are_written_before_the_run_ends(tmp_path: Path) -> None:
     text = (
         "import os\n"
         "def test_a(device): assert 1 == 2\n"
@@ -164,7 +164,7 @@ def is_running(process: str) -> bool:
         return False
 
 
-def test_part_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
+def test_hanging_part_is_killed_with_its_children(tmp_path: Path) -> None:
     child = (
         f"open({str(tmp_path / 'child')!r}, 'w').write(str(__import__('os').getpid())); __import__('time').sleep(60)"
     )
@@ -182,7 +182,7 @@ def test_part_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
-def test_exit_code_and_errors_are_kept(tmp_path: Path) -> None:
+def test_exit_code_and_errors_are_recorded(tmp_path: Path) -> None:
     program = "import sys; print('out'); sys.stdout.flush(); sys.exit('what was wrong')"
     entry, output = Runner(tmp_path, tmp_path, False).run(CheckPart("tests", ("-c", program)), 60.0)
     assert entry["rc"] == 1
@@ -231,7 +231,7 @@ def profile(launches: int) -> str:
     return f"==PROF== Connected to process 1\n{json.dumps(mode)}\n==PROF== Disconnected\n{table.getvalue()}"
 
 
-def test_counters_of_the_last_launch_are_kept() -> None:
+def test_only_counters_of_the_last_launch_are_read() -> None:
     (found,) = gpu_check.read_counters(profile(launches=2))
     assert (found["read_per_element"], found["written_per_element"]) == (16.0, 12.0)
     assert found["gb_per_s"] == 4.0  # 2800 bytes in 700 ns
@@ -283,7 +283,7 @@ def test_benchmarks_accept_their_options(tmp_path: Path) -> None:
         assert parser.parse_args(words).json == tmp_path / "result.json"
 
 
-def test_tests_of_the_kernel_come_first_and_those_of_deepspeed_not_at_all() -> None:
+def test_kernel_tests_run_first_and_deepspeed_tests_are_excluded() -> None:
     found = gpu_check.gpu_tests()
     assert found[0] == "step/test_kernel.py"
     assert {

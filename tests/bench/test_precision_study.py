@@ -41,7 +41,7 @@ def test_short_study_writes_all_figures(
     assert {line.count("|") for line in table} == {table[0].count("|")}
 
 
-def test_v_is_zero_in_groups_of_many_scales_to_nearest_but_not_in_our_modes(native_cpu: torch.device) -> None:
+def test_nearest_rounding_zeroes_v_in_mixed_groups_but_our_modes_do_not(native_cpu: torch.device) -> None:
     rows = study.study("multi-scale", 30)
     assert rows[ROOTS]["zero_codes"] > 50
     assert rows[ROOTS]["largest_update_ratio"] > 10
@@ -51,7 +51,7 @@ def test_v_is_zero_in_groups_of_many_scales_to_nearest_but_not_in_our_modes(nati
 
 
 @pytest.mark.parametrize(("large", "steps"), [(0.5, 300), (1.2, 300)])
-def test_nearest_freezes_late_in_a_run_and_ours_is_unbiased(native_cpu: torch.device, large: float, steps: int) -> None:
+def test_nearest_rounding_freezes_v_late_but_our_modes_are_unbiased(native_cpu: torch.device, large: float, steps: int) -> None:
     numel = 4096
     comparison = Comparison(study.MODES, (numel,), study.BETAS, seed=0)
     ones = [torch.ones(numel)] * (len(study.MODES) + 1)
