@@ -1,1 +1,1 @@
-"""Benchmarks, reached through `adax-triton bench`."""
+"""Benchmarks, run by `adax-triton bench`."""

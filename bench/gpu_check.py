@@ -10,15 +10,20 @@ It needs torch, triton and pytest. Call 1 takes at most 240 s, call 2 at most 36
     compile     1, 2  kernels that many tests share, in parallel
     tests       1, 2  those that use a GPU, in parallel with pytest-xdist; in call 2 only the files of --tests
     variants    1     launch shapes of the kernel, timed together with a copy
-    counters    2     bytes and throughput of a step in every mode, by hardware counters, if ncu is installed
-    host, step  2     these benchmarks, with all other optimizers that can be imported
+    counters    2     hardware counters of a step in every mode: bytes and throughput, if ncu is installed
+    host, step  2     these benchmarks, with all other optimizers that are installed
     train       2     two cases
     memcheck, racecheck  2  a few tests under compute-sanitizer, if time is left
 
-FOLDER is --out, $OUT or runs/gpu-check. It gets log.txt with all output; failures.txt with each failure as soon as it
-happens; summary.json with exit code and seconds of each part; and a result per benchmark for `adax-triton bench report`
-and bench/results/. Set COMMIT if the checkout has no .git. --wheels or $WHEELS is a folder of wheels to import, such as
-other optimizers. --interpret is a dry run in Triton's interpreter: the same commands, small, without profilers.
+The files are written to --out, $OUT or runs/gpu-check:
+
+    log.txt           all output
+    failures.txt      each failure, as soon as it happens
+    summary.json      exit code and seconds of each part
+    DEVICE-NAME.json  the result of a benchmark, for `adax-triton bench report` and bench/results/
+
+Set COMMIT if the checkout has no .git. --wheels or $WHEELS is a folder of wheels to import, such as other optimizers.
+--interpret is a dry run in Triton's interpreter: the same commands with small tensors and without profilers.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-# Seconds per part, in the order in which they run, and in total.
+# Time limit of each part in seconds, in run order. `CALL_S` limits a whole call.
 LIMITS_S: dict[int, dict[str, float]] = {
     1: {"device": 30, "doctor": 40, "compile": 30, "tests": 110, "variants": 90},
     2: {
@@ -52,9 +57,14 @@ LIMITS_S: dict[int, dict[str, float]] = {
 }
 CALL_S = {1: 240.0, 2: 360.0}
 DRY_S = 600.0
-MARGINS_S = {"variants": 8.0, "step": 25.0, "train": 15.0}  # of the limit, for startup and the last measurement
+MARGINS_S = {
+    "variants": 8.0,
+    "step": 25.0,
+    "train": 15.0,
+}  # subtracted from the limit, for startup and the last measurement
 PARTS = tuple(dict.fromkeys([*LIMITS_S[1], *LIMITS_S[2]]))
-NEEDED = ("device", "doctor")  # without a GPU, or with a wrong kernel, the other parts show nothing
+# If one fails, the other parts are skipped: without a GPU or with a wrong kernel their results mean nothing.
+REQUIRED_PARTS = ("device", "doctor")
 
 # The kernel's own tests run first.
 RUN_FIRST = (
@@ -118,7 +128,10 @@ def gpu_tests() -> list[str]:
 
 
 def stage(target: Path, wheels: Path | None) -> None:
-    """Copy the packages into `target` as an installation would; the checkout itself cannot be imported."""
+    """Copy the packages into `target` in the layout of an installation.
+
+    The checkout itself has other folders than the package and cannot be imported.
+    """
     for wheel in sorted(wheels.glob("*.whl")) if wheels is not None else ():
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(target)
@@ -161,7 +174,7 @@ def tests_part(name: str, tests: list[str], interpret: bool) -> CheckPart:
     file, words = SANITIZED
     words = words.rpartition(" or ")[2] if interpret else words
     sanitizer = ("compute-sanitizer", "--tool", name, "--error-exitcode", "77")
-    # compute-sanitizer detects overruns only between allocations of the driver.
+    # compute-sanitizer detects overruns only between driver allocations, so PyTorch's caching allocator is off.
     uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     return CheckPart(name, (*pytest, "-k", words, str(ROOT / "tests" / file)), sanitizer, uncached)
 
@@ -220,19 +233,19 @@ class Runner:
             self.say("")
         if entry["rc"] != 0:
             why = entry.get("stopped") or f"exit code {entry['rc']}"
-            self.fail(f"== {part.name}: {why}", output.splitlines()[-20:])
+            self.report_failure(f"== {part.name}: {why}", output.splitlines()[-20:])
         return entry, output
 
     def skip(self, why: str) -> dict[str, Any]:
         """Return the entry of a part that is not run."""
-        self.say(f"left out: {why}")
+        self.say(f"skipped: {why}")
         return {"left_out": why}
 
-    def fail(self, what: str, lines: list[str]) -> None:
+    def report_failure(self, title: str, lines: list[str]) -> None:
         """Report a failed part, with its last lines in `failures.txt`."""
-        self.say(what)
+        self.say(title)
         with self._failures.open("a") as file:
-            file.write("\n".join([what, *lines, ""]))
+            file.write("\n".join([title, *lines, ""]))
 
     def say(self, line: str) -> None:
         """Write a line to the terminal and to the log."""
@@ -277,7 +290,7 @@ def check(arguments: argparse.Namespace, out: Path, staged: Path) -> dict[str, A
     for name in [part for part in LIMITS_S[call] if part in (arguments.only or PARTS) or part == "device"]:
         left_s = max(deadline - time.monotonic(), 1.0)
         limit_s = left_s if interpret else min(LIMITS_S[call][name], left_s)
-        broken = [f"{part} failed" for part in NEEDED if entries.get(part, {}).get("rc", 0) != 0]
+        broken = [f"{part} failed" for part in REQUIRED_PARTS if entries.get(part, {}).get("rc", 0) != 0]
         late = ["no time is left"] if left_s < 1.5 * MARGINS_S.get(name, 4.0) else []
         unnamed = ["no files are named by --tests"] if name == "tests" and not tests else []
         if why := [*broken, *late, *unnamed]:
@@ -297,7 +310,7 @@ def check(arguments: argparse.Namespace, out: Path, staged: Path) -> dict[str, A
                 write({"benchmark": name, "environment": summary["environment"], "rows": read_counters(output)}, result)
             except (ValueError, KeyError) as error:
                 entry["unread"] = f"{type(error).__name__}: {error}"
-                runner.fail(f"== counters: {entry['unread']}", [])
+                runner.report_failure(f"== counters: {entry['unread']}", [])
         write(summary, out / "summary.json")
     write(summary, out / "summary.json")
     failed = [name for name, entry in entries.items() if entry.get("rc", 0) != 0]
@@ -316,7 +329,9 @@ def main() -> int:
     parser.add_argument("--call", type=int, choices=LIMITS_S, required=True, help="1 tests, 2 measures")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "runs" / "gpu-check")))
     parser.add_argument("--wheels", type=Path, default=os.environ.get("WHEELS"), help="folder of wheels to import")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {PARTS}; default: all")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, metavar="PART", help=f"parts to run, of {PARTS}; default: all"
+    )
     parser.add_argument("--interpret", action="store_true", help="dry run on the CPU")
     parser.add_argument("--tests", nargs="+", metavar="FILE", help="files of tests/; default: call 1 all, call 2 none")
     arguments = parser.parse_args()

@@ -66,7 +66,7 @@ def replay(params: list[Tensor]) -> Step:
 
 @contextlib.contextmanager
 def launching(device: torch.device) -> Iterator[None]:
-    """Take the Triton path within the block: real launches on a GPU, none on a CPU."""
+    """Use the Triton path within the block. On a CPU the launches are replaced by no-ops."""
     if device.type == "cuda":
         yield
         return

@@ -1,4 +1,4 @@
-"""What all commands share: options, tables in Markdown, and where a result goes."""
+"""Shared by all commands: argument types, Markdown tables and output files."""
 
 from __future__ import annotations
 

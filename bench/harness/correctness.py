@@ -34,7 +34,7 @@ END_START = 1e-4  # small enough that bfloat16 resolves a first step, lr / 10
 
 
 class WrongResultError(Exception):
-    """The weights of a provider differ from those of its rule."""
+    """A provider's weights differ from the float64 reference."""
 
 
 class CheckResult(NamedTuple):
@@ -56,7 +56,7 @@ def tolerance(mode: Mode) -> float:
 
 
 class Reference:
-    """Steps copies of a provider's weights in float64 by the reference, with decoupled weight decay."""
+    """Applies the float64 reference, with decoupled weight decay, to copies of a provider's weights."""
 
     def __init__(self, provider: Provider, rule: Rule, weights: list[Tensor]) -> None:
         self._provider, self._rule, self._weights = provider, rule, weights
@@ -66,7 +66,7 @@ class Reference:
         self._steps = 0
 
     def step(self, grads: list[Tensor]) -> None:
-        """Step by gradients, before the provider does, which may overwrite them."""
+        """Apply the gradients. Call this before the provider's step, which may overwrite them."""
         self._steps += 1
         scalars = step_scalars(
             step=self._steps,
@@ -123,10 +123,11 @@ def check(provider: Provider, device: torch.device) -> CheckResult:
 
 
 def reference_at_ends(provider: Provider, params: list[Tensor]) -> Reference:
-    """Return the reference of a first step where the first and the last of the timed tensors begin and end.
+    """Return a reference for the ends of the first and last timed tensor.
 
-    Known weights and gradients replace those at the ends. This finds 32-bit overflow and missing tails, which small
-    tensors do not show. Parameters are contiguous and have gradients.
+    It has made the first step. Each end has `END_ELEMENTS` elements; known weights and gradients replace them. This
+    detects 32-bit overflow and missing tails, which small tensors do not show. Parameters are contiguous and have
+    gradients.
     """
     generator = torch.Generator(params[0].device).manual_seed(4)
     weights, grads = [], []
@@ -137,7 +138,7 @@ def reference_at_ends(provider: Provider, params: list[Tensor]) -> Reference:
             grads.append(param.grad.view(-1)[end])
             for tensor, scale in ((weights[-1], END_START), (grads[-1], 1.0)):
                 tensor.copy_(scale * torch.randn(tensor.shape, generator=generator, device=tensor.device))
-    # After all are written, because the two ends of a short tensor overlap.
+    # Copy the weights after all ends are written, because the two ends of a short tensor overlap.
     reference = Reference(provider, RULES[provider.second_moment], weights)
     reference.step(grads)
     return reference

@@ -1,4 +1,4 @@
-"""Optimizers to benchmark, ours and others, behind one interface."""
+"""Optimizers to benchmark, of this package and of others, behind one interface."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Provider:
     bytes_per_element: float = 0.0  # that one fused update moves in its own formats; 0: those of the mode
     device_types: tuple[str, ...] = ("cuda", "cpu")
     package: str = "torch"  # what must be installed
-    compiles_long: bool = False  # lists of tensors, for minutes; timed on them only if asked for
+    compiles_long: bool = False  # compiling several tensors takes minutes; they are timed only with --only
 
     def __post_init__(self) -> None:
         if not self.bytes_per_element:
@@ -61,8 +61,10 @@ class Provider:
         return None if importlib.util.find_spec(self.package) else f"{self.package} is not installed"
 
 
-def ours(name: str, kind: type[AdaXW] | type[AdamW], mode: Mode, options: Mapping[str, Any] = _NO_OPTIONS) -> Provider:
-    """Return one of our optimizers in a mode, with additional options."""
+def adax_triton_provider(
+    name: str, kind: type[AdaXW] | type[AdamW], mode: Mode, options: Mapping[str, Any] = _NO_OPTIONS
+) -> Provider:
+    """Return an optimizer of this package in a mode, with additional options."""
 
     def build(params: list[Tensor], rule: Rule) -> Step:
         kept: dict[str, Any] = {**mode.precision._asdict(), "weight_rounding": mode.weight_rounding}
@@ -99,7 +101,7 @@ def _other(
     moved: float = 0.0,
     compiles_long: bool = False,
 ) -> list[Provider]:
-    """Return the optimizer class `path` of another package, in the modes that are nearest to its own dtypes."""
+    """Return the optimizer class `path` of another package, in the modes with the closest dtypes."""
     package, build = path.partition(".")[0], _imported(path, options)
     return [Provider(name, MODES[mode], build, "adam", moved, device_types, package, compiles_long) for mode in modes]
 
@@ -114,8 +116,8 @@ _TE, _TE_PATH = "Transformer Engine FusedAdam", "transformer_engine.pytorch.opti
 _TE_MASTERS = {"master_weights": True, "store_param_remainders": True}
 _FLASH, _FLASH_PATH = "FlashOptim", "flashoptim.FlashAdamW"
 PROVIDERS: tuple[Provider, ...] = (
-    *(ours(OURS, AdaXW, mode) for mode in MODES.values()),
-    ours("adax_triton.AdamW", AdamW, FP32),
+    *(adax_triton_provider(OURS, AdaXW, mode) for mode in MODES.values()),
+    adax_triton_provider("adax_triton.AdamW", AdamW, FP32),
     *_other("torch AdamW fused", "torch.optim.AdamW", _LIKE_PARAMS, {"fused": True}),
     *_other("torch AdamW foreach", "torch.optim.AdamW", _LIKE_PARAMS, {"foreach": True}),
     *(Provider("torch AdamW compiled", MODES[mode], _compiled, compiles_long=True) for mode in _LIKE_PARAMS),

@@ -1,4 +1,4 @@
-"""Timers, and what a device reports of a call: memory, caches, launches."""
+"""Measure calls: time, memory, cache size and kernel launches."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import torch
 
 Call = Callable[[], Any]
 
-CACHES = 2  # multiples of the last-level cache that are overwritten before each timed call
+CACHE_MULTIPLE = 2  # times the last-level cache size is overwritten before each timed call
 _CPU_CACHE_BYTES = 32 * 2**20
 _MAX_BUSY_S = 0.02  # the longest that the GPU is kept busy before a call
-# Idle OpenMP threads spin for some milliseconds, and each runtime has its own: they would slow the next call down.
+# After a call, idle OpenMP threads spin for some milliseconds. Those of one runtime would slow a call of another.
 _PAUSE_S = 0.02
 
 
 class Clock:
     """Times calls with cold caches, as after a backward pass.
 
-    A GPU overwrites its caches for longer than the host takes to launch the call, so only device time is measured, as
-    in training, where the host is ahead. Host time is measured separately.
+    Before each call the GPU overwrites its caches. This takes longer than the host's launch, so only device time is
+    measured, as in training, where the host is ahead. Host time is measured separately.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._filler = torch.empty(CACHES * cache_bytes(device), dtype=torch.uint8, device=device)
+        self._filler = torch.empty(CACHE_MULTIPLE * cache_bytes(device), dtype=torch.uint8, device=device)
         # The first call loads the kernel.
         self._fill_s = min(time_call(lambda: self._filler.fill_(1), device) for _ in range(3))
 
@@ -132,7 +132,7 @@ def release(device: torch.device) -> None:
 
 
 def count_launches(call: Call) -> int | None:
-    """Return the kernels that one call launches on a GPU; None if the profiler sees none."""
+    """Return the number of kernels that one call launches on a GPU; None if the profiler sees none."""
     with torch.profiler.profile() as profile:
         call()
         torch.cuda.synchronize()

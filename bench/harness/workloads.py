@@ -18,8 +18,8 @@ def flat(numel: int) -> Shapes:
     return [(numel,)]
 
 
-def many_small(tensors: int = 1000, numel: int = 4096) -> Shapes:
-    """Return many small tensors, whose step is bound by the cost of the call."""
+def many_small_tensors(tensors: int = 1000, numel: int = 4096) -> Shapes:
+    """Return many small tensors; host overhead limits their step."""
     return [(numel,)] * tensors
 
 
@@ -74,5 +74,5 @@ LISTS: dict[str, tuple[str, Callable[[], Shapes]]] = {
     "llama3-8b-shard": ("Llama 3 8B, an eighth, 291 tensors", lambda: llama3_8b(ranks=8)),
     "resnet50": ("ResNet-50, 161 tensors", resnet50),
     "vit-l": ("ViT-L/16, 296 tensors", vit_l),
-    "many-small": ("1,000 tensors of 4,096", many_small),
+    "many-small": ("1,000 tensors of 4,096", many_small_tensors),
 }

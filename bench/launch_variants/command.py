@@ -3,7 +3,7 @@
     python -m adax_triton.bench.launch_variants.command [--modes NAME ...] [--variants LABEL ...] [--json FILE]
 
 In the label `2048x8 r48`, 2048 is the elements per program, 8 the warps, and 48 the limit of registers per thread.
-Each variant is compared with the kernel as it is launched today. Then all variants of a section are timed in
+Each variant is compared with the variant that the package launches. Then all variants of a section are timed in
 alternation, with cold caches, together with a copy that moves the same bytes. The exit code is 1 if a variant changes
 the result.
 
@@ -25,7 +25,7 @@ from adax_triton.bench.harness.command import add_device, add_json, count, markd
 from adax_triton.bench.harness.environment import describe, origin
 from adax_triton.bench.harness.timing import Clock, release
 from adax_triton.bench.step.command import NOT_REACHED
-from adax_triton.bench.step.measure import COPY, COPY_BYTES_PER_ELEMENT, MOST_COPIED, copying, reason
+from adax_triton.bench.step.measure import COPY, COPY_BYTES_PER_ELEMENT, MAX_COPY_NUMEL, copying, reason
 
 from .compile import compile_all, compile_variant
 from .variants import DIFFERS, SECTIONS, Case, Section, Variant
@@ -58,7 +58,7 @@ def measure(variants: dict[str, Variant], case: Case, clock: Clock, rounds: int,
             calls[label] = launch, case.bytes_moved(variant)
         except Exception as error:  # the table shows it
             rows[label] = {"absent": reason(error)}
-    copied = min(int(case.bytes_moved(next(iter(variants.values())))) // COPY_BYTES_PER_ELEMENT, MOST_COPIED)
+    copied = min(int(case.bytes_moved(next(iter(variants.values())))) // COPY_BYTES_PER_ELEMENT, MAX_COPY_NUMEL)
     calls[COPY] = copying(copied, case.device), copied * COPY_BYTES_PER_ELEMENT
     times = clock.time_in_turn({label: launch for label, (launch, _) in calls.items()}, rounds, LEAST_ROUNDS, until)
     medians = {label: statistics.median(seconds) for label, (seconds, _) in times.items()}
@@ -101,7 +101,7 @@ def run(
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """Return what makes the command fail: changed results, and sections without a time of the first variant."""
+    """Return the failures: changed results, and sections without a time of the first variant."""
     found = []
     for section in result["sections"]:
         rows = section.get("rows", {})

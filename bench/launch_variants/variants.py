@@ -28,7 +28,7 @@ class Variant(NamedTuple):
 
     label: str  # `CHUNKxWARPS [rREGISTERS] [settled]`, as in tables and on the command line
     chunk: int  # elements per program
-    options: dict[str, int]  # of Triton's compiler: warps, and the limit of registers per thread
+    options: dict[str, int]  # options of Triton's compiler: warps, register limit per thread
     skip_unchanged_v: bool  # store only the second moments that changed; `settled` in the label
 
     @property

@@ -1,7 +1,7 @@
 """Compute the memory per parameter of a DeepSpeed configuration with AdaX: on the GPU, in host memory and on NVMe.
 
-Included is what DeepSpeed keeps between steps. Not included are activations, communication buckets, the layers that
-ZeRO 3 gathers, NVMe buffers, and the temporary memory of a step (docs/deepspeed-passes.md).
+It counts the tensors that DeepSpeed keeps between steps. It does not count activations, communication buckets, the
+layers that ZeRO 3 gathers, NVMe buffers, and the temporary memory of a step (docs/deepspeed-passes.md).
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def parts_of(config: Mapping[str, Any], gpus: int) -> list[Part]:
         parts.append(Part("gradients", "GPU", width * (1 if stage == 1 else share)))
     else:
         parts.append(Part("float32 gradients", place, 4 * share))
-        parts.append(Part("gradients as they come" if stage == 3 else "weights to copy back", "host", width * share))
+        parts.append(
+            Part("gradients in the model's dtype" if stage == 3 else "weights to copy back", "host", width * share)
+        )
         if stage < 3 and config.get("gradient_accumulation_steps", 1) > 1:
             parts.append(Part("accumulated gradients", "host", width * share))
     parts.append(Part("float32 weights", place, 4 * share))

@@ -38,7 +38,7 @@ class Setup(NamedTuple):
         return sum(self.parts)
 
 
-def _ours(states: str, master_weights: str | None, name: str) -> Setup:
+def _adax_triton_setup(states: str, master_weights: str | None, name: str) -> Setup:
     kept = bytes_by_state(torch.bfloat16, Precision(states, master_weights))
     second = kept["exp_avg_sq"] + kept.get("group_exponents", 0.0)
     return Setup(f"adax_triton, {name}", (2.0, 2.0, kept.get("master", 0.0), kept["exp_avg"], second))
@@ -46,16 +46,16 @@ def _ours(states: str, master_weights: str | None, name: str) -> Setup:
 
 SETUPS = (
     Setup("AdamW, float32 master copy", (2.0, 2.0, 4.0, 4.0, 4.0)),
-    _ours("float32", "float32", "float32, 32-bit masters"),
-    _ours("bfloat16", "float32", "bfloat16, 32-bit masters"),
-    _ours("bfloat16", "24bit", "bfloat16, 24-bit masters"),
-    _ours("8bit_v16", "24bit", "8bit_v16, 24-bit masters"),
+    _adax_triton_setup("float32", "float32", "float32, 32-bit masters"),
+    _adax_triton_setup("bfloat16", "float32", "bfloat16, 32-bit masters"),
+    _adax_triton_setup("bfloat16", "24bit", "bfloat16, 24-bit masters"),
+    _adax_triton_setup("8bit_v16", "24bit", "8bit_v16, 24-bit masters"),
     Setup("FlashOptim, 24-bit masters", (2.0, 2.0, 1.0, 1.0 + 2 / 32, 1.0 + 2 / 32)),
-    _ours("8bit", "24bit", "8bit, 24-bit masters"),
-    _ours("8bit_v16", None, "8bit_v16, no masters"),
+    _adax_triton_setup("8bit", "24bit", "8bit, 24-bit masters"),
+    _adax_triton_setup("8bit_v16", None, "8bit_v16, no masters"),
     Setup("bitsandbytes 8-bit, no masters", (2.0, 2.0, 0.0, 1.0 + 4 / 256, 1.0 + 4 / 256)),
     Setup("torchao 8-bit, no masters", (2.0, 2.0, 0.0, 1.0 + 4 / 256, 1.0 + 4 / 256)),
-    _ours("8bit", None, "8bit, no masters"),
+    _adax_triton_setup("8bit", None, "8bit, no masters"),
 )
 
 

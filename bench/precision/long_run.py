@@ -65,7 +65,7 @@ class Regression:
 
 
 def train(steps: int) -> dict[str, Any]:
-    """Train all modes; return the evaluations and what follows from them, JSON-friendly."""
+    """Train all modes; return the evaluations and their summary, JSON-friendly."""
     others = [(name, rate) for rate in LEARNING_RATES if rate != LR for name in ("float32", CONTROL)]
     modes: dict[Any, Mode] = MODES | {one: MODES[one[0]]._replace(lr=one[1] / LR) for one in others}
     problem, comparison = Regression(), Comparison(modes, (SIZE, SIZE), (0.9, min(1e-1, HORIZON / steps)), SEED)
@@ -98,7 +98,13 @@ def train(steps: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Return the final figures as Markdown."""
     full = result["final"]["float32"]["risk"]
-    titles = ["states", f"risk, mean of {AVERAGED} evaluations", "over float32's", "at the end", "median v / float32's"]
+    titles = [
+        "states",
+        f"risk, mean of {AVERAGED} evaluations",
+        "ratio to float32",
+        "at the end",
+        "median ratio of v to float32",
+    ]
     rows = [
         [name, f"{row['risk']:.3g}", f"{row['risk'] / full:.2f}", f"{row['risk_end']:.3g}", f"{row['v_ratio']:.3f}"]
         for name, row in result["final"].items()

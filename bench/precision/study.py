@@ -4,8 +4,8 @@
 
 steps all modes of AdaX on the same gradients, and prints the errors of the update u = m / (sqrt(v) + eps) and of the
 moments against float64 (marked *). Two formats that round to nearest are included for comparison: bfloat16, and the
-8-bit root of v of FlashOptim (arXiv:2602.23349, algorithm 3). The latter keeps m in float32, and a float32 scale per
-group where FlashOptim has float16. The exit code is 1 if one of our modes misses a goal.
+8-bit root of v of FlashOptim (arXiv:2602.23349, algorithm 3). The latter keeps m in float32 and uses a
+float32 scale per group; FlashOptim uses a float16 scale. The exit code is 1 if one of our modes misses a goal.
 
 update_error            sqrt(sum (u - u*)^2 / sum u*^2) over elements and steps; long runs exclude the first `SKIPPED`
 update_bias             sum u u* / sum u*^2 - 1, over the same
@@ -14,7 +14,7 @@ m_error, m_error_end    relative L2 error of m, over the sampled steps and at th
 v_bias, v_bias_median, v_bias_mean, v_bias_end
                         v / v* - 1 over elements and sampled steps: exp of the mean log, median, mean; and exp of the
                         mean log at the last step. Elements without a gradient so far, or with v = 0, are excluded
-zero_codes              most v that are 0 at a sampled step although the element had a gradient
+zero_codes              largest number of v that are 0 at a sampled step although the element had a gradient
 unseen_largest_update   largest |u| of an element that had no gradient so far
 """
 
@@ -43,7 +43,7 @@ BETAS = (0.9, 1e-4)
 KINDS = ("stationary", "decaying", "vanishing", "heavy-tailed", "multi-scale", "sparse", "tiny")
 ROW_CHANCE = 1 / 20
 DECADES = 4
-# Limits: of the relative error of the update, by mode, and of every bias.
+# Maximum relative error of the update by mode, and maximum of every bias.
 MAX_ERROR = {"bfloat16": 0.03, "8bit_v16": 0.03, "8bit": 0.13}
 MAX_BIAS = 0.01
 COLUMNS = {
@@ -65,7 +65,7 @@ def to_bfloat16(*moments: Tensor) -> None:
 
 
 def to_8bit_roots(exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    """Round sqrt(v) to 255ths of the largest of its group of 32, in place; leave m."""
+    """Round sqrt(v) to multiples of max / 255 in each group of 32, in place; leave m."""
     roots = exp_avg_sq.sqrt().view(-1, GROUP)
     scale = roots.amax(dim=1, keepdim=True)
     codes = (roots / torch.where(scale == 0, 1.0, scale) * 255.0).round()
@@ -117,7 +117,7 @@ def gradients(kind: str, numel: int, steps: int, generator: Generator) -> Callab
 
 
 class ErrorStats:
-    """Sums of errors over the steps, for several modes. With `steps` up to twice `SKIPPED`, none is excluded."""
+    """Sums of errors over the steps, for several modes. Runs of at most 2 * `SKIPPED` steps exclude none."""
 
     def __init__(self, modes: int, numel: int, steps: int) -> None:
         self._skipped = SKIPPED if steps > 2 * SKIPPED else 0

@@ -5,7 +5,7 @@ The section of a README is between two markers:
     <!-- bench:begin -->
     <!-- bench:end -->
 
-It names the files that it was made from. `--readme README.md` without files makes it again from those.
+The section names its result files. `--readme README.md` without files regenerates the section from them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from adax_triton.bench.zero_passes import passes
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _SOURCE = re.compile(r"^From `([^`]+\.json)`", re.MULTILINE)
-# A key that tells the kind of a result that does not name its benchmark.
+# Key -> kind, for results without the key "benchmark".
 _KIND_BY_KEY = {"workloads": "step", "cases": "train", "kinds": "precision", "rates": "modes", "final": "long run"}
 
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the tables, or write what the options ask for; return 2 for invalid files."""
+    """Print the tables, or write the requested files; return 2 for invalid files."""
     try:
         files = arguments.files or (files_of(arguments.readme) if arguments.readme is not None else [])
         if not files:

@@ -1,4 +1,4 @@
-"""Time one optimizer step, ours and others', over sizes, models and modes.
+"""Time one step of AdaXW and of other optimizers, by size, model and mode.
 
 Each optimizer is compared in the mode of its own dtypes. Missing, failing and wrong optimizers are listed with the
 reason. GPU times are device times, and host launch time is a separate column. Bandwidth is bytes by formula over time,
@@ -33,22 +33,25 @@ SIZES = {
     "cpu": (1_000_000, 10_000_000, 50_000_000),
 }
 MODELS = {"cuda": tuple(LISTS), "cpu": ("gpt2", "resnet50", "many-small")}
-TIMED = {"cuda": 0.85, "cpu": 1.0}  # fraction of the budget; counting launches on a GPU gets the rest
-CHECKED = 0.6  # no check begins after this fraction of the budget
-NOT_REACHED = "not reached within the budget of time"
+TIMED_FRACTION = {"cuda": 0.85, "cpu": 1.0}  # of the budget; counting launches on a GPU gets the rest
+CHECK_FRACTION = 0.6  # of the budget; no check begins later
+NOT_REACHED = "not reached: the time budget is used up"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `adax-triton bench step`."""
     add_device(parser)
     parser.add_argument(
-        "--sizes", type=count, nargs="*", help="elements of the flat tensors, such as 5e7; default: 1e6 to what fits"
+        "--sizes",
+        type=count,
+        nargs="*",
+        help="elements of the flat tensors, such as 5e7; default: 1e6 and larger, as memory permits",
     )
     parser.add_argument("--models", nargs="*", choices=list(LISTS), help="lists of tensors; default: by device")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), metavar="MODE", help="as in --list; default: all")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="providers whose label contains one of these")
     parser.add_argument("--rounds", type=count, default=30, help="timed steps at most; default: %(default)s")
-    budget_help = "time limit in seconds; the rest is listed as not reached; default: %(default)s"
+    budget_help = "time limit in seconds; later cases are listed as not reached; default: %(default)s"
     parser.add_argument("--budget", type=seconds, default=420.0, help=budget_help)
     parser.add_argument("--list", action="store_true", help="list workloads, modes and providers, and measure nothing")
     add_json(parser)
@@ -90,7 +93,7 @@ def default_sizes(device: torch.device, modes: tuple[str, ...]) -> tuple[int, ..
 
 
 def choose(modes: tuple[str, ...], only: list[str] | None) -> list[Provider]:
-    """Return the providers whose label contains one of `only`, mode by mode, ours first, or raise ValueError."""
+    """Return the providers whose label contains one of `only`, sorted by mode, AdaXW first, or raise ValueError."""
     known = [provider for mode in MODES if mode in modes for provider in PROVIDERS if provider.mode.name == mode]
     chosen = [provider for provider in known if not only or any(part in provider.label for part in only)]
     if not chosen:
@@ -143,14 +146,14 @@ def run(
     left = len(workloads) * len(modes)
     with progress(left, "bench step") as advance:
         advance(0, "checking results")
-        passed, rejected = check_all(providers, device, begun + CHECKED * budget)
+        passed, rejected = check_all(providers, device, begun + CHECK_FRACTION * budget)
         clock = Clock(device)
         for name, shapes in workloads.items():
             rows: Rows = {provider.label: rejected.get(provider.label, {}) for provider in providers}
             for mode in modes:
                 advance(0, f"{name}, {mode.name}")
                 checked = [provider for provider in providers if provider.mode == mode and provider.label in passed]
-                seconds = (begun + TIMED[device.type] * budget - time.perf_counter()) / left
+                seconds = (begun + TIMED_FRACTION[device.type] * budget - time.perf_counter()) / left
                 # A C++ compiler takes minutes for a list on a CPU.
                 skipped = [one for one in checked if one.compiles_long and len(shapes) > 1 and not compile_long]
                 timed = [one for one in checked if one not in skipped] if seconds > 0 else []

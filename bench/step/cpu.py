@@ -1,4 +1,4 @@
-"""Time a step on a CPU: ours next to torch's fused AdamW and DeepSpeedCPUAdam.
+"""Time a step of AdaXW, torch's fused AdamW and DeepSpeedCPUAdam on a CPU.
 
 The measurement is that of `bench step`, with telemetry, gradient release and the first step of a new process in
 addition. Missing packages are listed below the table. ratio = our time / other time, so below 1 ours is faster.
@@ -21,9 +21,9 @@ import torch
 from adax_triton.bench.harness.command import add_json, count, markdown_table, publish
 from adax_triton.bench.harness.environment import describe
 from adax_triton.bench.harness.modes import FP32
-from adax_triton.bench.harness.providers import OURS, PROVIDERS, RULES, Provider, Rule, Step, ours
+from adax_triton.bench.harness.providers import OURS, PROVIDERS, RULES, Provider, Rule, Step, adax_triton_provider
 from adax_triton.bench.harness.timing import quantiles, time_call
-from adax_triton.bench.harness.workloads import Shapes, flat, gpt2, many_small
+from adax_triton.bench.harness.workloads import Shapes, flat, gpt2, many_small_tensors
 from torch import Tensor
 
 from adax_triton import AdaXW, GradientRelease
@@ -89,8 +89,8 @@ def provider(label: str) -> Provider:
 
 _ADAX, _FUSED, _BF16 = provider(OURS), provider(FUSED), "bf16 + bfloat16"
 _TELEMETRY = (
-    ours("AdaXW with telemetry", AdaXW, FP32, {"telemetry": True}),
-    ours("AdaXW without telemetry", AdaXW, FP32),
+    adax_triton_provider("AdaXW with telemetry", AdaXW, FP32, {"telemetry": True}),
+    adax_triton_provider("AdaXW without telemetry", AdaXW, FP32),
 )
 _RELEASE = (
     Provider("AdaXW", FP32, functools.partial(_backward_step, True), "adax", package="adax_triton"),
@@ -99,7 +99,9 @@ _RELEASE = (
 WORKLOADS = {
     "fp32, flat": Workload(_flat, (_ADAX, _FUSED, provider("DeepSpeedCPUAdam"))),
     "fp32, GPT-2 small": Workload(_gpt2, (_ADAX, _FUSED)),
-    "fp32, many small tensors": Workload(lambda sizes: many_small(sizes.tensors, sizes.tensors), (_ADAX, _FUSED)),
+    "fp32, many small tensors": Workload(
+        lambda sizes: many_small_tensors(sizes.tensors, sizes.tensors), (_ADAX, _FUSED)
+    ),
     "fp32, one tensor of 1,000": Workload(lambda sizes: flat(1000), (_ADAX, _FUSED)),
     "bf16, stochastic": Workload(_flat, (provider(f"{OURS}, {_BF16}"), provider(f"{FUSED}, {_BF16}"))),
     "8bit_v16, 24bit": Workload(_flat, (provider(f"{OURS}, bf16 + 8bit_v16 + 24-bit masters"),)),
@@ -121,10 +123,10 @@ def time_workload(name: str, sizes: Sizes, rounds: int) -> dict[str, Any]:
     keys = ("median_ms", "p20_ms", "p80_ms", "absent")
     labels = {OUR_SIDE: providers[0].label, **{one.name: one.label for one in providers[1:]}}
     sides = {side: {key: rows[label][key] for key in keys if key in rows[label]} for side, label in labels.items()}
-    return {"name": name, "rounds": first["rounds"], "sides": with_ratios(sides)}
+    return {"name": name, "rounds": first["rounds"], "sides": add_ratios(sides)}
 
 
-def with_ratios(sides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def add_ratios(sides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Add the ratio of our median to every other one."""
     for side, found in sides.items():
         if side != OUR_SIDE and "median_ms" in found:
@@ -146,7 +148,7 @@ def time_first_steps(numel: int, processes: int) -> list[dict[str, Any]]:
         {
             "name": FIRST_STEP.format(cache),
             "rounds": processes,
-            "sides": with_ratios({side: quantiles(samples) for side, samples in found.items()}),
+            "sides": add_ratios({side: quantiles(samples) for side, samples in found.items()}),
         }
         for cache, found in times.items()
     ]

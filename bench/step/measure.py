@@ -1,9 +1,9 @@
-"""Time one optimizer step, ours and others', in one run.
+"""Time one step of AdaXW and of other optimizers in one run.
 
-Optimizers with wrong results are not timed (`correctness.py`). The others of a mode step the same parameters and
-gradients in turn, round after round, each with its own states, so that machine drift affects all of them equally. Each
-measurement runs twice, on different tensors and in opposite order; optimizers that compile for long run once. If the
-states do not fit in memory together, optimizers run in batches, each with ours and a copy.
+Optimizers with wrong results are not timed (`correctness.py`). The correct optimizers of a mode step the same
+parameters and gradients in turn, round after round, each with its own states, so that machine drift affects all of
+them equally. Each measurement runs twice, on different tensors and in opposite order. Optimizers that compile for
+minutes run once. If the states do not fit in memory together, optimizers run in batches, each with AdaXW and a copy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 COPY = "copy"
 COPY_BYTES_PER_ELEMENT = 8
-MOST_COPIED = 2**30  # float32 elements; a larger copy is not faster and uses memory
+MAX_COPY_NUMEL = 2**30  # float32 elements; a larger copy is not faster and uses memory
 MIN_ROUNDS = 2  # on each set of tensors, whatever the time
 USABLE = 0.85  # fraction of the free memory
 
@@ -51,7 +51,7 @@ class Entry:
         return COPY if self.provider is None else self.provider.label
 
     def start(self, params: list[Tensor], device: torch.device) -> Step:
-        """Return the step function after two warm-up steps, the first of which is checked."""
+        """Run two warm-up steps, check the first, and return the step function."""
         if self.provider is None:
             return copying(sum(param.numel() for param in params), device)
         reference, before = reference_at_ends(self.provider, params), 0
@@ -80,8 +80,8 @@ def make_params(shapes: Shapes, device: torch.device, seed: int, dtype: torch.dt
 
 
 def copying(numel: int, device: torch.device) -> Step:
-    """Return a function that copies `numel` float32 elements, at most `MOST_COPIED`."""
-    source = torch.randn(min(numel, MOST_COPIED), device=device)
+    """Return a function that copies `numel` float32 elements, at most `MAX_COPY_NUMEL`."""
+    source = torch.randn(min(numel, MAX_COPY_NUMEL), device=device)
     target = source.clone()
     return lambda: target.copy_(source)
 
@@ -117,7 +117,7 @@ def measure(
 def memory_batches(providers: list[Provider], numel: int, device: torch.device) -> list[list[Provider]]:
     """Split providers into batches whose states fit in memory, each with ours; [] if none fits."""
     mode = providers[0].mode
-    shared = 2 * mode.param_dtype.itemsize * numel + COPY_BYTES_PER_ELEMENT * min(numel, MOST_COPIED)
+    shared = 2 * mode.param_dtype.itemsize * numel + COPY_BYTES_PER_ELEMENT * min(numel, MAX_COPY_NUMEL)
     room = int((USABLE * free_bytes(device) - shared) / (mode.state_bytes * numel))
     if room >= len(providers):
         return [providers]
@@ -163,7 +163,7 @@ def summarize(entry: Entry, copy: Entry, numel: int) -> dict[str, Any]:
     row: dict[str, Any] = {} if entry.provider is None else {"mode": entry.provider.mode.name}
     if entry.absent is not None:
         return row | {"absent": entry.absent, "failed": True}
-    copied = min(numel, MOST_COPIED)
+    copied = min(numel, MAX_COPY_NUMEL)
     copy_bandwidth = COPY_BYTES_PER_ELEMENT * copied / statistics.median(copy.times) if copy.times else None
     per_element = COPY_BYTES_PER_ELEMENT if entry.provider is None else entry.provider.bytes_per_element
     bandwidth = per_element * (copied if entry.provider is None else numel) / statistics.median(entry.times)
@@ -182,7 +182,10 @@ def summarize(entry: Entry, copy: Entry, numel: int) -> dict[str, Any]:
 
 
 def launches_of(provider: Provider, shapes: Shapes, device: torch.device) -> int | None:
-    """Return the kernels that a step launches on a GPU; run it last, as the profiler slows later launches down."""
+    """Return the number of kernels that a step launches on a GPU.
+
+    Run it last: the profiler slows later launches down.
+    """
     params = make_params(shapes, device, seed=2, dtype=provider.mode.param_dtype)
     step = provider.build(params, RULES[provider.second_moment])
     for _ in range(2):

@@ -1,6 +1,7 @@
-"""Step time against elements and against tensors, with the slope of each line in a log-log plot.
+"""Measure how step time grows with elements and with tensors.
 
-A step of one flat tensor of growing size, and of a growing number of small tensors, measured by `bench step`.
+`bench step` times one flat tensor of growing size, and a growing number of small tensors. The result has the slope of
+each line in a log-log plot.
 `--model FILE` measures nothing: it prints the step time and the memory of a GPU under ZeRO, for models up to 1T
 parameters, by formula from a GPU result of `bench step` (`zero_model.py`).
 """
@@ -20,7 +21,7 @@ import torch
 from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, publish
 from adax_triton.bench.harness.environment import origin
 from adax_triton.bench.harness.providers import OURS, PROVIDERS, Provider
-from adax_triton.bench.harness.workloads import flat, many_small
+from adax_triton.bench.harness.workloads import flat, many_small_tensors
 
 from .command import run as run_steps
 from .measure import COPY
@@ -35,7 +36,7 @@ TENSORS = (1, 4, 16, 64, 256, 1024, 4096)
 TENSOR_SIZE = 1024  # elements of each small tensor
 BUDGET_S = 600.0
 LAST_POINTS = 3  # points of the second slope
-AXES = {"elements": "numel", "tensors": "tensors"}  # line: what grows
+AXES = {"elements": "numel", "tensors": "tensors"}  # line: key of its x axis
 _POINT = ("median_ms", "p20_ms", "p80_ms", "host_us")
 
 
@@ -44,7 +45,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure both lines of fp32 providers, ours first, and of a copy; return the result, JSON-friendly."""
     workloads = {f"elements {size}": flat(size) for size in sorted(set(sizes))}
-    workloads |= {f"tensors {number}": many_small(number, TENSOR_SIZE) for number in sorted(set(tensors))}
+    workloads |= {f"tensors {number}": many_small_tensors(number, TENSOR_SIZE) for number in sorted(set(tensors))}
     *_, measured = run_steps(workloads, device, providers, rounds, BUDGET_S)
     return lines_of(measured)
 

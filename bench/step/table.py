@@ -22,7 +22,7 @@ SUMMARY_TITLES = (
     "weights and states",
     "bytes moved/weight",
     "ms",
-    "of a copy's bandwidth",
+    "share of a copy's bandwidth",
     "times faster than torch's fused AdamW in fp32",
     "fastest other",
 )
@@ -43,9 +43,9 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "float32_over_this": ("fp32 / this", "{:.2f}".format),
 }
 LEGEND = (
-    "GB/s: bytes by formula / median time; of copy: GB/s relative to a copy in the same run; AdaXW / this: median of "
-    "AdaXW in the same mode / this median, so AdaXW is faster below 1; fp32 / this: median of AdaXW in fp32 / this "
-    "median."
+    "GB/s: bytes by formula / median time. of copy: GB/s relative to a copy in the same run. AdaXW / this: median of "
+    "AdaXW in the same mode / median of this row; below 1 AdaXW is faster. fp32 / this: median of AdaXW in fp32 / "
+    "median of this row."
 )
 
 
@@ -75,7 +75,7 @@ def _cells(label: str, row: dict[str, Any], present: list[str]) -> list[str]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Return our step of the largest flat tensor in each mode, next to others' steps."""
+    """Return the AdaXW step of the largest flat tensor in each mode, next to other optimizers."""
     workload = max((one for one in result["workloads"] if one["tensors"] == 1), key=lambda one: one["numel"])
     timed = {label: row for label, row in workload["providers"].items() if "median_ms" in row}
     fused, rows = timed.get(FUSED), []

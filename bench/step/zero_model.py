@@ -2,10 +2,10 @@
 
 A rank owns P / W of P parameters. `PASSES` are the bytes that DeepSpeed 0.19.8's own passes read and write per owned
 parameter of a bfloat16 run. `integrations.deepspeed` fuses the passes: one read of the bfloat16 gradient for its norm,
-then one pass that also unscales, clips and writes bfloat16 weights. `bench.zero_passes` counts the bytes of both. With
-r and copy, the bytes per second of a step and of a copy:
+then one pass that also unscales, clips and writes bfloat16 weights. `bench.zero_passes` counts the bytes of both. r and
+c are the bandwidths of a step and of a copy, in bytes per second:
 
-    unfused  t = P / W (28 / r + 46 / copy)        42 at stage 3
+    unfused  t = P / W (28 / r + 46 / c)           42 at stage 3
     fused    t = P / W (30 / r)
 
 Memory: bfloat16 weights and gradients, 2 bytes each, sharded from stage 3 and from stage 2 on; float32 master weights
@@ -54,7 +54,7 @@ def memory_bytes(parameters: float, world: int, stage: int, fused: bool) -> floa
 def rates_of(result: dict[str, Any]) -> tuple[float, float]:
     """Return the bytes per second of our fp32 step and of a copy, of the largest flat tensor of a GPU result."""
     if result.get("benchmark") != "step" or "multiprocessors" not in result["environment"]:
-        raise ValueError("model: expected a result of `bench step` on a GPU; a CPU's figures say nothing about a GPU")
+        raise ValueError("model: expected a result of `bench step` that was measured on a GPU, got another result")
     flat = [one for one in result["workloads"] if one["tensors"] == 1 and "gb_per_s" in one["providers"].get(OURS, {})]
     if not flat:
         raise ValueError(f"model: expected a flat tensor stepped by {OURS} in fp32, got none")
@@ -73,7 +73,7 @@ def model(result: dict[str, Any]) -> str:
     step_rate, copy_rate = (f"{rate / 1e9:,.0f} GB/s" for rate in rates)
     lines = [
         f"By formula, not measured: a step at {step_rate}, a copy at {copy_rate}, no communication.",
-        "The first figure is with DeepSpeed's own passes, the second with fused passes.",
+        "First number: DeepSpeed's own passes. Second number: fused passes.",
     ]
     for title, figure in figures.items():
         rows = []

@@ -49,7 +49,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "host MB": lambda row: f"{row['host_peak_bytes'] / 1e6:,.0f}, {row['host_before_bytes'] / 1e6:,.0f} at the start",
     "states MB": lambda row: f"{row['state_bytes'] / 1e6:,.1f}",
     "loss": lambda row: f"{row['loss']:.4f}",
-    "over plain's": lambda row: f"{row['loss_over_plain']:+.4f}" if "loss_over_plain" in row else "",
+    "minus plain": lambda row: f"{row['loss_over_plain']:+.4f}" if "loss_over_plain" in row else "",
     "stepped by": lambda row: row["optimizer_class"].rpartition(".")[2],
 }
 

@@ -27,7 +27,7 @@ from .traffic import Traffic
 
 LAYERS = 3
 CLIPPING = 1e-3  # below all gradient norms, so every step clips
-OFF, HOOKS, AUTO = "off", "hooks", "auto"
+OFF, PARTIAL, AUTO = "off", "hooks", "auto"
 PRECISIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bf16": (torch.bfloat16, {"bf16": {"enabled": True}}),
     "fp16": (torch.float16, {"fp16": {"enabled": True, "initial_scale_power": 4}}),
@@ -43,7 +43,7 @@ class Case(NamedTuple):
     stage: int
     dtype: str  # a key of `PRECISIONS`
     ceiling: float  # of a fused step
-    hooks_ceiling: float | None = None  # with methods replaced but DeepSpeed's `step()` kept, where that is possible
+    partial_ceiling: float | None = None  # of a partly fused step, if the case has one
     zero: dict[str, Any] = {}  # noqa: RUF012  added to "zero_optimization"
     config: dict[str, Any] = {}  # noqa: RUF012  added to the configuration
 
@@ -74,7 +74,7 @@ def start() -> None:
     from deepspeed.accelerator import get_accelerator
 
     deepspeed.utils.logger.setLevel("ERROR")
-    # It runs the garbage collector a dozen times per engine.
+    # Disable `see_memory_usage`, which runs the garbage collector about 12 times per engine.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
     # DeepSpeed would compile this inference kernel for every new environment.
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
@@ -83,7 +83,7 @@ def start() -> None:
 
 
 class Run:
-    """An engine of one case: `OFF`, `AUTO`, or `HOOKS`, as with an unverified DeepSpeed version."""
+    """An engine of one case. `PARTIAL` fuses as under an unverified version of DeepSpeed."""
 
     def __init__(self, case: Case, mode: str, width: int) -> None:
         import deepspeed
@@ -101,7 +101,7 @@ class Run:
             **precision,
             **case.config,
         }
-        known = {} if mode == HOOKS else zero_steps.VERIFIED_STEPS
+        known = {} if mode == PARTIAL else zero_steps.VERIFIED_STEPS
         with mock.patch.object(zero_steps, "VERIFIED_STEPS", known):
             self.engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
         self._width, self._generator = width, torch.Generator().manual_seed(1)
@@ -135,7 +135,7 @@ class Run:
 def measure_bytes(case: Case, width: int) -> dict[str, dict[str, float]]:
     """Return bytes per parameter by mode and operation."""
     found = {}
-    for mode in (OFF, AUTO) if case.hooks_ceiling is None else (OFF, HOOKS, AUTO):
+    for mode in (OFF, AUTO) if case.partial_ceiling is None else (OFF, PARTIAL, AUTO):
         run = Run(case, mode, width)
         found[mode] = run.traffic()
         run.engine.destroy()
@@ -153,23 +153,23 @@ def measure_times(case: Case, width: int, repetitions: int) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     """Return a result as Markdown."""
-    titles = ("path", "bytes, DeepSpeed's passes", "by hooks alone", "fused", "ms, DeepSpeed's passes", "fused")
+    titles = ("path", "bytes, DeepSpeed's passes", "partial", "fused", "ms, DeepSpeed's passes", "fused")
     rows, left = [], []
     for name, modes in result["bytes"].items():
         totals = {mode: f"{sum(operations.values()):.1f}" for mode, operations in modes.items()}
         times = {mode: f"{time:.1f}" for mode, time in result["times_ms"].get(name, {}).items()}
         ms = (times.get(OFF, ""), times.get(AUTO, ""))
-        rows.append((name, totals[OFF], totals.get(HOOKS, ""), totals[AUTO], *ms))
+        rows.append((name, totals[OFF], totals.get(PARTIAL, ""), totals[AUTO], *ms))
         left.append((name, ", ".join(f"{operation} {size:.1f}" for operation, size in sorted(modes[AUTO].items()))))
     title = f"{LAYERS} layers of width {result['width']}, clipping in every step"
-    moved = markdown_table(("path", "bytes that are left, by operation"), left)
+    moved = markdown_table(("path", "bytes of the fused step, by operation"), left)
     return "\n".join([title, "", *markdown_table(titles, rows, right=range(1, 6)), "", *moved])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the tables, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=1024, help="of the layers; default: %(default)s")
+    parser.add_argument("--width", type=int, default=1024, help="width of the layers; default: %(default)s")
     parser.add_argument("--repetitions", type=int, default=15, help="timed steps per engine; default: %(default)s")
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
     parser.add_argument("--table", type=Path, help="Markdown file: replace the text below <!-- measured -->")

@@ -1,4 +1,4 @@
-"""The correctness check of the step benchmark: right optimizers pass in every mode, wrong ones in none."""
+"""Check of the step benchmark: correct optimizers pass in every mode, wrong ones fail in every mode."""
 
 import dataclasses
 import functools
@@ -22,35 +22,35 @@ each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=list(MODES))
 
 @pytest.fixture(autouse=True)
 def few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes a large tensor of no more elements than codes need: the interpreter is slow."""
+    """Limit the large tensor to the smallest quantized size, because the interpreter is slow."""
     monkeypatch.setattr(correctness, "SHAPES", [(16, 256), (3,)])
 
 
-def ours(mode: Mode) -> Provider:
+def adaxw(mode: Mode) -> Provider:
     return next(provider for provider in PROVIDERS if provider.name == providers.OURS and provider.mode == mode)
 
 
 def without_decay(mode: Mode, params: list[Tensor], rule: Rule) -> Step:
-    return ours(mode).build(params, rule | {"weight_decay": 0.0})
+    return adaxw(mode).build(params, rule | {"weight_decay": 0.0})
 
 
-def another_second_moment(mode: Mode, params: list[Tensor], rule: Rule) -> Step:
+def wrong_second_moment(mode: Mode, params: list[Tensor], rule: Rule) -> Step:
     states, master_weights = mode.precision
     kept = {"states": states, "master_weights": master_weights, "weight_rounding": mode.weight_rounding}
     return AdaXW(params, second_moment="adafactor", **(rule | {"betas": (0.9, 0.5)}), **kept).step
 
 
-def last_tensor_left_out(mode: Mode, params: list[Tensor], rule: Rule) -> Step:
-    return ours(mode).build(params[:-1], rule)
+def without_last_tensor(mode: Mode, params: list[Tensor], rule: Rule) -> Step:
+    return adaxw(mode).build(params[:-1], rule)
 
 
-def not_a_number(mode: Mode, params: list[Tensor], rule: Rule) -> Step:
+def writes_nan(mode: Mode, params: list[Tensor], rule: Rule) -> Step:
     return lambda: params[-1].data.view(-1)[1].fill_(float("nan"))
 
 
 @each_mode
 def test_adaxw_passes_the_check(mode: Mode, device: torch.device) -> None:
-    passed = correctness.check(ours(mode), device)
+    passed = correctness.check(adaxw(mode), device)
     assert passed.error <= passed.tolerance == correctness.tolerance(mode)
     assert passed.compile_s > 0
 
@@ -58,13 +58,13 @@ def test_adaxw_passes_the_check(mode: Mode, device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("wrong", "mode"),
     [
-        *((another_second_moment, mode) for mode in MODES),
-        *itertools.product((without_decay, last_tensor_left_out, not_a_number), ("fp32", "bf16 + 8bit")),
+        *((wrong_second_moment, mode) for mode in MODES),
+        *itertools.product((without_decay, without_last_tensor, writes_nan), ("fp32", "bf16 + 8bit")),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_wrong_update_is_rejected(wrong: Wrong, mode: str, native_cpu: torch.device) -> None:
-    provider = dataclasses.replace(ours(MODES[mode]), build=functools.partial(wrong, MODES[mode]))
+    provider = dataclasses.replace(adaxw(MODES[mode]), build=functools.partial(wrong, MODES[mode]))
     with pytest.raises(correctness.WrongResultError, match="AdaX-W rule"):
         correctness.check(provider, native_cpu)
 
@@ -72,7 +72,7 @@ def test_wrong_update_is_rejected(wrong: Wrong, mode: str, native_cpu: torch.dev
 @each_mode
 def test_first_step_of_timed_tensors_passes(mode: Mode, device: torch.device) -> None:
     params = step.make_params([(5000,), (3,)], device, seed=0, dtype=mode.param_dtype)
-    step.Entry(ours(mode)).start(params, device)
+    step.Entry(adaxw(mode)).start(params, device)
 
 
 @pytest.mark.parametrize("name", ["fused", "foreach"])
@@ -85,7 +85,7 @@ def test_torch_adamw_passes_only_as_adamw(name: str, mode: str) -> None:
 
 
 def test_skipped_tail_of_timed_tensors_is_detected(device: torch.device) -> None:
-    def all_but_the_tail(params: list[Tensor], rule: Rule) -> Step:
+    def without_tail(params: list[Tensor], rule: Rule) -> Step:
         views = []
         for param in params:
             assert param.grad is not None
@@ -95,10 +95,10 @@ def test_skipped_tail_of_timed_tensors_is_detected(device: torch.device) -> None
         return AdaXW(views, **rule).step
 
     params = step.make_params([(1000,), (2000,)], device, seed=0)
-    entry = step.Entry(dataclasses.replace(ours(FP32), build=all_but_the_tail))
+    entry = step.Entry(dataclasses.replace(adaxw(FP32), build=without_tail))
     with pytest.raises(correctness.WrongResultError, match="AdaX-W rule"):
         entry.start(params, device)
-    step.Entry(ours(FP32)).start(params, device)
+    step.Entry(adaxw(FP32)).start(params, device)
 
 
 def test_provider_labels_are_unique() -> None:

@@ -1,4 +1,4 @@
-"""The benchmark of CPU steps, and the count of the functions that a step calls."""
+"""The CPU step benchmark, and the count of functions that a step calls."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ TINY = Sizes(numel=97, gpt2=(1, 8, 11, 4), tensors=3, linears=2, first_numel=10)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what only makes times exact."""
+    """Skip pauses and large caches that only improve timing accuracy."""
     monkeypatch.setattr(timing, "_PAUSE_S", 0.0)
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**20)
     monkeypatch.setattr(correctness, "SHAPES", [(33, 17), (3,)])

@@ -1,4 +1,4 @@
-"""What a result says of where it was measured: the commit with and without git, versions, the driver."""
+"""Environment of a result: commit with and without git, versions, driver."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmark of host time: what it times, and its table."""
+"""The host-time benchmark: timed calls and table."""
 
 import json
 

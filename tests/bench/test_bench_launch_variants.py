@@ -1,4 +1,4 @@
-"""Launch variants: labels, verdicts, and the command in the interpreter."""
+"""The launch-variant benchmark: labels, verdicts, and the command in the interpreter."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors need the interpreter")
 
 CPU = torch.device("cpu")
-NUMEL = 2100  # a chunk, groups of 32 and four elements more
+NUMEL = 2100  # one chunk, one group of 32, and 20 more elements
 LOWEST = "bf16 + 8bit + 24-bit masters"
 DRY = ["--device", "cpu", "--numel", str(NUMEL), "--rounds", "1"]
 
@@ -59,7 +59,7 @@ def test_changed_result_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsy
 
 @interpreted
 def test_dry_run_writes_the_printed_rows(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A variant that cannot be launched gets a row; the others are timed.
+    # A variant whose launch fails gets a row with the error. The other variants are timed.
     monkeypatch.setitem(SECTIONS, "fp32", SECTIONS["fp32"]._replace(labels="3x1, 1024x4 r48"))
     path, written = tmp_path / "variants.json", []
 
@@ -132,7 +132,7 @@ if __name__ == "__main__":
 
 
 def test_variants_compile_without_a_gpu(tmp_path: Path) -> None:
-    # Otherwise only a GPU would show that they compile. Starting the processes takes 5 s.
+    # Without this test, a compilation error would appear only on a GPU. Starting the processes takes 5 s.
     script, cache = tmp_path / "compiling.py", tmp_path / "cache"
     script.write_text(COMPILING)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

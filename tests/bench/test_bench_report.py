@@ -1,4 +1,4 @@
-"""Tables and pictures of results: a small one by hand, and those that are committed."""
+"""Tables and plots of handmade results and of the committed results."""
 
 import argparse
 import json
@@ -18,9 +18,9 @@ ENVIRONMENT = {"device": "A Machine", "threads": 3, "torch": "2.13", "commit": "
 ENVIRONMENT |= {"driver": "580.1"}
 
 
-def step(**of_ours: Any) -> dict[str, Any]:
+def step(**of_adaxw: Any) -> dict[str, Any]:
     row = {"median_ms": 2.0, "p20_ms": 1.0, "p80_ms": 3.5, "gb_per_s": 14.0, "copy_share": 0.5}
-    rows = {"adax_triton.AdaXW": {**row, **of_ours}, "another": {"absent": "ImportError: no | such"}, "copy": row}
+    rows = {"adax_triton.AdaXW": {**row, **of_adaxw}, "another": {"absent": "ImportError: no | such"}, "copy": row}
     workload = {"name": "flat 10", "numel": 10, "tensors": 1, "providers": rows}
     return {
         "environment": ENVIRONMENT,
@@ -123,7 +123,7 @@ def test_summary_compares_each_mode_with_the_fastest_other_provider() -> None:
     ours = {"mode": "fp32", "median_ms": 2.0, "bytes_per_element": 28.0, "copy_share": 0.99}
     rows: dict[str, dict[str, Any]] = {
         "adax_triton.AdaXW": ours,
-        "adax_triton.AdamW": ours | {"median_ms": 1.0},  # ours, too
+        "adax_triton.AdamW": ours | {"median_ms": 1.0},  # also of this package
         "torch AdamW fused": {"mode": "fp32", "median_ms": 3.0},
         "another": {"mode": "fp32", "median_ms": 2.5},
         "absent": {"mode": "fp32", "absent": "not here"},
@@ -163,7 +163,9 @@ def test_readme_accepts_only_step_results(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"benchmark": "another", "environment": {}}'])
-def test_invalid_result_file_is_named_in_the_error(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_result_file_is_named_in_the_error(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "wrong.json").write_text(text)
     assert run(tmp_path / "wrong.json") == 2
     assert "wrong.json" in capsys.readouterr().err
@@ -196,7 +198,7 @@ def test_missing_matplotlib_error_names_the_extra(
     file = written(tmp_path, "step.json", step())
     assert run(file, "--out", tmp_path / "out") == 2
     assert "adax-triton[bench]" in capsys.readouterr().err
-    assert run(file) == 0  # tables need none
+    assert run(file) == 0  # tables do not need matplotlib
 
 
 def test_only_the_readme_section_is_replaced(tmp_path: Path) -> None:
@@ -210,7 +212,7 @@ def test_only_the_readme_section_is_replaced(tmp_path: Path) -> None:
     assert "old" not in first
     assert report.files_of(readme) == files
     assert f"{report.BEGIN}\n{report.section(files, tmp_path)}{report.END}" in first
-    assert run("--readme", readme) == 0  # the files that it names
+    assert run("--readme", readme) == 0  # regenerates from the files that the section names
     assert readme.read_text() == first
 
 

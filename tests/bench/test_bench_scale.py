@@ -1,4 +1,4 @@
-"""Scaling: the slopes, the points of the lines, and the model of ZeRO against values by hand; the command, small."""
+"""The scaling benchmark: slopes, points, the ZeRO model against hand-computed values, and a small run."""
 
 import dataclasses
 import json
@@ -14,13 +14,14 @@ from paths import ROOT
 from adax_triton.cli.main import main
 
 CPU = torch.device("cpu")
-# The 28 and 46 bytes of a step and of DeepSpeed's passes take 2 ns each, its 42 at stage 3 take 42 / 23.
+# Bytes per second of a step and of a copy. The 28 bytes of a step then take 2 ns, and so do the 46 bytes of DeepSpeed's
+# passes. At stage 3 the passes move 42 bytes, in 42 / 23 ns.
 RATES = (14e9, 23e9)
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's fused step also in the place of ours, which the interpreter would run, and small caches."""
+    """Replace AdaXW by torch's fused AdamW, because the interpreter is slow, and use small caches."""
     (fused,) = [provider for provider in scale.PROVIDERS if provider.label == "torch AdamW fused"]
     monkeypatch.setattr(scale, "PROVIDERS", (dataclasses.replace(fused, name=scale.OURS), fused))
     monkeypatch.setattr(correctness, "SHAPES", [(33, 17), (3,)])
@@ -28,7 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(**providers: Any) -> dict[str, Any]:
-    """Return a result of `bench step` that has 1, 2 and 4 ms at 10, 20 and 40 elements and 1, 2 and 4 tensors."""
+    """Return a result of `bench step`: 1, 2 and 4 ms for 10, 20 and 40 elements, and for 1, 2 and 4 tensors."""
     top = {"environment": {}, "rounds": 2, "dtype": "float32", "bytes_per_element": 28.0}
     sizes = {
         "elements": ((10, 1, 1.0), (20, 1, 2.0), (40, 1, 4.0)),

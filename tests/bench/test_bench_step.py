@@ -1,4 +1,4 @@
-"""The step benchmark: its formulas, its workloads, its figures, and the command."""
+"""The step benchmark: formulas, workloads, statistics and the command."""
 
 import dataclasses
 import importlib.util
@@ -45,7 +45,7 @@ def test_bytes_per_element_match_tensor_sizes(mode: Mode, native_cpu: torch.devi
     optimizer = AdaXW([param], states=mode.precision.states, master_weights=mode.precision.master_weights)
     optimizer.step()
     states = sum(value.nbytes for value in optimizer.state[param].values() if isinstance(value, torch.Tensor))
-    # All are read and, but for the gradient, written.
+    # All tensors are read. All except the gradient are written.
     assert mode.bytes_per_element == (2 * param.nbytes + param.grad.nbytes + 2 * states) / param.numel()
     assert mode.state_bytes == states / param.numel()
 
@@ -76,7 +76,7 @@ def test_bytes_per_element_match_the_code_audit() -> None:
         (workloads.llama3_8b(ranks=8), 291, 8_030_261_248 // 8),
         (workloads.resnet50(), 161, 25_557_032),
         (workloads.vit_l(), 296, 304_326_632),
-        (workloads.many_small(), 1000, 4_096_000),
+        (workloads.many_small_tensors(), 1000, 4_096_000),
         (workloads.flat(7), 1, 7),
     ],
     ids=["gpt2", "llama3-8b", "llama3-8b-shard", "resnet50", "vit-l", "many-small", "flat"],
@@ -107,17 +107,17 @@ def test_wrong_provider_is_not_timed() -> None:
     assert "median_ms" not in rows["wrong"]
     assert rows["torch AdamW fused"]["rounds"] == rows["copy"]["rounds"] == 2
     assert rows["torch AdamW fused"]["error"] <= rows["torch AdamW fused"]["tolerance"]
-    assert step_report.failures(result) == {}  # not ours
+    assert step_report.failures(result) == {}  # only failures of AdaXW count
 
 
 def test_missing_providers_are_listed_with_the_reason() -> None:
     (fused,) = named("torch AdamW fused")
-    elsewhere = dataclasses.replace(fused, name="of a GPU", device_types=("cuda",))
+    elsewhere = dataclasses.replace(fused, name="GPU only", device_types=("cuda",))
     missing = dataclasses.replace(fused, package="no_such_package")
     passed, rejected = step_report.check_all([missing, elsewhere], CPU, time.perf_counter() + 60)
     assert passed == {}
     reasons = {label: row["absent"] for label, row in rejected.items()}
-    assert reasons == {fused.label: "no_such_package is not installed", "of a GPU": "not for a CPU"}
+    assert reasons == {fused.label: "no_such_package is not installed", "GPU only": "not for a CPU"}
 
 
 def test_every_provider_is_listed_on_every_device(capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +185,7 @@ def test_slow_compilations_are_opt_in() -> None:
     ("free", "expected"),
     [
         (1e12, [["adax_triton.AdaXW", "adax_triton.AdamW", "torch AdamW fused", "torch AdamW foreach"]]),
-        # 16 GB are shared; of the rest, 8 for each.
+        # Parameters, gradients and the copy take 16 GB; the states of each provider take 8 GB.
         (
             (16e9 + 2.5 * 8e9) / step.USABLE,
             [["adax_triton.AdaXW", name] for name in ("adax_triton.AdamW", "torch AdamW fused", "torch AdamW foreach")],
@@ -236,12 +236,12 @@ def test_report_renders_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[
     (workload,) = result["workloads"]
     for name in ("adax_triton.AdaXW", "torch AdamW fused", "copy"):
         line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
-        assert line.count("|") == 11  # nothing of a GPU
+        assert line.count("|") == 11  # no GPU columns
         assert workload["providers"][name]["median_ms"] > 0
     row = workload["providers"]["adax_triton.AdaXW"]
     assert row["mode"] == FP32.name
     assert row["ours_over_this"] == 1.0
-    for key in ("host_us", "peak_bytes", "launches"):  # of a GPU
+    for key in ("host_us", "peak_bytes", "launches"):  # measured only on a GPU
         assert row[key] is None
 
 

@@ -1,4 +1,4 @@
-"""The training benchmark: cases, figures computed by hand, and small runs in real processes."""
+"""The training benchmark: cases, hand-computed statistics, and small runs in real processes."""
 
 import argparse
 import importlib.util
@@ -17,7 +17,7 @@ from adax_triton.bench.training import command as train
 from adax_triton.bench.training import gpt, worker
 from adax_triton.bench.training.command import COLUMNS, table
 
-# Too small for anything to be compiled.
+# A small model: nothing is compiled.
 TINY = {"layers": 1, "width": 32, "heads": 2, "context": 16, "batch": 4, "steps": 25, "warmup": 2}
 FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
 
@@ -42,7 +42,7 @@ def run_command(folder: Path, *flags: str) -> dict[str, Any]:
     file = folder / "train.json"
     command = [sys.executable, "-P", "-c", program, "bench", "train", "--device=cpu"]
     command += [*FLAGS, *flags, "--budget=280", f"--json={file}"]
-    # The interpreter is slow.
+    # Do not use the interpreter, which is slow.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=folder, timeout=300, check=False
@@ -144,7 +144,7 @@ def test_cases_are_chosen_by_name_or_part(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_skipped_case_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = job(width=33)  # no multiple of the heads
+    broken = job(width=33)  # not a multiple of the number of heads
     assert "RuntimeError: shape" in train.run_case(case("plain / AdaXW"), broken, timeout_s=60)["absent"]
     monkeypatch.setattr(train, "TIMEOUT_S", 0.01)
     (result,) = train.run([case("plain / AdaXW")], job(), budget_s=math.inf)
@@ -162,7 +162,7 @@ def test_budget_is_respected_and_every_case_is_listed() -> None:
 
 
 def test_peak_memory_excludes_the_parent_process() -> None:
-    held = bytearray(300_000_000)  # of this process, not of its child
+    held = bytearray(300_000_000)  # allocated in this process, not in its child
     program = "from adax_triton.bench.training.worker import host_peak_bytes; print(host_peak_bytes())"
     command = [sys.executable, "-P", "-c", program]
     small = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True)
@@ -186,7 +186,7 @@ def test_plain_training_learns_and_reports_its_measurements(tmp_path: Path) -> N
 
 def test_states_match_the_mode(native_cpu: torch.device) -> None:
     figures = worker.train(case("plain / AdaXW 8bit_v16"), job(steps=1), 0)
-    # Weights of 4096 elements and more have 1 + 2 bytes and a byte per 32; the others 8.
+    # States take 3 + 1/32 bytes per element in tensors of at least 4096 elements, else 8 bytes.
     with torch.device("meta"):
         model = gpt.GPT(layers=1, width=32, heads=2, context=16)
     large = sum(param.numel() for param in model.parameters() if param.numel() >= 4096)
@@ -198,7 +198,7 @@ def test_states_match_the_mode(native_cpu: torch.device) -> None:
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
 def test_zero_2_on_two_ranks_equals_plain_training(native_cpu: torch.device, tmp_path: Path) -> None:
     (sharded,) = run_command(tmp_path, "--ranks=2", "--lr=1e-2", "--only", "ZeRO-2 / AdaXW")["cases"].values()
-    # One process on the batches of both ranks.
+    # One process trains on the batches of both ranks.
     plain = worker.train(case("plain / AdaXW"), job(batch=8), 0)
     assert sharded["optimizer_class"] == "adax_triton.optimizers.AdaXW"
     assert sharded["loss"] == pytest.approx(plain["loss"], abs=1e-4)

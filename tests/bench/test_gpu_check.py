@@ -1,4 +1,4 @@
-"""The check of a GPU machine: dry runs, and parts that fail, hang or have no profiler."""
+"""The GPU machine check: dry runs, and parts that fail, hang or have no profiler."""
 
 import argparse
 import csv
@@ -60,7 +60,7 @@ def dry_run(checkout: Path, out: Path, *words: str) -> tuple[dict[str, Any], dic
     return summary, dict(zip(summary["parts"], re.split(r"^== .*\n", log, flags=re.MULTILINE)[1:], strict=False))
 
 
-# Tests of the kernel run in this suite already; the dry runs show that staging and every command work.
+# This suite already runs the kernel tests. The dry runs test staging and every command.
 def test_dry_run_of_the_first_call(checkout: Path, tmp_path: Path) -> None:
     summary, output = dry_run(
         checkout, tmp_path, "--call", "1", "--tests", "step/test_host_work.py", "update/test_coefficients.py"
@@ -74,7 +74,7 @@ def test_dry_run_of_the_first_call(checkout: Path, tmp_path: Path) -> None:
 
 
 def test_dry_run_of_the_second_call(checkout: Path, tmp_path: Path) -> None:
-    # "compile" is that of the first call, and "racecheck" is "memcheck" under another tool.
+    # "compile" already runs in the first call. "racecheck" runs the command of "memcheck" under another tool.
     assert gpu_check.tests_part("racecheck", [], True).command == gpu_check.tests_part("memcheck", [], True).command
     run = [name for name in gpu_check.LIMITS_S[2] if name not in ("compile", "racecheck")]
     summary, output = dry_run(checkout, tmp_path, "--call", "2", "--only", *run)
@@ -93,7 +93,7 @@ def test_dry_run_of_the_second_call(checkout: Path, tmp_path: Path) -> None:
         assert report.TABLES[kind](json.loads(path.read_text())) in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("broken", gpu_check.NEEDED)
+@pytest.mark.parametrize("broken", gpu_check.REQUIRED_PARTS)
 def test_parts_are_skipped_after_a_required_part_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -103,14 +103,14 @@ def test_parts_are_skipped_after_a_required_part_fails(
     monkeypatch.setattr(gpu_check, "part_of", part)
     arguments = argparse.Namespace(call=1, interpret=True, tests=None, only=None)
     entries = gpu_check.check(arguments, tmp_path, tmp_path)["parts"]
-    run = list(gpu_check.LIMITS_S[1])[: 1 + gpu_check.NEEDED.index(broken)]
+    run = list(gpu_check.LIMITS_S[1])[: 1 + gpu_check.REQUIRED_PARTS.index(broken)]
     assert [entries.pop(name)["rc"] for name in run] == [0] * (len(run) - 1) + [1]
     assert entries and all(entry == {"left_out": f"{broken} failed"} for entry in entries.values())
     assert f"== {broken}: exit code 1" in (tmp_path / "failures.txt").read_text()
 
 
 def pytest_on(folder: Path, text: str, *words: str, **variables: str) -> tuple[list[str], dict[str, Any]]:
-    """Write a test file next to a copy of conftest.py; return the command that runs it, and how to run that."""
+    """Write a test file next to a copy of conftest.py; return the pytest command and its subprocess options."""
     tests = folder / "tests"
     shutil.copytree(ROOT / "tests" / "support", tests / "support")
     shutil.copy(ROOT / "tests" / "conftest.py", tests)
@@ -177,7 +177,7 @@ def test_hanging_part_is_killed_with_its_children(tmp_path: Path) -> None:
     assert (tmp_path / "log.txt").read_text() == "== doctor\nbegun\n== doctor: after its limit of 4 s\n"
     assert (tmp_path / "failures.txt").read_text() == "== doctor: after its limit of 4 s\nbegun\n"
     deadline = time.monotonic() + 30
-    while is_running((tmp_path / "child").read_text()):  # a busy machine is slow to end it
+    while is_running((tmp_path / "child").read_text()):  # killing takes time on a busy machine
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -267,7 +267,7 @@ def test_benchmarks_end_before_their_limit(tmp_path: Path) -> None:
 
 def test_each_call_has_time_for_its_parts() -> None:
     assert gpu_check.CALL_S == {1: 240.0, 2: 360.0}
-    # Limits are what a part takes at worst; the first call has room for the tests and the sweep even then.
+    # A limit is the worst-case time of a part. Even in the worst case the first call has time for tests and variants.
     assert sum(gpu_check.LIMITS_S[1].values()) - 60 <= gpu_check.CALL_S[1]
     measured = ("counters", "host", "step")
     assert sum(gpu_check.LIMITS_S[2][name] for name in measured) + 90 <= gpu_check.CALL_S[2]

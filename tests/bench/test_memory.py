@@ -1,4 +1,4 @@
-"""Bytes in the memory table: ours against real tensors, others against their formats."""
+"""The memory table: bytes of AdaXW match real tensors, bytes of other optimizers match their formats."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The precision study: its statistics and goals, and that v freezes with rounding to nearest but not in our modes."""
+"""The precision study: statistics and goals. v freezes with rounding to nearest but not in our modes."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,9 @@ def test_nearest_rounding_zeroes_v_in_mixed_groups_but_our_modes_do_not(native_c
 
 
 @pytest.mark.parametrize(("large", "steps"), [(0.5, 300), (1.2, 300)])
-def test_nearest_rounding_freezes_v_late_but_our_modes_are_unbiased(native_cpu: torch.device, large: float, steps: int) -> None:
+def test_nearest_rounding_freezes_v_late_but_our_modes_are_unbiased(
+    native_cpu: torch.device, large: float, steps: int
+) -> None:
     numel = 4096
     comparison = Comparison(study.MODES, (numel,), study.BETAS, seed=0)
     ones = [torch.ones(numel)] * (len(study.MODES) + 1)
@@ -67,7 +69,7 @@ def test_nearest_rounding_freezes_v_late_but_our_modes_are_unbiased(native_cpu: 
     moments = dict(zip(study.MODES, comparison.moments(), strict=True))
     change = {name: v.double().mean().item() - 1 for name, (_, v) in moments.items()}
     assert change[NEAREST] == 0.0
-    # Standard error of the mean over the elements: root of (spacing of the format) * moved / numel.
+    # Standard error of the mean over elements: sqrt(spacing * moved / numel), with the spacing of the format.
     for name, spacing in (("bfloat16", 2.0**-7), ("8bit_v16", 2.0**-8), ("8bit", 2.0**-3)):
         assert abs(change[name] - moved) < 4 * (spacing * abs(moved) / numel) ** 0.5
 

@@ -150,7 +150,7 @@ def kept_bytes(engine: Any) -> dict[str, float]:
     if engine.zero_use_cpu_optimizer():
         lists["float32 gradients"] = [master.grad for master in masters]
         if stage_3:
-            lists["gradients as they come"] = [zero.grad_partitions_flat_buffer]
+            lists["gradients in the model's dtype"] = [zero.grad_partitions_flat_buffer]
         else:
             lists["weights to copy back"] = zero.param_buffer_of_bit16_for_cpu_offload_groups
             lists["accumulated gradients"] = zero.accumulated_grads_in_cpu.values()
