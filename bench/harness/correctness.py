@@ -22,7 +22,7 @@ from .providers import RULES, Provider, Rule
 from .timing import wait
 from .workloads import Shapes
 
-# Sizes above and below 4096 elements, multiples of 256 and others.
+# Sizes above and below 4096 elements, both multiples of 256 and odd sizes.
 SHAPES: Shapes = [(160, 256), (5003,), (33, 17), (3,)]
 LR, WEIGHT_DECAY = 0.05, 1.0
 START = 0.05  # standard deviation of the weights

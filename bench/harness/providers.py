@@ -38,11 +38,11 @@ class Provider:
 
     name: str  # as shown in tables
     mode: Mode
-    build: Build  # of parameters and of lr, betas, eps and decoupled weight_decay; the table shows its error
+    build: Build  # takes parameters, and lr, betas, eps and decoupled weight_decay; the table shows its error
     second_moment: str = "adam"  # the rule of the correctness check
-    bytes_per_element: float = 0.0  # that one fused update moves in its own formats; 0: those of the mode
+    bytes_per_element: float = 0.0  # moved by one fused update in its own formats; 0: the bytes of the mode
     device_types: tuple[str, ...] = ("cuda", "cpu")
-    package: str = "torch"  # what must be installed
+    package: str = "torch"  # import name of the required package
     compiles_long: bool = False  # compiling several tensors takes minutes; they are timed only with --only
 
     def __post_init__(self) -> None:

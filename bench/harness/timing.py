@@ -14,7 +14,7 @@ import torch
 
 Call = Callable[[], Any]
 
-CACHE_MULTIPLE = 2  # times the last-level cache size is overwritten before each timed call
+CACHE_MULTIPLE = 2  # times the last-level cache size; this many bytes are overwritten before each timed call
 _CPU_CACHE_BYTES = 32 * 2**20
 _MAX_BUSY_S = 0.02  # the longest that the GPU is kept busy before a call
 # After a call, idle OpenMP threads spin for some milliseconds. Those of one runtime would slow a call of another.
@@ -72,7 +72,7 @@ class Clock:
 
 
 def quantiles(times: Sequence[float], unit: str = "ms", per_second: float = 1e3) -> dict[str, float]:
-    """Return {"median_ms", "p20_ms", "p80_ms"} of times in seconds, or those of another unit."""
+    """Return {"median_ms", "p20_ms", "p80_ms"} of times in seconds; `unit` and `per_second` choose another unit."""
     deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
     found = {"median": statistics.median(times), "p20": deciles[1], "p80": deciles[7]}
     return {f"{name}_{unit}": per_second * seconds for name, seconds in found.items()}

@@ -1,4 +1,4 @@
-"""Lists of tensor shapes to step: those of real models, in the order of their modules."""
+"""Lists of tensor shapes to step: flat, many small, and real models in module order."""
 
 from __future__ import annotations
 

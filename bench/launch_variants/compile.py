@@ -38,10 +38,10 @@ def absent_device(target: Any) -> Any:
 def compile_all(compiler: Callable[..., None], jobs: Mapping[str, tuple[Any, ...]], seconds: float) -> bool:
     """Compile in new processes, print a line per job, and return whether none failed.
 
-    `jobs` are the compiler's arguments by label. What is not compiled after `seconds` is left to its first launch.
+    `jobs` are the compiler's arguments by label. A job that is late after `seconds` is compiled at its first launch.
     """
     deadline, failed = time.perf_counter() + seconds, False
-    # Forked processes could not use CUDA. Leaving the block terminates those that are late.
+    # Forked processes could not use CUDA. Leaving the block terminates late processes.
     with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
         results = {label: pool.apply_async(_timed, (compiler, *job)) for label, job in jobs.items()}
         for label, result in results.items():

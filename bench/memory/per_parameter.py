@@ -1,8 +1,8 @@
-"""Compare memory per parameter of our modes and other optimizers.
+"""Compare memory per parameter of AdaXW's modes and of other optimizers.
 
-Weights, gradients and optimizer states are included; activations and buffers are not. Our bytes are those of
-`adax_triton.state.precision`; tests compare them with real tensors. The others follow from their formats: one scale
-per 32 elements in FlashOptim, per 256 in bitsandbytes and torchao.
+The table includes weights, gradients and optimizer states, but no activations and buffers. The bytes of AdaXW come
+from `adax_triton.state.precision`; tests compare them with real tensors. The bytes of other optimizers follow from
+their formats: one scale per 32 elements in FlashOptim, per 256 in bitsandbytes and torchao.
 
     adax-triton bench memory --figure docs/memory.png
     adax-triton bench memory --deepspeed ds_config.json --gpus 8
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the table, and draw it if asked; or print the memory of a DeepSpeed configuration."""
+    """Print the table, draw it with --figure, or print the memory of a DeepSpeed configuration."""
     if arguments.deepspeed is not None:
         try:
             print(deepspeed_memory.markdown(json.loads(arguments.deepspeed.read_text()), arguments.gpus))

@@ -116,7 +116,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, print the table, and write the result if asked."""
+    """Train, print the table, and write the result with --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=count, default=100_000, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write the result here as JSON")

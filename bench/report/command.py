@@ -37,7 +37,7 @@ _KIND_BY_KEY = {"workloads": "step", "cases": "train", "kinds": "precision", "ra
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `adax-triton bench report`."""
-    files_help = "JSON files of benchmarks; default with --readme: those that its section names"
+    files_help = "JSON files of benchmarks; default with --readme: the files that its section names"
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=files_help)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and the PNG files here")
     parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite the text between {BEGIN} and {END}")
@@ -106,7 +106,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def document(files: Sequence[Path], pictures: bool = False) -> str:
-    """Return all results as Markdown, with the pictures that `write` draws if asked for."""
+    """Return all results as Markdown, with links to the plots of `write` if `pictures`."""
     parts = []
     for path in files:
         kind, result = read(path)
@@ -116,7 +116,7 @@ def document(files: Sequence[Path], pictures: bool = False) -> str:
 
 
 def write(folder: Path, files: Sequence[Path]) -> None:
-    """Write report.md, and the picture of each file whose kind has one."""
+    """Write report.md, and a plot for each kind of result that has one."""
     stems = [path.stem for path in files]
     if len(set(stems)) < len(stems):
         raise ValueError(f"files: two have the same name, in {stems}; pictures are named after them")

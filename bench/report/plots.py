@@ -20,7 +20,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _bars(axes: Any, lengths: dict[str, float], label: Callable[[float], str], title: str) -> None:
-    """Draw horizontal bars by name; those of this package are blue."""
+    """Draw horizontal bars by name; bars of this package are blue."""
     is_ours = [name.startswith("adax_triton") or "AdaX" in name for name in lengths]
     colours = [OURS_COLOUR if ours else OTHER_COLOUR for ours in is_ours]
     bars = axes.barh(range(len(lengths)), list(lengths.values()), color=colours, height=0.7)

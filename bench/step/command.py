@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure and print; return 1 if one of our own optimizers failed, 2 for invalid arguments."""
+    """Measure and print; return 1 if an optimizer of this package failed, 2 for invalid arguments."""
     device = arguments.device
     modes = tuple(arguments.modes or MODES)
     sizes = default_sizes(device, modes) if arguments.sizes is None else arguments.sizes
@@ -126,7 +126,7 @@ def run(
     Args:
         workloads: shapes by name.
         device: of the parameters.
-        providers: of any modes, ours first.
+        providers: of any modes, AdaXW first.
         rounds: timed steps of each provider at most.
         budget: seconds for all; the rest is listed as not reached.
         compile_long: also time providers on lists that they compile for minutes.
@@ -177,7 +177,7 @@ def run(
 
 
 def check_all(providers: list[Provider], device: torch.device, until: float) -> tuple[dict[str, CheckResult], Rows]:
-    """Check until `time.perf_counter()`; return the results of those that passed and rows of the others, by label."""
+    """Check until `time.perf_counter()`; return the results that passed and the rows of the rest, by label."""
     passed: dict[str, CheckResult] = {}
     rejected: Rows = {}
     for provider in providers:
@@ -207,7 +207,7 @@ def count_launches(
 
 
 def failures(result: dict[str, Any]) -> dict[str, str]:
-    """Return {label: reason} of our own providers that were wrong or broke; not of those without memory or time."""
+    """Return {label: reason} of this package's wrong or failing providers; missing memory or time is no failure."""
     return {
         label: row["absent"]
         for workload in result["workloads"]

@@ -1,7 +1,7 @@
 """Time a step of AdaXW, torch's fused AdamW and DeepSpeedCPUAdam on a CPU.
 
 The measurement is that of `bench step`, with telemetry, gradient release and the first step of a new process in
-addition. Missing packages are listed below the table. ratio = our time / other time, so below 1 ours is faster.
+addition. Missing packages are listed below the table. ratio = AdaXW time / other time; below 1 AdaXW is faster.
 `bench.zero_passes` times the CPU step of ZeRO offload.
 """
 
@@ -36,7 +36,7 @@ from .table import FUSED
 CPU = torch.device("cpu")
 OUR_SIDE = "ours"
 FIRST_STEP = "first step of a process, cache {}"
-PROCESSES = 3  # new processes per optimizer whose first step is timed
+PROCESSES = 3  # new processes per optimizer; their first step is timed
 BUDGET_S = 30.0  # time limit of a workload
 
 
@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """Tensors, and the optimizers of one mode that step them, ours first."""
+    """Tensors, and the optimizers of one mode that step them, AdaXW first."""
 
     shapes: Callable[[Sizes], Shapes]
     providers: tuple[Provider, ...]
@@ -113,7 +113,7 @@ WORKLOADS = {
 
 
 def time_workload(name: str, sizes: Sizes, rounds: int) -> dict[str, Any]:
-    """Return the row of a workload, JSON-friendly; raise RuntimeError if our own step fails."""
+    """Return the row of a workload, JSON-friendly; raise RuntimeError if AdaXW fails."""
     shapes, providers = WORKLOADS[name].shapes(sizes), list(WORKLOADS[name].providers)
     *_, result = run_steps({name: shapes}, CPU, providers, rounds, BUDGET_S)
     rows = result["workloads"][0]["providers"]

@@ -82,7 +82,7 @@ def run() -> dict[str, Any]:
 
 
 def table(result: dict[str, Any], names: bool = False) -> str:
-    """Return the counts, and the names of the functions if asked for."""
+    """Return the counts, and the names of the functions if `names`."""
     rows, lists = [], []
     for path, steps in result["functions"].items():
         for step, functions in steps.items():

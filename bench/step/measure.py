@@ -89,7 +89,7 @@ def copying(numel: int, device: torch.device) -> Step:
 def measure(
     providers: list[Provider], shapes: Shapes, clock: Clock, device: torch.device, rounds: int, seconds: float
 ) -> dict[str, dict[str, Any]]:
-    """Time checked providers of one mode, ours first; return {label: row} of them and of a copy.
+    """Time checked providers of one mode, AdaXW first; return {label: row}, with a row of a copy.
 
     `rounds` are timed steps of each provider at most, half of them on each set of tensors. No round begins after
     `seconds`, except the first `MIN_ROUNDS` of each set.
@@ -115,7 +115,7 @@ def measure(
 
 
 def memory_batches(providers: list[Provider], numel: int, device: torch.device) -> list[list[Provider]]:
-    """Split providers into batches whose states fit in memory, each with ours; [] if none fits."""
+    """Split providers into batches whose states fit in memory, each with AdaXW; [] if none fits."""
     mode = providers[0].mode
     shared = 2 * mode.param_dtype.itemsize * numel + COPY_BYTES_PER_ELEMENT * min(numel, MAX_COPY_NUMEL)
     room = int((USABLE * free_bytes(device) - shared) / (mode.state_bytes * numel))
@@ -138,7 +138,7 @@ def run_batch(
         steps = {}
         for entry in order if most else []:
             compiled = entry.times and entry.provider is not None and entry.provider.compiles_long
-            if entry.absent is None and not compiled:  # those that compile for long run in the first half only
+            if entry.absent is None and not compiled:  # slow compilations run in the first half only
                 try:
                     steps[entry] = entry.start(params, device)
                 except Exception as error:  # the row shows it

@@ -43,7 +43,7 @@ _POINT = ("median_ms", "p20_ms", "p80_ms", "host_us")
 def run(
     device: torch.device, sizes: Sequence[int], tensors: Sequence[int], rounds: int, providers: list[Provider]
 ) -> dict[str, Any]:
-    """Measure both lines of fp32 providers, ours first, and of a copy; return the result, JSON-friendly."""
+    """Measure both lines of fp32 providers, AdaXW first, and of a copy; return the result, JSON-friendly."""
     workloads = {f"elements {size}": flat(size) for size in sorted(set(sizes))}
     workloads |= {f"tensors {number}": many_small_tensors(number, TENSOR_SIZE) for number in sorted(set(tensors))}
     *_, measured = run_steps(workloads, device, providers, rounds, BUDGET_S)

@@ -1,7 +1,7 @@
 """`adax-triton bench train`: tokens per second, the optimizer's share of a step and peak memory of a small GPT.
 
 Trains in plain PyTorch and under DeepSpeed's ZeRO 0 to 3, with and without CPU offload, each with AdaXW and with the
-AdamW that users of the framework would take. Every case runs in new processes, one per rank, with the same weights,
+AdamW that is usual in the framework. Every case runs in new processes, one per rank, with the same weights,
 batches and clipping. The table also has the loss on held-out batches: the same optimizer should reach the same loss
 under every framework.
 """
@@ -61,15 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         defaults = ", ".join(f"{values[name]} on {device}" for device, values in DEFAULTS.items())
         parser.add_argument(f"--{name}", type=count, help=f"{HELP.get(name, 'of the GPT')}; default: {defaults}")
     parser.add_argument("--steps", type=count, default=40, help="timed steps; default: %(default)s")
-    parser.add_argument("--warmup", type=count, default=5, help="steps before those; default: %(default)s")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of both optimizers; default: %(default)s")
+    parser.add_argument("--warmup", type=count, default=5, help="untimed steps before them; default: %(default)s")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of both optimizers; default: %(default)s")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="cases by name, or by a part of their names")
     parser.add_argument("--budget", type=seconds, default=math.inf, help="seconds for all cases; default: no limit")
     add_json(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the cases; return 1 if one of ours failed where another optimizer worked, 2 for invalid arguments."""
+    """Run the cases; return 1 if AdaXW failed where another optimizer worked, 2 for invalid arguments."""
     try:
         job = job_of(arguments)
         chosen = choose(cases(job.dtype), arguments.only)
@@ -185,7 +185,7 @@ def summarize(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
 
 
 def ours_failed(chosen: list[Case], rows: dict[str, dict[str, Any]]) -> bool:
-    """Return whether one of ours failed, in plain PyTorch or where another case of its framework worked."""
+    """Return whether AdaXW failed in plain PyTorch, or where another case of its framework worked."""
     alive = {case.framework for case in chosen if "absent" not in rows[case.name]} | {"plain"}
     failed = [case for case in chosen if rows[case.name].get("absent", NOT_REACHED) != NOT_REACHED]
     return any(case.optimizer == "AdaXW" and case.framework in alive for case in failed)

@@ -101,9 +101,9 @@ def deepspeed_engine(case: Case, job: Job, model: nn.Module) -> Engine:
 
 
 def timed_step(engine: Engine, inputs: Tensor, targets: Tensor, device: torch.device) -> tuple[float, float]:
-    """Train one step; return its seconds, and those of the optimizer (clipping to cleared gradients) within it.
+    """Train one step; return its seconds and the optimizer's seconds (clipping to cleared gradients).
 
-    On a GPU events in its queue time the optimizer, so that the host need not wait for the backward pass.
+    On a GPU, events time the optimizer, so the host does not wait for the backward pass.
     """
     cuda = device.type == "cuda"
 

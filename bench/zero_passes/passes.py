@@ -112,7 +112,7 @@ class Run:
         self.engine.backward(self.engine(inputs).float().square().mean())
 
     def traffic(self) -> dict[str, float]:
-        """Return the bytes per parameter of the second step, by operation; negligible ones are left out."""
+        """Return the bytes per parameter of the second step, by operation, without negligible operations."""
         self.backward()
         with Traffic():  # creates the states
             self.engine.step()
