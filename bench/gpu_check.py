@@ -139,7 +139,10 @@ def stage(target: Path, wheels: Path | None) -> None:
 
 
 def part_of(name: str, tests: list[str], result: Path, interpret: bool, seconds: float) -> CheckPart:
-    """Return one of `PARTS`, with files of tests/ for "tests", and the JSON file and time limit of a benchmark."""
+    """Return one of `PARTS`.
+
+    `tests` are files of tests/ for the part "tests". A benchmark writes `result` (JSON) within `seconds`.
+    """
     if name in ("tests", "memcheck", "racecheck"):
         return tests_part(name, tests, interpret)
     if name in OPTIONS:

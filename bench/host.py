@@ -1,4 +1,4 @@
-"""Time that a step takes on the host: from the call of `step()` to its last launch, after warm-up.
+"""Time a step on the host, from the call of `step()` to its last launch.
 
 On a GPU the launches are real, the device is idle before each call, and torch's AdamW and the replay of a CUDA graph
 are timed too. On a CPU launches do nothing, so Triton's launch time is not included. "same": the gradients keep their
@@ -82,7 +82,7 @@ def launching(device: torch.device) -> Iterator[None]:
 
 
 def measure(build: Build, tensors: int, fresh: bool, device: torch.device, rounds: int) -> dict[str, float]:
-    """Return median, p20 and p80 of the host time, and the median until the device is done, in us."""
+    """Return host time (median, p20, p80) and the median until the device is done, in us."""
     params = [torch.zeros(_NUMEL, device=device, requires_grad=True) for _ in range(tensors)]
     gradients = [[torch.ones(_NUMEL, device=device) for _ in range(tensors)] for _ in range(2)]
     _set_gradients(params, gradients[0])

@@ -1,4 +1,4 @@
-"""The launch variants of the step kernel to time, and the tensors on which they are compared."""
+"""Launch variants of the step kernel, and tensors to compare them on."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Case:
         self._expected: dict[str, Tensor] = {}
 
     def call(self, variant: Variant, compile_only: bool = False) -> Callable[..., Any]:
-        """Return the launch of a variant, of the last step by default; it returns the compiled kernel."""
+        """Return a function that launches a variant, by default for the last step, and returns the compiled kernel."""
         from adax_triton.kernels.adax_step import adax_step_kernel
         from adax_triton.kernels.launch import LaunchShape
         from adax_triton.kernels.variants import StepVariant

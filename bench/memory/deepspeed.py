@@ -1,7 +1,8 @@
-"""Compute the memory per parameter of a DeepSpeed configuration with AdaX: on the GPU, in host memory and on NVMe.
+"""Compute the memory per parameter of a DeepSpeed configuration with AdaX.
 
-It counts the tensors that DeepSpeed keeps between steps. It does not count activations, communication buckets, the
-layers that ZeRO 3 gathers, NVMe buffers, and the temporary memory of a step (docs/deepspeed-passes.md).
+Memory is on the GPU, in host memory or on NVMe. The sum includes the tensors that DeepSpeed keeps between steps. It
+excludes activations, communication buckets, the layers that ZeRO 3 gathers, NVMe buffers, and the temporary memory
+of a step (docs/deepspeed-passes.md).
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Workload(NamedTuple):
 
 
 def _backward_step(release: bool, params: list[Tensor], rule: Rule) -> Step:
-    """Return a backward pass that steps each parameter with its gradient, or all of them after it."""
+    """Return a backward pass with a step: by gradient release, or after the pass."""
     own = [param.detach().requires_grad_() for param in params]  # the same weights, with gradients and hooks
     optimizer = AdaXW(own, **rule)
     if release:
@@ -135,7 +135,7 @@ def add_ratios(sides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def time_first_steps(numel: int, processes: int) -> list[dict[str, Any]]:
-    """Time the first step of new processes, with an empty and then with a filled kernel cache; return two rows."""
+    """Time the first step of new processes; return rows for an empty and a filled kernel cache."""
     times: dict[str, dict[str, list[float]]] = {"empty": {}, "filled": {}}
     for _ in range(processes):
         for side, label in ((OUR_SIDE, OURS), (FUSED, FUSED)):

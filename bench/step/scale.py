@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure and print, or print the model; return 1 if our optimizer was not timed, 2 for invalid arguments."""
+    """Measure and print, or print the model; return 1 if AdaXW was not timed, 2 for invalid arguments."""
     device = arguments.device
     providers = [provider for provider in PROVIDERS if provider.label in (OURS, FUSED)]
     try:

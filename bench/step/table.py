@@ -50,7 +50,7 @@ LEGEND = (
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a table of each workload, then the providers that are absent from all of them, with the reason."""
+    """Return a table of each workload, then the absent providers with the reason."""
     named = result.get("bytes_per_element")
     lines = [result["dtype"] + ("" if named is None else f", {named:g} bytes per element") + f". {LEGEND}"]
     everywhere = absent_everywhere(result)

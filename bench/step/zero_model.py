@@ -1,16 +1,20 @@
-"""Step time and memory of a GPU under ZeRO by formula, from the bandwidths of a GPU result of `bench step`.
+"""Compute step time and memory under ZeRO from the bandwidths of a GPU.
 
-A rank owns P / W of P parameters. `PASSES` are the bytes that DeepSpeed 0.19.8's own passes read and write per owned
-parameter of a bfloat16 run. `integrations.deepspeed` fuses the passes: one read of the bfloat16 gradient for its norm,
-then one pass that also unscales, clips and writes bfloat16 weights. `bench.zero_passes` counts the bytes of both. r and
-c are the bandwidths of a step and of a copy, in bytes per second:
+The bandwidths come from a GPU result of `bench step`. A rank owns P / W of P parameters. `PASSES` are the bytes that
+DeepSpeed 0.19.8's own passes read and write per owned parameter of a bfloat16 run. `integrations.deepspeed` fuses the
+passes: one read of the bfloat16 gradient for its norm, then one pass that also unscales, clips and writes bfloat16
+weights. `bench.zero_passes` counts the bytes of both. r and c are the bandwidths of a step and of a copy, in bytes per
+second:
 
     unfused  t = P / W (28 / r + 46 / c)           42 at stage 3
     fused    t = P / W (30 / r)
 
-Memory: bfloat16 weights and gradients, 2 bytes each, sharded from stage 3 and from stage 2 on; float32 master weights
-and states of owned parameters, 12 bytes; unfused, also flat gradients in bfloat16 and float32, 6 bytes per owned
-parameter, of one sub-group at stage 3. Communication, activations and the cost of a launch are not included.
+Memory is the sum of these; communication, activations and launches are not included:
+
+    weights          2 bytes, bfloat16; at stage 3 only of owned parameters
+    gradients        2 bytes, bfloat16; at stages 2 and 3 only of owned parameters
+    optimizer       12 bytes, float32 master weights and states of owned parameters
+    flat gradients   6 bytes, bfloat16 and float32, unfused only; of owned parameters, at stage 3 of one sub-group
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ def memory_bytes(parameters: float, world: int, stage: int, fused: bool) -> floa
 
 
 def rates_of(result: dict[str, Any]) -> tuple[float, float]:
-    """Return the bytes per second of our fp32 step and of a copy, of the largest flat tensor of a GPU result."""
+    """Return the bytes per second of AdaXW in fp32 and of a copy, both of the largest flat tensor."""
     if result.get("benchmark") != "step" or "multiprocessors" not in result["environment"]:
         raise ValueError("model: expected a result of `bench step` that was measured on a GPU, got another result")
     flat = [one for one in result["workloads"] if one["tensors"] == 1 and "gb_per_s" in one["providers"].get(OURS, {})]

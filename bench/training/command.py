@@ -1,9 +1,9 @@
-"""`adax-triton bench train`: tokens per second, the optimizer's share of a step and peak memory of a small GPT.
+"""Train a small GPT; measure speed, the optimizer's share and peak memory.
 
-Trains in plain PyTorch and under DeepSpeed's ZeRO 0 to 3, with and without CPU offload, each with AdaXW and with the
-AdamW that is usual in the framework. Every case runs in new processes, one per rank, with the same weights,
-batches and clipping. The table also has the loss on held-out batches: the same optimizer should reach the same loss
-under every framework.
+`adax-triton bench train` trains in plain PyTorch and under DeepSpeed's ZeRO 0 to 3, with and without CPU offload. Each
+framework runs with AdaXW and with the AdamW that is usual in it. Every case runs in new processes, one per rank, with
+the same weights, batches and clipping. The table also has the loss on held-out batches: the same optimizer should reach
+the same loss under every framework.
 """
 
 from __future__ import annotations

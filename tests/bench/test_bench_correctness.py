@@ -1,4 +1,4 @@
-"""Check of the step benchmark: correct optimizers pass in every mode, wrong ones fail in every mode."""
+"""The correctness check: correct optimizers pass in every mode, wrong ones fail."""
 
 import dataclasses
 import functools

@@ -29,7 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(**providers: Any) -> dict[str, Any]:
-    """Return a result of `bench step`: 1, 2 and 4 ms for 10, 20 and 40 elements, and for 1, 2 and 4 tensors."""
+    """Return a result of `bench step` with step time proportional to size."""
     top = {"environment": {}, "rounds": 2, "dtype": "float32", "bytes_per_element": 28.0}
     sizes = {
         "elements": ((10, 1, 1.0), (20, 1, 2.0), (40, 1, 4.0)),

@@ -110,7 +110,7 @@ def test_parts_are_skipped_after_a_required_part_fails(
 
 
 def pytest_on(folder: Path, text: str, *words: str, **variables: str) -> tuple[list[str], dict[str, Any]]:
-    """Write a test file next to a copy of conftest.py; return the pytest command and its subprocess options."""
+    """Write a test file next to conftest.py; return the pytest command and options."""
     tests = folder / "tests"
     shutil.copytree(ROOT / "tests" / "support", tests / "support")
     shutil.copy(ROOT / "tests" / "conftest.py", tests)

@@ -1,4 +1,4 @@
-"""The memory table: bytes of AdaXW match real tensors, bytes of other optimizers match their formats."""
+"""The memory table: AdaXW matches real tensors, other optimizers match their formats."""
 
 from pathlib import Path
 
