@@ -132,7 +132,7 @@ def _check_beta2(beta2: float, second_moment: str) -> None:
         if not 0.0 <= beta2 <= LARGEST_ADAX_BETA2:
             raise ValueError(
                 f"{title} AdaX's betas[1] is the growth rate of its memory, 1e-4 by default and at most "
-                f"{LARGEST_ADAX_BETA2}; pass second_moment='adam' to use a decay such as 0.999"
+                f"{LARGEST_ADAX_BETA2}; pass second_moment='adam' to use Adam's decay, such as 0.999"
             )
     elif second_moment == "adam":
         if not 0.0 <= beta2 < 1.0:

@@ -204,7 +204,7 @@ def test_unknown_params_are_all_named_with_the_accepted_ones(
     settings["optimizer"]["params"] |= {"amsgrad": False, "betaz": [0.9, 1e-4], "params": []}
     with pytest.raises(ValueError) as caught:
         adapter.check_config(settings)
-    assert "amsgrad, betaz, params; accepted are: " + accepted in str(caught.value)
+    assert "amsgrad, betaz, params; accepted keys: " + accepted in str(caught.value)
 
 
 @pytest.mark.parametrize(
