@@ -132,6 +132,7 @@ class MomentOptimizer(Optimizer):
 
     def __init_subclass__(cls) -> None:
         """List the shared options in the class's signature, for `help()` and for callers that inspect it."""
+        super().__init_subclass__()
         shared = inspect.signature(MomentOptimizer.__init__).parameters
         own = inspect.signature(cls.__init__)
         listed = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,17 +34,6 @@ def sum_of_squares(launches: Sequence[Launch], ranks: NormRanks | None = None) -
         parts[launch.process_groups].append(launch.sum_of_squares())
     if ranks is not None and not group_parts:
         parts[(ranks.process_group,)].append(torch.zeros((), dtype=torch.float64, device=ranks.device))
-    return sum_over_ranks(parts)
-
-
-def sum_over_ranks(parts: Mapping[tuple[Any, ...], Sequence[Tensor]]) -> Tensor | None:
-    """Return the sum of 0-d tensors over devices and ranks, or None.
-
-    Overwrites the tensors; the first one holds the result.
-
-    Args:
-        parts: tensors by the process groups over which they are all-reduced.
-    """
     total = None
     for process_groups, (part, *others) in parts.items():
         for other in others:

@@ -115,12 +115,11 @@ class StepDecision(NamedTuple):
 DEFAULT_DECISION = StepDecision(grad_factor=1.0, skip=False)
 
 
-def check_max_grad_norm(max_grad_norm: Any, name: str = "max_grad_norm") -> float | None:
+def check_max_grad_norm(max_grad_norm: Any) -> float | None:
     """Validate a norm limit and return it as float or None.
 
     Args:
         max_grad_norm: limit above 0, or None. inf measures the norm and may skip steps, but never clips.
-        name: argument name for the errors. Default: "max_grad_norm".
 
     Raises:
         TypeError: the limit is neither a number nor None.
@@ -129,9 +128,9 @@ def check_max_grad_norm(max_grad_norm: Any, name: str = "max_grad_norm") -> floa
     if max_grad_norm is None:
         return None
     if not isinstance(max_grad_norm, (int, float)) or isinstance(max_grad_norm, bool):
-        raise TypeError(f"Invalid type of {name}: expected a number or None, got {max_grad_norm!r}")
+        raise TypeError(f"Invalid type of max_grad_norm: expected a number or None, got {max_grad_norm!r}")
     if not max_grad_norm > 0.0:
-        raise ValueError(f"Invalid {name}: {max_grad_norm}; expected a norm above 0")
+        raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}; expected a norm above 0")
     return float(max_grad_norm)
 
 

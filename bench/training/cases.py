@@ -11,7 +11,6 @@ RULES: dict[str, dict[str, Any]] = {
     "AdaXW": {"betas": (0.9, 1e-4), "eps": 1e-12, "weight_decay": 0.05},
     "AdamW": {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05},
 }
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)

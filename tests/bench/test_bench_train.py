@@ -53,7 +53,7 @@ def run_command(folder: Path, *flags: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("dtype", train_cases.DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_each_framework_compares_adaxw_with_its_own_optimizer(dtype: str) -> None:
     found = list(train_cases.cases(dtype).values())
     zero = [f"ZeRO-{stage}" for stage in range(4)] + [f"ZeRO-{stage} offload" for stage in (1, 2, 3)]

@@ -9,6 +9,8 @@ import torch
 from adax_triton.convert.state_dicts import adam_from_adax, adax_from_adam, from_torch_adam, to_torch_adam
 from adax_triton.moment_optimizer import MomentOptimizer
 
+from .universal import check_group_count
+
 
 @contextmanager
 def switching_optimizer(engine: Any) -> Iterator[None]:
@@ -121,9 +123,5 @@ def _to_adam(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> di
 def _groups_with_saved_params(
     optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    if len(saved) != len(optimizer.param_groups):
-        raise ValueError(
-            f"the checkpoint has {len(saved)} parameter groups, the optimizer {len(optimizer.param_groups)}; "
-            "create the optimizer with the groups of the run that saved it"
-        )
+    check_group_count(optimizer, saved)
     return [{**own, "params": group["params"]} for own, group in zip(optimizer.param_groups, saved, strict=True)]

@@ -188,14 +188,19 @@ def _load_states(
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
-def _with_own_params(
-    optimizer: torch.optim.Optimizer, saved_groups: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def check_group_count(optimizer: torch.optim.Optimizer, saved_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError if a checkpoint has more or fewer parameter groups than the optimizer."""
     if len(saved_groups) != len(optimizer.param_groups):
         raise ValueError(
             f"the checkpoint has {len(saved_groups)} parameter groups, the optimizer {len(optimizer.param_groups)}; "
             "create the optimizer with the groups of the run that saved it"
         )
+
+
+def _with_own_params(
+    optimizer: torch.optim.Optimizer, saved_groups: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    check_group_count(optimizer, saved_groups)
     # At ZeRO 3 the number of partitions in a group depends on their size and on the number of ranks.
     own_params = iter(torch.optim.Optimizer.state_dict(optimizer)["param_groups"])
     return [{**saved, "params": next(own_params)["params"]} for saved in saved_groups]
