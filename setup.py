@@ -1,7 +1,7 @@
-"""Package list: every folder with an `__init__.py` below the roots of `package-dir` in pyproject.toml.
+"""List every folder with an `__init__.py` as a package.
 
-setuptools cannot combine `package-dir` with automatic discovery, and a folder missing from a hand-written list would
-be missing from the wheel.
+The folders lie below the roots of `package-dir` in pyproject.toml. setuptools cannot combine `package-dir` with
+automatic discovery, and a folder missing from a hand-written list would be missing from the wheel.
 """
 
 import tomllib

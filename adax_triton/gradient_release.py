@@ -1,4 +1,4 @@
-"""Step each parameter inside the backward pass and free its gradient at once."""
+"""Step each parameter in the backward pass and free its gradient."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from .moment_optimizer import MomentOptimizer
 
 
 class GradientRelease:
-    """Steps each parameter as soon as the backward pass has computed its gradient, then frees the gradient.
+    """Steps each parameter in the backward pass, then frees its gradient.
+
+    A parameter is stepped as soon as the backward pass has computed its gradient.
 
         optimizer = AdaXW(model.parameters())
         GradientRelease(optimizer)
@@ -77,7 +79,10 @@ class GradientRelease:
         self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._check_optimizer()))
 
     def remove(self) -> None:
-        """Remove the hooks, so that gradients stay and `step()` steps again. Leaving a `with` block does the same."""
+        """Remove the hooks: gradients stay and `step()` steps again.
+
+        Leaving a `with` block does the same.
+        """
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

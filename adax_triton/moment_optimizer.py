@@ -68,7 +68,11 @@ class SharedOptions(TypedDict, total=False):
 
 
 class MomentOptimizer(Optimizer):
-    """Base of the four optimizers: p -= lr m / (sqrt(v) + eps), with a normalised second moment v.
+    """Base of the four optimizers.
+
+        p -= lr m / (sqrt(v) + eps)
+
+    v is a normalised second moment.
 
     A parameter's state is created at its first step with a gradient, and updated in place from then on:
 
@@ -131,7 +135,10 @@ class MomentOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def __init_subclass__(cls) -> None:
-        """List the shared options in the class's signature, for `help()` and for callers that inspect it."""
+        """List the shared options in the class's signature.
+
+        `help()` and callers that inspect the signature then see them.
+        """
         super().__init_subclass__()
         shared = inspect.signature(MomentOptimizer.__init__).parameters
         own = inspect.signature(cls.__init__)
@@ -247,7 +254,10 @@ class MomentOptimizer(Optimizer):
         self._run(plan, handling)
 
     def _new_plan(self, key: tuple[str, int], collected: Collected, covers_all_params: bool = True) -> StepPlan:
-        """Return a new plan for checked parameters, and keep it if later steps can reuse it."""
+        """Return a new plan for checked parameters.
+
+        Keeps the plan if later steps can reuse it.
+        """
         normalize_counts(collected.params, self.state)
         host_scalars = HostScalars(
             [
@@ -292,7 +302,9 @@ class MomentOptimizer(Optimizer):
             warnings.warn(warning, stacklevel=5)
 
     def set_external_grads(self, parts: Sequence[ExternalGrads], grad_factor: Tensor | None = None) -> None:
-        """Make the next `step()` use external gradients: it updates these parameters and no others.
+        """Make the next `step()` use external gradients.
+
+        The next step updates these parameters and no others.
 
         ZeRO keeps float32 weights in addition to the model's low-precision weights. A gradient is one or more tensors
         in the model's dtype. The step reads each gradient once in its own dtype, multiplies it by `grad_factor` in
@@ -345,13 +357,17 @@ class MomentOptimizer(Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of all unscaled gradients of the last step, 0-d float32; None without `max_grad_norm`."""
+        """Norm of all unscaled gradients of the last step, 0-d float32.
+
+        None without `max_grad_norm`.
+        """
         return None if self._grad_norm is None else self._grad_norm.clone()
 
     def read_telemetry(self, per_parameter: bool = False) -> StepTelemetry:
-        """Return norms and counts of the last step; the host waits until the step is done.
+        """Return norms and counts of the last step.
 
-        With DTensor parameters every rank must call it; each gets the numbers of the full parameters.
+        The host waits until the step is done. With DTensor parameters every rank must call it; each gets the numbers of
+        the full parameters.
 
         Args:
             per_parameter: return the numbers of each parameter too. Default: False.
@@ -364,7 +380,9 @@ class MomentOptimizer(Optimizer):
         return self._sums.read(len(self.param_groups), per_parameter)
 
     def master_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return a model's state dict with float32 weights, including the bits of the master weights.
+        """Return a model's state dict with exact float32 weights.
+
+        The weights include the bits of the master weights.
 
         Args:
             model: the model that this optimizer trains.
@@ -405,7 +423,7 @@ class MomentOptimizer(Optimizer):
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the same kind of optimizer, in any precision.
+        """Load a state dict from an optimizer of the same kind.
 
         This optimizer keeps its own `states`, `master_weights` and `weight_rounding`. States in another precision are
         converted: exactly if the new precision can represent the values, else rounded to nearest. The tensors are

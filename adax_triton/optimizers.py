@@ -11,7 +11,7 @@ from .moment_optimizer import MomentOptimizer, SharedOptions
 
 
 class AdaX(MomentOptimizer):
-    r"""AdaX: Adam with exponential long-term memory, and weight decay as L2 in the gradient.
+    r"""AdaX: Adam with exponential long-term memory, and L2 weight decay.
 
     .. math::
         m_t &= m_{t-1} + (1 - \beta_1)(g_t - m_{t-1}) \\

@@ -21,7 +21,10 @@ class ScalarWriter(Protocol):
 
 
 class _EveryNthStep:
-    """Read and log telemetry every n-th step; the host waits for the device at those steps only."""
+    """Read and log telemetry every n-th step.
+
+    The host waits for the device at those steps only.
+    """
 
     def __init__(self, every: int, per_parameter: bool) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:

@@ -1,9 +1,10 @@
-"""Test and benchmark a GPU machine in two runs, from a bare checkout, without network or installation.
+"""Test and benchmark a GPU machine in two runs.
 
     COMMIT=<hash> python3 bench/gpu_check.py --call 1 [--out FOLDER] [--wheels FOLDER]
     COMMIT=<hash> python3 bench/gpu_check.py --call 2 [--tests FILE ...]
 
-It needs torch, triton and pytest. Call 1 takes at most 240 s, call 2 at most 360 s:
+It runs from a bare checkout, without network or installation, and needs torch, triton and pytest. Call 1 takes at most
+240 s, call 2 at most 360 s:
 
     device      1, 2  GPU, driver and versions; if it or the doctor fails, the other parts are skipped
     doctor      1     kernel results
@@ -161,7 +162,7 @@ def part_of(name: str, tests: list[str], result: Path, interpret: bool, seconds:
 
 
 def tests_part(name: str, tests: list[str], interpret: bool) -> CheckPart:
-    """Return the GPU tests, or a few of them under a tool of compute-sanitizer."""
+    """Return the GPU tests, or a few of them under compute-sanitizer."""
     pytest: tuple[str, ...] = ("-m", "pytest", "-p", "no:cacheprovider", "--continue-on-collection-errors")
     pytest += ("--rootdir", str(ROOT), "--config-file", str(ROOT / "pyproject.toml"))
     if name == "tests":
@@ -180,7 +181,7 @@ def tests_part(name: str, tests: list[str], interpret: bool) -> CheckPart:
 
 
 def benchmark(name: str, result: Path, interpret: bool, seconds: float) -> CheckPart:
-    """Return a benchmark with a time limit that writes its result to a file."""
+    """Return a time-limited benchmark that writes its result to a file."""
     words = LAUNCH_VARIANTS if name == "variants" else (*COMMAND_LINE, "bench", name)
     options = (*DRY_OPTIONS[name], "--device", "cpu") if interpret else OPTIONS[name]
     if name in MARGINS_S:
@@ -189,10 +190,16 @@ def benchmark(name: str, result: Path, interpret: bool, seconds: float) -> Check
 
 
 class Runner:
-    """Runs parts. Their output goes to the log at once, and to the terminal when they end."""
+    """Runs parts and reports their output.
+
+    Output goes to the log at once, and to the terminal when a part ends.
+    """
 
     def __init__(self, out: Path, folder: Path, interpret: bool) -> None:
-        """Start the logs in `out`; Python works in `folder` and imports from it; a dry run has no profilers."""
+        """Start the logs in `out`.
+
+        Python works in `folder` and imports from it. A dry run has no profilers.
+        """
         self._log, self._failures = out / "log.txt", out / "failures.txt"
         self._folder, self._interpret = folder, interpret
         path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
@@ -255,9 +262,10 @@ class Runner:
 
 
 def read_counters(text: str) -> list[dict[str, Any]]:
-    """Return the counters of each mode's last launch, per element, with the bytes by formula.
+    """Return the counters per element of each mode's last launch.
 
-    `text` mixes the output of ncu (CSV) and of `counted_steps` (JSON). Raises ValueError if launches are missing.
+    The bytes by formula are included. `text` mixes the output of ncu (CSV) and of `counted_steps` (JSON). Raises
+    ValueError if launches are missing.
     """
     lines = text.splitlines()
     modes = [json.loads(line) for line in lines if line.startswith("{")]
@@ -280,7 +288,10 @@ def read_counters(text: str) -> list[dict[str, Any]]:
 
 
 def check(arguments: argparse.Namespace, out: Path, staged: Path) -> dict[str, Any]:
-    """Run all parts; return the summary, which is also written to the folder after each part."""
+    """Run all parts and return the summary.
+
+    The summary is also written to `out` after each part.
+    """
     interpret, call = arguments.interpret, arguments.call
     deadline = time.monotonic() + (DRY_S if interpret else CALL_S[call])
     runner = Runner(out, staged, interpret)

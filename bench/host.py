@@ -1,4 +1,4 @@
-"""Time a step on the host, from the call of `step()` to its last launch.
+"""Time a step on the host, from `step()` to its last launch.
 
 On a GPU the launches are real, the device is idle before each call, and torch's AdamW and the replay of a CUDA graph
 are timed too. On a CPU launches do nothing, so Triton's launch time is not included. "same": the gradients keep their
@@ -55,7 +55,10 @@ def builders(device: torch.device) -> dict[str, Build]:
 
 
 def replay(params: list[Tensor]) -> Step:
-    """Capture a step in a CUDA graph and return its replay; the parameters have gradients."""
+    """Capture a step in a CUDA graph and return its replay.
+
+    The parameters have gradients.
+    """
     optimizer = AdaXW(params, lr=1e-3, capturable=True)
     optimizer.step()
     graph = torch.cuda.CUDAGraph()
@@ -66,7 +69,7 @@ def replay(params: list[Tensor]) -> Step:
 
 @contextlib.contextmanager
 def launching(device: torch.device) -> Iterator[None]:
-    """Use the Triton path within the block. On a CPU the launches are replaced by no-ops."""
+    """Use the Triton path in the block; CPU launches do nothing."""
     if device.type == "cuda":
         yield
         return
@@ -82,7 +85,10 @@ def launching(device: torch.device) -> Iterator[None]:
 
 
 def measure(build: Build, tensors: int, fresh: bool, device: torch.device, rounds: int) -> dict[str, float]:
-    """Return host time (median, p20, p80) and the median until the device is done, in us."""
+    """Return host time and the time until the device is done.
+
+    Host time is given as median, p20 and p80, the other time as median, all in us.
+    """
     params = [torch.zeros(_NUMEL, device=device, requires_grad=True) for _ in range(tensors)]
     gradients = [[torch.ones(_NUMEL, device=device) for _ in range(tensors)] for _ in range(2)]
     _set_gradients(params, gradients[0])
@@ -123,7 +129,7 @@ def run(counts: Sequence[int], device: torch.device, rounds: int) -> dict[str, A
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the host times, and on a GPU the times until the device is done."""
+    """Return host times, and on a GPU times until it is done."""
     real = result["launches"] == "real"
     counts = sorted({row["tensors"] for row in result["rows"]})
     found = {(row["name"], row["fresh"], row["tensors"]): row for row in result["rows"]}

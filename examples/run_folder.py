@@ -58,7 +58,10 @@ class RunFolder:
                 shutil.rmtree(folder)
 
     def append(self, record: dict[str, float]) -> None:
-        """Append a record to the loss log. The record is kept if the process is killed."""
+        """Append a record to the loss log.
+
+        The record is kept if the process is killed.
+        """
         with self.log_file.open("a") as log:
             log.write(json.dumps(record) + "\n")
 

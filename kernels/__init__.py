@@ -1,1 +1,4 @@
-"""Triton and C++ kernels. They read tables of addresses and scalars, and import nothing else of adax_triton."""
+"""Triton and C++ kernels.
+
+They read tables of addresses and scalars, and import nothing else of adax_triton.
+"""

@@ -38,7 +38,7 @@ def grad_norm_kernel(
     CHUNK_SIZE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Sum the squares of chunks i, i + num_programs, ... in program i.
+    """Sum squares of chunks i, i + num_programs, ... in program i.
 
     Each load reads VECTOR elements.
     """

@@ -50,7 +50,10 @@ def chunk_size() -> int:
 
 
 def is_interpreted() -> bool:
-    """Return True if Triton was imported with `TRITON_INTERPRET=1`: kernels run on CPU tensors."""
+    """Return True if Triton was imported with `TRITON_INTERPRET=1`.
+
+    Kernels then run on CPU tensors.
+    """
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -67,7 +70,7 @@ _deferred = _DeferredLaunches()
 
 @contextlib.contextmanager
 def deferred_launches() -> Iterator[list[Callable[[], object]]]:
-    """Collect this thread's launches in a list that the caller runs, in order.
+    """Collect this thread's launches for the caller to run in order.
 
     Kernels are compiled while they are collected.
 

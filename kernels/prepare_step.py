@@ -60,7 +60,7 @@ def random_key(seed, step):
 
 @triton.jit
 def _clip_and_skip(inputs_ptr):
-    """Return gradient norm, clip factor, AMP scale, and whether to take the step."""
+    """Return gradient norm, clip factor, AMP scale and whether to step."""
     grad_scale = tl.load(inputs_ptr)
     found_inf = tl.load(inputs_ptr + 1)
     norm = tl.sqrt(tl.load(inputs_ptr + 2)) / grad_scale

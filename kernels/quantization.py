@@ -72,7 +72,7 @@ def _fraction_bits(bits, largest, AXIS: tl.constexpr):
 
 @triton.jit
 def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.constexpr):
-    """Quantize float32 moments to codes of m, codes of v and exponent words.
+    """Quantize float32 moments to m codes, v codes and exponent words.
 
     The upper random bits round v.
     """

@@ -87,7 +87,7 @@ def split_master(master, addend, REMAINDER_DTYPE: tl.constexpr):
 
 @triton.jit
 def join_master(param, master):
-    """Return the master weight if it rounds to its parameter, else the parameter.
+    """Return the master if it rounds to its parameter, else the parameter.
 
     `master` is a float32 copy, or a remainder from `split_master`. If it does not round to the parameter, the user has
     set the parameter.

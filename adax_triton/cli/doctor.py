@@ -1,4 +1,4 @@
-"""Report the kernel used for each device and dtype, and check its results."""
+"""Report the kernel for each device and dtype; check its results."""
 
 from __future__ import annotations
 
@@ -71,7 +71,10 @@ def device_name(device: torch.device) -> str:
 
 
 def deepspeed_check() -> tuple[bool, str]:
-    """Return (ok, message); not ok if DeepSpeed is installed but cannot find AdaX."""
+    """Return (ok, message) of the check that DeepSpeed finds AdaX.
+
+    Not ok if DeepSpeed is installed but cannot find AdaX.
+    """
     if versions()["deepspeed"] is None:
         return True, 'not installed; pip install "adax-triton[deepspeed]" adds it'
     try:
@@ -87,7 +90,10 @@ def deepspeed_check() -> tuple[bool, str]:
 
 
 def native_check() -> tuple[bool, str]:
-    """Build the native CPU kernel if necessary and compare it with the float64 reference."""
+    """Compare the native CPU kernel with the float64 reference.
+
+    Builds the kernel if necessary.
+    """
     problem = build_problem()
     if problem is not None:
         return True, f"CPU tensors use the reference in PyTorch, several times slower: {problem}"

@@ -137,7 +137,10 @@ def convert_optimizer(
 
 
 def _from_any_optimizer(state_dict: Mapping[str, Any], decoupled: bool) -> dict[str, Any]:
-    """Return a state dict of this package; `decoupled` is used if the groups lack that key."""
+    """Return a state dict of this package.
+
+    `decoupled` is used if the groups lack the key `decoupled_weight_decay`.
+    """
     groups = state_dict["param_groups"]
     if all("second_moment" in group for group in groups):
         return {**state_dict, "param_groups": [dict(group) for group in groups]}
@@ -150,7 +153,7 @@ def _from_any_optimizer(state_dict: Mapping[str, Any], decoupled: bool) -> dict[
 def convert_precision(
     state_dict: Mapping[str, Any], *, states: str | None = None, master_weights: str | None = None
 ) -> dict[str, Any]:
-    """Convert the states or masters of a state dict of this package to another precision.
+    """Convert states or masters of a state dict to another precision.
 
     The result equals what an optimizer of that precision would load. Values are exact if the new format can represent
     them, else rounded to nearest.
@@ -199,7 +202,7 @@ def _is_float32_exception(state: Mapping[str, Any] | None, group: Mapping[str, A
 
 
 def _dummy_param(state: Mapping[str, Any]) -> nn.Parameter:
-    """Return a zero parameter of the shape and dtype that match a state."""
+    """Return a zero parameter whose shape and dtype match a state."""
     moment, master = state.get("exp_avg", torch.empty(0)), state.get("master")
     if moment.dtype == torch.uint8:  # quantized: the bytes of each integer are the last dimension
         moment = moment[..., 0]

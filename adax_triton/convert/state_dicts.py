@@ -131,7 +131,7 @@ def to_torch_adam(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_released_adax(state_dict: Mapping[str, Any], *, decoupled_weight_decay: bool) -> dict[str, Any]:
-    """Convert a state dict of the paper's released code for `AdaX` or `AdaXW`.
+    """Convert a state dict of the paper's code for `AdaX` or `AdaXW`.
 
         m = exp_avg,   v = exp_avg_sq / ((1 + b2)^step - 1)
 
@@ -188,7 +188,7 @@ def to_released_adax(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adax_from_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e-4) -> dict[str, Any]:
-    """Convert an `Adam` or `AdamW` state dict into a warm start for `AdaX` or `AdaXW`.
+    """Convert an `Adam` or `AdamW` state dict to warm-start `AdaX` or `AdaXW`.
 
         m = m_adam / (1 - b1^step),   v = v_adam
 
@@ -219,7 +219,7 @@ def adax_from_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e-4) -> dic
 
 
 def adam_from_adax(state_dict: Mapping[str, Any], *, beta2: float = 0.999) -> dict[str, Any]:
-    """Convert an `AdaX` or `AdaXW` state dict into a warm start for `Adam` or `AdamW`.
+    """Convert an `AdaX` or `AdaXW` state dict to warm-start `Adam` or `AdamW`.
 
         m_adam = m (1 - b1^step),   v_adam = v
 
@@ -325,7 +325,10 @@ def _scaled(moment: Tensor, factor: float, scale: Callable[[Any, Any], Any]) -> 
 
 
 def _validated_group(group: Mapping[str, Any], where: str, required: dict[str, Any]) -> dict[str, Any]:
-    """Return a group's hyper-parameters; raise unless they are valid and equal those in `required`."""
+    """Return a group's hyper-parameters after checking them.
+
+    Raises unless they are valid and equal those in `required`.
+    """
     validated = {
         **OLD_CHECKPOINT_DEFAULTS,
         **{key: value for key, value in with_current_names(group).items() if key in HYPERPARAMETERS},
@@ -341,7 +344,10 @@ def _validated_group(group: Mapping[str, Any], where: str, required: dict[str, A
 
 
 def _extra_keys(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a group that are not hyper-parameters or torch's flags, such as those of schedulers."""
+    """Return a group's keys other than hyper-parameters and torch's flags.
+
+    Schedulers add such keys.
+    """
     return {key: value for key, value in group.items() if key not in HYPERPARAMETERS and key not in _TORCH_FLAGS}
 
 

@@ -28,7 +28,7 @@ _INTEGER_DTYPES = {
 
 
 def allocate_states(params: Sequence[Tensor], precisions: Sequence[Precision]) -> list[dict[str, Any]]:
-    """Return a new state for each parameter: `step` 0, zero moments, exact masters.
+    """Return each parameter's new state: `step` 0, zero moments, exact masters.
 
     State tensors of the same name and dtype share a flat buffer. Each DTensor gets its own buffers, because torch
     cannot deepcopy a DTensor that has a storage offset.
@@ -53,7 +53,7 @@ def allocate_states(params: Sequence[Tensor], precisions: Sequence[Precision]) -
 
 
 def _template(shard: Tensor, name: str, precision: Precision) -> Tensor:
-    """Return a tensor with the shape and strides of a shard's state tensor."""
+    """Return a tensor with a state tensor's shape and strides."""
     layout: Layout = state_layouts(shard, precision)[name]
     if layout.dtype.is_complex:
         return torch.view_as_real(shard)
@@ -75,7 +75,10 @@ def local_state_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def is_new(state: Mapping[str, Any]) -> bool:
-    """Return whether a state has no keys of this package; other libraries may add keys."""
+    """Return whether a state has no keys of this package.
+
+    Other libraries may add keys.
+    """
     return not any(name in state for name in ("step", *STATE_TENSORS))
 
 

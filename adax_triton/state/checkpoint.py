@@ -31,7 +31,10 @@ class OpaqueTensor:
 
 
 def with_int_counts(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict with step counts as ints; reading a GPU count synchronizes."""
+    """Return a state dict with step counts as ints.
+
+    Reading a GPU count synchronizes.
+    """
     keys = list(_param_keys(state_dict["param_groups"]))
     return {**state_dict, "state": counts_as_ints(state_dict["state"], keys)}
 
@@ -41,7 +44,7 @@ def _param_keys(groups: Iterable[Mapping[str, Any]]) -> Iterable[Any]:
 
 
 def wrap_tensors(state_dict: Mapping[str, Any], current_states: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a shallow copy of a state dict with state tensors wrapped in `OpaqueTensor`.
+    """Return a shallow copy with state tensors wrapped in `OpaqueTensor`.
 
     Args:
         state_dict: the state dict to load.
@@ -78,7 +81,10 @@ def with_kept_options(
 
 
 def keep_lr_tensors(groups: Sequence[dict[str, Any]], current_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Copy loaded learning rates into the existing lr tensors, which CUDA graphs read."""
+    """Copy loaded learning rates into the existing lr tensors.
+
+    CUDA graphs read these tensors.
+    """
     for group, current in zip(groups, current_groups, strict=False):  # current_groups is empty while unpickling
         if isinstance(current["lr"], Tensor) and group["lr"] is not current["lr"]:
             current["lr"].copy_(torch.as_tensor(group["lr"]))
@@ -236,7 +242,10 @@ def _copy_quantized(saved: Mapping[str, Tensor], state: Mapping[str, Tensor], pa
 
 
 def _flat_moments(state: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return flat copies of m, v and group exponents; codes are padded to full groups."""
+    """Return flat copies of m, v and group exponents.
+
+    Codes are padded to full groups.
+    """
     flat = {name: tensor.to(device).flatten().clone() for name, tensor in local_state_tensors(state).items()}
     exponents = flat.get("group_exponents")
     first, second = (flat[name] for name in MOMENTS)

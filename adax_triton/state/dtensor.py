@@ -37,7 +37,9 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(param: Tensor, shard: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a DTensor of this rank's shard, with the parameter's mesh and placements.
+    """Return a DTensor of this rank's shard, placed like the parameter.
+
+    It has the parameter's mesh and placements.
 
     Args:
         param: a DTensor; for a plain parameter the shard is returned unchanged.
@@ -57,7 +59,10 @@ def sharded_like(param: Tensor, shard: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Redistribute a tensor to the mesh and placements of `like`, of equal shape."""
+    """Redistribute a tensor to the mesh and placements of `like`.
+
+    Both have the same shape.
+    """
     given, wanted = _as_dtensor(tensor), _as_dtensor(like)
     if wanted is None:
         return tensor if given is None else given.full_tensor()
@@ -115,7 +120,7 @@ def shard_process_groups(param: Tensor) -> tuple[Any, ...]:
 
 
 def splits_code_groups(param: Tensor) -> bool:
-    """Return whether the sharding of a parameter may split a group of 32 codes."""
+    """Return whether sharding may split a group of 32 codes."""
     dtensor = _as_dtensor(param)
     if dtensor is None:
         return False

@@ -13,7 +13,10 @@ ALIGNMENT = 128
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Return whether the elements fill one memory range without gaps or overlaps, in any order of dimensions."""
+    """Return whether the elements fill one memory range without gaps.
+
+    Elements must not overlap. Dimensions may be in any order.
+    """
     if tensor.numel() == 0:
         return True
     dims = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
@@ -26,7 +29,10 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def write_problem(tensor: Tensor) -> str | None:
-    """Return why a tensor cannot be updated in place and what to do, or None if it can."""
+    """Return why a tensor cannot be updated in place, or None.
+
+    The text also says what to do.
+    """
     if tensor.layout != torch.strided:
         return f"has layout {tensor.layout}; make it dense"
     if tensor.is_conj():
@@ -39,7 +45,10 @@ def write_problem(tensor: Tensor) -> str | None:
 
 
 def storage_problem(tensor: Tensor) -> str | None:
-    """Return an error text if the storage is too small, for example freed by a framework; else None."""
+    """Return an error text if the storage is too small, else None.
+
+    For example, a framework may have freed it.
+    """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.numel() == 0:
         return None
     last = tensor.storage_offset() + sum(

@@ -35,7 +35,7 @@ def export(model: nn.Module, states: Mapping[Tensor, Mapping[str, Any]]) -> dict
 
 
 def check(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Check that a state dict has the keys and shapes of a model.
+    """Check that a state dict matches a model's keys and shapes.
 
     Raises:
         ValueError: keys or shapes differ.

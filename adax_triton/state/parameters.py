@@ -63,7 +63,9 @@ def check_param(
 
 
 def checked_gradient(param: Tensor) -> Tensor:
-    """Check a parameter's gradient and return it dense, with lazy conj and neg applied.
+    """Check a parameter's gradient and return it dense.
+
+    Lazy conj and neg are applied.
 
     Raises:
         TypeError, ValueError: its dtype, shape or device does not match the parameter.

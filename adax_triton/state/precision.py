@@ -84,7 +84,7 @@ def is_quantized(states: str) -> bool:
 
 
 def precision_for(param: Tensor, group: Mapping[str, Any], keep_float32: Callable[[Tensor], bool] | None) -> Precision:
-    """Return the precision for a new state, from the options of its group.
+    """Return a new state's precision, from the options of its group.
 
     The states are `"float32"` if the tensor has fewer than `QUANTIZED_FROM_NUMEL` elements, is float64 or complex, or
     `keep_float32` returns True for it; see `state_dtype`. Only 16-bit parameters have a master.
@@ -109,7 +109,10 @@ def precision_of(state: Mapping[str, Tensor]) -> Precision:
 
 
 def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of unquantized moments: float32 or float64, complex if the parameter is."""
+    """Return the dtype of unquantized moments: float32 or float64.
+
+    It is complex if the parameter is.
+    """
     real = torch.float64 if param_dtype.to_real() == torch.float64 else torch.float32
     return real.to_complex() if param_dtype.is_complex else real
 
@@ -151,18 +154,27 @@ def _master_dtype(param_dtype: torch.dtype, master_weights: str) -> torch.dtype:
 
 
 def bytes_by_state(param_dtype: torch.dtype, precision: Precision = FLOAT32_STATES) -> dict[str, float]:
-    """Return {state tensor: bytes per element} of a parameter large enough to be quantized."""
+    """Return {state tensor: bytes per element} of a parameter.
+
+    The parameter is large enough to be quantized.
+    """
     layouts = _state_layouts((GROUP, GROUP), param_dtype, precision)
     return {name: layout.dtype.itemsize * math.prod(layout.shape) / GROUP**2 for name, layout in layouts.items()}
 
 
 def state_bytes(param_dtype: torch.dtype, precision: Precision = FLOAT32_STATES) -> float:
-    """Return the state bytes per element of a parameter large enough to be quantized."""
+    """Return the state bytes per element of a parameter.
+
+    The parameter is large enough to be quantized.
+    """
     return sum(bytes_by_state(param_dtype, precision).values())
 
 
 def bytes_loaded(param_dtype: torch.dtype, grad_dtype: torch.dtype, precision: Precision = FLOAT32_STATES) -> float:
-    """Return the bytes that a step reads per element: parameter, gradient and states."""
+    """Return the bytes that a step reads per element.
+
+    Counts the parameter, the gradient and the states.
+    """
     return param_dtype.itemsize + grad_dtype.itemsize + state_bytes(param_dtype, precision)
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 def checked_count(step: Any, name: str) -> int:
-    """Check a step count and return it as an int; reading a GPU tensor synchronizes.
+    """Check a step count and return it as an int.
+
+    Reading a GPU tensor synchronizes.
 
     Args:
         step: a non-negative int or integer-valued float, or a one-element tensor of either, as in torch's optimizers.
@@ -28,7 +30,10 @@ def checked_count(step: Any, name: str) -> int:
 
 
 def can_increment_on_device(step: Any, param: Tensor) -> bool:
-    """Return whether a kernel can increment this count, maybe after a cast, without synchronizing."""
+    """Return whether a kernel can increment this count without synchronizing.
+
+    The count may need a cast first.
+    """
     if not isinstance(step, Tensor) or step.numel() != 1:
         return False
     return step.device.type == "cuda" or (step.device == param.device and step.ndim == 0 and step.dtype == torch.int64)
@@ -45,10 +50,10 @@ def check_count_without_sync(step: Any, param: Tensor) -> None:
 
 
 def normalized_count(step: Any, param: Tensor, uses_kernel: bool) -> int | Tensor:
-    """Return a checked count as an int or a 0-d int64 tensor on the parameter's device.
+    """Return a checked count as an int or a device tensor.
 
-    If a kernel updates the parameter, a count on a GPU stays there; otherwise it becomes an int. Other forms are
-    accepted, such as the float32 tensor of torch's optimizers.
+    The tensor is 0-d int64 on the parameter's device. If a kernel updates the parameter, a count on a GPU stays there;
+    otherwise it becomes an int. Other forms are accepted, such as the float32 tensor of torch's optimizers.
 
     Args:
         step: the count.

@@ -38,7 +38,9 @@ def with_current_names(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_float(value: float | torch.Tensor, name: str) -> float:
-    """Return a hyper-parameter as a Python float; the host waits for a CUDA tensor.
+    """Return a hyper-parameter as a Python float.
+
+    The host waits for a CUDA tensor.
 
     Raises:
         TypeError: `value` is not a number.

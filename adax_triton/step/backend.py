@@ -62,7 +62,10 @@ _warned: list[str] = []
 
 
 def native_kernel(variant: KernelVariant) -> CpuKernel | None:
-    """Return the native kernel, or warn once and return None if it cannot be built."""
+    """Return the native kernel, or None if it cannot be built.
+
+    Warns once if it cannot be built.
+    """
     if variant in _failed:
         return None
     try:

@@ -155,5 +155,5 @@ def normalize_counts(params: Sequence[ParamWithGrad], states: Mapping[Tensor, di
 
 
 def group_counts_on_device(group: Mapping[str, Any]) -> bool:
-    """Return whether a group is capturable or its lr is on a GPU."""
+    """Return whether a group is capturable or has a GPU lr."""
     return group["capturable"] or (isinstance(group["lr"], torch.Tensor) and group["lr"].device.type != "cpu")

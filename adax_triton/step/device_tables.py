@@ -213,7 +213,10 @@ class AddressTable:
         return self._rows.clone()
 
     def refresh_column(self, column: int, values: array[int]) -> None:
-        """Set one column to `values` (int64). The table keeps the array, so do not modify it later."""
+        """Set one column to `values` (int64).
+
+        The table keeps the array, so do not modify it later.
+        """
         if values != self._column:
             self._rows[:, column] = torch.frombuffer(values, dtype=torch.int64)
             self._column = values

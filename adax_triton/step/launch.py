@@ -242,7 +242,10 @@ class LaunchCache:
 
 
 def _launch_order(steps: Sequence[TensorStep]) -> list[int]:
-    """Return a launch number per step: 0, 1, ... for parameters that share memory, 0 for all others."""
+    """Return a launch number per step.
+
+    Parameters that share memory get 0, 1, ...; all others get 0.
+    """
     order = [0] * len(steps)
     spans = sorted(
         (str(step.param.device), step.param.data_ptr(), step.param.nbytes, index)

@@ -52,7 +52,10 @@ class HostScalars:
         self._tables: dict[bool, tuple[bytearray, Tensor]] = {}
 
     def update_counts(self, counts: list[Any]) -> bool:
-        """Set `steps`. Return False if parameters of one row now have different counts."""
+        """Set `steps` and return whether the counts still fit.
+
+        They do not fit if parameters of one row now have different counts.
+        """
         if set(map(type, counts)) != {int}:
             return False
         row_counts = [counts[first] for first in self._first_param]

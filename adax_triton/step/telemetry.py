@@ -74,14 +74,20 @@ class DeviceSums:
         self._stages: list[tuple[Tensor, Tensor]] = []
 
     def chunk_sums(self, counts: Sequence[int]) -> Tensor:
-        """Return the buffer that a launch writes, (chunks, 5) float32, for `counts` chunks per tensor."""
+        """Return the buffer that a launch writes, (chunks, 5) float32.
+
+        `counts` lists the chunks per tensor.
+        """
         if counts != self._counts or not self._stages:
             self._stages = list(self._make_stages(counts))
             self._counts = counts
         return self._stages[0][0]
 
     def _make_stages(self, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each reduction stage, yield its input rows and the row range of each sum."""
+        """Yield each reduction stage's input rows and row ranges.
+
+        There is one row range per sum.
+        """
         from adax_triton.kernels.telemetry import ROWS_PER_PROGRAM
 
         while True:

@@ -63,7 +63,7 @@ class TensorStep(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether moments are float32, and there is no master and no stochastic rounding."""
+        """Whether moments are float32, without a master or stochastic rounding."""
         return self.states == "float32" and self.master is None and not self.stochastic
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> TensorStep:

@@ -164,7 +164,7 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
 
 
 def valid_master(param: Tensor, master: Tensor) -> Tensor:
-    """Return each master weight if it rounds to its parameter, else the parameter.
+    """Return each master if it rounds to its parameter, else the parameter.
 
     Args:
         param: float16.

@@ -1,1 +1,4 @@
-"""Shared by all benchmarks: environment, providers, workloads, correctness check, clock, tables, command line."""
+"""Code that all benchmarks share.
+
+It has the environment, providers, workloads, correctness check, clock, tables and command line.
+"""

@@ -28,7 +28,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def publish(result: dict[str, Any], table: Callable[[dict[str, Any]], str], path: Path | None) -> None:
-    """Print a result as a table, and write it as JSON if a path is given."""
+    """Print a result as a table; write JSON if `path` is given."""
     write(result, path)
     print(f"{origin(result)}\n\n{table(result)}")
 
@@ -60,7 +60,7 @@ def seconds(text: str) -> float:
 
 
 def device(text: str) -> torch.device:
-    """Parse a device that this machine has, and make a GPU the current one."""
+    """Parse a device of this machine; make a GPU the current one."""
     kind, _, index = text.partition(":")
     if kind not in DEVICES or not (index or "0").isdecimal():
         raise argparse.ArgumentTypeError(f"invalid device {text!r}: expected one of {', '.join(DEVICES)}")
@@ -74,7 +74,7 @@ def device(text: str) -> torch.device:
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Return the lines of a Markdown table; `right` has the indices of right-aligned columns."""
+    """Return the lines of a Markdown table; `right` indexes right-aligned columns."""
     rule = "".join("|---:" if index in right else "|---" for index in range(len(titles)))
     first, *others = (f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (titles, *rows))
     return [first, f"{rule}|", *others]

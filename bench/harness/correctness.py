@@ -38,7 +38,7 @@ class WrongResultError(Exception):
 
 
 class CheckResult(NamedTuple):
-    """Error and tolerance of a provider, and the seconds of its first step, compilation included."""
+    """Error, tolerance and first-step seconds of a provider, compilation included."""
 
     error: float
     tolerance: float
@@ -46,7 +46,7 @@ class CheckResult(NamedTuple):
 
 
 def tolerance(mode: Mode) -> float:
-    """Return the tolerance of a mode, from the formats of its states and weights."""
+    """Return the tolerance of a mode, from its state and weight formats."""
     by_states = {"float32": 0.0, "bfloat16": 0.005, "8bit_v16": 0.015, "8bit": 0.05}[mode.precision.states]
     if mode.param_dtype == torch.float32:
         # Some optimizers compute 1 - 0.999^t in float32, which loses digits.
@@ -56,7 +56,10 @@ def tolerance(mode: Mode) -> float:
 
 
 class Reference:
-    """Applies the float64 reference, with decoupled weight decay, to copies of a provider's weights."""
+    """Applies the float64 reference to copies of a provider's weights.
+
+    Weight decay is decoupled.
+    """
 
     def __init__(self, provider: Provider, rule: Rule, weights: list[Tensor]) -> None:
         self._provider, self._rule, self._weights = provider, rule, weights
@@ -66,7 +69,7 @@ class Reference:
         self._steps = 0
 
     def step(self, grads: list[Tensor]) -> None:
-        """Apply the gradients. Call this before the provider's step, which may overwrite them."""
+        """Apply the gradients; call before the provider's step, which may overwrite them."""
         self._steps += 1
         scalars = step_scalars(
             step=self._steps,
@@ -80,7 +83,7 @@ class Reference:
             adax_update(exact, grad.double(), *moments, **scalars._asdict())
 
     def check(self) -> float:
-        """Compare after the same number of steps and return the error, or raise WrongResultError."""
+        """Compare after equally many steps; return the error or raise WrongResultError."""
         errors = [
             (found.detach().double() - exact).norm() / (exact - start).norm()
             for found, exact, start in zip(self._weights, self._exact, self._start, strict=True)
@@ -95,7 +98,10 @@ class Reference:
 
 
 def check(provider: Provider, device: torch.device) -> CheckResult:
-    """Compare five steps of a few tensors with the reference, or raise WrongResultError."""
+    """Compare five steps of a few tensors with the reference.
+
+    Raises WrongResultError unless the error is within the tolerance.
+    """
     generator = torch.Generator(device).manual_seed(1)
     dtype = provider.mode.param_dtype
 
@@ -123,11 +129,11 @@ def check(provider: Provider, device: torch.device) -> CheckResult:
 
 
 def reference_at_ends(provider: Provider, params: list[Tensor]) -> Reference:
-    """Return a reference for the ends of the first and last timed tensor.
+    """Return a reference for both ends of the first and last tensor.
 
     It has made the first step. Each end has `END_ELEMENTS` elements; known weights and gradients replace them. This
-    detects 32-bit overflow and missing tails, which small tensors do not show. Parameters are contiguous and have
-    gradients.
+    detects 32-bit overflow and missing tails, which small tensors do not show. `params` are the timed tensors,
+    contiguous and with gradients.
     """
     generator = torch.Generator(params[0].device).manual_seed(4)
     weights, grads = [], []

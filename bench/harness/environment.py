@@ -93,7 +93,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def driver() -> str | None:
-    """Return the version of the GPU driver: of nvidia-smi, or of the amdgpu kernel module."""
+    """Return the GPU driver's version, from nvidia-smi or the amdgpu kernel module."""
     amd = Path("/sys/module/amdgpu/version")
     if torch.version.hip is not None:
         return amd.read_text().strip() if amd.exists() else None

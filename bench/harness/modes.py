@@ -10,7 +10,7 @@ from adax_triton.state.precision import Precision, bytes_loaded, bytes_stored, s
 
 
 class Mode(NamedTuple):
-    """Precision of a table row. Only rows of the same mode are compared."""
+    """Precision of a table row; only rows of one mode are compared."""
 
     name: str  # as shown in tables, such as "bf16 + 8bit + 24-bit masters"
     param_dtype: torch.dtype  # of parameters and gradients
@@ -29,7 +29,10 @@ class Mode(NamedTuple):
 
     @property
     def weight_rounding(self) -> str:
-        """Stochastic for bfloat16 weights without masters, which would lose small updates; else nearest."""
+        """Stochastic for bfloat16 weights without masters, else nearest.
+
+        Such weights would lose small updates if rounded to nearest.
+        """
         alone = self.param_dtype == torch.bfloat16 and self.precision.master_weights is None
         return "stochastic" if alone else "nearest"
 

@@ -51,7 +51,7 @@ class Provider:
 
     @property
     def label(self) -> str:
-        """The name, and the mode unless it is fp32. Unique among the providers of a device."""
+        """Name, and mode unless fp32; unique among a device's providers."""
         return self.name if self.mode == FP32 else f"{self.name}, {self.mode.name}"
 
     def missing_on(self, device: torch.device) -> str | None:
@@ -101,7 +101,7 @@ def _other(
     moved: float = 0.0,
     compiles_long: bool = False,
 ) -> list[Provider]:
-    """Return the optimizer class `path` of another package, in the modes with the closest dtypes."""
+    """Return the external optimizer `path` in modes with the closest dtypes."""
     package, build = path.partition(".")[0], _imported(path, options)
     return [Provider(name, MODES[mode], build, "adam", moved, device_types, package, compiles_long) for mode in modes]
 

@@ -35,7 +35,10 @@ class Clock:
         self._fill_s = min(time_call(lambda: self._filler.fill_(1), device) for _ in range(3))
 
     def time(self, call: Call, host_s: float | None) -> float:
-        """Return the seconds of one call, which the host launches in `host_s` seconds on a GPU; None on a CPU."""
+        """Return the seconds of one call.
+
+        On a GPU the host launches it in `host_s` seconds; on a CPU `host_s` is None.
+        """
         for _ in range(1 if host_s is None else 1 + math.ceil(min(2 * host_s, _MAX_BUSY_S) / self._fill_s)):
             self._filler.fill_(1)
         if self._device.type == "cpu":
@@ -43,7 +46,10 @@ class Clock:
         return time_call(call, self._device)
 
     def host_time(self, call: Call) -> float | None:
-        """Return the seconds until a call has launched its work on an idle GPU; None on a CPU."""
+        """Return the seconds until a call has launched its work.
+
+        The GPU is idle before the call. Returns None on a CPU.
+        """
         if self._device.type != "cuda":
             return None
         wait(self._device)
@@ -56,8 +62,9 @@ class Clock:
     def time_in_turn(
         self, calls: Mapping[Any, Call], rounds: int, least: int, until: float
     ) -> dict[Any, tuple[list[float], list[float]]]:
-        """Time calls round after round, at least `least` rounds and at most `rounds`; stop at `time.perf_counter()`.
+        """Time calls round after round.
 
+        Runs at most `rounds` rounds. After `least`, no round begins when `time.perf_counter()` exceeds `until`.
         Returns the seconds of every call, and on a GPU its host seconds.
         """
         times: dict[Any, tuple[list[float], list[float]]] = {key: ([], []) for key in calls}
@@ -72,7 +79,10 @@ class Clock:
 
 
 def quantiles(times: Sequence[float], unit: str = "ms", per_second: float = 1e3) -> dict[str, float]:
-    """Return {"median_ms", "p20_ms", "p80_ms"} of times in seconds; `unit` and `per_second` choose another unit."""
+    """Return the median, p20 and p80 of times in seconds.
+
+    The keys are "median_ms", "p20_ms" and "p80_ms". `unit` and `per_second` choose another unit.
+    """
     deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
     found = {"median": statistics.median(times), "p20": deciles[1], "p80": deciles[7]}
     return {f"{name}_{unit}": per_second * seconds for name, seconds in found.items()}
@@ -85,7 +95,10 @@ def wait(device: torch.device) -> None:
 
 
 def time_call(call: Call, device: torch.device) -> float:
-    """Return the seconds of one call; on a GPU device time, from the end of earlier work."""
+    """Return the seconds of one call; on a GPU, device time.
+
+    Device time starts at the end of earlier work.
+    """
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -97,7 +110,7 @@ def time_call(call: Call, device: torch.device) -> float:
 
 
 def time_until_done(call: Call, device: torch.device) -> float:
-    """Return the seconds of one call until the device has finished, compilation included."""
+    """Return the seconds until the device finished a call, compilation included."""
     start = time.perf_counter()
     call()
     wait(device)
@@ -105,7 +118,7 @@ def time_until_done(call: Call, device: torch.device) -> float:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Return the bytes of the last-level cache; 32 MiB where it is unknown."""
+    """Return the bytes of the last-level cache; 32 MiB if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -113,7 +126,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Return the bytes that new tensors can take; infinity where they are unknown."""
+    """Return the bytes that new tensors can take; infinity if unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -132,7 +145,10 @@ def release(device: torch.device) -> None:
 
 
 def count_launches(call: Call) -> int | None:
-    """Return the number of kernels that one call launches on a GPU; None if the profiler sees none."""
+    """Return the number of GPU kernels that one call launches.
+
+    Returns None if the profiler sees none.
+    """
     with torch.profiler.profile() as profile:
         call()
         torch.cuda.synchronize()
@@ -140,7 +156,7 @@ def count_launches(call: Call) -> int | None:
 
 
 def kernels_among(events: Iterable[Any]) -> int:
-    """Return the number of kernels in a profile, without copies, fills and annotations."""
+    """Count the kernels in a profile, without copies, fills and annotations."""
     device = torch.autograd.DeviceType.CUDA
     return sum(
         event.device_type == device and not event.is_user_annotation and not event.name.startswith(("Memcpy", "Memset"))

@@ -1,4 +1,4 @@
-"""Lists of tensor shapes to step: flat, many small, and real models in module order."""
+"""Lists of tensor shapes: flat, many small, real models in module order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def many_small_tensors(tensors: int = 1000, numel: int = 4096) -> Shapes:
 
 
 def _block(width: int) -> Shapes:
-    """Return a transformer block with biases: norm, attention, norm, and a perceptron four times as wide."""
+    """Return the shapes of a transformer block with biases.
+
+    It has a norm, attention, a norm, and a perceptron four times as wide.
+    """
     attention: Shapes = [(3 * width, width), (3 * width,), (width, width), (width,)]
     perceptron: Shapes = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
     return [(width,), (width,), *attention, (width,), (width,), *perceptron]
@@ -43,7 +46,10 @@ def vit_l() -> Shapes:
 
 
 def llama3_8b(ranks: int = 1) -> Shapes:
-    """Return one rank's share of the 291 tensors of Llama 3 8B, each sharded by rows as in FSDP2."""
+    """Return one rank's share of the 291 tensors of Llama 3 8B.
+
+    Each tensor is sharded by rows, as in FSDP2.
+    """
     width, key_value, hidden, vocabulary = 4096, 1024, 14336, 128256
     attention: Shapes = [(width, width), (key_value, width), (key_value, width), (width, width)]
     block: Shapes = [*attention, (hidden, width), (hidden, width), (width, hidden), (width,), (width,)]
@@ -52,7 +58,7 @@ def llama3_8b(ranks: int = 1) -> Shapes:
 
 
 def resnet50() -> Shapes:
-    """Return the 161 tensors of ResNet-50: convolutions without bias, batch norms and a classifier."""
+    """Return ResNet-50's 161 tensors: bias-free convolutions, batch norms and a classifier."""
 
     def normalized(channels: int, *convolution: int) -> Shapes:
         return [(channels, *convolution), (channels,), (channels,)]

@@ -1,4 +1,4 @@
-"""Time launch shapes and register limits of the step kernel on one GPU.
+"""Time the step kernel's launch shapes and register limits on one GPU.
 
     python -m adax_triton.bench.launch_variants.command [--modes NAME ...] [--variants LABEL ...] [--json FILE]
 
@@ -72,9 +72,10 @@ def measure(variants: dict[str, Variant], case: Case, clock: Clock, rounds: int,
 def run(
     sections: list[Section], labels: list[str] | None, numel: int, device: torch.device, rounds: int, budget: float
 ) -> Iterator[dict[str, Any]]:
-    """Measure sections within a budget of seconds; yield the JSON-friendly result after each.
+    """Measure sections within a budget; yield the result after each.
 
     `labels` are the variants to compare with the first, None for all, and `rounds` their timed launches at most.
+    `budget` is in seconds. Results are JSON-friendly.
     """
     deadline = time.perf_counter() + budget
     chosen = [section.variants(labels) for section in sections]
@@ -101,7 +102,7 @@ def run(
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """Return the failures: changed results, and sections without a time of the first variant."""
+    """Return changed results, and sections without a time of the first variant."""
     found = []
     for section in result["sections"]:
         rows = section.get("rows", {})
@@ -142,7 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, and print each table when it is ready; return 1 for a failure."""
+    """Measure, and print each table when ready; return 1 for a failure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     arguments = parser.parse_args(argv)

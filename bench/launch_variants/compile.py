@@ -29,16 +29,20 @@ VARIANT_NUMEL = 64  # a variant's code depends on dtypes and alignment only
 
 
 def absent_device(target: Any) -> Any:
-    """Return a Triton driver that compiles for a `GPUTarget` without a GPU or a CUDA context."""
+    """Return a Triton driver that compiles without a GPU.
+
+    It compiles for `target`, a `GPUTarget`, and needs no CUDA context.
+    """
     return SimpleNamespace(
         get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
     )
 
 
 def compile_all(compiler: Callable[..., None], jobs: Mapping[str, tuple[Any, ...]], seconds: float) -> bool:
-    """Compile in new processes, print a line per job, and return whether none failed.
+    """Compile in new processes; return whether no job failed.
 
-    `jobs` are the compiler's arguments by label. A job that is late after `seconds` is compiled at its first launch.
+    Prints a line per job. `jobs` are the compiler's arguments by label. A job that is late after `seconds` is compiled
+    at its first launch.
     """
     deadline, failed = time.perf_counter() + seconds, False
     # Forked processes could not use CUDA. Leaving the block terminates late processes.

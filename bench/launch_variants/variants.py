@@ -56,7 +56,10 @@ class Section(NamedTuple):
     steps: tuple[int, ...] = (1, 2)  # to run before comparing; the last one is timed
 
     def variants(self, chosen: list[str] | None = None) -> dict[str, Variant]:
-        """Return the variants by label, of `chosen` only if given; first the one that the package launches."""
+        """Return the variants by label.
+
+        The first is the one that the package launches. `chosen` limits the others to these labels.
+        """
         from adax_triton.kernels.launch import current_backend, launch_shape
 
         shape = launch_shape(current_backend())
@@ -81,7 +84,10 @@ SECTIONS |= {
 
 
 class Case:
-    """One parameter of `numel` elements with its gradient and states, in the dtypes of a section."""
+    """One parameter of `numel` elements with its gradient and states.
+
+    The dtypes are those of the section.
+    """
 
     def __init__(self, section: Section, numel: int, device: torch.device) -> None:
         self._mode, self._numel, self.device = section.mode, numel, device
@@ -98,7 +104,10 @@ class Case:
         self._expected: dict[str, Tensor] = {}
 
     def call(self, variant: Variant, compile_only: bool = False) -> Callable[..., Any]:
-        """Return a function that launches a variant, by default for the last step, and returns the compiled kernel."""
+        """Return a function that launches a variant.
+
+        It takes the scalars of a step, by default of the last, and returns the compiled kernel.
+        """
         from adax_triton.kernels.adax_step import adax_step_kernel
         from adax_triton.kernels.launch import LaunchShape
         from adax_triton.kernels.variants import StepVariant
@@ -123,7 +132,7 @@ class Case:
         return launch
 
     def check(self, launch: Callable[..., Any]) -> str:
-        """Run all steps from the start and compare with the first variant checked."""
+        """Run all steps anew and compare with the first variant checked."""
         for name, tensor in self.tensors.items():
             tensor.copy_(self._start[name])
         for scalars in self._scalars:

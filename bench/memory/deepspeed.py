@@ -19,7 +19,10 @@ PLACES = ("GPU", "host", "NVMe")
 
 
 class Part(NamedTuple):
-    """A kind of stored tensor: name, one of PLACES, bytes per parameter of the model on each GPU."""
+    """Kind of stored tensor, with its place and bytes per parameter.
+
+    `place` is one of PLACES. `bytes` are per parameter of the model, on each GPU.
+    """
 
     name: str
     place: str
@@ -80,13 +83,19 @@ def _check(config: Mapping[str, Any], stage: Any, gpus: int) -> None:
 
 
 def totals(config: Mapping[str, Any], gpus: int) -> dict[str, float]:
-    """Return the bytes per parameter in each of PLACES, per GPU; see `parts_of`."""
+    """Return the bytes per parameter in each of PLACES, per GPU.
+
+    See `parts_of` for the arguments.
+    """
     parts = parts_of(config, gpus)
     return {place: sum(part.bytes for part in parts if part.place == place) for place in PLACES}
 
 
 def markdown(config: Mapping[str, Any], gpus: int, parameters: float = 7e9) -> str:
-    """Return a table with the bytes per parameter, and the gigabytes of a model of `parameters`; see `parts_of`."""
+    """Return a table with the bytes per parameter; see `parts_of`.
+
+    Its last column is the gigabytes of a model of `parameters`.
+    """
     sums = [Part("all", place, size) for place, size in totals(config, gpus).items() if size]
     rows = [
         [part.name, part.place, f"{part.bytes:.3g}", f"{part.bytes * parameters / 1e9:.1f}"]

@@ -27,7 +27,10 @@ COLOURS = ("#475569", "#94a3b8", "#f59e0b", "#2563eb", "#0d9488")
 
 
 class Setup(NamedTuple):
-    """A way to train 16-bit weights: its bytes per parameter, in the order of PARTS."""
+    """A way to train 16-bit weights.
+
+    `parts` are its bytes per parameter, in the order of PARTS.
+    """
 
     name: str
     parts: tuple[float, ...]
@@ -60,7 +63,10 @@ SETUPS = (
 
 
 def markdown() -> str:
-    """Return the table of all setups: bytes per parameter, and gigabytes of models of `PARAMETERS`."""
+    """Return the table of all setups, in bytes and gigabytes.
+
+    Bytes are per parameter, gigabytes are of models of `PARAMETERS`.
+    """
     sizes = [f"{count / 1e9:.0f}B, GB" for count in PARAMETERS]
     titles, rows = ["", *PARTS, "bytes", *sizes], []
     for name, parts in SETUPS:
@@ -99,7 +105,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the table, draw it with --figure, or print the memory of a DeepSpeed configuration."""
+    """Print the table, or the memory of a DeepSpeed configuration.
+
+    --figure also draws the table.
+    """
     if arguments.deepspeed is not None:
         try:
             print(deepspeed_memory.markdown(json.loads(arguments.deepspeed.read_text()), arguments.gpus))

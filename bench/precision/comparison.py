@@ -1,4 +1,7 @@
-"""One AdaX with a parameter for every mode, next to the same rule in float64."""
+"""Run AdaX in every mode and the same rule in float64.
+
+One optimizer has a parameter for every mode.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ class Comparison:
         self.exact, *self.exact_moments = torch.zeros(3, *shape, dtype=torch.float64)
 
     def step(self, grads: Sequence[Tensor], lr: float) -> None:
-        """Apply one step with a gradient per mode and a last one for the exact rule."""
+        """Apply one step to every mode and to the exact rule.
+
+        `grads` has a gradient per mode and a last one for the exact rule.
+        """
         self.steps += 1
         for index, (param, mode) in enumerate(zip(self._params, self._modes, strict=True)):
             param.grad, self.optimizer.param_groups[index]["lr"] = grads[index], lr * mode.lr

@@ -1,4 +1,4 @@
-"""Train a small regression for 100,000 steps, to show the bias of rounding v to nearest.
+"""Show the bias of rounding v to nearest over 100,000 training steps.
 
     python -m adax_triton.bench.precision.long_run --out bench/results/long-run-100k.json
 
@@ -53,7 +53,10 @@ class Regression:
         self._deviations = torch.arange(1, SIZE + 1).pow(-1.0)
 
     def gradients(self, weights: Tensor) -> Tensor:
-        """Draw a batch; return the gradient of its mean loss at each of `weights`, (..., 64, 64)."""
+        """Draw a batch; return the gradient of its mean loss.
+
+        The gradient is taken at each of `weights`, (..., 64, 64).
+        """
         x = torch.randn(BATCH, SIZE, generator=self._generator) * self._deviations
         noise = torch.randn(BATCH, SIZE, generator=self._generator) * NOISE
         return x.T @ (x @ (weights - self._target) - noise) / BATCH

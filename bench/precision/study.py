@@ -1,11 +1,12 @@
-"""Measure the error of every low-precision state against the same rule in float64, over simulated gradients.
+"""Measure the error of every low-precision state against float64.
 
     python -m adax_triton.bench.precision.study --out bench/results/precision-30k.json
 
-steps all modes of AdaX on the same gradients, and prints the errors of the update u = m / (sqrt(v) + eps) and of the
-moments against float64 (marked *). Two formats that round to nearest are included for comparison: bfloat16, and the
-8-bit root of v of FlashOptim (arXiv:2602.23349, algorithm 3). The latter keeps m in float32 and uses a
-float32 scale per group; FlashOptim uses a float16 scale. The exit code is 1 if one of our modes misses a goal.
+steps all modes of AdaX on the same simulated gradients, and prints the errors of the update u = m / (sqrt(v) + eps) and
+of the moments against the same rule in float64 (marked *). Two formats that round to nearest are included for
+comparison: bfloat16, and the 8-bit root of v of FlashOptim (arXiv:2602.23349, algorithm 3). The latter keeps m in
+float32 and uses a float32 scale per group; FlashOptim uses a float16 scale. The exit code is 1 if one of our modes
+misses a goal.
 
 update_error            sqrt(sum (u - u*)^2 / sum u*^2) over elements and steps; long runs exclude the first `SKIPPED`
 update_bias             sum u u* / sum u*^2 - 1, over the same
@@ -65,7 +66,10 @@ def to_bfloat16(*moments: Tensor) -> None:
 
 
 def to_8bit_roots(exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    """Round sqrt(v) to multiples of max / 255 in each group of 32, in place; leave m."""
+    """Round sqrt(v) in place to multiples of max / 255 per group.
+
+    Groups have 32 elements. m does not change.
+    """
     roots = exp_avg_sq.sqrt().view(-1, GROUP)
     scale = roots.amax(dim=1, keepdim=True)
     codes = (roots / torch.where(scale == 0, 1.0, scale) * 255.0).round()
@@ -80,7 +84,9 @@ MODES = {
 
 
 def gradients(kind: str, numel: int, steps: int, generator: Generator) -> Callable[[int], Tensor]:
-    """Return a function of the step t that draws a gradient g, (numel,) float32, from normal noise z.
+    """Return a function that draws the gradient of a step.
+
+    It draws g, (numel,) float32, at step t from normal noise z:
 
     stationary      g = z
     decaying        g = s z with s = 1 in the first third T/3 of the steps, then sqrt(T/3 / t) / 3.3
@@ -117,7 +123,10 @@ def gradients(kind: str, numel: int, steps: int, generator: Generator) -> Callab
 
 
 class ErrorStats:
-    """Sums of errors over the steps, for several modes. Runs of at most 2 * `SKIPPED` steps exclude none."""
+    """Sums of errors over the steps, for several modes.
+
+    Runs of at most 2 * `SKIPPED` steps exclude none.
+    """
 
     def __init__(self, modes: int, numel: int, steps: int) -> None:
         self._skipped = SKIPPED if steps > 2 * SKIPPED else 0
@@ -129,7 +138,10 @@ class ErrorStats:
         self._zeros = torch.zeros(modes, dtype=torch.int64)
 
     def add_updates(self, step: int, grad: Tensor, updates: Tensor, exact: Tensor) -> None:
-        """Add a step's updates, (modes, n) float32, and the exact ones, (n,) float64."""
+        """Add a step's updates and the exact ones.
+
+        `updates` are (modes, n) float32, `exact` are (n,) float64.
+        """
         if step == self._skipped + 1:
             self._sums.zero_()
             self._largest.zero_()
@@ -141,11 +153,14 @@ class ErrorStats:
         self._sums += torch.stack([(wide - exact).square().sum(dim=1), wide @ exact, norm])
 
     def is_sampled(self, step: int) -> bool:
-        """Return whether to sample the moments of this step; the last one is."""
+        """Return whether to sample this step's moments; true for the last."""
         return step > self._skipped and (self._steps - step) % self._every == 0
 
     def add_moments(self, moments: list[tuple[Tensor, Tensor]], exact: list[Tensor]) -> None:
-        """Add every mode's m and v, decoded to float32, and the exact ones."""
+        """Add every mode's m and v, and the exact ones.
+
+        All modes' moments are decoded to float32.
+        """
         first, second = (torch.stack(tensors) for tensors in zip(*moments, strict=True))
         square, norm = (first.double() - exact[0]).square().sum(dim=1), exact[0].square().sum()
         self._m_sums += torch.stack([square, norm.expand(len(moments)), torch.zeros(len(moments))])
@@ -180,7 +195,7 @@ class ErrorStats:
 
 
 def study(kind: str, steps: int) -> dict[str, dict[str, Any]]:
-    """Step every mode on the same gradients; return the figures of `ErrorStats` by mode."""
+    """Step all modes on the same gradients; return `ErrorStats` figures by mode."""
     gradient = gradients(kind, NUMEL, steps, Generator().manual_seed(SEED))
     comparison, stats = Comparison(MODES, (NUMEL,), BETAS, SEED), ErrorStats(len(MODES), NUMEL, steps)
     for step in range(1, steps + 1):
@@ -220,7 +235,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the study; return 1 if one of our modes misses a goal."""
+    """Run the study; return 1 if our modes miss any goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=count, default=30_000, help="default: %(default)s")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="of gradients; default: all")

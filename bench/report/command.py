@@ -1,4 +1,4 @@
-"""Write result files as Markdown tables and pictures, and the benchmark section of a README.
+"""Write results as Markdown tables and pictures, and a README's benchmark section.
 
 The section of a README is between two markers:
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the tables, or write the requested files; return 2 for invalid files."""
+    """Print tables, or write requested files; return 2 for invalid files."""
     try:
         files = arguments.files or (files_of(arguments.readme) if arguments.readme is not None else [])
         if not files:
@@ -63,7 +63,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def read(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the kind of a result, and the result, or raise ValueError if the file is not one."""
+    """Return the kind of a result, and the result.
+
+    Raises ValueError if the file is not a result.
+    """
     try:
         result = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -106,7 +109,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def document(files: Sequence[Path], pictures: bool = False) -> str:
-    """Return all results as Markdown, with links to the plots of `write` if `pictures`."""
+    """Return all results as Markdown; `pictures` adds links to `write`'s plots."""
     parts = []
     for path in files:
         kind, result = read(path)
@@ -116,7 +119,7 @@ def document(files: Sequence[Path], pictures: bool = False) -> str:
 
 
 def write(folder: Path, files: Sequence[Path]) -> None:
-    """Write report.md, and a plot for each kind of result that has one."""
+    """Write report.md, and a plot of each result that has one."""
     stems = [path.stem for path in files]
     if len(set(stems)) < len(stems):
         raise ValueError(f"files: two have the same name, in {stems}; pictures are named after them")
@@ -129,7 +132,10 @@ def write(folder: Path, files: Sequence[Path]) -> None:
 
 
 def section(files: Sequence[Path], root: Path) -> str:
-    """Return the text between the markers of a README in the folder `root`, from results of `bench step`."""
+    """Return a README's text between the markers, from `bench step` results.
+
+    `root` is the folder of the README.
+    """
     parts = []
     for path in files:
         kind, result = read(path)
@@ -154,7 +160,10 @@ def rewrite(readme: Path, files: Sequence[Path]) -> None:
 
 
 def _split(readme: Path) -> tuple[str, str, str]:
-    """Return the text before, between and after the markers; raise ValueError without them."""
+    """Return the text before, between and after the markers.
+
+    Raises ValueError without the markers.
+    """
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{readme}: expected {BEGIN} and then {END}, once each")

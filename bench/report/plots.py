@@ -33,7 +33,10 @@ def _bars(axes: Any, lengths: dict[str, float], label: Callable[[float], str], t
 
 
 def bandwidths(result: dict[str, Any]) -> Any:
-    """Return bars of each provider's bandwidth relative to a copy, one panel per workload."""
+    """Return bars of each provider's bandwidth relative to a copy.
+
+    Each workload has a panel.
+    """
     panels = []
     for workload in result["workloads"]:
         rows = {name: row for name, row in workload["providers"].items() if row.get("copy_share") and name != "copy"}

@@ -1,4 +1,4 @@
-"""Time one step of AdaXW and of other optimizers, by size, model and mode.
+"""Time a step of AdaXW and others, by size, model and mode.
 
 Each optimizer is compared in the mode of its own dtypes. Missing, failing and wrong optimizers are listed with the
 reason. GPU times are device times, and host launch time is a separate column. Bandwidth is bytes by formula over time,
@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure and print; return 1 if an optimizer of this package failed, 2 for invalid arguments."""
+    """Measure and print; return the exit code.
+
+    The code is 1 if an optimizer of this package failed, 2 for invalid arguments.
+    """
     device = arguments.device
     modes = tuple(arguments.modes or MODES)
     sizes = default_sizes(device, modes) if arguments.sizes is None else arguments.sizes
@@ -87,13 +90,19 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def default_sizes(device: torch.device, modes: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the sizes that fit in memory, with gradients, in at least one of the modes."""
+    """Return the sizes that fit in memory in at least one mode.
+
+    Memory includes gradients.
+    """
     least = min(2 * MODES[mode].param_dtype.itemsize + MODES[mode].state_bytes for mode in modes)
     return tuple(size for size in SIZES[device.type] if least * size <= USABLE * free_bytes(device))
 
 
 def choose(modes: tuple[str, ...], only: list[str] | None) -> list[Provider]:
-    """Return the providers whose label contains one of `only`, sorted by mode, AdaXW first, or raise ValueError."""
+    """Return the providers whose label contains one of `only`.
+
+    They are sorted by mode, AdaXW first. Raises ValueError if there are none.
+    """
     known = [provider for mode in MODES if mode in modes for provider in PROVIDERS if provider.mode.name == mode]
     chosen = [provider for provider in known if not only or any(part in provider.label for part in only)]
     if not chosen:
@@ -121,7 +130,9 @@ def run(
     budget: float,
     compile_long: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Measure every workload; yield the JSON-friendly result after each, and at the end.
+    """Measure every workload; yield the result after each, and at the end.
+
+    Results are JSON-friendly.
 
     Args:
         workloads: shapes by name.
@@ -177,7 +188,10 @@ def run(
 
 
 def check_all(providers: list[Provider], device: torch.device, until: float) -> tuple[dict[str, CheckResult], Rows]:
-    """Check until `time.perf_counter()`; return the results that passed and the rows of the rest, by label."""
+    """Check providers; return passed results and the rows of the rest.
+
+    Both are by label. No check begins when `time.perf_counter()` exceeds `until`.
+    """
     passed: dict[str, CheckResult] = {}
     rejected: Rows = {}
     for provider in providers:
@@ -195,7 +209,7 @@ def check_all(providers: list[Provider], device: torch.device, until: float) -> 
 def count_launches(
     result: dict[str, Any], workloads: dict[str, Shapes], device: torch.device, providers: list[Provider], until: float
 ) -> None:
-    """Add the launches to every row that has a time; no count begins later than `until`."""
+    """Add the launches to every timed row; start none after `until`."""
     for workload in result["workloads"]:
         shapes = workloads[workload["name"]]
         for provider in providers:
@@ -207,7 +221,10 @@ def count_launches(
 
 
 def failures(result: dict[str, Any]) -> dict[str, str]:
-    """Return {label: reason} of this package's wrong or failing providers; missing memory or time is no failure."""
+    """Return {label: reason} of this package's wrong or failing providers.
+
+    Missing memory or time is no failure.
+    """
     return {
         label: row["absent"]
         for workload in result["workloads"]

@@ -1,9 +1,9 @@
-"""Run two steps of one flat tensor in every mode, under a profiler that reads hardware counters.
+"""Run two steps per mode under a profiler of hardware counters.
 
     ncu --kernel-name regex:adax_step --metrics dram__bytes_read.sum python -m adax_triton.bench.step.counted_steps
 
-Prints one JSON line per mode, in the order of the launches: the bytes per element that the counters should show, and on
-a GPU the bytes that the optimizer allocates. `gpu_check.py` adds the counters.
+Each mode steps one flat tensor. Prints one JSON line per mode, in the order of the launches: the bytes per element that
+the counters should show, and on a GPU the bytes that the optimizer allocates. `gpu_check.py` adds the counters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time a step of AdaXW, torch's fused AdamW and DeepSpeedCPUAdam on a CPU.
+"""Time steps of AdaXW, torch's fused AdamW and DeepSpeedCPUAdam on a CPU.
 
 The measurement is that of `bench step`, with telemetry, gradient release and the first step of a new process in
 addition. Missing packages are listed below the table. ratio = AdaXW time / other time; below 1 AdaXW is faster.
@@ -58,7 +58,7 @@ class Workload(NamedTuple):
 
 
 def _backward_step(release: bool, params: list[Tensor], rule: Rule) -> Step:
-    """Return a backward pass with a step: by gradient release, or after the pass."""
+    """Return a backward pass with a step, by gradient release or afterwards."""
     own = [param.detach().requires_grad_() for param in params]  # the same weights, with gradients and hooks
     optimizer = AdaXW(own, **rule)
     if release:
@@ -135,7 +135,10 @@ def add_ratios(sides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def time_first_steps(numel: int, processes: int) -> list[dict[str, Any]]:
-    """Time the first step of new processes; return rows for an empty and a filled kernel cache."""
+    """Time the first step of new processes.
+
+    Returns rows for an empty and a filled kernel cache.
+    """
     times: dict[str, dict[str, list[float]]] = {"empty": {}, "filled": {}}
     for _ in range(processes):
         for side, label in ((OUR_SIDE, OURS), (FUSED, FUSED)):
@@ -161,7 +164,7 @@ def _first_step(label: str, numel: int, environment: Mapping[str, str]) -> float
 
 
 def run(names: Sequence[str], sizes: Sizes, rounds: int, processes: int = PROCESSES) -> dict[str, Any]:
-    """Return the rows of workloads and of the first steps of new processes, JSON-friendly."""
+    """Return JSON-friendly rows of workloads and of new processes' first steps."""
     rows = [time_workload(name, sizes, rounds) for name in names]
     if processes:
         rows += time_first_steps(sizes.first_numel, processes)

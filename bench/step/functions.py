@@ -1,4 +1,4 @@
-"""Count the Python functions and files of this package that one optimizer step executes.
+"""Count this package's Python functions and files that an optimizer step executes.
 
 "CPU" is the native kernel, with a filled cache on disk. "GPU" is the Triton path, with launches that do nothing. A
 function is a code object of `adax_triton` or `adax_triton.kernels`, counted once however often it runs. Lambdas,
@@ -35,7 +35,7 @@ PATHS = {"CPU": "0", "GPU": "1"}  # TRITON_INTERPRET
 
 
 def called_functions(call: Callable[[], object]) -> list[str]:
-    """Return our functions executed by a call as `file: name`, in first-call order."""
+    """Return our called functions as `file: name`, in first-call order."""
     found: dict[CodeType, None] = {}
 
     def note(frame: FrameType, event: str, _: Any) -> None:
@@ -59,7 +59,10 @@ def _location(path: Path) -> str | None:
 
 
 def trace() -> dict[str, list[str]]:
-    """Return the functions executed by the first and by the third step of a few float32 CPU tensors."""
+    """Return the functions executed by the first and the third step.
+
+    The steps are of a few float32 CPU tensors.
+    """
     params = [torch.zeros(_NUMEL, requires_grad=True) for _ in range(_TENSORS)]
     for param in params:
         param.grad = torch.ones(_NUMEL)
@@ -70,7 +73,10 @@ def trace() -> dict[str, list[str]]:
 
 
 def run() -> dict[str, Any]:
-    """Return the functions of both paths, JSON-friendly; each path runs in a new process."""
+    """Return the functions of both paths, JSON-friendly.
+
+    Each path runs in a new process.
+    """
     found = {}
     for path, interpret in PATHS.items():
         command = [sys.executable, "-m", "adax_triton.bench.step.functions", path]

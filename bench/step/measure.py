@@ -89,10 +89,10 @@ def copying(numel: int, device: torch.device) -> Step:
 def measure(
     providers: list[Provider], shapes: Shapes, clock: Clock, device: torch.device, rounds: int, seconds: float
 ) -> dict[str, dict[str, Any]]:
-    """Time checked providers of one mode, AdaXW first; return {label: row}, with a row of a copy.
+    """Time checked providers of one mode; return {label: row}.
 
-    `rounds` are timed steps of each provider at most, half of them on each set of tensors. No round begins after
-    `seconds`, except the first `MIN_ROUNDS` of each set.
+    AdaXW is the first provider, and a copy has a row. `rounds` are timed steps of each provider at most, half of them
+    on each set of tensors. No round begins after `seconds`, except the first `MIN_ROUNDS` of each set.
     """
     rows: dict[str, dict[str, Any]] = {}
     numel = elements(shapes)
@@ -115,7 +115,10 @@ def measure(
 
 
 def memory_batches(providers: list[Provider], numel: int, device: torch.device) -> list[list[Provider]]:
-    """Split providers into batches whose states fit in memory, each with AdaXW; [] if none fits."""
+    """Split providers into batches whose states fit in memory.
+
+    Each batch has AdaXW if two providers fit. Returns [] if none fits.
+    """
     mode = providers[0].mode
     shared = 2 * mode.param_dtype.itemsize * numel + COPY_BYTES_PER_ELEMENT * min(numel, MAX_COPY_NUMEL)
     room = int((USABLE * free_bytes(device) - shared) / (mode.state_bytes * numel))
@@ -129,7 +132,10 @@ def memory_batches(providers: list[Provider], numel: int, device: torch.device) 
 def run_batch(
     entries: list[Entry], shapes: Shapes, clock: Clock, device: torch.device, rounds: int, seconds: float
 ) -> None:
-    """Time entries in turn on two sets of tensors, and store the times in them."""
+    """Time entries in turn on two sets of tensors.
+
+    The times are stored in the entries.
+    """
     (dtype,) = {entry.provider.mode.param_dtype for entry in entries if entry.provider is not None}
     begun = time.perf_counter()
     halves = ((2, entries, -(-rounds // 2), seconds / 2), (3, entries[::-1], rounds // 2, seconds))
@@ -159,7 +165,10 @@ def reason(error: Exception) -> str:
 
 
 def summarize(entry: Entry, copy: Entry, numel: int) -> dict[str, Any]:
-    """Return the row of an entry, JSON-friendly; `copy_share` is relative to the copy of the same batch."""
+    """Return the row of an entry, JSON-friendly.
+
+    `copy_share` is relative to the copy of the same batch.
+    """
     row: dict[str, Any] = {} if entry.provider is None else {"mode": entry.provider.mode.name}
     if entry.absent is not None:
         return row | {"absent": entry.absent, "failed": True}

@@ -43,7 +43,10 @@ _POINT = ("median_ms", "p20_ms", "p80_ms", "host_us")
 def run(
     device: torch.device, sizes: Sequence[int], tensors: Sequence[int], rounds: int, providers: list[Provider]
 ) -> dict[str, Any]:
-    """Measure both lines of fp32 providers, AdaXW first, and of a copy; return the result, JSON-friendly."""
+    """Measure both lines of fp32 providers and of a copy.
+
+    AdaXW is the first provider. The result is JSON-friendly.
+    """
     workloads = {f"elements {size}": flat(size) for size in sorted(set(sizes))}
     workloads |= {f"tensors {number}": many_small_tensors(number, TENSOR_SIZE) for number in sorted(set(tensors))}
     *_, measured = run_steps(workloads, device, providers, rounds, BUDGET_S)
@@ -51,7 +54,10 @@ def run(
 
 
 def lines_of(measured: dict[str, Any]) -> dict[str, Any]:
-    """Return a result of `bench step` as lines; a workload is named after its line."""
+    """Return a result of `bench step` as lines.
+
+    A workload is named after its line.
+    """
     timed = [workload for workload in measured["workloads"] if COPY in workload["providers"]]
     rows: dict[str, Any] = {}
     for label in {label: None for workload in timed for label in workload["providers"]}:
@@ -87,14 +93,14 @@ def _slopes(row: dict[str, Any]) -> dict[str, float]:
 
 
 def slope(sizes: Sequence[float], times: Sequence[float]) -> float:
-    """Return the exponent b of times ~ sizes^b, by least squares of the logarithms."""
+    """Return exponent b of times ~ sizes^b, by least squares of logarithms."""
     if len(set(sizes)) < 2:
         raise ValueError(f"sizes, tensors: expected at least two different ones that fit in memory, got {list(sizes)}")
     return statistics.linear_regression([math.log(size) for size in sizes], [math.log(t) for t in times]).slope
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a table of each line: median ms of every point, and slopes."""
+    """Return a table of each line: median ms of points, and slopes."""
     lines = [
         f"{result['dtype']}, {result['rounds']} rounds, median ms of steps on cold caches; copy "
         f"{result['copy_bytes_per_s'] / 1e9:.0f} GB/s"
@@ -127,7 +133,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure and print, or print the model; return 1 if AdaXW was not timed, 2 for invalid arguments."""
+    """Measure and print, or print the model; return the exit code.
+
+    The code is 1 if AdaXW was not timed, 2 for invalid arguments.
+    """
     device = arguments.device
     providers = [provider for provider in PROVIDERS if provider.label in (OURS, FUSED)]
     try:

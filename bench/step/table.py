@@ -50,7 +50,7 @@ LEGEND = (
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a table of each workload, then the absent providers with the reason."""
+    """Return a table of each workload, then absent providers with the reason."""
     named = result.get("bytes_per_element")
     lines = [result["dtype"] + ("" if named is None else f", {named:g} bytes per element") + f". {LEGEND}"]
     everywhere = absent_everywhere(result)
@@ -75,7 +75,10 @@ def _cells(label: str, row: dict[str, Any], present: list[str]) -> list[str]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Return the AdaXW step of the largest flat tensor in each mode, next to other optimizers."""
+    """Return each mode's AdaXW step, next to other optimizers.
+
+    The step is of the largest flat tensor.
+    """
     workload = max((one for one in result["workloads"] if one["tensors"] == 1), key=lambda one: one["numel"])
     timed = {label: row for label, row in workload["providers"].items() if "median_ms" in row}
     fused, rows = timed.get(FUSED), []
@@ -98,7 +101,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def absent_everywhere(result: dict[str, Any]) -> dict[str, str]:
-    """Return {label: reason} of the providers that are absent from all workloads for the same reason."""
+    """Return {label: reason} of providers absent everywhere for the same reason."""
     reasons: dict[str, set[str | None]] = {}
     for workload in result["workloads"]:
         for label, row in workload["providers"].items():
@@ -107,7 +110,7 @@ def absent_everywhere(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _with_ratio(row: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Add the ratio to our time in fp32 to a row of another mode."""
+    """Add the ratio to our fp32 time to another mode's row."""
     comparable = ours.get("mode") == "fp32" != row.get("mode", "fp32")
     if not comparable or "median_ms" not in row or "median_ms" not in ours:
         return row

@@ -1,4 +1,4 @@
-"""Compute step time and memory under ZeRO from the bandwidths of a GPU.
+"""Compute step time and memory under ZeRO from a GPU's bandwidths.
 
 The bandwidths come from a GPU result of `bench step`. A rank owns P / W of P parameters. `PASSES` are the bytes that
 DeepSpeed 0.19.8's own passes read and write per owned parameter of a bfloat16 run. `integrations.deepspeed` fuses the
@@ -40,14 +40,20 @@ def pass_bytes(stage: int) -> int:
 
 
 def step_seconds(owned: float, stage: int, fused: bool, step_rate: float, copy_rate: float) -> float:
-    """Return the seconds of a step of `owned` parameters; rates in bytes per second."""
+    """Return the seconds of a step of `owned` parameters.
+
+    Rates are in bytes per second.
+    """
     if fused:
         return owned * FUSED_BYTES / step_rate
     return owned * (STEP_BYTES / step_rate + pass_bytes(stage) / copy_rate)
 
 
 def memory_bytes(parameters: float, world: int, stage: int, fused: bool) -> float:
-    """Return the bytes of weights, gradients, masters, states and flat gradients on each of `world` GPUs."""
+    """Return the bytes on each of `world` GPUs.
+
+    They are those of weights, gradients, masters, states and flat gradients.
+    """
     owned = parameters / world
     weights = _BFLOAT16 * (owned if stage == 3 else parameters)
     gradients = _BFLOAT16 * (owned if stage >= 2 else parameters)
@@ -56,7 +62,10 @@ def memory_bytes(parameters: float, world: int, stage: int, fused: bool) -> floa
 
 
 def rates_of(result: dict[str, Any]) -> tuple[float, float]:
-    """Return the bytes per second of AdaXW in fp32 and of a copy, both of the largest flat tensor."""
+    """Return the bytes per second of fp32 AdaXW and a copy.
+
+    Both are of the largest flat tensor.
+    """
     if result.get("benchmark") != "step" or "multiprocessors" not in result["environment"]:
         raise ValueError("model: expected a result of `bench step` that was measured on a GPU, got another result")
     flat = [one for one in result["workloads"] if one["tensors"] == 1 and "gb_per_s" in one["providers"].get(OURS, {})]
@@ -67,7 +76,10 @@ def rates_of(result: dict[str, Any]) -> tuple[float, float]:
 
 
 def model(result: dict[str, Any]) -> str:
-    """Return the model as Markdown; raise ValueError if the result is not of `bench step` on a GPU."""
+    """Return the model as Markdown.
+
+    Raises ValueError if the result is not of `bench step` on a GPU.
+    """
     rates = rates_of(result)
     figures = {
         "Step, ms": lambda count, world, stage, fused: 1e3 * step_seconds(count / world, stage, fused, *rates),

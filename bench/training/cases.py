@@ -1,4 +1,4 @@
-"""Optimizers and frameworks of `adax-triton bench train`, and the DeepSpeed configuration of each."""
+"""Optimizers and frameworks of `adax-triton bench train`, with their DeepSpeed configurations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ class Case:
 
     @property
     def framework(self) -> str:
-        """The part of the name before the optimizer. Cases of one framework are compared."""
+        """The part of the name before the optimizer.
+
+        Cases of one framework are compared.
+        """
         return self.name.partition(" / ")[0]
 
     @property
@@ -35,7 +38,7 @@ class Case:
 
 
 def cases(dtype: str) -> dict[str, Case]:
-    """Return all cases of a run with a forward pass in `dtype`, by name."""
+    """Return all cases with a forward pass in `dtype`, by name."""
     found = [Case("plain / torch AdamW"), Case("plain / AdaXW")]
     if dtype == "float32":
         found += [Case(f"plain / AdaXW {states}", states=states) for states in ("bfloat16", "8bit_v16", "8bit")]
@@ -51,7 +54,10 @@ def cases(dtype: str) -> dict[str, Case]:
 
 
 def choose(found: dict[str, Case], only: list[str] | None) -> list[Case]:
-    """Return the cases named in `only`, in full or by a part; raise ValueError if there are none."""
+    """Return the cases named in `only`, in full or by part.
+
+    Raises ValueError if there are none.
+    """
 
     def is_chosen(name: str) -> bool:
         return not only or any(part == name if part in found else part in name for part in only)
@@ -63,7 +69,10 @@ def choose(found: dict[str, Case], only: list[str] | None) -> list[Case]:
 
 
 def deepspeed_config(case: Case, batch: int, dtype: str, lr: float, device: str) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a case. AdaXW's and AdamW's differ only in "optimizer"."""
+    """Return the DeepSpeed configuration of a case.
+
+    AdaXW's and AdamW's differ only in "optimizer".
+    """
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": device == "cuda"}} if case.offload else {}
     return {
         "train_micro_batch_size_per_gpu": batch,

@@ -69,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the cases; return 1 if AdaXW failed where another optimizer worked, 2 for invalid arguments."""
+    """Run the cases; return the exit code.
+
+    The code is 1 if AdaXW failed where another optimizer worked, 2 for invalid arguments.
+    """
     try:
         job = job_of(arguments)
         chosen = choose(cases(job.dtype), arguments.only)
@@ -83,7 +86,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def job_of(arguments: argparse.Namespace) -> Job:
-    """Return the settings of all cases; raise ValueError for options that do not fit together."""
+    """Return the settings of all cases.
+
+    Raises ValueError for options that do not fit together.
+    """
     given = {name: value for name, value in vars(arguments).items() if name in Job._fields and value is not None}
     settings = DEFAULTS[arguments.device] | given
     if settings["width"] % settings["heads"]:
@@ -124,7 +130,10 @@ def run(chosen: list[Case], job: Job, budget_s: float) -> Iterator[dict[str, Any
 
 
 def run_case(case: Case, job: Job, timeout_s: float) -> dict[str, Any]:
-    """Train one case; return its row, or {} after the timeout. No process outlives the call."""
+    """Train one case; return its row, or {} after the timeout.
+
+    No process outlives the call.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -165,9 +174,10 @@ def run_case(case: Case, job: Job, timeout_s: float) -> dict[str, Any]:
 
 
 def summarize(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """Return the row of a case from the results of `worker.train`, and the tokens per step of all ranks.
+    """Return the row of a case from its ranks' results.
 
-    Times and memory are the maximum over its ranks, the loss is their mean.
+    `found` are results of `worker.train`, `tokens` the tokens per step of all ranks. Times and memory are the maximum
+    over the ranks, the loss is their mean.
     """
     steps_s, optimizer_s = (
         [max(times) for times in zip(*(rank[name] for rank in found), strict=True)]
@@ -185,7 +195,10 @@ def summarize(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
 
 
 def ours_failed(chosen: list[Case], rows: dict[str, dict[str, Any]]) -> bool:
-    """Return whether AdaXW failed in plain PyTorch, or where another case of its framework worked."""
+    """Return whether AdaXW failed where it should work.
+
+    It should work in plain PyTorch, and where another case of its framework worked.
+    """
     alive = {case.framework for case in chosen if "absent" not in rows[case.name]} | {"plain"}
     failed = [case for case in chosen if rows[case.name].get("absent", NOT_REACHED) != NOT_REACHED]
     return any(case.optimizer == "AdaXW" and case.framework in alive for case in failed)

@@ -1,4 +1,4 @@
-"""A small GPT in plain torch, and synthetic tokens to train it on.
+"""A small GPT in plain torch, with synthetic training tokens.
 
 Tokens follow a Markov chain: after each token come four others, with probabilities 1/2, 1/4, 1/8 and 1/8, in an order
 drawn once per seed. An untrained model has a loss of ln 256 = 5.545 nats per token. The best possible loss is the
@@ -19,7 +19,10 @@ ENTROPY = -sum(chance * math.log(chance) for chance in SUCCESSOR_CHANCES)
 
 
 class Block(nn.Module):
-    """Causal attention, then a perceptron four times as wide, each after a norm and with a residual path."""
+    """Causal attention, then a perceptron four times as wide.
+
+    Each follows a norm and has a residual path.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -41,7 +44,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer with a tied head; returns the mean cross-entropy of the next token, in nats."""
+    """Decoder-only transformer with a tied head.
+
+    Returns the mean cross-entropy of the next token, in nats.
+    """
 
     def __init__(self, layers: int, width: int, heads: int, context: int) -> None:
         super().__init__()
@@ -73,7 +79,10 @@ class Batches:
         self._successors = torch.rand(VOCABULARY, VOCABULARY, generator=generator).argsort(dim=1)[:, :4]
 
     def batch(self, step: int, rank: int, ranks: int, size: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """Return (inputs, targets), each (size, context) int64: the part of `rank` in the global batch of `step`."""
+        """Return (inputs, targets) of `rank` at `step`.
+
+        Each is (size, context) int64, the part of `rank` in the global batch.
+        """
         draw = torch.Generator().manual_seed((2 * (self.seed * 1_000_003 + step) + held_out) % 2**32)
         chances = torch.tensor(SUCCESSOR_CHANCES).expand(ranks * size, -1)
         choices = torch.multinomial(chances, self.context + 1, replacement=True, generator=draw)

@@ -1,4 +1,4 @@
-"""One rank of one case of `adax-triton bench train`, in its own process.
+"""Run one rank of a case of `adax-triton bench train`.
 
     python -m adax_triton.bench.training.worker FOLDER
 
@@ -51,7 +51,10 @@ class Job(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """A model in its framework: forward, backward, and clip + step + clear gradients."""
+    """A model in its framework: forward, backward and optimizer step.
+
+    `step` clips gradients, updates weights and clears gradients.
+    """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -101,9 +104,10 @@ def deepspeed_engine(case: Case, job: Job, model: nn.Module) -> Engine:
 
 
 def timed_step(engine: Engine, inputs: Tensor, targets: Tensor, device: torch.device) -> tuple[float, float]:
-    """Train one step; return its seconds and the optimizer's seconds (clipping to cleared gradients).
+    """Train one step; return its seconds and the optimizer's seconds.
 
-    On a GPU, events time the optimizer, so the host does not wait for the backward pass.
+    The optimizer's time spans clipping to cleared gradients. On a GPU, events measure it, so the host does not wait for
+    the backward pass.
     """
     cuda = device.type == "cuda"
 

@@ -1,4 +1,4 @@
-"""Measure bytes and time of an optimizer step under DeepSpeed's ZeRO, fused and unfused.
+"""Measure an optimizer step under DeepSpeed's ZeRO, fused and unfused.
 
     python -m adax_triton.bench.zero_passes.passes --out bench/results/NAME.json --table docs/deepspeed-passes.md
 
@@ -63,7 +63,7 @@ CASES = {
 
 
 def start() -> None:
-    """Start a process group of one process, and register our optimizers with DeepSpeed."""
+    """Start a one-process group, and register our optimizers with DeepSpeed."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -83,7 +83,10 @@ def start() -> None:
 
 
 class Run:
-    """An engine of one case. `PARTIAL` fuses as under an unverified version of DeepSpeed."""
+    """An engine of one case.
+
+    `PARTIAL` fuses as under an unverified version of DeepSpeed.
+    """
 
     def __init__(self, case: Case, mode: str, width: int) -> None:
         import deepspeed
@@ -112,7 +115,10 @@ class Run:
         self.engine.backward(self.engine(inputs).float().square().mean())
 
     def traffic(self) -> dict[str, float]:
-        """Return the bytes per parameter of the second step, by operation, without negligible operations."""
+        """Return the bytes per parameter of the second step, by operation.
+
+        Negligible operations are left out.
+        """
         self.backward()
         with Traffic():  # creates the states
             self.engine.step()

@@ -1,4 +1,4 @@
-"""Count the bytes of tensors that a block of code reads and writes, per PyTorch operation."""
+"""Count the tensor bytes that code reads and writes, per PyTorch operation."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _ALLOCATING = ("empty", "new_empty", "empty_like", "empty_strided")
 
 
 class Traffic(TorchDispatchMode):
-    """Counts every operation in a `with` block: each tensor that it reads or writes, once.
+    """Counts the bytes of every operation in a `with` block.
 
-    Steps of this package are counted by their formula and not executed. Traffic inside PyTorch's operations is not
-    counted.
+    Each tensor that an operation reads or writes is counted once. Steps of this package are counted by their formula
+    and not executed. Traffic inside PyTorch's operations is not counted.
 
     Attributes:
         bytes: by name of the operation; our steps are `STEP`.
@@ -62,7 +62,10 @@ class Traffic(TorchDispatchMode):
 
 
 def step_bytes(step: TensorStep) -> int:
-    """Return the bytes that one tensor's update reads and writes; a low-precision copy is only written."""
+    """Return the bytes that one tensor's update reads and writes.
+
+    A low-precision copy is only written.
+    """
     written = [*step.written, *([] if step.group_exponents is None else [step.group_exponents])]
     copied = step.param.nbytes if step.param_is_copy else 0
     return 2 * sum(tensor.nbytes for tensor in written) + step.grad.nbytes - copied

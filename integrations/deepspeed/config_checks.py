@@ -33,7 +33,7 @@ _SWAPPED_TENSORS = 4
 
 
 def check_config(config: Mapping[str, Any], client_optimizer: MomentOptimizer | None = None) -> None:
-    """Raise for a DeepSpeed configuration that would not train with AdaX as written.
+    """Raise for a configuration that would not train with AdaX as written.
 
     Changes nothing. Configurations with another optimizer pass.
 
@@ -106,7 +106,7 @@ def _check_client_offload(name: str, config: Mapping[str, Any]) -> None:
 
 
 def _check_step_settings(name: str, config: Mapping[str, Any]) -> None:
-    """Raise if a setting makes DeepSpeed run another optimizer or use wrong gradients."""
+    """Raise if DeepSpeed would run another optimizer or use wrong gradients."""
     # DeepSpeed's own parsers know the defaults, the deprecated spellings and "auto".
     zero = deepspeed.runtime.zero.config.get_zero_config(config)
     fp16 = deepspeed.runtime.precision_config.get_float16_config(config)
@@ -139,7 +139,7 @@ def _check_step_settings(name: str, config: Mapping[str, Any]) -> None:
 
 
 def _check_nvme_offload(name: str, config: Mapping[str, Any]) -> None:
-    """Raise for NVMe offload that DeepSpeed ignores, or that fails within the first steps."""
+    """Raise if DeepSpeed ignores NVMe offload or fails within the first steps."""
     zero = deepspeed.runtime.zero.config.get_zero_config(config)
     offload = zero.offload_optimizer
     if offload is None or offload.device != "nvme":
@@ -160,7 +160,7 @@ def _check_nvme_offload(name: str, config: Mapping[str, Any]) -> None:
 
 
 def _check_precision(name: str, config: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Raise for master weights and states that DeepSpeed would keep in another precision."""
+    """Raise if DeepSpeed would keep masters or states in another precision."""
     zero = deepspeed.runtime.zero.config.get_zero_config(config)
     fp16 = deepspeed.runtime.precision_config.get_float16_config(config)
     bf16 = deepspeed.runtime.precision_config.get_bfloat16_config(config)

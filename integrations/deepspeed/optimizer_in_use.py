@@ -49,7 +49,9 @@ def reject_adax_param_groups(original: Callable[..., Any]) -> Callable[..., Any]
 
 
 def check_betas(name: str, params: Mapping[str, Any]) -> None:
-    """Raise if beta2 is Adam's, which the Trainer of transformers fills in for "auto".
+    """Raise if beta2 is Adam's.
+
+    The Trainer of transformers fills it in for "auto".
 
     Args:
         name: class name of the optimizer, for the message.

@@ -36,7 +36,10 @@ def skip_zero_gradient_step(original: Method) -> Method:
 
 
 def check_overflow_in_every_dtype(original: Method) -> Method:
-    """Replace `_overflow_check_and_loss_scale_update` of ZeRO 3, which before 0.19.8 looks for inf in fp16 only."""
+    """Replace `_overflow_check_and_loss_scale_update` of ZeRO 3.
+
+    Before DeepSpeed 0.19.8 it looks for inf in fp16 only.
+    """
 
     @functools.wraps(original)
     def _overflow_check_and_loss_scale_update(self: Any) -> Any:

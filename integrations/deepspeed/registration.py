@@ -82,9 +82,9 @@ _originals: list[tuple[type, str, Method]] = []
 
 
 def register() -> None:
-    """Make the types "AdaX" and "AdaXW" known to DeepSpeed. Idempotent; importing the package calls it.
+    """Make the types "AdaX" and "AdaXW" known to DeepSpeed.
 
-    Warns if DeepSpeed is newer than the newest tested version.
+    Idempotent; importing the package calls it. Warns if DeepSpeed is newer than the newest tested version.
 
     Raises:
         ImportError: DeepSpeed is older than the oldest tested version.

@@ -22,7 +22,7 @@ each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=list(MODES))
 
 @pytest.fixture(autouse=True)
 def few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limit the large tensor to the smallest quantized size, because the interpreter is slow."""
+    """Limit the large tensor to the smallest quantized size; interpretation is slow."""
     monkeypatch.setattr(correctness, "SHAPES", [(16, 256), (3,)])
 
 

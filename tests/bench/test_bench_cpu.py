@@ -1,4 +1,4 @@
-"""The CPU step benchmark, and the count of functions that a step calls."""
+"""Test the CPU step benchmark and the count of called functions."""
 
 import dataclasses
 import json

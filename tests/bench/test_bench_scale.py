@@ -1,4 +1,7 @@
-"""The scaling benchmark: slopes, points, the ZeRO model against hand-computed values, and a small run."""
+"""Test the scaling benchmark: slopes, points, ZeRO model and a small run.
+
+Oracle of the ZeRO model: hand-computed values.
+"""
 
 import dataclasses
 import json
@@ -21,7 +24,10 @@ RATES = (14e9, 23e9)
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace AdaXW by torch's fused AdamW, because the interpreter is slow, and use small caches."""
+    """Replace AdaXW by torch's fused AdamW, and use small caches.
+
+    The interpreter is slow.
+    """
     (fused,) = [provider for provider in scale.PROVIDERS if provider.label == "torch AdamW fused"]
     monkeypatch.setattr(scale, "PROVIDERS", (dataclasses.replace(fused, name=scale.OURS), fused))
     monkeypatch.setattr(correctness, "SHAPES", [(33, 17), (3,)])

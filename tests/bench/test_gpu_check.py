@@ -1,4 +1,7 @@
-"""The GPU machine check: dry runs, and parts that fail, hang or have no profiler."""
+"""Test the GPU machine check with dry runs and failing parts.
+
+Parts fail, hang or have no profiler.
+"""
 
 import argparse
 import csv
@@ -46,7 +49,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dry_run(checkout: Path, out: Path, *words: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Run a call in the interpreter; return its summary, and the output of each part."""
+    """Run a call in the interpreter; return summary and each part's output."""
     command = [sys.executable, str(checkout / "bench" / "gpu_check.py"), "--interpret", *words]
     environment = {**os.environ, "OUT": str(out), "COMMIT": "abc123"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -110,7 +113,7 @@ def test_parts_are_skipped_after_a_required_part_fails(
 
 
 def pytest_on(folder: Path, text: str, *words: str, **variables: str) -> tuple[list[str], dict[str, Any]]:
-    """Write a test file next to conftest.py; return the pytest command and options."""
+    """Write a test file next to conftest.py; return pytest command and options."""
     tests = folder / "tests"
     shutil.copytree(ROOT / "tests" / "support", tests / "support")
     shutil.copy(ROOT / "tests" / "conftest.py", tests)
@@ -219,7 +222,10 @@ def test_profiler_runs_the_command(tmp_path: Path) -> None:
 
 
 def profile(launches: int) -> str:
-    """Output of ncu and of the program it ran, for 100 elements; the first launch is warm-up."""
+    """Return the output of ncu and its program for 100 elements.
+
+    The first launch is warm-up.
+    """
     table = io.StringIO()
     writer = csv.writer(table, quoting=csv.QUOTE_ALL)
     writer.writerow(["ID", "Kernel Name", "Metric Name", "Metric Unit", "Metric Value"])

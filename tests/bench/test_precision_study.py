@@ -1,4 +1,7 @@
-"""The precision study: statistics and goals. v freezes with rounding to nearest but not in our modes."""
+"""Test the precision study: statistics and goals.
+
+v freezes with rounding to nearest but not in our modes.
+"""
 
 import json
 from pathlib import Path

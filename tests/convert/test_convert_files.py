@@ -34,7 +34,7 @@ def trained(optimizer_class: type, dtype: torch.dtype = torch.float32, **options
 
 
 def convert_file(tmp_path: Path, state_dict: Any, *options: str) -> Any:
-    """Save a state dict, run the command and return the converted file's content."""
+    """Save a state dict, run the command, return the converted file's content."""
     source, target = tmp_path / "source.pt", tmp_path / "target.pt"
     torch.save(state_dict, source)
     before = source.read_bytes()
@@ -55,7 +55,7 @@ def equal(found: Any, expected: Any) -> bool:
 
 
 def as_released(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict with only the group keys of the paper's released code."""
+    """Keep only the group keys of the paper's released code."""
     kept = ("params", "lr", "betas", "eps", "weight_decay")
     return {**state_dict, "param_groups": [{key: group[key] for key in kept} for group in state_dict["param_groups"]]}
 

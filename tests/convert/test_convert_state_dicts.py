@@ -34,7 +34,10 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
 
 
 class ReleasedAdaX(Optimizer):
-    """Algorithms 1 and 2 of the paper: raw second moment, eps added to its root, as in the released code."""
+    """Algorithms 1 and 2 of the paper, as in the released code.
+
+    The second moment is raw, and eps is added to its root.
+    """
 
     decoupled = False
 
@@ -91,7 +94,10 @@ def copies_of_params(optimizer: Optimizer) -> list[Parameter]:
 
 
 def train(optimizer: Optimizer, first: int, steps: int = STEPS) -> None:
-    """Train; the second parameter has a gradient in two of three steps, the last has none."""
+    """Train while the second and the last parameter lack gradients.
+
+    The second parameter has a gradient in two of three steps, the last has none.
+    """
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
         for index, param in enumerate(params_of(optimizer)):
@@ -121,7 +127,10 @@ def identities(value: Any) -> set[int]:
 
 
 def convert_and_reload(convert: Any, state_dict: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """Convert and reload through a file; check that the input is unchanged and not shared."""
+    """Convert a state dict and reload it through a file.
+
+    Check that the input is unchanged and not shared.
+    """
     before = contents(state_dict)
     result = convert(state_dict, **options)
     assert contents(state_dict) == before

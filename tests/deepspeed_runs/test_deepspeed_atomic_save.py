@@ -1,4 +1,7 @@
-"""Kill a save before every file operation: the folder must then have the old or the new checkpoint, complete."""
+"""A save killed before any file operation leaves a complete checkpoint.
+
+The folder must have the old or the new checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,10 @@ def contents_or_none(folder: Path) -> str | None:
 
 
 def is_killed(before_operation: int, action: Callable[[], None]) -> bool:
-    """Run an action in a process that kills itself before its n-th file operation; False if it has fewer."""
+    """Run an action and kill its process before its n-th file operation.
+
+    Return False if the action has fewer operations.
+    """
     pid = os.fork()
     if pid == 0:
         left = before_operation
@@ -82,7 +88,10 @@ def is_killed(before_operation: int, action: Callable[[], None]) -> bool:
 def found_after_each_kill(
     folder: Path, tag: str, read: Callable[[Path], Any], expecting: Callable[[], AbstractContextManager[Any]]
 ) -> list[Any]:
-    """Return the folder's contents after a kill before each operation of a save, and after a full save."""
+    """Return the folder's contents after each kill and after a full save.
+
+    There is one kill before each operation of a save.
+    """
     found = []
     for count in itertools.count():
         place = folder / str(count)

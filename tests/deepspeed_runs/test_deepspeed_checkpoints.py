@@ -1,7 +1,7 @@
-"""Load DeepSpeed checkpoints from other rank counts, stages and optimizers; some must raise.
+"""Load DeepSpeed checkpoints of other rank counts, stages and optimizers.
 
-Oracle: a run in one process that never stops, in deepspeed_checkpoint_worker.py. Three launches, on one, two and one
-rank, run all cases of this file; each test reads the results of its case.
+Some loads must raise. Oracle: a run in one process that never stops, in deepspeed_checkpoint_worker.py. Three launches,
+on one, two and one rank, run all cases of this file; each test reads the results of its case.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Frozen integer weights, as in QLoRA, at the ZeRO stages that support them."""
+"""Test frozen integer weights, as in QLoRA, at supported ZeRO stages."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Kill a rank at any moment: only the steps since the last checkpoint are lost.
+"""Killing a rank anytime loses only steps since the last checkpoint.
 
 Oracle: the same run without kills; losses, weights, states and schedule are compared bit for bit. One launch of
 deepspeed_kill_server.py makes all kills. The environment variables KILLS and KILL_SEED set their number and the random

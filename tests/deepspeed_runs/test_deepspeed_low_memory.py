@@ -1,4 +1,7 @@
-"""Low-memory states under real DeepSpeed engines on two gloo CPU ranks; oracle and worker as in test_deepspeed.py."""
+"""Test low-memory states with real DeepSpeed engines on two gloo CPU ranks.
+
+Oracle and worker: as in test_deepspeed.py.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

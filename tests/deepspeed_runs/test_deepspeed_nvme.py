@@ -1,6 +1,6 @@
-"""AdaX with states that DeepSpeed swaps to NVMe: resumed runs, and checkpoints that raise.
+"""Test AdaX with states that DeepSpeed swaps to NVMe.
 
-Oracle: as in test_deepspeed_checkpoints.py.
+The cases are resumed runs, and checkpoints that raise. Oracle: as in test_deepspeed_checkpoints.py.
 """
 
 from typing import Any

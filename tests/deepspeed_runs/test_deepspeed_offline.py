@@ -29,7 +29,10 @@ def state_dict(optimizer_class: type, **options: Any) -> dict[str, Any]:
 
 
 def checkpoint(tmp_path: Path, *state_dicts: Any) -> Path:
-    """Return a folder such as DeepSpeed saves at ZeRO 2, with the optimizer's state dict of each rank."""
+    """Return a folder as DeepSpeed saves it at ZeRO 2.
+
+    It has the optimizer's state dict of each rank.
+    """
     folder = tmp_path / "saved" / "tag"
     folder.mkdir(parents=True)
     for name, states in zip(FILES, state_dicts, strict=False):

@@ -25,7 +25,10 @@ OLDER_VERSIONS = {"DeepSpeedZeroOptimizer_Stage3._overflow_check_and_loss_scale_
 
 @pytest.fixture
 def adapter() -> Iterator[ModuleType]:
-    """The adapter, registered; unregistered afterwards so that no other test runs with its patches."""
+    """Register the adapter, and unregister it afterwards.
+
+    No other test then runs with its patches.
+    """
     from adax_triton.integrations import deepspeed as module
 
     module.register()
@@ -39,7 +42,10 @@ def module_of(adapter: ModuleType) -> ModuleType:
 
 
 def deepspeed_contents(adapter: ModuleType) -> dict[str, Any]:
-    """Return the contents of all classes and lists of DeepSpeed and torch that the adapter changes."""
+    """Return the contents of all classes and lists the adapter changes.
+
+    The classes and lists are those of DeepSpeed and torch.
+    """
     return {
         **{owner.__name__: dict(vars(owner)) for owner, _, _ in module_of(adapter)._replacements()},
         "names": list(deepspeed.runtime.config.DEEPSPEED_OPTIMIZERS),

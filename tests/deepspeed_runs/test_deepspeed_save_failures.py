@@ -1,6 +1,7 @@
-"""An error on one rank of a DeepSpeed save or load is raised on every rank, at once, and no checkpoint is damaged.
+"""A DeepSpeed save or load error on one rank raises on all.
 
-One pair of processes, deepspeed_save_failures_worker.py, runs all cases with real DeepSpeed.
+Every rank raises at once, and no checkpoint is damaged. One pair of processes, deepspeed_save_failures_worker.py, runs
+all cases with real DeepSpeed.
 """
 
 import errno

@@ -1,8 +1,8 @@
-"""docs/deepspeed.md: run every configuration and program on gloo CPU ranks, and check the memory table.
+"""Run every configuration and program of docs/deepspeed.md on gloo CPU ranks.
 
-The test changes "nvme_path" and, without libaio, the device "nvme" to "cpu"; test_deepspeed_nvme.py has more tests of
-NVMe. It uses the model of deepspeed_worker.py, and two ranks instead of several GPUs. Oracles: the uninterrupted run
-for the resumed one, and the sizes of an engine's tensors for the memory.
+The memory table is checked too. The test changes "nvme_path" and, without libaio, the device "nvme" to "cpu";
+test_deepspeed_nvme.py has more tests of NVMe. It uses the model of deepspeed_worker.py, and two ranks instead of
+several GPUs. Oracles: the uninterrupted run for the resumed one, and the sizes of an engine's tensors for the memory.
 """
 
 import json

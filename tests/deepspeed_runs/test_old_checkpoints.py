@@ -1,4 +1,4 @@
-"""Checkpoints from before the states were renamed still load, and training continues bit for bit.
+"""Checkpoints with old state names load, and training continues bit for bit.
 
 `old_checkpoint_worker.py` names the version that wrote the files, and the command.
 """

@@ -1,6 +1,7 @@
-"""AdaX with the Trainer of transformers and with Accelerate: a small GPT-2 on two gloo CPU ranks.
+"""Test AdaX with the Trainer of transformers and with Accelerate.
 
-Oracle: a single-process run on the same batches, in huggingface_oracle.py. One launch runs all cases of this file.
+The model is a small GPT-2 on two gloo CPU ranks. Oracle: a single-process run on the same batches, in
+huggingface_oracle.py. One launch runs all cases of this file.
 """
 
 import subprocess

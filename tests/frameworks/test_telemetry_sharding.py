@@ -53,7 +53,10 @@ def model_case(case: dict[str, Any], mesh: Any) -> list[dict[str, Any]]:
 
 
 def order_case(mesh: Any) -> list[dict[str, Any]]:
-    """Return the telemetry of a case in which rank 1 needs two launches, because one shard is unaligned."""
+    """Return the telemetry of a case where rank 1 needs two launches.
+
+    One of its shards is unaligned.
+    """
     from torch.distributed.tensor import DTensor, Shard
 
     found = []

@@ -1,4 +1,7 @@
-"""Check the compiled step kernel for four GPU architectures, without a GPU; see code_audit.py."""
+"""Check the compiled step kernel for four GPU architectures, without a GPU.
+
+See code_audit.py.
+"""
 
 import os
 from collections import Counter
@@ -83,7 +86,10 @@ def precision(facts: Facts) -> Precision:
 
 
 def dtype_with_states(facts: Facts) -> torch.dtype:
-    """Return a parameter dtype for which the package allocates these states: float16 for a float32 master."""
+    """Return a parameter dtype for which the package allocates these states.
+
+    It is float16 for a float32 master.
+    """
     return torch.float16 if facts["master"] == "float32" else getattr(torch, facts["param_dtype"])
 
 
@@ -96,7 +102,10 @@ def dtypes(facts: Facts) -> dict[str, torch.dtype]:
 
 
 def tile_accesses(facts: Facts) -> Counter:
-    """Count one thread's accesses to parameters, gradients and states in the tile, the hot path."""
+    """Count one thread's accesses to parameters, gradients and states in the tile.
+
+    The tile is the hot path.
+    """
     return Counter(
         (kind, stream, bits) for region, kind, stream, bits in facts["accesses"] if region == "tile" and stream in DATA
     )
@@ -122,13 +131,19 @@ def bytes_per_element(facts: Facts, kind: str) -> float:
 
 
 def elements_per_access(facts: Facts) -> int:
-    """Return the elements per access: 16 bytes of the widest stored dtype; 1 if unaligned."""
+    """Return the elements per access: 16 bytes of the widest stored dtype.
+
+    Unaligned tensors have 1.
+    """
     widest = max(dtype.itemsize for name, dtype in dtypes(facts).items() if name in DATA and name != "grad")
     return min(16 // widest, 8) if facts["aligned"] else 1
 
 
 def assembled_accesses(facts: Facts) -> Counter:
-    """Return the accesses that the machine code must have, except loads of the tile's group exponents."""
+    """Return the accesses that the machine code must have.
+
+    Loads of the tile's group exponents are not included.
+    """
     found = Counter((kind, bits) for *where, bits in facts["accesses"] for kind in [where[1]] if tuple(where) != MERGED)
     if facts["stochastic"] or facts["states"] != "float32" or facts["master"] == "int8":
         # The assembler narrows one load: random bits need only the lower half of the first element's index.
@@ -158,7 +173,7 @@ def test_every_variant_is_compiled(audit: dict[str, dict[str, Facts]]) -> None:
 
 
 def field_values(variants: dict[str, Facts]) -> set[Any]:
-    """Return all (field, value) pairs and all (states, master) pairs of the variants."""
+    """Return all (field, value) and (states, master) pairs of the variants."""
     fields = (*FLAGS, "param_dtype", "grad_dtype", "states", "master", "aligned")
     values = {(field, facts[field]) for facts in variants.values() for field in fields}
     return values | {(facts["states"], facts["master"]) for facts in variants.values()}

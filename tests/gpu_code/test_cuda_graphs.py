@@ -1,8 +1,8 @@
-"""Check CUDA graphs, and that steps neither wait nor allocate. Needs a GPU.
+"""Check CUDA graphs, and that steps neither wait nor allocate.
 
-Oracle of a graph: an optimizer with the same options, stepped without a graph, bit for bit. The loss uses only
-elementwise operations, because a library might choose another algorithm during capture. test_capturable.py checks
-capturable steps on the CPU.
+The tests need a GPU. Oracle of a graph: an optimizer with the same options, stepped without a graph, bit for bit. The
+loss uses only elementwise operations, because a library might choose another algorithm during capture.
+test_capturable.py checks capturable steps on the CPU.
 """
 
 from __future__ import annotations

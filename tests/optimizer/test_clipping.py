@@ -66,7 +66,10 @@ def two_groups(params: Sequence[Tensor]) -> list[dict[str, Any]]:
 
 
 def moved(optimizer: AdaX, params: Iterable[Tensor]) -> list[Tensor]:
-    """Return parameters and moments in float64. Moments, unlike parameters, show errors of small gradients."""
+    """Return parameters and moments in float64.
+
+    Moments, unlike parameters, show errors of small gradients.
+    """
     wide = torch.complex128
     return [
         tensor.detach().cpu().to(wide)

@@ -1,6 +1,6 @@
-"""Gradient release equals `step()` bit for bit and frees each gradient after its update.
+"""Gradient release equals `step()` and frees each gradient after its update.
 
-Oracle: the same training run without release.
+Results are equal bit for bit. Oracle: the same training run without release.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ def parameters(
 
 
 def quadratic_loss(params: list[Parameter], step: int) -> Tensor:
-    """Return a loss whose gradients depend on the weights, so that one wrong step changes all later ones."""
+    """Return a loss whose gradients depend on the weights.
+
+    One wrong step therefore changes all later ones.
+    """
     generator = torch.Generator().manual_seed(1 + step)
     targets = [torch.randn(param.shape, generator=generator).to(param) for param in params]
     losses = [(param - target).abs().square().sum() for param, target in zip(params, targets, strict=True)]
@@ -61,7 +64,7 @@ def assert_same(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> No
 
 
 def assert_release_equals_step(build: Build, params: Callable[[], list[Parameter]], steps: int = 2) -> None:
-    """Train with and without release, and halve the learning rate after each step."""
+    """Train with and without release, halving the learning rate after each step."""
     optimizers = []
     for released in (False, True):
         own = params()
@@ -105,7 +108,10 @@ def test_capturable_equals_step(device: torch.device) -> None:
 
 
 class Tied(nn.Module):
-    """A model that uses its embedding twice, never uses `unused` and does not train `frozen`."""
+    """A model that uses its embedding twice.
+
+    It never uses `unused` and does not train `frozen`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

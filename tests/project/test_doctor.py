@@ -1,4 +1,4 @@
-"""Test `adax-triton doctor` in a new process and its checks in this one."""
+"""Test `adax-triton doctor` in a new process, and its checks in-process."""
 
 import os
 import subprocess

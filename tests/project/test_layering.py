@@ -1,4 +1,7 @@
-"""Test import layers, file sizes, function sizes and file names, by parsing the sources."""
+"""Test import layers, file and function sizes, and file names.
+
+The tests parse the sources.
+"""
 
 import ast
 import graphlib
@@ -48,7 +51,10 @@ def top_module(module: str) -> str:
 
 
 def imported_names(path: Path, module: str, top_level_only: bool = False) -> set[str]:
-    """Return the absolute names that a file imports, in functions too unless `top_level_only`."""
+    """Return the absolute names that a file imports.
+
+    Imports in functions count too, unless `top_level_only`.
+    """
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
     names = set()
     tree = ast.parse(path.read_text())

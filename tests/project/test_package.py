@@ -1,4 +1,4 @@
-"""Test the wheel's content, that it imports alone, and that public names import lazily."""
+"""Test the wheel's content, standalone import and lazily imported public names."""
 
 import subprocess
 import sys

@@ -1,4 +1,6 @@
-"""Test the launcher of multi-rank tests: if a rank fails, the launch fails and the other ranks end.
+"""Test the launcher of multi-rank tests.
+
+If a rank fails, the launch fails and the other ranks end.
 
 As a script this file is one rank: python test_ranks.py CASES.json RESULTS.json. A case names the rank that raises and
 says whether the other rank waits for it in a collective.

@@ -1,4 +1,7 @@
-"""Test that saved, copied and loaded optimizers continue bit for bit, keep precision and share no memory."""
+"""Test that saved, copied and loaded optimizers continue bit for bit.
+
+They also keep precision and share no memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Test that frozen and lazy parameters of any dtype are accepted until they have a gradient."""
+"""Test that frozen and lazy parameters are accepted until they have gradients.
+
+Their dtype may be any.
+"""
 
 from __future__ import annotations
 

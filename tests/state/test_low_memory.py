@@ -74,7 +74,10 @@ def make_params(device: torch.device, dtype: torch.dtype, names: Iterable[str] =
 
 
 def gradient(name: str, step: int, param: Tensor) -> Tensor:
-    """Return a gradient of many magnitudes, some 0; it depends only on name, step and shape."""
+    """Return a gradient of many magnitudes, some 0.
+
+    It depends only on name, step and shape.
+    """
     seed = 1000 * step + list(SHAPES).index(name)
     scales = 10.0 ** (-3 * torch.rand(param.shape, generator=torch.Generator().manual_seed(len(name))))
     grad = normal(*param.shape, seed=seed) * scales
@@ -96,7 +99,7 @@ def train_new(device: torch.device, mode: Mode, names: Iterable[str] = SHAPES, *
 
 
 def all_tensors(optimizer: AdaX, params: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """Return copies of all parameters and state tensors by (parameter name, tensor name)."""
+    """Return copies of parameters and state tensors by (parameter name, tensor name)."""
     found = {(name, "param"): param.detach().cpu().clone() for name, param in params.items()}
     for name, param in params.items():
         state = optimizer.state[param]
@@ -191,7 +194,10 @@ def index_order(param: Tensor) -> Tensor:
 
 
 def memory_order(param: Tensor) -> Tensor:
-    """Return element indices in memory order, in which the kernel reads float states."""
+    """Return element indices in memory order.
+
+    The kernel reads float states in this order.
+    """
     if not is_dense(param):
         return index_order(param)
     place = torch.empty_strided(param.shape, param.stride(), dtype=torch.int64, device=param.device)

@@ -1,4 +1,4 @@
-"""Test that low-memory training is reproducible and that states load into every other mode.
+"""Test reproducible low-memory training, and loading states into every other mode.
 
 Oracles: the bits of an uninterrupted run, and the moments before loading within the error bounds of the formats.
 """
@@ -171,7 +171,10 @@ def trained(states: str, master_weights: str | None, device: torch.device) -> tu
 
 
 def moments(state: dict[str, Any], param: Tensor) -> list[Tensor]:
-    """Return m and v, (numel / 32, 32) float64, in index order and padded with zeros."""
+    """Return m and v, (numel / 32, 32) float64, in index order.
+
+    They are padded with zeros.
+    """
     tensors = local_state_tensors(state)
     exponents = tensors.get("group_exponents")
     flat = [tensors[name].flatten() for name in ("exp_avg", "exp_avg_sq")]
@@ -181,7 +184,10 @@ def moments(state: dict[str, Any], param: Tensor) -> list[Tensor]:
 
 
 def bounds(states: str, m: Tensor, v: Tensor, v_found: Tensor) -> tuple[Tensor, Tensor]:
-    """Return error bounds of m and v rounded to nearest; the unit of m follows from the rounded v."""
+    """Return error bounds of m and v rounded to nearest.
+
+    The unit of m follows from the rounded v.
+    """
     if states in ("float32", "bfloat16"):
         relative = 0.0 if states == "float32" else 2.0**-8
         return m.abs() * relative, v * relative

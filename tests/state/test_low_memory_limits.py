@@ -1,4 +1,7 @@
-"""Test precision options: errors, exceptions and defaults; and second moments that rarely or never change."""
+"""Test precision options: errors, exceptions and defaults.
+
+Also test second moments that rarely or never change.
+"""
 
 from __future__ import annotations
 

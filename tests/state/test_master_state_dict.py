@@ -1,4 +1,7 @@
-"""Test export and load of float32 weights with 16-bit parameters. Oracle: training of float32 weights."""
+"""Test export and load of float32 weights with 16-bit parameters.
+
+Oracle: training of float32 weights.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 class TiedModel(nn.Module):
-    """Model with a tied, a frozen and an unoptimized weight, and float and integer buffers."""
+    """Model with tied, frozen and unoptimized weights, and float and integer buffers."""
 
     def __init__(self) -> None:
         super().__init__()

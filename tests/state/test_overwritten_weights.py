@@ -1,4 +1,7 @@
-"""Test that a step starts from weights that other code has overwritten, not from the old masters."""
+"""Test that a step starts from weights that other code overwrote.
+
+It must not start from the old masters.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ def take_step(param: Tensor, optimizer: AdaXW, seed: int) -> None:
 def trained(
     dtype: torch.dtype, master_weights: str, device: torch.device, telemetry: bool = False
 ) -> tuple[Tensor, AdaXW]:
-    """Return a parameter and its optimizer after three steps; its masters have extra bits."""
+    """Return a parameter and its optimizer after three steps.
+
+    Its masters have extra bits.
+    """
     return copy.deepcopy(cached_original(dtype, master_weights, device, telemetry, backend_of(device, dtype) == TRITON))
 
 

@@ -1,4 +1,7 @@
-"""Test parameters, gradients and states with shared, freed or unwritable memory. Oracle: torch's AdamW."""
+"""Test parameters, gradients and states with shared, freed or unwritable memory.
+
+Oracle: torch's AdamW.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Test that other code can read, replace, extend, save and load states, as with torch's optimizers."""
+"""Test that other code can read, replace, extend, save and load states.
+
+The access works as with torch's optimizers.
+"""
 
 from __future__ import annotations
 

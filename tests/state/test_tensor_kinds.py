@@ -1,4 +1,7 @@
-"""Test tensors of every layout, size and kind. Oracles: their contiguous copies, and torch's Adam."""
+"""Test tensors of every layout, size and kind.
+
+Oracles: their contiguous copies, and torch's Adam.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,18 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def leaf(data: Tensor) -> Tensor:
-    """Return a leaf on the same memory with the same strides; Parameter() and .to() may change strides."""
+    """Return a leaf on the same memory with the same strides.
+
+    Parameter() and .to() may change strides.
+    """
     return data.detach().requires_grad_()
 
 
 def step_with_plain_copy(optimizer_class: type, param: Tensor, seeds: tuple[int, ...] = (1, 2, 3)) -> Tensor:
-    """Step `param` with gradients of its strides; return a contiguous copy stepped with the same gradients."""
+    """Step `param` and a contiguous copy with the same gradients.
+
+    The gradients of `param` have its strides. Return the copy.
+    """
     plain = leaf(param.detach().clone(memory_format=torch.contiguous_format))
     optimizers = [optimizer_class([each], lr=0.1) for each in (param, plain)]
     for seed in seeds:

@@ -26,7 +26,7 @@ def random_grads(numels: Sequence[int], dtype: torch.dtype, device: torch.device
 
 
 def surrounded(grads: Sequence[Tensor], fill: float, odd: bool) -> tuple[list[Tensor], Tensor]:
-    """Return copies of the gradients inside a buffer filled with `fill`, and the buffer."""
+    """Return gradient copies inside a buffer filled with `fill`, and the buffer."""
     room = [-(-(grad.numel() + 2) // 64) * 64 for grad in grads]
     starts = [64 + odd + end for end in itertools.accumulate(room, initial=0)]
     buffer = grads[0].new_full((starts[-1] + 64,), fill)

@@ -1,4 +1,4 @@
-"""Run the acceptance tests with the installed DeepSpeed, and write the table of results.
+"""Run the acceptance tests with the installed DeepSpeed and write the table.
 
 Usage: python tests/support/acceptance_table.py [--table-only]
 
@@ -73,7 +73,7 @@ def outcome_of_row(row: Row, outcomes: dict[str, str]) -> str:
 
 
 def table(rows: list[Row], runs: list[dict[str, Any]]) -> str:
-    """Return the table as Markdown: a column for each run, oldest DeepSpeed first."""
+    """Return the table as Markdown, one column per run, oldest DeepSpeed first."""
     from adax_triton.bench.harness.environment import origin
 
     versions = [run["environment"]["deepspeed"] for run in runs]

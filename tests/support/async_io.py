@@ -1,6 +1,7 @@
-"""Build DeepSpeed's async_io in one minute instead of five, by compiling several source files as one.
+"""Build DeepSpeed's async_io by compiling several source files as one.
 
-`make env` runs this script, which builds async_io if libaio is installed, so that no test has to.
+This takes one minute instead of five. `make env` runs this script, which builds async_io if libaio is installed, so
+that no test has to.
 """
 
 import os
@@ -54,7 +55,7 @@ def merged(folder: Path, sources: list[str], include_paths: list[str]) -> list[s
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file only if its content differs, so that ninja does not rebuild."""
+    """Write a file only if its content differs, to avoid ninja rebuilds."""
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""Cache the results of the kernel audits until a source file or a compiler version changes."""
+"""Cache kernel audit results until a source file or compiler version changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Cross-compile the step kernel, without a GPU, and read its machine code for test_code_audit.py.
+"""Cross-compile the step kernel without a GPU and read its machine code.
+
+test_code_audit.py checks the output.
 
 Usage, with TRITON_INTERPRET unset: python code_audit.py
 Prints, for each target, a JSON list of one dictionary per variant, with the fields of its StepVariant and facts of its
@@ -78,7 +80,10 @@ class Launch(NamedTuple):
 
 
 def step_variants() -> list[StepVariant]:
-    """Return all dtypes with float32 states, and each states and master format with dtypes that support it."""
+    """Return the step variants to compile.
+
+    They are all dtypes with float32 states, and each states and master format with dtypes that support it.
+    """
     variants = [
         StepVariant(param, grad, aligned=aligned)
         for param, grad, aligned in itertools.product(PARAM_DTYPES, GRAD_DTYPES, (True, False))
@@ -112,12 +117,15 @@ def step_variants() -> list[StepVariant]:
 
 
 def field_values(variant: StepVariant) -> set[Any]:
-    """Return the (field, value) pairs of a variant, and its pair of states and master."""
+    """Return a variant's (field, value) pairs and its (states, master) pair."""
     return {*variant._asdict().items(), (variant.states, variant.master)}
 
 
 def covering(variants: list[StepVariant]) -> list[StepVariant]:
-    """Return a few variants that contain each field value of `variants`, and the TIGHT ones."""
+    """Return a few variants that contain each field value of `variants`.
+
+    The TIGHT variants are included.
+    """
     chosen = [*TIGHT]
     missing = set().union(*map(field_values, variants)).difference(*map(field_values, TIGHT))
     while missing:
@@ -127,7 +135,7 @@ def covering(variants: list[StepVariant]) -> list[StepVariant]:
 
 
 def recorded(launch: Callable[[], None]) -> list[Launch]:
-    """Call a function that launches kernels; return the compile request of each launch."""
+    """Call a function that launches kernels; return each launch's compile request."""
     launches = []
 
     def record(*, compile: dict[str, Any], **_: Any) -> bool:
@@ -143,7 +151,10 @@ def recorded(launch: Callable[[], None]) -> list[Launch]:
 
 
 def record_launches(variant: StepVariant) -> list[Launch]:
-    """Call `adax_step` on tables of several sizes and contents, and return the compile request of each launch."""
+    """Call `adax_step` on varied tables; return each launch's compile request.
+
+    The tables have several sizes and contents.
+    """
 
     def launch() -> None:
         for tensors, chunks, value in ((1, 1, 0.0), (1, 16, 1.0), (2, 3, 1e-3), (16, 4096, float("nan"))):
@@ -166,10 +177,11 @@ def stream_of(line: str) -> str:
 
 
 def read_accesses(code: str) -> list[tuple[str, str, str, int]]:
-    """Return (region, "load" or "store", stream, bits) of each vector access of PTX or AMD assembly, in order.
+    """Return (region, "load" or "store", stream, bits) of each vector access.
 
-    The region is "tile", "tail", or "table" for accesses outside `_update_tile`. The debug information gives the source
-    line of each access, and that gives region and stream.
+    `code` is PTX or AMD assembly, and the accesses are in its order. The region is "tile", "tail", or "table" for
+    accesses outside `_update_tile`. The debug information gives the source line of each access, and that gives region
+    and stream.
     """
     source = Path(inspect.getsourcefile(adax_step_kernel.fn)).read_text().splitlines()
     calls = [number for number, line in enumerate(source, start=1) if re.match(r"\s+(?:.* = )?_update_tile\(", line)]
@@ -184,7 +196,10 @@ def read_accesses(code: str) -> list[tuple[str, str, str, int]]:
 
 
 def located_accesses(code: str, location: re.Pattern[str]) -> Iterator[tuple[Any, str, int]]:
-    """Yield (match of its location, "load" or "store", bits) of each vector access of PTX or AMD assembly."""
+    """Yield (match of its location, "load" or "store", bits) per vector access.
+
+    `code` is PTX or AMD assembly.
+    """
     last = None
     for line in code.splitlines():
         last = location.search(line) or last
@@ -208,7 +223,7 @@ def sass_bits(operation: str) -> int:
 
 
 def machine_code(cubin: bytes) -> bytes:
-    """Return the instructions of a cubin: the .text.* section of its ELF file."""
+    """Return the instructions of a cubin: its ELF file's .text.* section."""
     start, entry_size, count, names_index = struct.unpack_from("<40xQ10xHHH", cubin)
     sections = [struct.unpack_from("<II16xQQ", cubin, start + index * entry_size) for index in range(count)]
     names = sections[names_index][2]
@@ -237,7 +252,10 @@ def disassemble(codes: list[bytes], architecture: str) -> list[list[str]]:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Return (registers per thread, stack bytes). cuobjdump counts spilled registers as STACK, not as LOCAL."""
+    """Return (registers per thread, stack bytes).
+
+    cuobjdump counts spilled registers as STACK, not as LOCAL.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -32,7 +32,9 @@ def run_cases(
     run: Callable[[Case], Any],
     others: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run the cases of a file, write {case name: result} on rank 0, and end the process group.
+    """Run a file's cases and write the results on rank 0.
+
+    Rank 0 writes {case name: result}. The process group ends afterwards.
 
     Args:
         cases_path: a JSON list of dictionaries, each with a name.
@@ -60,7 +62,9 @@ def run_cases(
 
 
 def failures_of_ranks(shared: Path, failure: str | None) -> list[str | None]:
-    """Return the failure of each rank, exchanged by files: after a failure, collectives may be out of sync.
+    """Return the failure of each rank, exchanged by files.
+
+    After a failure, collectives may be out of sync.
 
     Args:
         shared: prefix of the files.

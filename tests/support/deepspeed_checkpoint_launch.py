@@ -15,7 +15,10 @@ ENVIRONMENT = {
 
 
 def launch(folder: Path, cases: Sequence[dict[str, Any]], launches: Sequence[str]) -> dict[str, Any]:
-    """Run cases with their files in a folder, and return {case name: [result of each segment]}."""
+    """Run cases in a folder; return {case name: [result of each segment]}.
+
+    The folder keeps the files of the cases.
+    """
     worker, given = Path(__file__).with_name("deepspeed_checkpoint_worker.py"), folder / "cases.json"
     given.write_text(json.dumps(cases))
     results: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Run the cases of test_deepspeed_checkpoints.py on one rank, and compare them with uninterrupted runs.
+"""Run cases of test_deepspeed_checkpoints.py on one rank; compare with uninterrupted runs.
 
 Usage, once per rank: RANK=... WORLD_SIZE=... python deepspeed_checkpoint_worker.py CASES.json FOLDER LAUNCH
 

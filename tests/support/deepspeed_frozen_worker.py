@@ -1,4 +1,4 @@
-"""Train a model with frozen integer weights under DeepSpeed, with fused and with unfused steps.
+"""Train a model with frozen integer weights, fused and unfused, under DeepSpeed.
 
 Usage, once per rank: RANK=... WORLD_SIZE=2 python deepspeed_frozen_worker.py RESULT.json
 

@@ -1,4 +1,4 @@
-"""Run each DeepSpeed case on one rank with a fused and with an unfused step, and compare the two.
+"""Compare fused and unfused steps of each DeepSpeed case on one rank.
 
 Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=2 python deepspeed_fuse_worker.py CASES.json RESULTS.json
 
@@ -43,7 +43,10 @@ def engine_of(case: dict[str, Any], fuse: str, seed: int = 0) -> Any:
 
 
 def snapshot(engine: Any) -> dict[str, Tensor]:
-    """Return copies of all tensors that a step changes: of this rank, or gathered parameters at ZeRO 3."""
+    """Return copies of all tensors that a step changes.
+
+    They are this rank's tensors, or gathered parameters at ZeRO 3.
+    """
     if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
         return whole_parameters(engine)
     found = {}
@@ -72,7 +75,10 @@ def whole_parameters(engine: Any) -> dict[str, Tensor]:
 
 
 def deviation(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """Return the largest difference on any rank, relative to its tensor's largest value; infinity if names differ."""
+    """Return the largest relative difference on any rank.
+
+    It is relative to its tensor's largest value, and infinity if names differ.
+    """
     worst = float("inf")
     if list(left) == list(right):
         worst = max(
@@ -124,7 +130,10 @@ def crossed(case: dict[str, Any], uninterrupted: dict[str, Tensor]) -> float:
 
 
 def run_linked_case(case: dict[str, Any]) -> dict[str, Any]:
-    """Return the distance of the linked first moments from (1 - b1) times the mean gradients."""
+    """Return the linked first moments' distance from their expected values.
+
+    The expected values are (1 - b1) times the mean gradients.
+    """
     gradients = averaged_gradients(build_model(case), 0, case)
     worst = {}
     for fuse in ("auto", "off"):

@@ -1,4 +1,6 @@
-"""Kill ranks of a 2-rank ZeRO 2 run, restart it from its checkpoints, and compare it with an uninterrupted run.
+"""Kill ranks of a 2-rank ZeRO 2 run and restart it.
+
+The run restarts from its checkpoints and is compared with an uninterrupted run.
 
 Usage: python deepspeed_kill_server.py FOLDER KILLS SEED
 
@@ -109,7 +111,10 @@ def run_rank(
 
 
 def digest(engine: Any) -> str:
-    """Return a hash of every bit of this rank's weights, master weights and states, and of the schedule."""
+    """Return a hash of this rank's weights, master weights, states and schedule.
+
+    The hash covers every bit.
+    """
     found = hashlib.sha256(repr((engine.get_lr(), engine.lr_scheduler.state_dict())).encode())
     tensors = [*engine.module.state_dict().values(), *engine.optimizer.single_partition_of_fp32_groups]
     for state in engine.basic_optimizer.state_dict()["state"].values():
@@ -160,7 +165,10 @@ def arm(plan: KillPlan, folder: Path) -> dict[str, bool]:
 
 
 def start(rank: int, folder: Path, tag: str | None, plan: KillPlan, attempt: int) -> tuple[int, Any]:
-    """Fork a rank; return its process id and a non-blocking file of its reports."""
+    """Fork a rank; return its process id and a file of reports.
+
+    Reads of the file do not block.
+    """
     reading, writing = os.pipe()
     pid = os.fork()
     if pid:
@@ -236,7 +244,7 @@ def next_plan(number: int, chance: random.Random) -> KillPlan:
 
 
 def problems(attempt: Attempt, reference: Attempt, saved: int) -> list[str]:
-    """Return the differences from the uninterrupted run, and saved steps that were lost."""
+    """Return differences from the uninterrupted run and lost saved steps."""
     found = []
     if not attempt.killed and len(attempt.final) < 2:
         found.append("it ended by itself")
@@ -250,7 +258,10 @@ def problems(attempt: Attempt, reference: Attempt, saved: int) -> list[str]:
 def run_to_end(
     folder: Path, tag: str | None, plans: Iterator[KillPlan], reference: Attempt, chance: random.Random
 ) -> Run:
-    """Restart a run until it finishes, and kill it as planned as long as there are plans."""
+    """Restart a run until it finishes, and kill it as planned.
+
+    It is not killed once the plans are used up.
+    """
     run = Run([], [])
     saved = 0
     for number in itertools.count():
@@ -264,7 +275,10 @@ def run_to_end(
 
 
 def start_from_damaged(folder: Path, reference: Attempt) -> dict[str, Any]:
-    """Truncate a file of a finished run's last checkpoint, and resume from the folder."""
+    """Damage a finished run's last checkpoint, and resume from the folder.
+
+    One of its files is truncated.
+    """
     (file,) = (folder / f"global_step{STEPS}").glob("*zero_pp_rank_1_*_optim_states.pt")
     os.truncate(file, file.stat().st_size - 1)
     attempt = run_attempt(folder, None, KillPlan("damaged"), STEPS, random.Random(0))

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 
 class MixtureOfExperts(nn.Module):
-    """One expert on each rank, without dropped tokens, so that the result does not depend on random numbers."""
+    """One expert on each rank, without dropped tokens.
+
+    The result therefore does not depend on random numbers.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -27,7 +30,10 @@ class MixtureOfExperts(nn.Module):
 
 
 def run_moe_case(case: dict[str, Any]) -> dict[str, Any]:
-    """Train, and return the results of this rank; expert weights differ between ranks."""
+    """Train and return the results of this rank.
+
+    Expert weights differ between ranks.
+    """
     torch.manual_seed(dist.get_rank())  # DeepSpeed broadcasts all weights except those of experts
     model = MixtureOfExperts(case["width"])
     config = {

@@ -1,7 +1,7 @@
-"""The model, data and case defaults of deepspeed_worker.py, and its oracle: one process without DeepSpeed.
+"""The model, data and case defaults of deepspeed_worker.py, and its oracle.
 
-The oracle is a plain loop. It computes the gradients of all ranks, averages and clips them, and steps AdaX on float32
-master weights.
+The oracle is a plain loop in one process without DeepSpeed. It computes the gradients of all ranks, averages and clips
+them, and steps AdaX on float32 master weights.
 """
 
 import functools
@@ -56,9 +56,9 @@ CASE_DEFAULTS = {
 
 
 class TiedModel(nn.Module):
-    """A model with a tied weight, a frozen layer, and a one-element parameter in a group of its own.
+    """A model with tied, frozen and one-element parameters.
 
-    One of two ranks owns only padding of that group.
+    The one-element parameter has a group of its own. One of two ranks owns only padding of that group.
     """
 
     def __init__(self, width: int, frozen: bool = True, unused: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Save and load DeepSpeed checkpoints on one rank while file operations fail on one of the ranks.
+"""Save and load DeepSpeed checkpoints while one rank's file operations fail.
 
 Usage, once per rank: RANK=... WORLD_SIZE=2 python deepspeed_save_failures_worker.py CASES.json FOLDER
 
@@ -63,7 +63,10 @@ def replaced(name: str, replacement: Callable[[Callable[..., Any]], Callable[...
 
 
 def move_away(folder: Path) -> None:
-    """Make a folder vanish in one operation; deleting its files could race with a rank that adds some."""
+    """Make a folder vanish in one operation.
+
+    Deleting its files could race with a rank that adds some.
+    """
     elsewhere = tempfile.mkdtemp(dir=folder.parents[1])
     with suppress(FileNotFoundError):  # it has vanished already
         folder.rename(Path(elsewhere, "vanished"))
@@ -106,7 +109,10 @@ def failing(failure: Failure) -> Iterator[None]:
 
 @contextmanager
 def file_system_without(operation: str, number: int) -> Iterator[None]:
-    """Simulate a file system without fsync of folders, or that renames only empty folders, in the block."""
+    """Simulate a limited file system in the block.
+
+    It has no fsync of folders, or renames only empty folders.
+    """
 
     def is_folder(path: Any) -> bool:
         return stat.S_ISDIR((os.fstat if isinstance(path, int) else os.stat)(path).st_mode)
@@ -136,7 +142,10 @@ def error_of(action: Callable[..., Any], *arguments: Any, **options: Any) -> dic
 
 
 def run_failure(failure: Failure, engine: Any, folder: str) -> dict[str, Any]:
-    """Save and train; save or load with the failure; then train, save and load without it."""
+    """Run a save or load with a failure, then without it.
+
+    Save and train; save or load with the failure; then train, save and load without it.
+    """
     engine.save_checkpoint(folder)
     train(engine)
     action = engine.save_checkpoint if failure["action"] == "save" else engine.load_checkpoint
@@ -163,7 +172,10 @@ def run_failure(failure: Failure, engine: Any, folder: str) -> dict[str, Any]:
 
 
 def run_file_system(case: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Save on a file system without an operation, interrupt the last save, and load."""
+    """Save on a limited file system, interrupt the last save, and load.
+
+    The file system lacks one operation.
+    """
     engine = build(2)
     with file_system_without(case["without"], getattr(errno, case["error"])):
         train(engine)

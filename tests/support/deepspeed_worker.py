@@ -1,4 +1,6 @@
-"""Run DeepSpeed cases on one rank, and compare each with the single-process run of deepspeed_oracle.py.
+"""Run DeepSpeed cases on one rank; compare with a single-process run.
+
+The single-process run is in deepspeed_oracle.py.
 
 Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=2 python deepspeed_worker.py CASES.json RESULTS.json
 
@@ -99,7 +101,7 @@ def overflowing(engine: Any) -> Iterator[None]:
 
 
 def deviation(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Return the largest absolute difference, or infinity if a value is not finite."""
+    """Return the largest absolute difference; infinity if a value is not finite."""
     worst = max(float((found[name] - expected[name]).abs().max()) for name in expected)
     return worst if all(bool(value.isfinite().all()) for value in found.values()) else float("inf")
 
@@ -111,7 +113,10 @@ def of_both_ranks(values: set[Any]) -> list[Any]:
 
 
 def step_counts(engine: Any) -> list[int]:
-    """Return the distinct step counts in the states of both ranks; -1 for a rank without states."""
+    """Return the distinct step counts in the states of both ranks.
+
+    The count of a rank without states is -1.
+    """
     return of_both_ranks({int(state["step"]) for state in engine.basic_optimizer.state.values()} or {-1})
 
 

@@ -1,4 +1,6 @@
-"""Run sections of docs/deepspeed.md on one rank: the configuration in a real engine, and the programs.
+"""Run sections of docs/deepspeed.md on one rank.
+
+A section's configuration runs in a real engine, and its programs run.
 
 Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=... python guide_worker.py CASES.json RESULTS.json
 
@@ -33,7 +35,10 @@ ADAMW = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
 
 
 def sections() -> dict[str, dict[str, list[str]]]:
-    """Return {heading: {language: blocks}} of the guide; the part above the first heading is ""."""
+    """Return {heading: {language: blocks}} of the guide.
+
+    The key "" is the part above the first heading.
+    """
     found: dict[str, dict[str, list[str]]] = {}
     for part in re.split(r"^## ", "## \n" + GUIDE.read_text(), flags=re.MULTILINE)[1:]:
         heading, _, text = part.partition("\n")
@@ -131,7 +136,10 @@ def run_section(name: str) -> dict[str, Any]:
 
 
 def kept_bytes(engine: Any) -> dict[str, float]:
-    """Return bytes per parameter of this rank's tensors in memory, by the names in bench/memory/deepspeed.py."""
+    """Return bytes per parameter of this rank's tensors in memory.
+
+    The names are those in bench/memory/deepspeed.py.
+    """
     zero, parameters = engine.optimizer, [param for param in engine.module.parameters() if param.requires_grad]
     *whole, last = batches(range(1), engine.gradient_accumulation_steps())
     for inputs, targets in whole:

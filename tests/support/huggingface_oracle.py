@@ -1,7 +1,7 @@
-"""A small GPT-2 on random tokens, and its training in one process without DeepSpeed and Accelerate.
+"""A small GPT-2 on random tokens and its single-process training.
 
-The oracle is a plain loop over the batches that the ranks' models were called with. It computes each rank's gradients,
-averages and clips them, and steps the optimizer.
+Training uses neither DeepSpeed nor Accelerate. The oracle is a plain loop over the batches that the ranks' models were
+called with. It computes each rank's gradients, averages and clips them, and steps the optimizer.
 """
 
 import copy
@@ -43,7 +43,10 @@ class Recorder:
 
 
 def by_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the Trainer's groups: no decay for biases and norms, which are the vectors of this model."""
+    """Return the Trainer's groups: no decay for biases and norms.
+
+    These are the vectors of this model.
+    """
     vectors = [param for param in model.parameters() if param.ndim == 1]
     others = [param for param in model.parameters() if param.ndim > 1]
     return [{"params": others, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""Run the Trainer of transformers and Accelerate on one rank, and compare with a single-process AdaX run.
+"""Run the Trainer and Accelerate on one rank; compare with single-process AdaX.
 
 Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=2 python huggingface_worker.py CASES.json RESULTS.json
 
@@ -85,7 +85,7 @@ def of_ranks(value: Any) -> list[Any]:
 
 
 def start_over(case: dict[str, Any]) -> None:
-    """Reset the state that the frameworks keep in a process, and register as the case does."""
+    """Reset the frameworks' process state, and register as the case does."""
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     huggingface.unregister()
@@ -230,7 +230,10 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def registration() -> dict[str, bool]:
-    """Call `register` and `unregister` twice each, and return whether the Trainer is as expected."""
+    """Call `register` and `unregister` twice each, and check the Trainer.
+
+    Return whether the Trainer is as expected.
+    """
     huggingface.unregister()
     original = transformers.trainer.deepspeed_init
     huggingface.register()

@@ -60,7 +60,7 @@ def train(engine: Any, steps: int) -> None:
 
 
 def engine_tensors(engine: Any) -> dict[str, Any]:
-    """Return the float32 weights and the states of the engine's only parameter group."""
+    """Return float32 weights and states of the engine's only parameter group."""
     (group,) = engine.optimizer.single_partition_of_fp32_groups
     return cloned({"weights": group.detach(), **engine.optimizer.optimizer.state[group]})
 

@@ -71,7 +71,10 @@ def example(*shape: int) -> Tensor:
 
 
 def check_columns(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
-    """Compare Shard(1) with the unsharded run: equal except for the random bits of rounding."""
+    """Compare Shard(1) with the unsharded run.
+
+    They are equal except for the random bits of rounding.
+    """
     results: dict[str, Any] = {}
     for states, keep_float32 in (("float32", None), ("8bit_v16", lambda param: True), ("bfloat16", None)):
         run, twin = run_and_twin({"states": states, "keep_float32": keep_float32}, example(70, 67), mesh, [Shard(1)])

@@ -1,4 +1,6 @@
-"""Cross-compile the small kernels, without a GPU, and read their machine code for test_small_kernels_audit.py.
+"""Cross-compile the small kernels without a GPU and read their machine code.
+
+test_small_kernels_audit.py checks the output.
 
 Usage, with TRITON_INTERPRET unset: python small_kernels_audit.py
 Prints, for each target and kernel, a JSON list of one dictionary per variant.
@@ -59,9 +61,10 @@ def sum_telemetry_rows() -> None:
 
 
 def gradient_accesses(code: str) -> list[tuple[str, str, int]]:
-    """Return (stream, "load" or "store", bits) of each vector access of PTX or AMD assembly, in order.
+    """Return (stream, "load" or "store", bits) of each vector access.
 
-    The source line of an access gives its stream: "tile" or "tail" of the gradients, "partial" or "table".
+    `code` is PTX or AMD assembly, and the accesses are in its order. The source line of an access gives its stream:
+    "tile" or "tail" of the gradients, "partial" or "table".
     """
     source = Path(inspect.getsourcefile(grad_norm_kernel.fn)).read_text().splitlines()
     accesses = []

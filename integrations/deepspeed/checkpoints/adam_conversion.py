@@ -63,7 +63,7 @@ def switching_optimizer(engine: Any) -> Iterator[None]:
 
 
 def adax_from_deepspeed_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e-4) -> dict[str, Any]:
-    """Convert a state dict of DeepSpeed's or torch's Adam for a warm start of AdaX or AdaXW.
+    """Convert DeepSpeed's or torch's Adam states to warm-start AdaX or AdaXW.
 
     Args:
         state_dict: the inner optimizer's state dict, as in ZeRO's optimizer files. A group without
@@ -84,7 +84,7 @@ def adax_from_deepspeed_adam(state_dict: Mapping[str, Any], *, beta2: float = 1e
 
 
 def deepspeed_adam_from_adax(state_dict: Mapping[str, Any], betas: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Convert an AdaX state dict of this package for DeepSpeed's and torch's Adam.
+    """Convert an AdaX state dict for DeepSpeed's and torch's Adam.
 
     Args:
         state_dict: the inner optimizer's state dict, as in ZeRO's optimizer files.

@@ -76,7 +76,9 @@ def save_atomically(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _save(engine: Any, save_dir: str, tag: str, as_latest: bool, write: Callable[[str], Any]) -> Any:
-    """Publish a checkpoint once every rank has written it, or raise on every rank.
+    """Publish a checkpoint once every rank has written it.
+
+    Otherwise raises on every rank.
 
     Args:
         engine: the DeepSpeed engine that saves.
@@ -105,9 +107,10 @@ def _save(engine: Any, save_dir: str, tag: str, as_latest: bool, write: Callable
 
 
 def checkpoint_to_load(engine: Any, load_dir: str, tag: str | None, gather: Gather) -> str | None:
-    """Return the folder to load, the same on every rank, or None if there is no `latest`.
+    """Return the folder to load, the same on every rank.
 
-    For a universal checkpoint it returns `tag` itself, and DeepSpeed looks for the folder.
+    Returns None if there is no `latest`. For a universal checkpoint it returns `tag` itself, and DeepSpeed looks for
+    the folder.
 
     Args:
         engine: the DeepSpeed engine that loads.
@@ -134,7 +137,7 @@ def checkpoint_to_load(engine: Any, load_dir: str, tag: str | None, gather: Gath
 
 
 def prepare_staging(save_dir: str, tag: str) -> bool:
-    """Create an empty folder to write into, and test whether the file system renames folders.
+    """Create an empty staging folder and test whether folders can be renamed.
 
     Args:
         save_dir: the folder of checkpoints.
@@ -167,7 +170,10 @@ def prepare_staging(save_dir: str, tag: str) -> bool:
 
 
 def prepare_in_place(save_dir: str, tag: str) -> None:
-    """Empty the folder of a tag, except for an empty `complete.json`: it means incomplete."""
+    """Empty the folder of a tag, except for an empty `complete.json`.
+
+    An empty `complete.json` means that the checkpoint is incomplete.
+    """
     folder = Path(save_dir, tag)
     folder.mkdir(exist_ok=True)
     replace_file(str(folder / MANIFEST), "{}")
@@ -196,7 +202,7 @@ def publish(save_dir: str, tag: str, as_latest: bool, in_place: bool = False) ->
 
 
 def write_manifest(folder: str) -> None:
-    """Flush all files of a folder to the disk, then list them in `complete.json`."""
+    """Flush a folder's files to the disk, then list them in `complete.json`."""
     inside = sorted(path for path in Path(folder).rglob("*") if not path.name.startswith(MANIFEST))
     with ThreadPoolExecutor(_FLUSHES_AT_ONCE) as pool:  # each flush waits for the disk
         list(pool.map(_flush, [*inside, Path(folder)]))
@@ -205,7 +211,10 @@ def write_manifest(folder: str) -> None:
 
 
 def replace_file(path: str, text: str) -> None:
-    """Replace a small file by a rename and flush it; write over it where renaming is not possible."""
+    """Replace a small file by a rename and flush it.
+
+    Writes over the file where renaming is not possible.
+    """
     part = Path(f"{path}.part")
     part.write_text(text)
     _flush(part)
@@ -222,13 +231,16 @@ def replace_file(path: str, text: str) -> None:
 
 
 def is_complete(folder: str) -> bool:
-    """Return whether a folder has all files of its `complete.json`, with their sizes."""
+    """Return whether a folder has all files of its `complete.json`.
+
+    The sizes must match, too.
+    """
     sizes = _manifest(folder).get("files")
     return sizes is not None and all(_size(os.path.join(folder, name)) == size for name, size in sizes.items())
 
 
 def folder_to_load(load_dir: str, tag: str | None) -> tuple[str | None, str | None]:
-    """Return the name of the folder to load, and a warning or None.
+    """Return the folder name to load, and a warning or None.
 
     Args:
         load_dir: the folder of checkpoints.
@@ -283,7 +295,10 @@ def _remove(path: Path) -> None:
 
 
 def _discard(staged: Path) -> None:
-    """Remove the files of a failed save, which may have filled the disk."""
+    """Remove the files of a failed save.
+
+    They may have filled the disk.
+    """
     with contextlib.suppress(OSError):  # the save has raised its own error
         if not is_complete(str(staged)):
             _remove(staged)

@@ -1,4 +1,7 @@
-"""Load DeepSpeed checkpoints: check them first, and restore the state that DeepSpeed does not load."""
+"""Check and load DeepSpeed checkpoints.
+
+Also restores the state that DeepSpeed does not load.
+"""
 
 import functools
 import os
@@ -92,7 +95,7 @@ def load_checked(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_layout(engine: Any, load_dir: str, tag: str | None) -> None:
-    """Raise unless checkpoint and engine agree on ZeRO 3 and on NVMe offload."""
+    """Raise unless checkpoint and engine agree on ZeRO 3 and NVMe offload."""
     if tag is None:
         tag = _latest(load_dir, "latest_universal" if engine.load_universal_checkpoint() else "latest")
     folder = os.path.join(load_dir, str(tag))
@@ -119,7 +122,10 @@ def _check_layout(engine: Any, load_dir: str, tag: str | None) -> None:
 
 
 def _check_latest_is(tag: str | None, load_dir: str) -> None:
-    """Raise if `latest` does not name the tag: without states, DeepSpeed loads ZeRO 3 weights from `latest`."""
+    """Raise if `latest` does not name the tag.
+
+    Without states, DeepSpeed loads ZeRO 3 weights from the checkpoint that `latest` names.
+    """
     latest = _latest(load_dir, "latest")
     if tag is not None and tag != latest:
         raise ValueError(
@@ -130,13 +136,19 @@ def _check_latest_is(tag: str | None, load_dir: str) -> None:
 
 
 def _latest(load_dir: str, name: str) -> str | None:
-    """Return the tag in a file such as `latest`, or None if there is no file."""
+    """Return the tag in a file such as `latest`, or None.
+
+    Returns None if there is no file.
+    """
     path = Path(load_dir, name)
     return path.read_text().strip() if path.is_file() else None
 
 
 def _check_swapped_files(engine: Any, folder: str) -> None:
-    """Raise if a checkpoint lacks the file of a partition that this rank swaps to NVMe."""
+    """Raise if a checkpoint lacks the file of a swapped partition.
+
+    Checks the partitions that this rank swaps to NVMe.
+    """
     rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
     saved = os.listdir(os.path.join(folder, "offloaded_tensors", f"rank{rank:02d}"))
     for partition_id in engine.optimizer.optimizer_swapper.swap_params_info:
@@ -149,7 +161,9 @@ def _check_swapped_files(engine: Any, folder: str) -> None:
 
 
 def _restore(engine: Any, path: str, load_states: bool) -> None:
-    """Restore state that DeepSpeed does not load with NVMe offload or from universal checkpoints.
+    """Restore state that DeepSpeed does not load.
+
+    Applies to NVMe offload and to universal checkpoints.
 
     Args:
         engine: the engine with ZeRO, after DeepSpeed's load.
@@ -184,7 +198,9 @@ def _keep_loss_scaler(zero: Any, own: Any) -> None:
 
 
 def _restore_partitions(zero: Any, saved: Mapping[str, Any], load_states: bool) -> None:
-    """Restore states and small partitions under NVMe offload; DeepSpeed restores only the swapped files.
+    """Restore states and small partitions under NVMe offload.
+
+    DeepSpeed restores only the swapped files.
 
     Args:
         zero: the ZeRO 3 optimizer.
@@ -216,7 +232,10 @@ def _restore_partitions(zero: Any, saved: Mapping[str, Any], load_states: bool) 
 def _without_swapped(
     saved: Mapping[str, Any], optimizer: MomentOptimizer, swapped: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return a state dict with empty moments for swapped partitions; their values are in files."""
+    """Return a state dict with empty moments for swapped partitions.
+
+    Their values are in files.
+    """
     states = dict(saved["state"])
     for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=False):
         for key, partition in zip(group["params"], own["params"], strict=False):

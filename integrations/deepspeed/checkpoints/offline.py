@@ -23,7 +23,7 @@ _KEYS = ("base_optimizer_state", "optimizer_state_dict")
 def convert_folder(
     source: Path, target: Path, to: str | None, beta2: float | None, lr: float | None, progress: Progress
 ) -> str:
-    """Write a copy of a ZeRO 1, 2 or 3 checkpoint with converted optimizer states.
+    """Copy a ZeRO 1, 2 or 3 checkpoint with converted optimizer states.
 
     The copy has the states that `switching_optimizer` would load, and the source's number of ranks. Only one optimizer
     file at a time is in memory.
@@ -73,7 +73,10 @@ def convert_folder(
 
 
 def _checkpoint_folder(source: Path) -> Path:
-    """Return the folder of a tag; raise if its `complete.json` says that it is incomplete."""
+    """Return the folder of a tag.
+
+    Raises if its `complete.json` says that it is incomplete.
+    """
     at_tag = not (source / "latest").is_file()
     folder, tag = (source.absolute().parent, source.absolute().name) if at_tag else (source, None)
     name, warning = folder_to_load(str(folder), tag)

@@ -1,4 +1,7 @@
-"""Raise an error of one rank's save or load on every rank, so that no rank hangs."""
+"""Raise one rank's save or load error on every rank.
+
+Then no rank hangs.
+"""
 
 import contextlib
 import errno
@@ -17,7 +20,7 @@ Gather = Callable[..., list[Any]]
 
 @contextlib.contextmanager
 def raise_on_every_rank(engine: Any, writes_to: str | None = None) -> Iterator[Gather]:
-    """Raise on every rank the error that one rank raises in the block.
+    """Raise one rank's error in the block on every rank.
 
     The ranks exchange errors at the end of the block, in each call of the yielded function, and before each DeepSpeed
     collective that a rank could miss after an error. A rank with an error goes straight to the next exchange.
@@ -57,7 +60,10 @@ def raise_on_every_rank(engine: Any, writes_to: str | None = None) -> Iterator[G
 
 
 def _with_rank(error: Exception, writes_to: str | None) -> Exception:
-    """Return the error with this rank's number, in a type that other ranks can unpickle."""
+    """Return the error with this rank's number.
+
+    Other ranks can unpickle its type.
+    """
     rank = f"rank {torch.distributed.get_rank()}"
     if isinstance(error, RuntimeError) and writes_to and _is_full(writes_to):  # torch.save gives no reason
         return OSError(errno.ENOSPC, f"{rank}: {os.strerror(errno.ENOSPC)}", writes_to)
@@ -91,7 +97,10 @@ def _methods_before_collectives(engine: Any) -> list[tuple[Any, str]]:
 
 
 def _call_first(gather: Gather, owner: Any, name: str) -> Callable[[], None]:
-    """Call `gather` before a method of one object, and return a function that undoes it."""
+    """Call `gather` before a method of one object.
+
+    Returns a function that undoes it.
+    """
     original = getattr(owner, name)
     replaced = vars(owner).get(name)
     setattr(owner, name, lambda *args, **named: (gather(), original(*args, **named))[1])

@@ -43,7 +43,10 @@ def read_optimizer_file(path: str) -> Any:
 
 @contextmanager
 def partitions_in_groups(zero: Any) -> Iterator[None]:
-    """Put ZeRO 3's partitions into the parameter groups within the block; ZeRO removes them between steps."""
+    """Put ZeRO 3's partitions into the parameter groups within the block.
+
+    ZeRO removes them between steps.
+    """
     zero._set_fp32_optimizer_param_groups()
     try:
         yield
@@ -150,7 +153,10 @@ def _copy_partition(fragments: Sequence[Tensor], partition: Tensor, zero: Any) -
 
 
 def _saved_groups(checkpoint_dir: str) -> list[dict[str, Any]]:
-    """Return the hyper-parameters of each group of a universal checkpoint; raise if its states are incomplete."""
+    """Return each group's hyper-parameters from a universal checkpoint.
+
+    Raises if the states of the checkpoint are incomplete.
+    """
     groups = read_optimizer_file(os.path.join(checkpoint_dir, "zero", "optimizer_state.pt"))["param_groups"]
     for index, group in enumerate(groups):
         # The conversion slices states per element, which separates 8-bit values from their group exponents.
@@ -178,7 +184,10 @@ def _load_groups(optimizer: MomentOptimizer, saved_groups: Sequence[Mapping[str,
 def _load_states(
     optimizer: MomentOptimizer, saved_groups: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Load the float32 states that DeepSpeed has set, in the optimizer's precision, and restore its groups."""
+    """Load the float32 states that DeepSpeed has set.
+
+    Stores them in the optimizer's precision, and restores its groups.
+    """
     groups = _with_own_params(optimizer, saved_groups)
     states = {}
     for own, group, loaded_group in zip(optimizer.param_groups, groups, loaded, strict=True):
@@ -189,7 +198,7 @@ def _load_states(
 
 
 def check_group_count(optimizer: torch.optim.Optimizer, saved_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError if a checkpoint has more or fewer parameter groups than the optimizer."""
+    """Raise ValueError unless checkpoint and optimizer have equally many parameter groups."""
     if len(saved_groups) != len(optimizer.param_groups):
         raise ValueError(
             f"the checkpoint has {len(saved_groups)} parameter groups, the optimizer {len(optimizer.param_groups)}; "
@@ -208,9 +217,10 @@ def _with_own_params(
 
 @contextmanager
 def _padding_as_parameters(zero: Any, lp_groups_name: str) -> Iterator[str]:
-    """Within the block, give a group without elements on this rank an empty parameter.
+    """Give each group without elements on this rank an empty parameter.
 
-    DeepSpeed's loading fails for a group if this rank holds only padding of it.
+    The parameters exist only within the block. DeepSpeed's loading fails for a group if this rank holds only padding of
+    it.
 
     Yields:
         The name of a temporary attribute of `zero` that lists the parameters of every group.
@@ -234,7 +244,7 @@ def _padding_as_parameters(zero: Any, lp_groups_name: str) -> Iterator[str]:
 
 
 class _Padding:
-    """An empty parameter for a group if this rank holds only its padding."""
+    """An empty parameter for a group with only padding on this rank."""
 
     def __init__(self) -> None:
         self.optim_fragment: dict[str, Tensor] = {}

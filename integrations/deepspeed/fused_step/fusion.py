@@ -1,4 +1,4 @@
-"""Choose which passes of a ZeRO step are fused into the optimizer's step.
+"""Choose which ZeRO passes are fused into the optimizer's step.
 
 DeepSpeed makes several passes over gradients and weights: it checks for inf and NaN, computes the norm, concatenates,
 casts, unscales and clips the gradients, steps, and casts the weights back. These passes move up to 78 bytes per
@@ -80,7 +80,7 @@ def fuse_mode(config: Mapping[str, Any]) -> str:
 
 
 def describe(engine: Any) -> dict[str, Any]:
-    """Return how much of an engine's step is fused, the precision of its states, and its classes.
+    """Return an engine's fused step, state precision and classes.
 
     Args:
         engine: from `deepspeed.initialize`.
@@ -117,7 +117,9 @@ def describe(engine: Any) -> dict[str, Any]:
 
 
 def fuse(wrapper: Any, config: Mapping[str, Any]) -> FusedStep:
-    """Give a ZeRO optimizer the fused step that fits it, in place, and log it.
+    """Give a ZeRO optimizer the fused step that fits it.
+
+    Changes the optimizer in place and logs the choice.
 
     Args:
         wrapper: DeepSpeed's optimizer that wraps AdaX, or the AdaX optimizer if it is not wrapped.
@@ -172,7 +174,7 @@ def _choose_mixin(wrapper: Any) -> tuple[type | None, FusedStep]:
 
 
 def _why_not_fused(wrapper: Any) -> str | None:
-    """Return why the step of a ZeRO optimizer cannot be fused, or None."""
+    """Return why a ZeRO optimizer's step cannot be fused, or None."""
     if getattr(wrapper, "torch_autocast_gradscaler", None) is not None:
         return "torch_autocast in fp16 steps through a GradScaler"
     if getattr(wrapper, "zenflow", False):
@@ -198,7 +200,10 @@ def _why_not_fused(wrapper: Any) -> str | None:
 
 
 def _changed_method(upstream: type) -> str | None:
-    """Return which method of a DeepSpeed class is missing or takes other arguments than expected, or None."""
+    """Return which method of a DeepSpeed class has changed, or None.
+
+    A changed method is missing or takes other arguments than expected.
+    """
     for name, expected in _METHODS.get(upstream.__name__, {}).items():
         method = methods_of(upstream).get(name)
         if method is None or tuple(argument.arg for argument in method.args.args)[1:] != expected:

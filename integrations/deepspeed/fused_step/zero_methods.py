@@ -33,9 +33,9 @@ _Wrapper: Any = object  # DeepSpeed's class, which follows the mixin
 
 
 class DelayedStateLinks(_Wrapper):
-    """ZeRO 1 and 2: link parameters to their states once every group has states.
+    """Link parameters to states once every group has states.
 
-    DeepSpeed links them after the first group's step, when the other groups have no states.
+    For ZeRO 1 and 2. DeepSpeed links them after the first group's step, when the other groups have no states.
     """
 
     def _lazy_init_hp_params_optimizer_state(self) -> None:
@@ -44,12 +44,12 @@ class DelayedStateLinks(_Wrapper):
 
 
 class SingleNormPass(_Wrapper):
-    """Read gradients once, for their norms and for the check that all are finite."""
+    """Read gradients once for their norms and for the finiteness check."""
 
     _norms_by_group: dict[int, list[Tensor]] | None = None
 
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
-        """Return the global norm, which DeepSpeed computes from the norms of single gradients."""
+        """Return the global norm that DeepSpeed computes from single gradients' norms."""
         if norm_type == 2:
             group = next((index for index, each in self.averaged_gradients.items() if each is gradients), -1)
             norms = (self._norms_by_group or {}).pop(group, None)
@@ -57,7 +57,7 @@ class SingleNormPass(_Wrapper):
         return super().get_grad_norm_direct(gradients, params, norm_type)
 
     def _measure_norms(self) -> Tensor:
-        """Keep the norms of all gradients of this rank, and return them, shape (gradients,)."""
+        """Keep and return the norms of this rank's gradients, shape (gradients,)."""
         groups = sorted(self.averaged_gradients.items())
         self._norms_by_group = {index: _norms(gradients) for index, gradients in groups if gradients is not None}
         norms = [norm for found in self._norms_by_group.values() for norm in found]
@@ -76,16 +76,25 @@ def _norms(gradients: Iterable[Tensor]) -> list[Tensor]:
 
 
 class Zero12Methods(SingleNormPass, DelayedStateLinks):
-    """ZeRO 1 and 2 with DeepSpeed's own `step()`: one read for check and norm, no pass to unscale and clip."""
+    """ZeRO 1 and 2 with DeepSpeed's own `step()`, in fewer passes.
+
+    Gradients are read once for check and norm. No pass unscales and clips them.
+    """
 
     _external_grads: ExternalGrads | None = None
 
     def has_overflow_partitioned_grads_serial(self) -> Tensor:
-        """Return whether a gradient of this rank is not finite, shape (1,), and keep the norms."""
+        """Return whether a gradient of this rank is not finite.
+
+        The result has shape (1,). The norms are kept.
+        """
         return ~self._measure_norms().isfinite().all().reshape(1)
 
     def unscale_and_clip_grads(self, grad_groups_flat: Sequence[Tensor], total_norm: Tensor | None) -> None:
-        """Get DeepSpeed's unscale-and-clip factor by scaling a 1. The step applies it to the gradients."""
+        """Get DeepSpeed's unscale-and-clip factor by scaling a 1.
+
+        The step applies it to the gradients.
+        """
         (flat,) = grad_groups_flat
         self._grad_factor = torch.ones(1, dtype=torch.float32, device=flat.device)
         super().unscale_and_clip_grads([self._grad_factor], total_norm)
@@ -100,14 +109,20 @@ class Zero12Methods(SingleNormPass, DelayedStateLinks):
 
 
 class Zero3Methods(SingleNormPass):
-    """ZeRO 3: the step reads the reduced gradients in place and writes the weights in the model's dtype."""
+    """ZeRO 3: the step reads the reduced gradients in place.
+
+    It writes the weights in the model's dtype.
+    """
 
     grad_partitions_flat_buffer: Tensor
     _external_grads: ExternalGrads | None = None
     _staging: Tensor | None = None
 
     def has_overflow(self, partition_gradients: bool = True) -> bool:
-        """Return DeepSpeed's result, computed from norms instead of its buffer of all gradients."""
+        """Return DeepSpeed's result, computed from norms.
+
+        The norms replace DeepSpeed's buffer of all gradients.
+        """
         accelerator = get_accelerator()
         buffer = self.grad_partitions_flat_buffer
         self.grad_partitions_flat_buffer = (
@@ -130,7 +145,10 @@ class Zero3Methods(SingleNormPass):
         self.averaged_gradients[sub_group_id] = None
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor | None) -> None:
-        """Get DeepSpeed's unscale-and-clip factor by scaling a 1. The step applies it to the gradients."""
+        """Get DeepSpeed's unscale-and-clip factor by scaling a 1.
+
+        The step applies it to the gradients.
+        """
         master = self.fp32_partitioned_groups_flat[sub_group_id]
         stand_in = SimpleNamespace(grad=torch.ones(1, dtype=torch.float32, device=master.device))
         self.fp32_partitioned_groups_flat[sub_group_id] = stand_in

@@ -1,4 +1,4 @@
-"""`step()` methods that replace those of ZeRO 1 and 2 and of BF16_Optimizer.
+"""Replacement `step()` methods of ZeRO 1, ZeRO 2 and BF16_Optimizer.
 
 They do the same as DeepSpeed's, in the same order, without the extra passes over gradients and weights. They are used
 only if the hash of DeepSpeed's `step()` is in `VERIFIED_STEPS`: they were compared with that source.
@@ -33,7 +33,7 @@ _CLIP_EPS = 1e-6  # as in deepspeed.runtime.utils.clip_tensors_by_global_norm
 
 @functools.cache
 def methods_of(upstream: type) -> dict[str, ast.FunctionDef]:
-    """Return the source of the methods that a class itself defines, by name.
+    """Return {name: source} of the methods that a class itself defines.
 
     The result is empty if the module has no source. `inspect.signature` does not work here, because DeepSpeed's
     decorators hide signatures.
@@ -60,7 +60,10 @@ def is_verified(upstream: type) -> bool:
 
 
 class Zero12Step(Zero12Methods):
-    """ZeRO 1 and 2: the step reads the pieces of a gradient in place and writes the weights in the model's dtype."""
+    """ZeRO 1 and 2: the step reads gradient pieces in place.
+
+    It writes the weights in the model's dtype.
+    """
 
     def step(self, closure: Any = None) -> None:
         """Do the same as DeepSpeed's step, which also ignores `closure`."""
@@ -155,7 +158,7 @@ class Zero12Step(Zero12Methods):
 
 
 class BF16Step:
-    """BF16_Optimizer: the step clips the gradients and also writes the weights in bfloat16."""
+    """BF16_Optimizer: the step clips gradients and also writes bfloat16 weights."""
 
     @torch.no_grad()
     def step(self: Any, closure: Any = None) -> None:
