@@ -20,7 +20,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors 
 
 CPU = torch.device("cpu")
 NUMEL = 2100  # one chunk, one group of 32, and 20 more elements
-LOWEST = "bf16 + 8bit + 24-bit masters"
+ALL_8BIT = "bf16 + 8bit + 24-bit masters"
 DRY = ["--device", "cpu", "--numel", str(NUMEL), "--rounds", "1"]
 
 
@@ -51,10 +51,10 @@ def test_changed_result_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsy
         return wrong if variant.label == "1024x8" else launch
 
     monkeypatch.setattr(Case, "call", changed)
-    assert command.main([*DRY, "--modes", LOWEST, "--variants", "2048x8 r48", "1024x8"]) == 1
+    assert command.main([*DRY, "--modes", ALL_8BIT, "--variants", "2048x8 r48", "1024x8"]) == 1
     printed = capsys.readouterr()
     assert re.search(r"\| DIFFERS .*exp_avg.* of the largest update \|", printed.out)
-    assert f"{LOWEST}: 1024x8 DIFFERS" in printed.err and "r48" not in printed.err
+    assert f"{ALL_8BIT}: 1024x8 DIFFERS" in printed.err and "r48" not in printed.err
 
 
 @interpreted
@@ -70,7 +70,7 @@ def test_dry_run_writes_the_printed_rows(tmp_path: Path, capsys: Any, monkeypatc
         return Case(*arguments)
 
     monkeypatch.setattr(command, "Case", watched)
-    names = ["fp32", "fp32, frozen", LOWEST]
+    names = ["fp32", "fp32, frozen", ALL_8BIT]
     assert command.main([*DRY, "--modes", *names, "--json", str(path)]) == 1
     assert written == [False, 1, 2]
     result = json.loads(path.read_text())
@@ -137,7 +137,7 @@ def test_variants_compile_without_a_gpu(tmp_path: Path) -> None:
     script.write_text(COMPILING)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
-    command = [sys.executable, "-P", str(script), LOWEST]
+    command = [sys.executable, "-P", str(script), ALL_8BIT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^1024x4 r48: \d+\.\d s$", done.stdout, re.MULTILINE)

@@ -99,11 +99,14 @@ CPU_ADAM: Case = {
         {**OFFLOADED, "convert": ["--to", "adaxw", "--beta2", "1e-3"], **TO_CONVERTED_ADAXW},
     ],
 }
-LOW = {"width": 128, "params": {"lr": 1e-2, "weight_decay": 1e-2, "states": "8bit_v16"}}
+STATES_8BIT_V16 = {"width": 128, "params": {"lr": 1e-2, "weight_decay": 1e-2, "states": "8bit_v16"}}
 TO_LOW = named(
-    {f"z{stage}-float32-to-8bit_v16": [bf16(stage, width=128), bf16(stage, universal=True, **LOW)] for stage in (2, 3)}
+    {
+        f"z{stage}-float32-to-8bit_v16": [bf16(stage, width=128), bf16(stage, universal=True, **STATES_8BIT_V16)]
+        for stage in (2, 3)
+    }
 )
-LOWEST = {"width": 128, "params": {"lr": 1e-2, "states": "8bit"}}
+STATES_8BIT = {"width": 128, "params": {"lr": 1e-2, "states": "8bit"}}
 OWN_MASTERS = {
     "params": {"lr": 1e-2, "states": "bfloat16", "master_weights": "24bit"},
     "config": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
@@ -114,8 +117,18 @@ RAISES = {"expect_error": True, "steps": 1}
 LOADS_THAT_RAISE = [
     pytest.param({"name": name, "segments": [*before, {**segment, **RAISES}]}, words, id=name)
     for name, before, segment, words in (
-        ("8bit-universal", [bf16(2, steps=1, **LOWEST)], bf16(2, universal=True, **LOWEST), ["'8bit'", "float32"]),
-        ("8bit_v16-universal-z3", [bf16(3, steps=1, **LOW)], bf16(3, universal=True, **LOW), ["'8bit_v16'", "float32"]),
+        (
+            "8bit-universal",
+            [bf16(2, steps=1, **STATES_8BIT)],
+            bf16(2, universal=True, **STATES_8BIT),
+            ["'8bit'", "float32"],
+        ),
+        (
+            "8bit_v16-universal-z3",
+            [bf16(3, steps=1, **STATES_8BIT_V16)],
+            bf16(3, universal=True, **STATES_8BIT_V16),
+            ["'8bit_v16'", "float32"],
+        ),
         ("z2-to-z3", [bf16(2, steps=1)], bf16(3, universal=True), ["below ZeRO 3", "zero_to_fp32"]),
         ("z3-to-z2", [bf16(3, steps=1)], bf16(2), ["at ZeRO 3", "zero_to_fp32"]),
         ("z3-to-z2-universal", [bf16(3, steps=1)], bf16(2, universal=True), ["at ZeRO 3", "zero_to_fp32"]),

@@ -53,10 +53,10 @@ def assert_error(source: Path, words: list[str], capsys: pytest.CaptureFixture[s
 
 
 ADAM = state_dict(torch.optim.Adam)
-LOW = state_dict(AdaX)
-LOW["state"][0]["exp_avg"] = torch.zeros(5, 1, dtype=torch.uint8)
-LOW["state"][0]["exp_avg_sq"] = torch.zeros(5, 2, dtype=torch.uint8)
-LOW["state"][0]["group_exponents"] = torch.zeros(1, 1, dtype=torch.uint8)
+STATE_8BIT_V16 = state_dict(AdaX)
+STATE_8BIT_V16["state"][0]["exp_avg"] = torch.zeros(5, 1, dtype=torch.uint8)
+STATE_8BIT_V16["state"][0]["exp_avg_sq"] = torch.zeros(5, 2, dtype=torch.uint8)
+STATE_8BIT_V16["state"][0]["group_exponents"] = torch.zeros(1, 1, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ LOW["state"][0]["group_exponents"] = torch.zeros(1, 1, dtype=torch.uint8)
         ([ADAM, ADAM], ["--to", "adamw"], [FILES[0], "was not saved by adax_triton"]),
         ([state_dict(torch.optim.Adam, amsgrad=True)], ["--to", "adax"], [FILES[0], "amsgrad"]),
         ([ADAM], ["--to", "adax", "--beta2", "0.9"], [FILES[0], "beta2=0.9"]),
-        ([LOW], ["--to", "adam"], [FILES[0], "states='float32'"]),
+        ([STATE_8BIT_V16], ["--to", "adam"], [FILES[0], "states='float32'"]),
         ([[ADAM]], ["--to", "adax"], ["elastic_checkpoint=false"]),
         ([{**ADAM, "more": Path}], ["--to", "adax"], ["weights_only=True"]),
         ([], ["--to", "adax"], ["no optimizer files of ZeRO", "--key optimizer"]),

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import adax_triton.integrations.deepspeed
+import adax_triton.integrations.deepspeed  # noqa: F401  registers the optimizer types
 import deepspeed
 import torch
 from torch import Tensor, nn
@@ -118,4 +118,3 @@ if __name__ == "__main__":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
     {"save": save, "load": load}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])
-    assert adax_triton.integrations.deepspeed is not None
