@@ -65,7 +65,7 @@ class FrozenWarning:
 
 
 def _copy(index: int, step: Tensor) -> tuple[int, Tensor, torch.cuda.Event]:
-    count = torch.empty(step.shape, dtype=step.dtype, pin_memory=True)
+    count = torch.empty(step.shape, dtype=step.dtype, device="cpu", pin_memory=True)
     event = torch.cuda.Event()
     with torch.cuda.device(step.device):
         count.copy_(step, non_blocking=True)

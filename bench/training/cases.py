@@ -20,7 +20,7 @@ class Case:
     name: str  # `framework / optimizer`
     stage: int | None = None  # of ZeRO; None is plain PyTorch
     offload: bool = False  # ZeRO keeps the optimizer states on the CPU and steps there
-    states: str = "float32"  # of AdaXW in plain PyTorch
+    states: str = "float32"  # of AdaXW
     master_weights: str | None = None  # of AdaXW with bfloat16 weights; None trains float32 weights
 
     @property
@@ -50,6 +50,7 @@ def cases(dtype: str) -> dict[str, Case]:
         for stage in stages:
             framework = f"ZeRO-{stage}{' offload' if offload else ''}"
             found += [Case(f"{framework} / {name}", stage, offload) for name in ("DeepSpeed AdamW", "AdaXW")]
+    found.append(Case("ZeRO-2 / AdaXW 8bit_v16", 2, states="8bit_v16"))
     return {case.name: case for case in found}
 
 
@@ -73,6 +74,7 @@ def deepspeed_config(case: Case, batch: int, dtype: str, lr: float, device: str)
 
     AdaXW's and AdamW's differ only in "optimizer".
     """
+    states = {"states": case.states} if case.optimizer == "AdaXW" else {}
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": device == "cuda"}} if case.offload else {}
     return {
         "train_micro_batch_size_per_gpu": batch,
@@ -80,5 +82,5 @@ def deepspeed_config(case: Case, batch: int, dtype: str, lr: float, device: str)
         "steps_per_print": 10**9,
         "zero_optimization": {"stage": case.stage, **offload},
         "bf16": {"enabled": dtype == "bfloat16"},
-        "optimizer": {"type": case.optimizer, "params": {"lr": lr, **RULES[case.optimizer]}},
+        "optimizer": {"type": case.optimizer, "params": {"lr": lr, **RULES[case.optimizer], **states}},
     }

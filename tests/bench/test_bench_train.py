@@ -71,6 +71,8 @@ def test_configurations_of_a_framework_differ_only_in_the_optimizer() -> None:
     assert [section.pop("optimizer")["type"] for section in (ours, theirs)] == ["AdaXW", "AdamW"]
     assert ours == theirs
     assert ours["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    quantized = train_cases.deepspeed_config(case("ZeRO-2 / AdaXW 8bit_v16"), 4, "bfloat16", 1e-3, "cuda")
+    assert quantized["optimizer"]["params"]["states"] == "8bit_v16"
 
 
 def test_times_and_memory_are_the_maximum_over_ranks() -> None:

@@ -64,10 +64,10 @@ def tensors_of(optimizer: AdaXW, params: list[Parameter]) -> list[Tensor]:
 
 
 def trained(mode: str = "plain", sizes: Sizes = NATIVE_SIZES, device: torch.device | str = "cpu") -> list[list[Tensor]]:
-    """Return the tensors after one step and after two."""
+    """Return the tensors after one step, after two and after three."""
     optimizer, params = build(sizes, device, **OPTIONS[mode])
     found = []
-    for step in range(2):
+    for step in range(3):
         give_gradients(params, step)
         optimizer.step()
         found.append(tensors_of(optimizer, params))
@@ -129,16 +129,32 @@ def test_interrupt_waits_for_the_step(mode: str, backend: torch.device, monkeypa
     )
     optimizer, params = build(sizes, backend, **OPTIONS[mode])
     give_gradients(params, 0)
+    optimizer.step()  # on a GPU, a first step calls `run` also to compile
+    give_gradients(params, 1)
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(owner, "run", act_before_second_call(owner.run, interrupt))
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
     assert signal.getsignal(signal.SIGINT) is before
-    assert equal(tensors_of(optimizer, params), undisturbed(mode, sizes, backend)[0])
-    give_gradients(params, 1)
-    optimizer.step()
     assert equal(tensors_of(optimizer, params), undisturbed(mode, sizes, backend)[1])
+    give_gradients(params, 2)
+    optimizer.step()
+    assert equal(tensors_of(optimizer, params), undisturbed(mode, sizes, backend)[2])
+
+
+def test_interrupt_while_compiling_changes_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adax_triton.step.plan.needs_compilation", lambda launches: True)
+    optimizer, params = build(TRITON_SIZES, device)
+    give_gradients(params, 0)
+    weights = [param.detach().clone() for param in params]
+    with monkeypatch.context() as patch:
+        patch.setattr(TritonLaunch, "run", act_before_second_call(TritonLaunch.run, interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert equal(weights, [param.detach() for param in params])
+    optimizer.step()
+    assert equal(tensors_of(optimizer, params), undisturbed("plain", TRITON_SIZES, device)[0])
 
 
 def test_interrupt_waits_for_a_step_with_external_gradients(

@@ -245,8 +245,10 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_each_change_takes_effect_in_the_next_step(step_kind: str, device: torch.device) -> None:
     run = Run(step_kind, device)
     run.check_step()
+    # External gradients need float32 parameters, and step counts that the host advances.
+    unsupported = [made_float64, *([count_in_int32] if device.type == "cuda" else [])]
     for change in [*CHANGES, *([] if step_kind == "external" else CHANGES_OF_LAYOUT)]:
-        if step_kind == "external" and change is made_float64:
+        if step_kind == "external" and change in unsupported:
             continue
         run.check_step()  # this step reuses the plan unless the last change forbids it
         change(run.optimizer, run.params[1])
