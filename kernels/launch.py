@@ -22,9 +22,9 @@ class LaunchShape(NamedTuple):
 
 
 # 8 elements per thread, with 32 threads per warp (NVIDIA) or 64 (AMD). On an H200 the best other shape or register
-# limit gains at most 3 % in any mode (bench/results/nvidia-h200-variants.json); the AMD shape is not timed. The
-# generated code has no spills, no shared memory, and every data load before the first store
-# (tests/gpu_code/test_code_audit.py).
+# limit gains 5 % with "8bit" states and at most 3 % in any other mode (bench/results/nvidia-h200-variants.json); the
+# AMD shape is not timed. The generated code has no spills, no shared memory, and every data load before the first
+# store (tests/gpu_code/test_code_audit.py).
 _SHAPES = {"cuda": LaunchShape(2048, 8, 8), "hip": LaunchShape(2048, 4, 8)}
 
 
