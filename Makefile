@@ -15,7 +15,7 @@ env: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[deepspeed,huggingface,bench,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[deepspeed,huggingface,lightning,bench,docs,dev]'
 	-DS_ACCELERATOR=cpu $(BIN)/python tests/support/async_io.py >/dev/null
 	touch $(READY)
 
