@@ -73,7 +73,7 @@ README_RESULT := bench/results/nvidia-h200-step.json
 report: $(READY)  ## regenerate docs/benchmarks and the README's table from the committed results
 	rm -f docs/benchmarks/*.png
 	$(BIN)/adax-triton bench report $(REPORTED) --out docs/benchmarks
-	$(BIN)/adax-triton bench report $(README_RESULT) --readme README.md
+	$(BIN)/adax-triton bench report $(README_RESULT) --readme README.md --picture docs/speed.png
 
 acceptance: $(DEEPSPEED_VENV)/.ready  ## run the acceptance tests and rewrite docs/deepspeed-acceptance.md; DEEPSPEED=0.19.1 selects a version
 	$(DEEPSPEED_VENV)/bin/python tests/support/acceptance_table.py

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files_help = "JSON files of benchmarks; default with --readme: the files that its section names"
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=files_help)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write report.md and the PNG files here")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the first result's steps as in a README")
     parser.add_argument("--readme", type=Path, metavar="FILE", help=f"rewrite the text between {BEGIN} and {END}")
 
 
@@ -52,12 +53,14 @@ def main(arguments: argparse.Namespace) -> int:
         text = document(files)
         if arguments.readme is not None:
             rewrite(arguments.readme, files)
+        if arguments.picture is not None:
+            plots.steps(read_steps(files[0])).savefig(arguments.picture)
         if arguments.out is not None:
             write(arguments.out, files)
     except (ValueError, ImportError, OSError) as error:
         print(f"adax-triton bench report: {error}", file=sys.stderr)
         return 2
-    if arguments.out is None and arguments.readme is None:
+    if arguments.out is arguments.readme is arguments.picture is None:
         print(text)
     return 0
 
@@ -77,6 +80,14 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
     if kind not in TABLES or "environment" not in keys:
         raise ValueError(f"{path}: not a result of a benchmark of this package")
     return kind, result
+
+
+def read_steps(path: Path) -> dict[str, Any]:
+    """Return a result of `bench step`, which a README shows."""
+    kind, result = read(path)
+    if kind != "step":
+        raise ValueError(f"{path}: the README shows results of `bench step`, got one of {kind!r}")
+    return result
 
 
 def modes_table(result: dict[str, Any]) -> str:
@@ -138,11 +149,9 @@ def section(files: Sequence[Path], root: Path) -> str:
     """
     parts = []
     for path in files:
-        kind, result = read(path)
         if not path.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"{path}: not below {root}, so the README cannot name it")
-        if kind != "step":
-            raise ValueError(f"{path}: the README shows results of `bench step`, got one of {kind!r}")
+        result = read_steps(path)
         name = path.resolve().relative_to(root.resolve()).as_posix()
         parts.append(f"From `{name}`: {origin(result)}.\n\n{step_table.summary(result)}\n")
     return "\n".join(parts)

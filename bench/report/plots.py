@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adax_triton.bench.harness.environment import origin
+from adax_triton.bench.step.table import FUSED, summarize
 
 OURS_COLOUR, OTHER_COLOUR = "#2563eb", "#94a3b8"
 LINE_COLOURS = ("#2563eb", "#f59e0b", "#0d9488", "#475569", "#dc2626")
@@ -49,6 +50,20 @@ def bandwidths(result: dict[str, Any]) -> Any:
         axes.axvline(1.0, color="black", linewidth=0.8)
     grid[-1].set_xlabel("bandwidth relative to a copy in the same run")
     figure.suptitle(origin(result), fontsize=9)
+    return figure
+
+
+def steps(result: dict[str, Any]) -> Any:
+    """Return bars of the step times in a README's table."""
+    numel, fused_ms, rows = summarize(result)
+    bars = {} if fused_ms is None else {f"{FUSED}, fp32": fused_ms}
+    for mode, ours, other in rows:
+        if other is not None:
+            bars[f"{other[1]}, {mode}"] = other[0]
+        bars[f"AdaXW, {mode}"] = ours["median_ms"]
+    figure = _figure(9, 0.7 + 0.28 * len(bars))
+    title = f"One step of {numel:,} weights on one {result['environment']['device']}: milliseconds, less is better"
+    _bars(figure.subplots(), bars, "{:.2f}".format, title)
     return figure
 
 

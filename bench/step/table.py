@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from adax_triton.bench.harness.command import markdown_table
 from adax_triton.bench.harness.providers import OURS
@@ -74,30 +74,47 @@ def _cells(label: str, row: dict[str, Any], present: list[str]) -> list[str]:
     return [label.removesuffix(f", {row.get('mode')}"), *cells.values()]
 
 
-def summary(result: dict[str, Any]) -> str:
-    """Return each mode's AdaXW step, next to other optimizers.
+class SummaryRow(NamedTuple):
+    """AdaXW in one mode, and the fastest other optimizer in it."""
 
-    The step is of the largest flat tensor.
+    mode: str
+    ours: dict[str, Any]  # the row of the result
+    other: tuple[float, str] | None  # median ms and name
+
+
+def summarize(result: dict[str, Any]) -> tuple[int, float | None, list[SummaryRow]]:
+    """Select the step of the largest flat tensor.
+
+    Returns its number of weights, the ms of torch's fused AdamW in fp32, and a row per mode.
     """
     workload = max((one for one in result["workloads"] if one["tensors"] == 1), key=lambda one: one["numel"])
     timed = {label: row for label, row in workload["providers"].items() if "median_ms" in row}
-    fused, rows = timed.get(FUSED), []
+    rows = []
     for mode in SUMMARY_MODES:
         of_mode = {label: row for label, row in timed.items() if row.get("mode") == mode}
         ours = next((row for label, row in of_mode.items() if label.startswith(OURS)), None)
-        if ours is None:
-            continue
         others = [
             (row["median_ms"], label.removesuffix(f", {mode}"))
             for label, row in of_mode.items()
             if not label.startswith("adax_triton")
         ]
-        cells = [mode, f"{ours['bytes_per_element']:.4g}", f"{ours['median_ms']:.2f}", f"{ours['copy_share']:.0%}"]
-        cells.append("" if fused is None else f"{fused['median_ms'] / ours['median_ms']:.2f}")
-        cells.append("{1}: {0:.2f} ms".format(*min(others)) if others else "")
-        rows.append(cells)
-    first = f"One step of {workload['numel']:,} weights in one tensor."
-    return "\n".join([first, "", *markdown_table(SUMMARY_TITLES, rows)])
+        if ours is not None:
+            rows.append(SummaryRow(mode, ours, min(others, default=None)))
+    return workload["numel"], timed[FUSED]["median_ms"] if FUSED in timed else None, rows
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return each mode's AdaXW step, next to other optimizers."""
+    numel, fused_ms, rows = summarize(result)
+    cells = [
+        [
+            *(mode, f"{ours['bytes_per_element']:.4g}", f"{ours['median_ms']:.2f}", f"{ours['copy_share']:.0%}"),
+            "" if fused_ms is None else f"{fused_ms / ours['median_ms']:.2f}",
+            "" if other is None else f"{other[1]}: {other[0]:.2f} ms",
+        ]
+        for mode, ours, other in rows
+    ]
+    return "\n".join([f"One step of {numel:,} weights in one tensor.", "", *markdown_table(SUMMARY_TITLES, cells)])
 
 
 def absent_everywhere(result: dict[str, Any]) -> dict[str, str]:

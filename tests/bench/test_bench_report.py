@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from adax_triton.bench.report import command as report
+from adax_triton.bench.report import plots
 from adax_triton.bench.step import table as step_table
 from paths import ROOT
 
@@ -183,6 +184,20 @@ def test_tables_and_plots_are_written_to_the_folder(tmp_path: Path) -> None:
     assert all((out / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in drawn)
     text = (out / "report.md").read_text()
     assert all(f"]({name}.png)" in text for name in drawn)
+
+
+def test_picture_has_a_bar_for_each_time_in_the_readme_table(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (axes,) = plots.steps(json.loads(PUBLISHED[0].read_text())).axes
+    bars = dict(zip([label.get_text() for label in axes.get_yticklabels()], axes.patches, strict=True))
+    text = (ROOT / "README.md").read_text()
+    assert len(bars) > 6 and "torch AdamW fused, fp32" in bars
+    for label, bar in bars.items():
+        name, _, mode = label.partition(", ")
+        cell = f"{bar.get_width():.2f}"
+        assert name == "torch AdamW fused" or re.search(rf"^\| {re.escape(mode)} \|.*\b{cell}\b", text, re.MULTILINE)
+    assert run(PUBLISHED[0], "--picture", tmp_path / "speed.png") == 0
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_duplicate_file_names_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
