@@ -42,9 +42,9 @@ class StepScalars(NamedTuple):
     """
 
     step_size: float  # lr, or lr / (1 - b1^t) for adam
-    one_minus_beta1: float
+    one_minus_beta1: float  # 1 - b1
     exp_avg_sq_weight: float  # w_t
-    eps: float
+    eps: float  # added to sqrt(v)
     decay: float  # lr * weight_decay if decoupled, else 0
     l2: float  # weight_decay if it is part of the gradient, else 0
     grad_factor: float  # -1 to maximize, else 1
