@@ -9,7 +9,7 @@ PINNED_DEEPSPEED := $(shell sed -n 's/^deepspeed==//p' constraints.txt)
 DEEPSPEED ?= $(PINNED_DEEPSPEED)
 DEEPSPEED_VENV := $(if $(filter $(PINNED_DEEPSPEED),$(DEEPSPEED)),$(VENV),.venv-deepspeed-$(DEEPSPEED))
 
-.PHONY: env test quick durations audit mutants soak lint demo bench results report acceptance gpu-check clean
+.PHONY: env test quick durations audit mutants soak lint docs docs-serve demo bench results report acceptance gpu-check clean
 
 env: $(READY)
 
@@ -48,6 +48,15 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target $(VENV)/typed .
 	cd $(VENV)/typed && ../bin/mypy -p adax_triton --config-file ../../pyproject.toml
 
+# mkdocs-material prints a notice about its successor unless the variable is set.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+docs: $(READY)  ## build the documentation into site/; a broken link, a missing docstring or a stale table fails
+	$(MKDOCS) build --strict
+
+docs-serve: $(READY)  ## show the documentation at http://127.0.0.1:8000 and rebuild it after each edit
+	$(MKDOCS) serve --strict --watch adax_triton --watch kernels --watch integrations
+
 demo: $(READY)  ## train a small GPT through DeepSpeed with AdaX, against AdamW
 	$(BIN)/python examples/demo.py
 
@@ -70,10 +79,11 @@ REPORTED = $(wildcard $(foreach kind,step native scale host functions train coun
 
 README_RESULT := bench/results/nvidia-h200-step.json
 
-report: $(READY)  ## regenerate docs/benchmarks and the README's table from the committed results
+report: $(READY)  ## regenerate docs/benchmarks and the README's table from the committed results, and the tables of docs/options.md
 	rm -f docs/benchmarks/*.png
 	$(BIN)/adax-triton bench report $(REPORTED) --out docs/benchmarks
 	$(BIN)/adax-triton bench report $(README_RESULT) --readme README.md --picture docs/speed.png
+	$(BIN)/python docs/hooks/options_table.py
 
 acceptance: $(DEEPSPEED_VENV)/.ready  ## run the acceptance tests and rewrite docs/deepspeed-acceptance.md; DEEPSPEED=0.19.1 selects a version
 	$(DEEPSPEED_VENV)/bin/python tests/support/acceptance_table.py
@@ -89,4 +99,4 @@ gpu-check:  ## CALL=1 checks, CALL=2 measures; needs a GPU, torch, triton and py
 	$(PYTHON) bench/gpu_check.py --call $(CALL)
 
 clean:
-	rm -rf $(VENV) .venv-deepspeed-* build dist *.egg-info runs
+	rm -rf $(VENV) .venv-deepspeed-* build dist site *.egg-info runs

@@ -13,9 +13,15 @@ from typing import Any
 import pytest
 from paths import ROOT, SUPPORT
 
-PAGES = ["README.md", "docs/deepspeed.md"]
+# Pages with guarantees that other files state too, or that a program writes.
+NOT_PAGES = {"api", "architecture", "changelog", "deepspeed-acceptance", "deepspeed-passes"}
+PAGES = [
+    "README.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")) if path.stem not in NOT_PAGES),
+    "docs/benchmarks/index.md",
+]
 PROMISES: list[dict[str, Any]] = tomllib.loads((SUPPORT / "promises.toml").read_text())["promise"]
-GUARANTEE = re.compile(r"\b(always|every|any|in all)\b", re.IGNORECASE)
+GUARANTEE = re.compile(r"(?<!`)\b(always|every|any|in all)\b", re.IGNORECASE)
 
 
 def sentences(page: str) -> list[str]:
@@ -30,7 +36,12 @@ def sentences(page: str) -> list[str]:
 def test_each_guarantee_is_listed(page: str) -> None:
     guarantees = [sentence for sentence in sentences(page) if GUARANTEE.search(sentence)]
     missing = [sentence for sentence in guarantees if not any(promise["says"] in sentence for promise in PROMISES)]
-    assert guarantees and not missing
+    assert not missing
+
+
+def test_guarantees_are_found() -> None:
+    found = [sentence for page in PAGES for sentence in sentences(page) if GUARANTEE.search(sentence)]
+    assert len(found) >= len(PROMISES)
 
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise["says"])
