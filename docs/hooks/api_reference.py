@@ -1,8 +1,8 @@
 """Prepare the package's docstrings for the API reference.
 
-mkdocstrings reads sources, not objects. This module gives it what the sources only say to people:
+mkdocstrings reads sources, not objects. This module adds to the sources:
 
-- a copy of the package with its installed folders, since `kernels/` and `integrations/` lie next to it;
+- a copy of the package as pip installs it, because `kernels/` and `integrations/` are top-level folders;
 - the options behind `**options: Unpack[SharedOptions]`, with their types and defaults;
 - one entry for each argument of `states, seed: see AdaX`, with the text of `AdaX`;
 - the fields of named tuples, with their descriptions;
@@ -76,7 +76,7 @@ def public_names(pkg: griffe.Module) -> list[str]:
 
 
 def check_docstrings(pkg: griffe.Module) -> None:
-    """Raise if a public name, or a public method of a public class, has no docstring."""
+    """Raise if a public name or method has no docstring."""
     missing = []
     for name in public_names(pkg):
         found = pkg[name.removeprefix("adax_triton.")]
@@ -96,7 +96,10 @@ def _inherited(found: griffe.Class, pkg: griffe.Module) -> list[griffe.Object | 
 
 
 def _is_method(member: griffe.Object | griffe.Alias) -> bool:
-    """Return whether a member is a public method or property. The class's docstring describes other attributes."""
+    """Return whether a member is a public method or property.
+
+    The docstring of the class describes other attributes.
+    """
     is_method = isinstance(member, griffe.Function) or "property" in member.labels
     return is_method and not member.name.startswith("_")
 
@@ -109,7 +112,10 @@ def _objects(owner: griffe.Object) -> Iterator[griffe.Object]:
 
 
 def _list_shared_options(found: griffe.Class, base: griffe.Class) -> None:
-    """Replace `**options` of a constructor with the options of `MomentOptimizer`, as `__signature__` does."""
+    """Replace `**options` of a constructor with the shared options.
+
+    `__signature__` has the same options.
+    """
     init = found.members.get("__init__")
     if not isinstance(init, griffe.Function) or "options" not in init.parameters:
         return
@@ -123,7 +129,10 @@ def _shared_names(base: griffe.Class) -> set[str]:
 
 
 def _with_single_arguments(text: str, by_name: dict[str, griffe.Class]) -> str:
-    """Split `a, b: text` under Args into one entry each, and replace "see `AdaX`" with the text of AdaX."""
+    """Give each argument its own entry and text.
+
+    Splits `a, b: text`, and replaces "see `AdaX`" with the text of AdaX.
+    """
     head, heading, rest = text.partition("Args:\n")
     if not heading:
         return text
@@ -152,7 +161,10 @@ def _entries(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _resolved(by_name: dict[str, griffe.Class], source: re.Match[str] | None, name: str) -> str:
-    """Return the text that "see `AdaX`" stands for, with the default of the class that says so."""
+    """Return the text of an argument in the class that "see `AdaX`" names.
+
+    A default next to the reference replaces the default of that class.
+    """
     if source is None or source[1] not in by_name:
         return ""
     docstring = by_name[source[1]].docstring

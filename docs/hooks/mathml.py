@@ -34,12 +34,15 @@ def inline_equation(latex: str) -> str:
 
 
 def display_block(latex: str) -> str:
-    """Return a display equation in a box that scrolls sideways on a narrow screen."""
+    """Return a display equation in a box that scrolls sideways."""
     return f'<div class="math" tabindex="0">{to_mathml(latex, "block")}</div>'
 
 
 def with_mathml(markdown: str) -> str:
-    """Replace the equations of a page with MathML. Other code blocks stay as they are."""
+    """Replace the equations of a page with MathML.
+
+    Other code blocks stay as they are.
+    """
     out: list[str] = []
     indent = fence = ""
     latex: list[str] | None = None

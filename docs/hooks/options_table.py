@@ -1,4 +1,4 @@
-"""Write the tables of docs/options.md from the signatures and docstrings of the optimizers.
+"""Write the tables of docs/options.md from the docstrings of the optimizers.
 
 `python docs/hooks/options_table.py` rewrites the tables. `make docs` fails if they are stale.
 """
@@ -24,7 +24,7 @@ _DEFAULT = re.compile(r"\s*Default: (.+?)\.?$")
 
 
 def tables() -> str:
-    """Return the defaults of each class, then the type and meaning of each argument."""
+    """Return the table of defaults, then the table of meanings."""
     package = load()
     classes = {name: package[f"optimizers.{name}"] for name in CLASSES}
     entries = {name: _entries(found) for name, found in classes.items()}
@@ -50,7 +50,10 @@ def _entries(found: griffe.Class) -> dict[str, tuple[str, str]]:
 
 
 def _default(found: griffe.Class, entries: dict[str, tuple[str, str]], argument: str) -> str:
-    """Return a default as the docstring writes it; raise if the signature has another one."""
+    """Return a default as the docstring writes it.
+
+    Raises PluginError if the signature has another one.
+    """
     if argument not in entries:
         fixed = argument == "decoupled_weight_decay" and "_is_decoupled" in found.members
         return "always" if fixed else ""

@@ -1,4 +1,4 @@
-"""Test the equations of the documentation site, and the texts of its API reference and options table."""
+"""Test the equations, API reference and options table of the documentation."""
 
 from __future__ import annotations
 
