@@ -79,7 +79,7 @@ REPORTED = $(wildcard $(foreach kind,step native scale host functions train coun
 
 README_RESULT := bench/results/nvidia-h200-step.json
 
-report: $(READY)  ## regenerate docs/benchmarks and the README's table from the committed results, and the tables of docs/options.md
+report: $(READY)  ## regenerate the tables of docs/benchmarks, docs/options.md and the README
 	rm -f docs/benchmarks/*.png
 	$(BIN)/adax-triton bench report $(REPORTED) --out docs/benchmarks
 	$(BIN)/adax-triton bench report $(README_RESULT) --readme README.md --picture docs/speed.png
