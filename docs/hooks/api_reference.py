@@ -199,8 +199,13 @@ def _describe_fields(found: griffe.Class) -> None:
         found.docstring.value = text.strip()
 
 
+def on_startup(**kwargs: Any) -> None:
+    """Copy the package before mkdocstrings lists the folders that exist."""
+    copy_package()
+
+
 def on_pre_build(**kwargs: Any) -> None:
-    """Copy the package before mkdocstrings reads it."""
+    """Copy the package again, because `mkdocs serve` builds after each change."""
     copy_package()
 
 
