@@ -65,6 +65,17 @@ def launch(run: argparse.Namespace, processes: int) -> None:
     torchrun([*local, str(TRAIN_GPT), *flags])
 
 
+def conclusion(curves: list[Curve], steps: int, seed: int) -> list[str]:
+    """Return what the comparison of two runs shows, and what it does not."""
+    better, worse = sorted(curves, key=lambda curve: curve.final_validation_loss)
+    gap = worse.final_validation_loss - better.final_validation_loss
+    return [
+        f"{better.label} is lower by {gap:.4f} nats per byte after {steps} steps.",
+        f"One seed ({seed}) and {steps} steps of a small model do not predict long runs or large models.",
+        "The default learning rates come from the sweep in examples/README.md; run your own sweep for another model.",
+    ]
+
+
 def report(plans: list[Plan], data: Path | None, picture: Path, seconds: float) -> None:
     """Plot the curves and print the results."""
     curves = [Curve(plan.config["optimizer"]["type"], plan.folder.records()) for plan in plans]
@@ -82,9 +93,7 @@ def report(plans: list[Plan], data: Path | None, picture: Path, seconds: float) 
         times = f"{speed['milliseconds_per_step']:9.0f}{speed['tokens_per_second']:10,.0f}" if speed else ""
         print(f"{curve.label:8}{loss:16.4f}{loss / math.log(2):15.4f}{times}")
     if len(curves) == 2:
-        better, worse = sorted(curves, key=lambda curve: curve.final_validation_loss)
-        gap = worse.final_validation_loss - better.final_validation_loss
-        print(f"{better.label} is lower by {gap:.4f} nats per byte after {settings['steps']} steps.")
+        print("\n" + "\n".join(conclusion(curves, settings["steps"], settings["seed"])))
     print(f"Loss curves: {picture}    ({seconds:.0f} s in total)")
 
 

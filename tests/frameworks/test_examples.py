@@ -81,6 +81,15 @@ class TestDemo:
             assert f"\n{name:8}{log[-1]['validation_loss']:16.4f}" in printed
         assert "adax_triton.optimizers.AdaX inside DeepSpeedZeroOptimizer, 2 processes" in printed
 
+    def test_conclusion_names_the_lower_loss_and_its_limits(self, uninterrupted: tuple[Path, str]) -> None:
+        out, printed = uninterrupted
+        losses = {name: read_log(out / name.lower())[-1]["validation_loss"] for name in ("AdaX", "AdamW")}
+        better = min(losses, key=losses.__getitem__)
+        gap = max(losses.values()) - losses[better]
+        assert f"\n{better} is lower by {gap:.4f} nats per byte after {STEPS} steps.\n" in printed
+        assert f"\nOne seed (0) and {STEPS} steps of a small model do not predict" in printed
+        assert "The default learning rates come from the sweep in examples/README.md" in printed
+
     def test_picture_shows_two_curves(self, uninterrupted: tuple[Path, str]) -> None:
         import matplotlib.image
 
