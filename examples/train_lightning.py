@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.fit(Model(args), ckpt_path=args.resume)
     if "loss" in trainer.callback_metrics:  # absent if the resumed run had no steps left
-        print(f"step {trainer.global_step}: loss {trainer.callback_metrics['loss']:.3f}")
+        trainer.print(f"step {trainer.global_step}: loss {trainer.callback_metrics['loss']:.3f}")
     trainer.save_checkpoint(args.checkpoint)
 
 

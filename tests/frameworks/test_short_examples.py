@@ -1,11 +1,12 @@
 """The short examples on a CPU; a resumed run equals an uninterrupted one, bit for bit.
 
-The first test also waits for rank_server.py, which imports torch and DeepSpeed.
+The first test takes more than 5 s, because rank_server.py imports torch and DeepSpeed.
 """
 
 import importlib.util
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def test_plain_pytorch_resumes_bit_for_bit(text: Path) -> None:
     assert differing(whole, resumed) == []
 
 
+# May take more than 5 s: four launches, three of them with two ranks.
 @needs_gloo
 def test_fsdp2_resumes_bit_for_bit_and_on_another_number_of_ranks(text: Path) -> None:
     losses = run("train_fsdp2.py", text, "--out", "whole", ranks=2)
@@ -90,7 +92,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "whole.pt")
 
 
-# Three imports of lightning take more than 5 s.
+# Takes more than 5 s: three processes import lightning.
 @needs_lightning
 def test_lightning_resumes_bit_for_bit(text: Path) -> None:
     (loss,) = run("train_lightning.py", text, "--checkpoint", "whole.ckpt")
@@ -106,3 +108,23 @@ def test_lightning_resumes_bit_for_bit(text: Path) -> None:
     )
     assert whole["global_step"] == whole["optimizer_states"][0]["state"][0]["step"] == STEPS
     assert differing(whole, resumed) == []
+
+
+@needs_lightning
+def test_lightning_clips_in_the_optimizer_at_each_precision(
+    tmp_path: Path, launch_deepspeed: Callable[..., list[Any]]
+) -> None:
+    precisions = [{"precision": name} for name in ("32-true", "bf16-true", "bf16-mixed")]
+    precisions.append({"precision": "16-mixed", "scaled": True})
+    cases = [{**precision, "clip": clip} for clip in ("optimizer", "trainer") for precision in precisions]
+    cases.append({"precision": "32-true", "clip": "none"})
+    results = launch_deepspeed(tmp_path, cases, worker="lightning_worker.py", world_size=1)
+
+    float32, bfloat16, *mixed = map(torch.tensor, results[:4])
+    for weights in mixed:
+        torch.testing.assert_close(weights, float32, atol=1e-3, rtol=0)
+    assert (torch.tensor(results[-1]) - float32).abs().max() > 3e-3  # clipping changes the weights
+    torch.testing.assert_close(torch.tensor(results[4]), float32)
+    torch.testing.assert_close(torch.tensor(results[5]), bfloat16, atol=2e-3, rtol=0)
+    for error in results[6:8]:  # as with torch's fused AdamW
+        assert "AdaXW, does not allow for gradient clipping" in error
