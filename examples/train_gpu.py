@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.zero_grad()
         if step % 10 == 0:  # item() waits for the GPU
             print(f"step {step}: loss {loss.item():.3f}, ", end="")
-            print(f"{10 * inputs.numel() / (time.perf_counter() - start):,.0f} tokens/s", flush=True)
-            start = time.perf_counter()
+            print(f"{(step - done) * inputs.numel() / (time.perf_counter() - start):,.0f} tokens/s", flush=True)
+            done, start = step, time.perf_counter()
     args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     torch.save({name: part.state_dict() for name, part in saved_parts.items()} | {"step": stop}, args.checkpoint)
 
