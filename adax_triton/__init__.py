@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 from .version import __version__
+
+if importlib.util.find_spec("adax_triton.kernels") is None:  # a source tree, where kernels/ is another top-level folder
+    raise ImportError(
+        f"adax_triton in {__path__[0]!r} is a source tree that is not installed; run `pip install .` in its root, or "
+        "start Python in another folder if adax-triton is installed already"
+    )
 
 if TYPE_CHECKING:
     from adax_triton.convert.state_dicts import (
