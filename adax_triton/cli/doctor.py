@@ -12,7 +12,7 @@ import torch
 
 from adax_triton.optimizers import AdaX, AdaXW
 from adax_triton.state.precision import PARAM_DTYPES
-from adax_triton.step.backend import REFERENCE, backend_of, explain_backend
+from adax_triton.step.backend import REFERENCE, backend_of, explain_backend, has_triton
 from adax_triton.step.cpu_kernel import build_problem, describe_cache, instruction_set
 from adax_triton.update.coefficients import COEFFICIENT_KEYS, step_scalars
 from adax_triton.update.reference import adax_update
@@ -105,6 +105,9 @@ def triton_check() -> tuple[bool, str]:
     cuda = torch.cuda.is_available()
     if not cuda and importlib.util.find_spec("numpy") is None:
         return True, "the Triton kernel is not checked: without a GPU its interpreter needs numpy; pip install numpy"
+    if not has_triton():
+        missing = "Triton is not installed; run `pip install triton`"
+        return not cuda, missing if cuda else f"the Triton kernel is not checked: {missing} if you have a GPU"
     if not cuda:
         # Takes effect only before Triton is first imported.
         os.environ["TRITON_INTERPRET"] = "1"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import warnings
 
@@ -25,12 +27,26 @@ def backend_of(device: torch.device, param_dtype: torch.dtype, param: Tensor | N
         param_dtype: its dtype; for a complex parameter, the dtype of its real part.
         param: the parameter. A fake tensor has no memory, so it gets `REFERENCE`. Default: None, which means a real
             tensor.
+
+    Raises:
+        RuntimeError: the parameter needs Triton, which is not installed.
     """
     if param is not None and is_fake(param):
         return REFERENCE
     if param_dtype in _TRITON_DTYPES and (device.type == "cuda" or (device.type == "cpu" and _interpreting())):
+        if not has_triton():
+            other = "unset TRITON_INTERPRET" if device.type == "cpu" else "train on the CPU"
+            raise RuntimeError(
+                f"A parameter on {device} needs Triton, which is not installed; run `pip install triton`, or {other}"
+            )
         return TRITON
     return NATIVE if device.type == "cpu" else REFERENCE
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def uses_triton(param: Tensor) -> bool:
@@ -45,6 +61,8 @@ def is_fake(tensor: Tensor) -> bool:
 
 def explain_backend(device: torch.device, param_dtype: torch.dtype) -> tuple[str, str]:
     """Return the backend for a device and dtype, and the reason."""
+    if device.type == "cuda" and param_dtype in _TRITON_DTYPES and not has_triton():
+        return TRITON, "absent: run `pip install triton`"
     backend = backend_of(device, param_dtype)
     if backend == TRITON:
         interpreted = ", in the interpreter because TRITON_INTERPRET is set" if device.type == "cpu" else ""
@@ -84,6 +102,8 @@ def native_kernel(variant: KernelVariant) -> CpuKernel | None:
 def _interpreting() -> bool:
     if os.environ.get("TRITON_INTERPRET", "0") == "0":
         return False
+    if not has_triton():
+        return True  # `backend_of` raises
     from adax_triton.kernels.launch import is_interpreted
 
     return is_interpreted()
