@@ -10,6 +10,7 @@ from typing import Any, TypedDict, overload
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
+from torch.utils.hooks import RemovableHandle
 
 from adax_triton.state import master_weights
 from adax_triton.state.allocation import STATE_TENSORS, allocate_states, is_new, state_mismatch
@@ -24,7 +25,7 @@ from adax_triton.state.checkpoint import (
 )
 from adax_triton.state.parameters import check_param, is_frozen
 from adax_triton.state.precision import precision_for
-from adax_triton.state.validation import OLD_CHECKPOINT_DEFAULTS, validate_group
+from adax_triton.state.validation import OLD_CHECKPOINT_DEFAULTS, check_changed_betas, unknown_keyword, validate_group
 from adax_triton.step.backend import uses_triton
 from adax_triton.step.collect import Collected, ParamWithGrad, collect, normalize_counts
 from adax_triton.step.external_grads import (
@@ -155,6 +156,12 @@ class MomentOptimizer(Optimizer):
     # Tells torch.amp.GradScaler that `step` unscales gradients and skips steps itself.
     _step_supports_amp_scaling = True
 
+    def _check_keywords(self, options: SharedOptions) -> None:
+        """Raise for unknown keyword arguments; Python's error would name a base class."""
+        for key in options:
+            if key not in SharedOptions.__annotations__:
+                raise unknown_keyword(key, type(self).__name__, inspect.signature(type(self)).parameters)
+
     def _prepare(self) -> None:
         self._launch_cache = LaunchCache()
         self._sums = StepSums() if self.options.telemetry else None
@@ -243,6 +250,7 @@ class MomentOptimizer(Optimizer):
         self._step()
 
     def _step(self) -> None:
+        check_changed_betas(self.param_groups)
         handling = gradient_handling_of(self)
         if self._external_step is not None:
             external_step, self._external_step = self._external_step, None
@@ -301,6 +309,18 @@ class MomentOptimizer(Optimizer):
         if warning is not None:
             warnings.warn(warning, stacklevel=5)
 
+    def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Call a function after each step, as torch's `register_step_post_hook`.
+
+        Raises:
+            RuntimeError: the hook logs telemetry, and the optimizer was made without `telemetry=True`.
+        """
+        if getattr(hook, "reads_telemetry", False) and not self.options.telemetry:
+            raise RuntimeError(
+                f"{type(hook).__name__} logs telemetry, but the optimizer records none; create it with telemetry=True"
+            )
+        return super().register_step_post_hook(hook)
+
     def set_external_grads(self, parts: Sequence[ExternalGrads], grad_factor: Tensor | None = None) -> None:
         """Make the next `step()` use external gradients.
 
@@ -339,6 +359,7 @@ class MomentOptimizer(Optimizer):
         self._run(plan, handling._replace(grad_factor=external_step.grad_factor))
 
     def _step_one(self, param: Tensor, group_index: int) -> None:
+        check_changed_betas(self.param_groups[group_index : group_index + 1])
         handling, key = DEFAULT_HANDLING, ("release", id(param))
         plan = self._plans.get(key)
         params = [ParamWithGrad(param, group_index, (param.grad,))] if param.grad is not None else []

@@ -85,6 +85,7 @@ class AdaX(MomentOptimizer):
         eps_placement: str = "normalized",
         **options: Unpack[SharedOptions],
     ) -> None:
+        self._check_keywords(options)
         super().__init__(
             params,
             lr=lr,
@@ -134,6 +135,7 @@ class AdaXW(AdaX):
         eps_placement: str = "normalized",
         **options: Unpack[SharedOptions],
     ) -> None:
+        self._check_keywords(options)
         super().__init__(
             params,
             lr,
@@ -186,6 +188,7 @@ class Adam(MomentOptimizer):
         decoupled_weight_decay: bool = False,
         **options: Unpack[SharedOptions],
     ) -> None:
+        self._check_keywords(options)
         super().__init__(
             params,
             lr=lr,
@@ -228,4 +231,5 @@ class AdamW(Adam):
         weight_decay: float = 1e-2,
         **options: Unpack[SharedOptions],
     ) -> None:
+        self._check_keywords(options)
         super().__init__(params, lr, betas, eps, weight_decay, decoupled_weight_decay=True, **options)

@@ -26,6 +26,9 @@ class _EveryNthStep:
     The host waits for the device at those steps only.
     """
 
+    # `MomentOptimizer.register_step_post_hook` then requires telemetry=True.
+    reads_telemetry = True
+
     def __init__(self, every: int, per_parameter: bool) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"Invalid every: {every!r}; expected a number of steps, at least 1")
@@ -35,6 +38,11 @@ class _EveryNthStep:
 
     def __call__(self, optimizer: MomentOptimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Log at every n-th call; torch calls this after each step."""
+        if not isinstance(optimizer, MomentOptimizer):
+            raise TypeError(
+                f"Invalid type of optimizer: got {type(optimizer).__module__}.{type(optimizer).__name__}; "
+                f"{type(self).__name__} accepts adax_triton's AdaX, AdaXW, Adam and AdamW"
+            )
         self._calls += 1
         if self._calls % self._every == 0:
             self._log(self._calls, optimizer.read_telemetry(per_parameter=self._per_parameter))

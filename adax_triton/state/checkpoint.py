@@ -22,6 +22,9 @@ from .validation import OLD_CHECKPOINT_DEFAULTS, validate_group, with_current_na
 # Options that loading a checkpoint does not overwrite: they choose storage formats and do not change the update rule.
 KEPT_OPTIONS = ("states", "master_weights", "weight_rounding", "capturable")
 
+# (saved rule, rule of the optimizer) -> function of adax_triton that converts a state dict.
+_CONVERSIONS = {("adam", "adax"): "adax_from_adam", ("adax", "adam"): "adam_from_adax"}
+
 
 class OpaqueTensor:
     """Hide a state tensor from `Optimizer.load_state_dict`, which casts tensors."""
@@ -110,23 +113,30 @@ def check_state_dict(state_dict: Mapping[str, Any], param_groups: list[dict[str,
         return  # torch's load_state_dict raises for this
     states = state_dict["state"]
     for index, (saved, current) in enumerate(zip(saved_groups, param_groups, strict=True)):
-        _check_rule(saved.get("second_moment"), current["second_moment"], index)
+        _check_rule(saved, current["second_moment"], index)
         _check_group(saved, current, index)
     for key, param in zip(_param_keys(saved_groups), _param_keys(param_groups), strict=True):
         if isinstance(states.get(key), Mapping) and not is_new(states[key]):
             _check_state(states[key], param, key)
 
 
-def _check_rule(saved: str | None, current: str, index: int) -> None:
+def _check_rule(group: Mapping[str, Any], current: str, index: int) -> None:
+    where, saved = f"state_dict['param_groups'][{index}]", group.get("second_moment")
     if saved is None:
+        if "amsgrad" in group or "bias_correction" in group:  # torch's or DeepSpeed's Adam
+            rule, call = "adam", "from_torch_adam(state_dict)"
+        else:
+            rule, call = "adax", "from_released_adax(state_dict, decoupled_weight_decay=...)"
+        convert = _CONVERSIONS.get((rule, current))
         raise ValueError(
-            f"state_dict['param_groups'][{index}] has no 'second_moment', so adax_triton did not save it and its "
-            "exp_avg_sq may be the raw moment; convert it first with from_torch_adam or from_released_adax"
+            f"{where} has no 'second_moment', so adax_triton did not save it and its exp_avg_sq has another meaning; "
+            f"load {f'{convert}({call})' if convert else call} instead"
         )
     if saved != current:
+        convert = _CONVERSIONS.get((saved, current))
         raise ValueError(
-            f"state_dict['param_groups'][{index}]['second_moment'] is {saved!r}, but this optimizer uses {current!r}; "
-            "load it into an optimizer with the saved rule, or convert it with adax_from_adam or adam_from_adax"
+            f"{where}['second_moment'] is {saved!r}, but this optimizer uses {current!r}; load it into an optimizer "
+            f"with the saved rule{f', or load {convert}(state_dict) instead' if convert else ''}"
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -26,6 +28,13 @@ OLD_CHECKPOINT_DEFAULTS: dict[str, Any] = {
     "weight_rounding": "nearest",
     "seed": 0,
     "capturable": False,
+}
+# Keyword arguments of torch's optimizers that this package does not have, and why.
+_TORCH_ONLY = {
+    "amsgrad": "AMSGrad is not supported",
+    "differentiable": "differentiable steps are not supported",
+    "foreach": "each step is fused",
+    "fused": "each step is fused",
 }
 # Old values of `states` in checkpoints -> current values.
 _RENAMED_STATES = {"low": "8bit_v16", "lowest": "8bit"}
@@ -73,17 +82,7 @@ def validate_group(group: Mapping[str, Any]) -> None:
     _check_choice(group["second_moment"], "second_moment", SECOND_MOMENTS)
     _check_choice(group["eps_placement"], "eps_placement", EPS_PLACEMENTS)
     _check_precision(group)
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)):
-        raise TypeError(f"Invalid type of betas: expected a pair of numbers, got {betas!r}")
-    if len(betas) != 2:
-        raise ValueError(f"Invalid length of betas: expected a pair of numbers, got {betas!r}")
-    if isinstance(betas[0], torch.Tensor) != isinstance(betas[1], torch.Tensor):
-        raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
-    beta1, beta2 = (as_float(beta, f"betas[{index}]") for index, beta in enumerate(betas))
-    if not 0.0 <= beta1 < 1.0:
-        raise ValueError(f"Invalid beta parameter at index 0: {beta1}; expected 0 <= betas[0] < 1")
-    _check_beta2(beta2, group["second_moment"])
+    beta2 = _check_betas(group["betas"], group["second_moment"])
     if group["eps_placement"] == "unnormalized":
         if group["second_moment"] == "adafactor":
             raise ValueError(
@@ -93,6 +92,44 @@ def validate_group(group: Mapping[str, Any]) -> None:
             raise ValueError(
                 "Invalid eps_placement: 'unnormalized'; AdaX's bias factor is 0 at betas[1]=0.0, use 'normalized'"
             )
+
+
+def check_changed_betas(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check betas that the user may have written into the groups since `validate_group`.
+
+    Each step calls it. Tensors are not checked, because the host would wait for a GPU.
+
+    Raises:
+        TypeError, ValueError: as `validate_group`.
+    """
+    for index, group in enumerate(param_groups):
+        betas = group["betas"]
+        if isinstance(betas, (tuple, list)) and torch.Tensor in map(type, betas):
+            continue
+        try:
+            _check_rule_once(tuple(betas) if isinstance(betas, list) else betas, group["second_moment"])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"param_groups[{index}]: {error}") from None
+
+
+def unknown_keyword(given: str, name: str, accepted: Iterable[str]) -> TypeError:
+    """Return the error for a keyword argument that an optimizer does not have.
+
+    Args:
+        given: name of the argument.
+        name: class name of the optimizer.
+        accepted: names of its arguments.
+    """
+    accepted = [other for other in accepted if other != "params"]
+    if given in _TORCH_ONLY:
+        advice = f"{_TORCH_ONLY[given]}; remove it"
+    elif given == "decoupled_weight_decay":
+        advice = f"{name} always decouples weight decay; remove it, or use {name.removesuffix('W')}"
+    elif nearest := difflib.get_close_matches(given, accepted, n=1, cutoff=0.7):
+        advice = f"did you mean {nearest[0]!r}?"
+    else:
+        advice = f"it accepts {', '.join(accepted)}"
+    return TypeError(f"{name}() got an unexpected keyword argument {given!r}; {advice}")
 
 
 def _check_non_negative(value: float | torch.Tensor, name: str, title: str) -> None:
@@ -128,19 +165,44 @@ def _check_precision(group: Mapping[str, Any]) -> None:
         raise ValueError(f"Invalid seed: {seed}; expected 0 <= seed < 2^32")
 
 
+def _check_betas(betas: Any, second_moment: str) -> float:
+    """Check both betas and return the second."""
+    if not isinstance(betas, (tuple, list)):
+        raise TypeError(f"Invalid type of betas: expected a pair of numbers, got {betas!r}")
+    if len(betas) != 2:
+        raise ValueError(f"Invalid length of betas: expected a pair of numbers, got {betas!r}")
+    if isinstance(betas[0], torch.Tensor) != isinstance(betas[1], torch.Tensor):
+        raise ValueError(f"betas must be either both floats or both Tensors, got {betas!r}")
+    beta1, beta2 = (as_float(beta, f"betas[{index}]") for index, beta in enumerate(betas))
+    if not 0.0 <= beta1 < 1.0:
+        raise ValueError(f"Invalid beta parameter at index 0: {beta1}; expected 0 <= betas[0] < 1")
+    _check_beta2(beta2, second_moment)
+    return beta2
+
+
+@functools.lru_cache(maxsize=128)
+def _check_rule_once(betas: Any, second_moment: str) -> None:
+    """Check a rule and its betas; raised errors are not cached."""
+    _check_choice(second_moment, "second_moment", SECOND_MOMENTS)
+    _check_betas(betas, second_moment)
+
+
 def _check_beta2(beta2: float, second_moment: str) -> None:
     title = f"Invalid beta parameter at index 1: {beta2};"
     if second_moment == "adax":
         if not 0.0 <= beta2 <= LARGEST_ADAX_BETA2:
             raise ValueError(
-                f"{title} AdaX's betas[1] is the growth rate of its memory, 1e-4 by default and at most "
-                f"{LARGEST_ADAX_BETA2}; pass second_moment='adam' to use Adam's decay, such as 0.999"
+                f"{title} AdaX's betas[1] is the growth rate of its memory, at most {LARGEST_ADAX_BETA2}; omit betas "
+                "for the default 1e-4, or pass second_moment='adam' for Adam's decay"
             )
     elif second_moment == "adam":
         if not 0.0 <= beta2 < 1.0:
             raise ValueError(f"{title} Adam's betas[1] is a decay, expected 0 <= betas[1] < 1")
         if 0.0 < beta2 < _SMALLEST_DECAY:
-            raise ValueError(f"{title} Adam's betas[1] is a decay near 1, such as 0.999; 1e-4 is AdaX's growth rate")
+            raise ValueError(
+                f"{title} Adam's betas[1] is a decay near 1; omit betas for the default 0.999, or use AdaX or AdaXW "
+                "for a growth rate such as 1e-4"
+            )
     elif not _SMALLEST_DECAY <= beta2 <= 1.0:
         raise ValueError(
             f"{title} for second_moment='adafactor' betas[1] is the exponent c of w_t = t^-c, expected "

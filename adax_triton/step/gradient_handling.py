@@ -99,9 +99,10 @@ class OptimizerOptions(NamedTuple):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Invalid type of {name}: expected True or False, got {getattr(self, name)!r}")
         if self.max_grad_norm is None and (self.error_if_nonfinite or self.norm_process_group is not None):
+            given = "error_if_nonfinite=True needs" if self.error_if_nonfinite else "norm_process_group needs"
             raise ValueError(
-                "Invalid max_grad_norm: None; error_if_nonfinite and norm_process_group need a number; pass "
-                "float('inf') to measure the norm without clipping"
+                f"Invalid max_grad_norm: None; {given} a number; pass max_grad_norm=float('inf') to measure the norm "
+                "without clipping"
             )
 
 

@@ -126,6 +126,36 @@ def test_tensor_subclass_that_wraps_tensors_raises() -> None:
         AdaXW([Parameter(wrapper)])
 
 
+KEYWORDS: list[tuple[type, str, str]] = [
+    (AdaXW, "max_norm", r"AdaXW\(\).*'max_norm'; did you mean 'max_grad_norm'\?"),
+    (AdaX, "state", r"AdaX\(\).*'state'; did you mean 'states'\?"),
+    (Adam, "amsgrad", r"Adam\(\).*'amsgrad'; AMSGrad is not supported; remove it"),
+    (AdamW, "fused", r"AdamW\(\).*'fused'; each step is fused; remove it"),
+    (AdaXW, "decoupled_weight_decay", r"AdaXW\(\).*always decouples weight decay; remove it, or use AdaX$"),
+    (AdamW, "decoupled_weight_decay", r"AdamW\(\).*always decouples weight decay; remove it, or use Adam$"),
+    (Adam, "second_moment", r"Adam\(\).*'second_moment'; it accepts lr, betas, eps, weight_decay, decoupled"),
+]
+
+
+@pytest.mark.parametrize(("optimizer_class", "keyword", "message"), KEYWORDS)
+def test_unknown_keyword_raises_an_error_that_names_the_class(
+    optimizer_class: type, keyword: str, message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        optimizer_class([Parameter(torch.zeros(2))], **{keyword: True})
+
+
+def test_unknown_keyword_of_a_subclass_names_the_subclass() -> None:
+    class Scheduled(AdaXW):
+        def __init__(self, params: Any, warmup: int = 0, **options: Any) -> None:
+            super().__init__(params, **options)
+
+    with pytest.raises(
+        TypeError, match=r"^Scheduled\(\) got an unexpected keyword argument 'warm'; did you mean 'warmup'"
+    ):
+        Scheduled([Parameter(torch.zeros(2))], warm=1)
+
+
 GROUPS: list[tuple[dict[str, Any], type, list[str]]] = [
     ({"params": [Parameter(torch.zeros(2))], "lr": -3.0}, ValueError, ["learning rate", "-3.0"]),
     ({"params": [Parameter(torch.zeros(2))], "betas": (2.0, 0.05)}, ValueError, ["index 0", "2.0"]),
@@ -176,6 +206,8 @@ STEPS: dict[str, tuple[Callable[[Optimizer], None], type, list[str]]] = {
     "state's dtype": (cast_state, ValueError, ["exp_avg_sq", "float64", "float32"]),
     "lr's type": (set_in_group(lr="fast"), TypeError, ["lr", "'fast'"]),
     "lr's size": (set_in_group(lr=torch.ones(3)), ValueError, ["lr", "(3,)"]),
+    "another rule's betas": (set_in_group(betas=[0.9, 0.999]), ValueError, ["param_groups[0]", "index 1", "0.999"]),
+    "one beta": (set_in_group(betas=(0.9,)), ValueError, ["param_groups[0]", "betas", "(0.9,)"]),
     "beta's type": (set_in_group(betas=(0.9, "much")), TypeError, ["betas[1]", "'much'"]),
     "unknown rule": (set_in_group(second_moment="rmsprop"), ValueError, ["second_moment", "'rmsprop'"]),
 }
