@@ -1,4 +1,4 @@
 """The package's version, written once."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 """The version of the installed package."""
