@@ -356,9 +356,10 @@ def _require_keys(given: Any, keys: tuple[str, ...], where: str) -> None:
         raise TypeError(f"{where} is a {type(given).__name__}; expected a dict")
     missing = [key for key in keys if key not in given]
     if missing:
-        hint = "; convert a state dict of torch with from_torch_adam first" if "second_moment" in missing else ""
+        from_torch = "second_moment" in missing and "amsgrad" in given
+        advice = "; convert a state dict of torch's Adam with from_torch_adam first" if from_torch else ""
         raise ValueError(
-            f"{where} has no {', '.join(map(repr, missing))}; its keys are {sorted(map(str, given))}{hint}"
+            f"{where} has no {', '.join(map(repr, missing))}; its keys are {sorted(map(str, given))}{advice}"
         )
 
 

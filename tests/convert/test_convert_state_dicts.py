@@ -307,6 +307,7 @@ UNSUPPORTED: list[tuple[Any, type, dict[str, Any], list[str]]] = [
     (to_released_adax, AdaX, {}, ["eps_placement", "'normalized'"]),
     (to_released_adax, AdaX, {"maximize": True, **UNNORMALIZED}, ["maximize", "True"]),
     (adax_from_adam, AdaX, {}, ["second_moment", "'adax'"]),
+    (adax_from_adam, torch.optim.AdamW, {}, ["no 'second_moment'", "from_torch_adam first"]),
 ]
 
 
