@@ -1,27 +1,126 @@
-"""Test the wheel's content, standalone import and lazily imported public names."""
+"""Test sdist and wheel, their metadata, standalone import and lazily imported public names."""
 
+import email
+import importlib.util
+import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
+from email.message import Message
 from pathlib import Path
 
 import pytest
 from paths import ROOT
 
-PACKAGE_DIR = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+import adax_triton
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGE_DIR = PYPROJECT["tool"]["setuptools"]["package-dir"]
 FOLDERS = {folder: package.replace(".", "/") for package, folder in PACKAGE_DIR.items()}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    subprocess.run(["git", "-C", str(ROOT), "checkout-index", "--all", f"--prefix={source}/"], check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    subprocess.run([*command, str(source)], check=True, cwd=folder)
-    (built,) = folder.glob("*.whl")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files."""
+    folder = tmp_path_factory.mktemp("tree") / "source"
+    subprocess.run(["git", "-C", str(ROOT), "checkout-index", "--all", f"--prefix={folder}/"], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("sdist", source, tmp_path_factory.mktemp("sdist"))
+
+
+def build(kind: str, source: Path, folder: Path) -> Path:
+    """Build a wheel or an sdist as a build frontend does, without the network."""
+    program = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=source, capture_output=True)
+    (built,) = folder.iterdir()
     return built
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    """Return {path: content}; the list of files (RECORD) in sorted order."""
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name: archive.read(name) for name in archive.namelist()}
+    return {
+        name: b"\n".join(sorted(data.splitlines())) if name.endswith("/RECORD") else data
+        for name, data in found.items()
+    }
+
+
+def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "SECURITY.md", "setup.py"} <= {
+        path.name for path in unpacked.iterdir()
+    }
+    (tmp_path / "built").mkdir()
+    rebuilt = build("wheel", unpacked, tmp_path / "built")
+    assert rebuilt.name == wheel.name
+    assert contents(rebuilt) == contents(wheel)
+
+
+def test_twine_accepts_sdist_and_wheel(sdist: Path, wheel: Path) -> None:
+    if importlib.util.find_spec("twine") is None:
+        pytest.skip("twine is not installed; `make env` installs it")
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(sdist), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_metadata_names_version_pythons_and_no_empty_url(wheel: Path) -> None:
+    metadata = metadata_of(wheel)
+    assert metadata["Version"] == adax_triton.__version__
+    assert metadata["License-Expression"] == PYPROJECT["project"]["license"]
+    classifiers = metadata.get_all("Classifier", [])
+    assert {f"Programming Language :: Python :: {version}" for version in ("3.11", "3.12")} < set(classifiers)
+    assert "Typing :: Typed" in classifiers
+    urls = [metadata.get("Home-page"), metadata.get("Download-URL"), *metadata.get_all("Project-URL", [])]
+    assert all(re.search(r"https?://\S+$", url) for url in urls if url is not None), urls
+
+
+def metadata_of(wheel: Path) -> Message:
+    (name,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA")]
+    return email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
+
+
+def test_changelog_and_citation_name_the_version() -> None:
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert (citation["cff-version"], citation["version"]) == ("1.2.0", adax_triton.__version__)
+    assert citation["license"] == PYPROJECT["project"]["license"]
+    (paper,) = citation["references"]
+    assert {"type", "title", "authors"} <= set(paper)
+    assert [author["family-names"] for author in paper["authors"]] == ["Li", "Zhang", "Wang", "Luo"]
+    assert paper["identifiers"][0]["value"] == "arXiv:2004.09740"
+    versions = re.findall(r"^## \[(.+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert versions[0] == (adax_triton.__version__, str(citation["date-released"]))
+
+
+def test_wheel_installs_into_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+
+    def output(*command: str | Path) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+        return done.stdout.strip()
+
+    assert output(environment / "bin" / "adax-triton", "--version") == adax_triton.__version__
+    assert output(python, "-c", "import adax_triton; print(adax_triton.__version__)") == adax_triton.__version__
 
 
 def test_wheel_holds_exactly_the_tracked_modules(wheel: Path) -> None:
