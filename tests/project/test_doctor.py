@@ -58,6 +58,17 @@ def test_doctor_needs_no_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ok and "pip install numpy" in message
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+def test_doctor_needs_triton_only_with_a_gpu(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "has_triton", lambda: False)
+    monkeypatch.setattr("adax_triton.step.backend.has_triton", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    ok, message = doctor.triton_check()
+    assert ok == (not cuda) and "pip install triton" in message
+    backend, reason = doctor.explain_backend(torch.device("cuda", 0), torch.float32)
+    assert (backend, reason) == ("triton", "absent: run `pip install triton`")
+
+
 def test_doctor_fails_when_the_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(doctor, "_largest_error", lambda device: 1e-3)
     assert doctor.main() == 1

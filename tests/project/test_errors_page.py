@@ -1,6 +1,7 @@
 """Provoke each message of docs/errors.md and compare it with its heading."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -191,7 +192,8 @@ def test_message_contains_the_heading(heading: str, native_cpu: torch.device, mo
     assert heading in message, message
 
 
-@pytest.mark.deepspeed  # one process, 5 s, most of it the import of DeepSpeed
+@pytest.mark.deepspeed
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_deepspeed_messages_contain_the_headings(tmp_path: Path) -> None:
     results = tmp_path / "messages.json"
     command = [sys.executable, "-P", "-c", DEEPSPEED_PROGRAM, json.dumps(DEEPSPEED), str(results)]
