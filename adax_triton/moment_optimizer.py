@@ -228,9 +228,10 @@ class MomentOptimizer(Optimizer):
             The loss of the closure, or None.
 
         Raises:
-            TypeError, ValueError: a gradient or a state has the wrong dtype, shape or device. Nothing has changed.
-            RuntimeError: the gradient norm is not finite and `error_if_nonfinite` is True; or a CUDA graph capture
-                runs without `capturable=True` or without an earlier step.
+            TypeError, ValueError: a gradient or a state has the wrong dtype, shape or device, or a group has invalid
+                betas. Nothing has changed.
+            RuntimeError: the gradient norm is not finite and `error_if_nonfinite` is True; Triton is missing; or a
+                CUDA graph capture runs without `capturable=True` or without an earlier step.
         """
         loss = None
         if closure is not None:
