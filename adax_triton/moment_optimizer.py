@@ -311,11 +311,7 @@ class MomentOptimizer(Optimizer):
             warnings.warn(warning, stacklevel=5)
 
     def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
-        """Call a function after each step, as torch's `register_step_post_hook`.
-
-        Raises:
-            RuntimeError: the hook logs telemetry, and the optimizer was made without `telemetry=True`.
-        """
+        """Call a function after each step; raise RuntimeError if it needs telemetry that is not recorded."""
         if getattr(hook, "reads_telemetry", False) and not self.options.telemetry:
             raise RuntimeError(
                 f"{type(hook).__name__} logs telemetry, but the optimizer records none; create it with telemetry=True"
