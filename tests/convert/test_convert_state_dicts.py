@@ -252,14 +252,6 @@ CONVERSIONS = {
 every_conversion = pytest.mark.parametrize("convert", CONVERSIONS, ids=lambda each: each.__name__)
 
 
-def test_a_state_dict_of_torch_is_sent_to_from_torch_adam_first() -> None:
-    given = torch.optim.AdamW([torch.ones(3, requires_grad=True)]).state_dict()
-    with pytest.raises(
-        ValueError, match=r"has no 'second_moment'.*; convert a state dict of torch with from_torch_adam"
-    ):
-        adax_from_adam(given)
-
-
 @every_conversion
 def test_missing_keys_and_bad_states_raise(convert: Any) -> None:
     optimizer_class, optimizer_options, options = CONVERSIONS[convert]
