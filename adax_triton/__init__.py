@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from typing import TYPE_CHECKING
 
 from .version import __version__
 
-if importlib.util.find_spec("adax_triton.kernels") is None:  # a source tree, where kernels/ is another top-level folder
+# In a source tree kernels/ lies next to this folder, and only an installation of that tree finds it there.
+_kernels = importlib.util.find_spec("adax_triton.kernels")
+_folders = [os.path.dirname(folder) for folder in (_kernels and _kernels.submodule_search_locations) or ()]
+if not {__path__[0], os.path.dirname(__path__[0])} & set(_folders):
     raise ImportError(
         f"adax_triton in {__path__[0]!r} is a source tree that is not installed; run `pip install .` in its root, or "
         "start Python in another folder if adax-triton is installed already"

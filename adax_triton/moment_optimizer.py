@@ -156,11 +156,11 @@ class MomentOptimizer(Optimizer):
     # Tells torch.amp.GradScaler that `step` unscales gradients and skips steps itself.
     _step_supports_amp_scaling = True
 
-    def _check_keywords(self, options: SharedOptions) -> None:
+    def _check_keywords(self, base: type, options: SharedOptions) -> None:
         """Raise for unknown keyword arguments; Python's error would name a base class."""
         for key in options:
             if key not in SharedOptions.__annotations__:
-                raise unknown_keyword(key, type(self).__name__, inspect.signature(type(self)).parameters)
+                raise unknown_keyword(key, type(self), base)
 
     def _prepare(self) -> None:
         self._launch_cache = LaunchCache()
@@ -312,7 +312,7 @@ class MomentOptimizer(Optimizer):
 
     def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Call a function after each step; raise RuntimeError if it needs telemetry that is not recorded."""
-        if getattr(hook, "reads_telemetry", False) and not self.options.telemetry:
+        if getattr(hook, "reads_telemetry", False) is True and not self.options.telemetry:
             raise RuntimeError(
                 f"{type(hook).__name__} logs telemetry, but the optimizer records none; create it with telemetry=True"
             )

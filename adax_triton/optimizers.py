@@ -85,7 +85,7 @@ class AdaX(MomentOptimizer):
         eps_placement: str = "normalized",
         **options: Unpack[SharedOptions],
     ) -> None:
-        self._check_keywords(options)
+        self._check_keywords(AdaX, options)
         super().__init__(
             params,
             lr=lr,
@@ -135,7 +135,7 @@ class AdaXW(AdaX):
         eps_placement: str = "normalized",
         **options: Unpack[SharedOptions],
     ) -> None:
-        self._check_keywords(options)
+        self._check_keywords(AdaXW, options)
         super().__init__(
             params,
             lr,
@@ -188,7 +188,7 @@ class Adam(MomentOptimizer):
         decoupled_weight_decay: bool = False,
         **options: Unpack[SharedOptions],
     ) -> None:
-        self._check_keywords(options)
+        self._check_keywords(Adam, options)
         super().__init__(
             params,
             lr=lr,
@@ -231,5 +231,5 @@ class AdamW(Adam):
         weight_decay: float = 1e-2,
         **options: Unpack[SharedOptions],
     ) -> None:
-        self._check_keywords(options)
+        self._check_keywords(AdamW, options)
         super().__init__(params, lr, betas, eps, weight_decay, decoupled_weight_decay=True, **options)

@@ -17,7 +17,7 @@ from .allocation import MOMENTS, STATE_TENSORS, is_new, local_state_tensors
 from .dtensor import local_tensor, placed_like, splits_code_groups
 from .precision import HALF_DTYPES, Layout, is_quantized, precision_of, state_layouts
 from .step_counts import checked_count, counts_as_ints
-from .validation import OLD_CHECKPOINT_DEFAULTS, validate_group, with_current_names
+from .validation import LARGEST_ADAX_BETA2, OLD_CHECKPOINT_DEFAULTS, validate_group, with_current_names
 
 # Options that loading a checkpoint does not overwrite: they choose storage formats and do not change the update rule.
 KEPT_OPTIONS = ("states", "master_weights", "weight_rounding", "capturable")
@@ -120,17 +120,26 @@ def check_state_dict(state_dict: Mapping[str, Any], param_groups: list[dict[str,
             _check_state(states[key], param, key)
 
 
+def _advice(group: Mapping[str, Any], current: str) -> str:
+    """Return how to convert a group of another program for the rule `current`."""
+    if "betas" in group and ("amsgrad" in group or "bias_correction" in group):  # torch's or DeepSpeed's Adam
+        rule, call = "adam", "from_torch_adam(state_dict)"
+    elif "betas" in group and group["betas"][1] <= LARGEST_ADAX_BETA2:
+        rule, call = "adax", "from_released_adax(state_dict, decoupled_weight_decay=...)"
+    else:
+        return "only state dicts of Adam, AdamW and the authors' AdaX can be converted"
+    convert = _CONVERSIONS.get((rule, current))
+    if convert is None and rule != current:
+        return f"{call} converts it for an optimizer with second_moment={rule!r}"
+    return f"load {f'{convert}({call})' if convert else call} instead"
+
+
 def _check_rule(group: Mapping[str, Any], current: str, index: int) -> None:
     where, saved = f"state_dict['param_groups'][{index}]", group.get("second_moment")
     if saved is None:
-        if "amsgrad" in group or "bias_correction" in group:  # torch's or DeepSpeed's Adam
-            rule, call = "adam", "from_torch_adam(state_dict)"
-        else:
-            rule, call = "adax", "from_released_adax(state_dict, decoupled_weight_decay=...)"
-        convert = _CONVERSIONS.get((rule, current))
         raise ValueError(
             f"{where} has no 'second_moment', so adax_triton did not save it and its exp_avg_sq has another meaning; "
-            f"load {f'{convert}({call})' if convert else call} instead"
+            f"{_advice(group, current)}"
         )
     if saved != current:
         convert = _CONVERSIONS.get((saved, current))

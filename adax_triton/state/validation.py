@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -82,16 +83,7 @@ def validate_group(group: Mapping[str, Any]) -> None:
     _check_choice(group["second_moment"], "second_moment", SECOND_MOMENTS)
     _check_choice(group["eps_placement"], "eps_placement", EPS_PLACEMENTS)
     _check_precision(group)
-    beta2 = _check_betas(group["betas"], group["second_moment"])
-    if group["eps_placement"] == "unnormalized":
-        if group["second_moment"] == "adafactor":
-            raise ValueError(
-                "Invalid eps_placement: 'unnormalized'; second_moment='adafactor' has no raw moment, use 'normalized'"
-            )
-        if group["second_moment"] == "adax" and beta2 == 0.0:
-            raise ValueError(
-                "Invalid eps_placement: 'unnormalized'; AdaX's bias factor is 0 at betas[1]=0.0, use 'normalized'"
-            )
+    _check_betas(group["betas"], group["second_moment"], group["eps_placement"])
 
 
 def check_changed_betas(param_groups: Sequence[Mapping[str, Any]]) -> None:
@@ -103,28 +95,32 @@ def check_changed_betas(param_groups: Sequence[Mapping[str, Any]]) -> None:
         TypeError, ValueError: as `validate_group`.
     """
     for index, group in enumerate(param_groups):
-        betas = group["betas"]
-        if isinstance(betas, (tuple, list)) and torch.Tensor in map(type, betas):
-            continue
+        betas, rule = group["betas"], (group["second_moment"], group["eps_placement"])
+        kinds = set(map(type, (*betas, *rule))) if isinstance(betas, (tuple, list)) else {type(betas)}
         try:
-            _check_rule_once(tuple(betas) if isinstance(betas, list) else betas, group["second_moment"])
+            if kinds == {float, str}:
+                _check_rule_once(tuple(betas), *rule)
+            elif kinds != {torch.Tensor, str}:
+                _check_rule(betas, *rule)
         except (TypeError, ValueError) as error:
             raise type(error)(f"param_groups[{index}]: {error}") from None
 
 
-def unknown_keyword(given: str, name: str, accepted: Iterable[str]) -> TypeError:
+def unknown_keyword(given: str, optimizer_class: type, base: type) -> TypeError:
     """Return the error for a keyword argument that an optimizer does not have.
 
     Args:
         given: name of the argument.
-        name: class name of the optimizer.
-        accepted: names of its arguments.
+        optimizer_class: the optimizer's class.
+        base: the class of this package that it is, or that it extends.
     """
-    accepted = [other for other in accepted if other != "params"]
+    name = optimizer_class.__name__
+    found = [*inspect.signature(optimizer_class).parameters.values(), *inspect.signature(base).parameters.values()]
+    accepted = list(dict.fromkeys(one.name for one in found if one.name != "params" and one.kind != one.VAR_KEYWORD))
     if given in _TORCH_ONLY:
         advice = f"{_TORCH_ONLY[given]}; remove it"
     elif given == "decoupled_weight_decay":
-        advice = f"{name} always decouples weight decay; remove it, or use {name.removesuffix('W')}"
+        advice = f"{name} always decouples weight decay; remove it, or use {base.__name__.removesuffix('W')}"
     elif nearest := difflib.get_close_matches(given, accepted, n=1, cutoff=0.7):
         advice = f"did you mean {nearest[0]!r}?"
     else:
@@ -165,8 +161,7 @@ def _check_precision(group: Mapping[str, Any]) -> None:
         raise ValueError(f"Invalid seed: {seed}; expected 0 <= seed < 2^32")
 
 
-def _check_betas(betas: Any, second_moment: str) -> float:
-    """Check both betas and return the second."""
+def _check_betas(betas: Any, second_moment: str, eps_placement: str) -> None:
     if not isinstance(betas, (tuple, list)):
         raise TypeError(f"Invalid type of betas: expected a pair of numbers, got {betas!r}")
     if len(betas) != 2:
@@ -177,14 +172,23 @@ def _check_betas(betas: Any, second_moment: str) -> float:
     if not 0.0 <= beta1 < 1.0:
         raise ValueError(f"Invalid beta parameter at index 0: {beta1}; expected 0 <= betas[0] < 1")
     _check_beta2(beta2, second_moment)
-    return beta2
+    if eps_placement == "unnormalized" and second_moment == "adafactor":
+        raise ValueError(
+            "Invalid eps_placement: 'unnormalized'; second_moment='adafactor' has no raw moment, use 'normalized'"
+        )
+    if eps_placement == "unnormalized" and second_moment == "adax" and beta2 == 0.0:
+        raise ValueError(
+            "Invalid eps_placement: 'unnormalized'; AdaX's bias factor is 0 at betas[1]=0.0, use 'normalized'"
+        )
 
 
-@functools.lru_cache(maxsize=128)
-def _check_rule_once(betas: Any, second_moment: str) -> None:
-    """Check a rule and its betas; raised errors are not cached."""
+def _check_rule(betas: Any, second_moment: str, eps_placement: str) -> None:
     _check_choice(second_moment, "second_moment", SECOND_MOMENTS)
-    _check_betas(betas, second_moment)
+    _check_choice(eps_placement, "eps_placement", EPS_PLACEMENTS)
+    _check_betas(betas, second_moment, eps_placement)
+
+
+_check_rule_once = functools.lru_cache(maxsize=128)(_check_rule)  # errors are not cached
 
 
 def _check_beta2(beta2: float, second_moment: str) -> None:
@@ -192,16 +196,16 @@ def _check_beta2(beta2: float, second_moment: str) -> None:
     if second_moment == "adax":
         if not 0.0 <= beta2 <= LARGEST_ADAX_BETA2:
             raise ValueError(
-                f"{title} AdaX's betas[1] is the growth rate of its memory, at most {LARGEST_ADAX_BETA2}; omit betas "
-                "for the default 1e-4, or pass second_moment='adam' for Adam's decay"
+                f"{title} AdaX's betas[1] is the growth rate of its memory, at most {LARGEST_ADAX_BETA2}; pass "
+                "betas=(0.9, 1e-4), or second_moment='adam' for Adam's decay"
             )
     elif second_moment == "adam":
         if not 0.0 <= beta2 < 1.0:
             raise ValueError(f"{title} Adam's betas[1] is a decay, expected 0 <= betas[1] < 1")
         if 0.0 < beta2 < _SMALLEST_DECAY:
             raise ValueError(
-                f"{title} Adam's betas[1] is a decay near 1; omit betas for the default 0.999, or use AdaX or AdaXW "
-                "for a growth rate such as 1e-4"
+                f"{title} Adam's betas[1] is a decay near 1; pass betas=(0.9, 0.999), or use AdaX or AdaXW for a "
+                "growth rate such as 1e-4"
             )
     elif not _SMALLEST_DECAY <= beta2 <= 1.0:
         raise ValueError(

@@ -61,9 +61,10 @@ def is_fake(tensor: Tensor) -> bool:
 
 def explain_backend(device: torch.device, param_dtype: torch.dtype) -> tuple[str, str]:
     """Return the backend for a device and dtype, and the reason."""
-    if device.type == "cuda" and param_dtype in _TRITON_DTYPES and not has_triton():
-        return TRITON, "absent: run `pip install triton`"
-    backend = backend_of(device, param_dtype)
+    try:
+        backend = backend_of(device, param_dtype)
+    except RuntimeError as error:
+        return TRITON, f"absent: {error}"
     if backend == TRITON:
         interpreted = ", in the interpreter because TRITON_INTERPRET is set" if device.type == "cpu" else ""
         return backend, f"the fused kernel{interpreted}"

@@ -154,6 +154,10 @@ def test_unknown_keyword_of_a_subclass_names_the_subclass() -> None:
         TypeError, match=r"^Scheduled\(\) got an unexpected keyword argument 'warm'; did you mean 'warmup'"
     ):
         Scheduled([Parameter(torch.zeros(2))], warm=1)
+    with pytest.raises(TypeError, match="did you mean 'weight_decay'"):
+        Scheduled([Parameter(torch.zeros(2))], weight_dcay=1)
+    with pytest.raises(TypeError, match=r"AdaX$"):
+        Scheduled([Parameter(torch.zeros(2))], decoupled_weight_decay=True)
 
 
 GROUPS: list[tuple[dict[str, Any], type, list[str]]] = [
@@ -209,6 +213,14 @@ STEPS: dict[str, tuple[Callable[[Optimizer], None], type, list[str]]] = {
     "another rule's betas": (set_in_group(betas=[0.9, 0.999]), ValueError, ["param_groups[0]", "index 1", "0.999"]),
     "one beta": (set_in_group(betas=(0.9,)), ValueError, ["param_groups[0]", "betas", "(0.9,)"]),
     "beta's type": (set_in_group(betas=(0.9, "much")), TypeError, ["betas[1]", "'much'"]),
+    "betas of bool": (set_in_group(betas=(False, False)), TypeError, ["betas[0]", "False"]),
+    "betas that cannot be hashed": (set_in_group(betas={}), TypeError, ["pair of numbers", "{}"]),
+    "one tensor beta": (set_in_group(betas=(torch.tensor(0.9), 1e-4)), ValueError, ["both floats or both Tensors"]),
+    "betas without a bias": (
+        set_in_group(betas=(0.9, 0.0), eps_placement="unnormalized"),
+        ValueError,
+        ["param_groups[0]", "betas[1]=0.0"],
+    ),
     "unknown rule": (set_in_group(second_moment="rmsprop"), ValueError, ["second_moment", "'rmsprop'"]),
 }
 
@@ -219,6 +231,24 @@ def test_bad_step_changes_nothing(case: str, backend: torch.device) -> None:
     optimizer = trained(AdaXW, backend)
     corrupt(optimizer)
     check_raises(optimizer, optimizer.step, error, words)
+
+
+ADVICE = [
+    (torch.optim.AdamW, AdaXW, {}, r"load adax_from_adam\(from_torch_adam\(state_dict\)\) instead$"),
+    (torch.optim.Adam, AdamW, {}, r"load from_torch_adam\(state_dict\) instead$"),
+    (torch.optim.AdamW, AdaXW, {"second_moment": "adafactor", "betas": (0.9, 0.8)}, "with second_moment='adam'$"),
+    (torch.optim.SGD, AdaXW, {}, "only state dicts of Adam, AdamW and the authors' AdaX can be converted$"),
+    (torch.optim.NAdam, AdaX, {}, "only state dicts of Adam, AdamW and the authors' AdaX can be converted$"),
+]
+
+
+@pytest.mark.parametrize(("theirs", "ours", "options", "advice"), ADVICE)
+def test_state_dict_of_another_program_names_a_conversion_that_exists(
+    theirs: type, ours: type, options: dict[str, Any], advice: str
+) -> None:
+    param = Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=advice):
+        ours([param], **options).load_state_dict(theirs([param]).state_dict())
 
 
 def without(name: str) -> Callable[[dict[str, Any]], None]:

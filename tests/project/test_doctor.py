@@ -66,7 +66,9 @@ def test_doctor_needs_triton_only_with_a_gpu(cuda: bool, monkeypatch: pytest.Mon
     ok, message = doctor.triton_check()
     assert ok == (not cuda) and "pip install triton" in message
     backend, reason = doctor.explain_backend(torch.device("cuda", 0), torch.float32)
-    assert (backend, reason) == ("triton", "absent: run `pip install triton`")
+    assert backend == "triton" and reason.startswith("absent: ") and "run `pip install triton`" in reason
+    backend, reason = doctor.explain_backend(torch.device("cpu"), torch.float32)  # with TRITON_INTERPRET=1
+    assert backend == "triton" and reason.endswith("or unset TRITON_INTERPRET")
 
 
 def test_doctor_fails_when_the_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
