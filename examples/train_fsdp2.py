@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 examples/train_fsdp2.py               # the source of Python's standard library
 torchrun --nproc-per-node 2 examples/train_fsdp2.py --stop 100    # saves runs/fsdp2/step100
-torchrun --nproc-per-node 4 examples/train_fsdp2.py --resume runs/fsdp2/step100    # any number of processes
+torchrun --nproc-per-node 4 examples/train_fsdp2.py --resume runs/fsdp2/step100    # 1, 2, 4, 8 or 16
 """
 
 import argparse
@@ -29,7 +29,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400, help="length of the learning rate schedule")
     parser.add_argument("--stop", type=int, help="save and exit after this step (default: --steps)")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=128, help="model width; a multiple of 4")
+    parser.add_argument("--width", type=int, default=128, help="model width; a multiple of 32, for the 8-bit states")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--out", type=Path, default=Path("runs/fsdp2"), help="folder of checkpoints")
     parser.add_argument("--resume", type=Path, help="checkpoint to continue from")
@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         done = saved["step"]
-    stop = args.stop or args.steps
+    stop = args.steps if args.stop is None else args.stop
+    if not done <= stop <= args.steps:
+        raise SystemExit(f"--stop {stop}: expected {done} (the steps done) to {args.steps} (--steps)")
     for step in range(done + 1, stop + 1):
         inputs, targets = (batch.to(device) for batch in data.batch(step, rank, ranks, size=16 // ranks))
         loss = model(inputs, targets)

@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> None:
         for name, part in saved_parts.items():
             part.load_state_dict(saved[name])
 
-    stop, start = args.stop or args.steps, time.perf_counter()
+    stop, start = args.steps if args.stop is None else args.stop, time.perf_counter()
+    if not done <= stop <= args.steps:
+        parser.error(f"--stop {stop}: expected {done} (the steps done) to {args.steps} (--steps)")
     for step in range(done + 1, stop + 1):
         inputs, targets = (batch.to(device) for batch in data.batch(step, rank=0, ranks=1, size=16))
         loss = model(inputs, targets)

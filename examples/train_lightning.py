@@ -62,9 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/train_lightning.ckpt"))
     parser.add_argument("--resume", type=Path, help="checkpoint to continue from")
     args = parser.parse_args(argv)
+    args.stop = args.steps if args.stop is None else args.stop
+    if not 0 < args.stop <= args.steps:
+        parser.error(f"--stop {args.stop}: expected 1 to {args.steps} (--steps)")
     lightning.seed_everything(0)
     trainer = lightning.Trainer(
-        max_steps=args.stop or args.steps,
+        max_steps=args.stop,
         precision="bf16-mixed",
         logger=False,
         enable_checkpointing=False,  # main saves once, at the end

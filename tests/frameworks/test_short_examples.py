@@ -66,6 +66,21 @@ def test_plain_pytorch_resumes_bit_for_bit(text: Path) -> None:
     assert differing(whole, resumed) == []
 
 
+@pytest.mark.parametrize("stop", ["1", str(STEPS + 1)])
+def test_a_stop_outside_the_run_overwrites_no_checkpoint(
+    stop: str, text: Path, native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import train_gpu
+
+    arguments = [*TINY, "--data", str(text), "--checkpoint", str(text.parent / "two.pt")]
+    train_gpu.main([*arguments, "--stop", "2"])
+    with pytest.raises(SystemExit):
+        train_gpu.main([*arguments, "--stop", stop, "--resume"])
+    assert f"--stop {stop}: expected 2 (the steps done) to {STEPS} (--steps)" in capsys.readouterr().err
+    assert torch.load(text.parent / "two.pt")["step"] == 2
+
+
 # May take more than 5 s: four launches, three of them with two ranks.
 @needs_gloo
 def test_fsdp2_resumes_bit_for_bit_and_on_another_number_of_ranks(text: Path) -> None:
