@@ -66,7 +66,7 @@ def launch(run: argparse.Namespace, processes: int) -> None:
 
 
 def conclusion(curves: list[Curve], steps: int, seed: int) -> list[str]:
-    """Return what the comparison of two runs shows, and what it does not."""
+    """Return what the comparison of two runs shows."""
     better, worse = sorted(curves, key=lambda curve: curve.final_validation_loss)
     gap = worse.final_validation_loss - better.final_validation_loss
     return [

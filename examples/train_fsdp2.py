@@ -1,4 +1,4 @@
-"""Train a small GPT with FSDP2, one process per GPU or several on a CPU.
+"""Train a small GPT with FSDP2, on GPUs or on a CPU.
 
 torchrun --nproc-per-node 2 examples/train_fsdp2.py               # the source of Python's standard library
 torchrun --nproc-per-node 2 examples/train_fsdp2.py --stop 100    # saves runs/fsdp2/step100

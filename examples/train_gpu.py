@@ -1,4 +1,4 @@
-"""Train a small GPT in bfloat16 with plain PyTorch, on one GPU or on a CPU.
+"""Train a small bfloat16 GPT with plain PyTorch, on GPU or CPU.
 
 python examples/train_gpu.py                               # the source of Python's standard library
 python examples/train_gpu.py --data notes/ --steps 2000    # a text file or a folder

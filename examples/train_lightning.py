@@ -44,7 +44,7 @@ class Model(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train_dataloader(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return the batches after the steps done; Lightning does not skip them when it resumes."""
+        """Return the batches that follow; a resumed Lightning run skips none."""
         data = TextData(read_text(self.args.data, max_bytes=8_000_000), context=128, seed=0)
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         return (data.batch(step, rank, ranks, size=16) for step in count(self.global_step + 1))

@@ -121,7 +121,7 @@ def check_state_dict(state_dict: Mapping[str, Any], param_groups: list[dict[str,
 
 
 def _advice(group: Mapping[str, Any], current: str) -> str:
-    """Return how to convert a group of another program for the rule `current`."""
+    """Return how to convert another program's group for a rule."""
     if "betas" in group and ("amsgrad" in group or "bias_correction" in group):  # torch's or DeepSpeed's Adam
         rule, call = "adam", "from_torch_adam(state_dict)"
     elif "betas" in group and group["betas"][1] <= LARGEST_ADAX_BETA2:

@@ -87,7 +87,7 @@ def validate_group(group: Mapping[str, Any]) -> None:
 
 
 def check_changed_betas(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Check betas that the user may have written into the groups since `validate_group`.
+    """Check betas written into the groups since `validate_group`.
 
     Each step calls it. Tensors are not checked, because the host would wait for a GPU.
 
@@ -107,7 +107,7 @@ def check_changed_betas(param_groups: Sequence[Mapping[str, Any]]) -> None:
 
 
 def unknown_keyword(given: str, optimizer_class: type, base: type) -> TypeError:
-    """Return the error for a keyword argument that an optimizer does not have.
+    """Return the error for an optimizer's unknown keyword argument.
 
     Args:
         given: name of the argument.

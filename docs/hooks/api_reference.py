@@ -161,7 +161,7 @@ def _entries(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _resolved(by_name: dict[str, griffe.Class], source: re.Match[str] | None, name: str) -> str:
-    """Return the text of an argument in the class that "see `AdaX`" names.
+    """Return an argument's text in the class that "see `AdaX`" names.
 
     A default next to the reference replaces the default of that class.
     """
@@ -182,7 +182,7 @@ def _with_math(text: str) -> str:
 
 
 def _describe_fields(found: griffe.Class) -> None:
-    """Give each field its line of the class's docstring, or the comment next to it."""
+    """Describe each field by its docstring line or its comment."""
     source = Path(str(found.filepath)).read_text().split("\n")
     text = found.docstring.value if found.docstring else ""
     for name, field in found.members.items():

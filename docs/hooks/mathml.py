@@ -1,4 +1,4 @@
-"""Render equations as MathML: ```math blocks and inline $`...`$, as GitHub writes them.
+"""Render GitHub's ```math blocks and inline $`...`$ as MathML.
 
 Browsers draw MathML without a script, so the site loads nothing from elsewhere.
 """

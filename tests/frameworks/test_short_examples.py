@@ -1,4 +1,4 @@
-"""The short examples on a CPU; a resumed run equals an uninterrupted one, bit for bit.
+"""Resumed short examples equal uninterrupted ones, bit for bit, on a CPU.
 
 The first test takes more than 5 s, because rank_server.py imports torch and DeepSpeed.
 """
@@ -35,7 +35,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def run(script: str, text: Path, *arguments: str, ranks: int = 1) -> list[float]:
-    """Run an example in the folder of `text`; return the losses it prints."""
+    """Run an example; return the losses that it prints."""
     log = text.with_suffix(".log")
     # "0": the native CPU kernel instead of Triton's interpreter.
     interpret = {"TRITON_INTERPRET": "0"}

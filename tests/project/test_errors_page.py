@@ -68,7 +68,7 @@ def message_of(run: Callable[[], Any]) -> str:
 
 
 def stepping(make: Callable[[nn.Module], Any] = lambda model: AdaXW(model.parameters())) -> str:
-    """Return the message of a first step, and check that it changes nothing."""
+    """Return a first step's message; check that nothing changed."""
     model = nn.Linear(3, 2)
     before = [param.detach().clone() for param in model.parameters()]
     optimizer = make(model)

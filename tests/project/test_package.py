@@ -1,4 +1,4 @@
-"""Test sdist and wheel, their metadata, standalone import and lazily imported public names."""
+"""Test sdist, wheel, metadata, standalone import and lazy public names."""
 
 import email
 import importlib.util
@@ -40,7 +40,7 @@ def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(kind: str, source: Path, folder: Path) -> Path:
-    """Build a wheel or an sdist as a build frontend does, without the network."""
+    """Build a wheel or an sdist as pip does, offline."""
     program = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=source, capture_output=True)
     (built,) = folder.iterdir()

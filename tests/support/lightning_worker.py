@@ -1,4 +1,4 @@
-"""Train a linear layer with Lightning, clipped by the optimizer or by the Trainer.
+"""Train with Lightning, clipped by the optimizer or the Trainer.
 
 python lightning_worker.py cases.json results.json
 
