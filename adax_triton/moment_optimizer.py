@@ -311,7 +311,11 @@ class MomentOptimizer(Optimizer):
             warnings.warn(warning, stacklevel=5)
 
     def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
-        """Call a function after each step. Raises RuntimeError for a logger without telemetry."""
+        """Call a function after each step.
+
+        Raises:
+            RuntimeError: the function logs telemetry, and the optimizer records none.
+        """
         if getattr(hook, "reads_telemetry", False) is True and not self.options.telemetry:
             raise RuntimeError(
                 f"{type(hook).__name__} logs telemetry, but the optimizer records none; create it with telemetry=True"
