@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "documented"  # mkdocs.yml names it in `paths`
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(ROOT / "bench"))
+from gpu_check import stage  # noqa: E402
 from mathml import display_block, inline_equation  # noqa: E402
 
 _PUBLIC_MODULES = ("", "integrations.deepspeed", "integrations.huggingface")
@@ -39,11 +40,8 @@ _MATH_ROLE = re.compile(r":math:`([^`]+)`")
 
 def copy_package() -> None:
     """Copy the package to `build/documented` as pip installs it."""
-    folders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
     shutil.rmtree(COPY, ignore_errors=True)
-    for package, folder in folders.items():
-        target = COPY / package.replace(".", "/")
-        shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    stage(COPY, wheels=None)
 
 
 class CompleteDocstrings(griffe.Extension):
