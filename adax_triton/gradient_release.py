@@ -63,6 +63,7 @@ class GradientRelease:
                 "measures whole steps"
             )
         self._optimizer = optimizer
+        optimizer._step_supports_amp_scaling = True  # a GradScaler then sets `grad_scale`, which raises
         self._hooked: set[Tensor] = set()
         self._group_of: dict[Tensor, int] = {}  # read once per backward pass
         self._handles: list[RemovableHandle] = []
@@ -83,6 +84,7 @@ class GradientRelease:
 
         Leaving a `with` block does the same.
         """
+        self._optimizer._step_supports_amp_scaling = self._optimizer.options.fused
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

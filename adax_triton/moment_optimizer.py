@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,10 @@ from adax_triton.state.checkpoint import (
     with_kept_options,
     wrap_tensors,
 )
+from adax_triton.state.keywords import remove_torch_keywords, signature_with_shared_options
 from adax_triton.state.parameters import check_param, is_frozen
 from adax_triton.state.precision import precision_for
-from adax_triton.state.validation import OLD_CHECKPOINT_DEFAULTS, check_changed_betas, unknown_keyword, validate_group
+from adax_triton.state.validation import OLD_CHECKPOINT_DEFAULTS, check_changed_betas, validate_group
 from adax_triton.step.backend import uses_triton
 from adax_triton.step.collect import Collected, ParamWithGrad, collect, normalize_counts
 from adax_triton.step.external_grads import (
@@ -52,22 +52,6 @@ from adax_triton.update.horizon import FROZEN_WEIGHT
 _MIN_PLAN_LIMIT = 64
 
 
-class SharedOptions(TypedDict, total=False):
-    """Keyword arguments that every optimizer takes; `AdaX` describes them."""
-
-    maximize: bool
-    states: str
-    master_weights: str | None
-    weight_rounding: str
-    seed: int
-    keep_float32: Callable[[Tensor], bool] | None
-    capturable: bool
-    max_grad_norm: float | None
-    error_if_nonfinite: bool
-    norm_process_group: Any
-    telemetry: bool
-
-
 class MomentOptimizer(Optimizer):
     """Base of the four optimizers.
 
@@ -78,7 +62,7 @@ class MomentOptimizer(Optimizer):
     A parameter's state is created at its first step with a gradient, and updated in place from then on:
 
     - `step`: int, number of steps with a gradient. It is a 0-d int64 tensor on the GPU if the GPU counts steps: with
-      `capturable`, `max_grad_norm`, a `GradScaler` or a learning rate on the GPU.
+      `capturable`, `max_grad_norm`, a `GradScaler` with `fused`, or a learning rate on the GPU.
     - `exp_avg`: m, same shape as the parameter; float32 unless `states` says otherwise. float64 and complex
       parameters keep their own dtype.
     - `exp_avg_sq`: v, as `exp_avg`. A complex parameter has one v for the real and one for the imaginary part.
@@ -112,7 +96,14 @@ class MomentOptimizer(Optimizer):
         error_if_nonfinite: bool = False,
         norm_process_group: Any = None,
         telemetry: bool = False,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
     ) -> None:
+        remove_torch_keywords(
+            {"fused": fused, "foreach": foreach, "amsgrad": amsgrad, "differentiable": differentiable}
+        )
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -129,40 +120,25 @@ class MomentOptimizer(Optimizer):
             "capturable": capturable,
         }
         validate_group(defaults)
-        self.options = OptimizerOptions(keep_float32, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry)
+        self.options = OptimizerOptions(
+            keep_float32, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry, fused is True
+        )
         self.options.check()
         self.max_grad_norm = max_grad_norm
         self._prepare()
         super().__init__(params, defaults)
 
     def __init_subclass__(cls) -> None:
-        """List the shared options in the class's signature.
-
-        `help()` and callers that inspect the signature then see them.
-        """
+        """List the shared options in the class's signature."""
         super().__init_subclass__()
-        shared = inspect.signature(MomentOptimizer.__init__).parameters
-        own = inspect.signature(cls.__init__)
-        listed = []
-        for parameter in list(own.parameters.values())[1:]:
-            if parameter.annotation == "Unpack[SharedOptions]":
-                listed += [shared[name] for name in SharedOptions.__annotations__]
-            else:
-                listed.append(parameter)
-        cls.__signature__ = own.replace(parameters=listed)  # type: ignore[attr-defined]
+        cls.__signature__ = signature_with_shared_options(cls, MomentOptimizer)  # type: ignore[attr-defined]
 
     # True: weight decay is always decoupled, and a loaded checkpoint does not change this, as in torch's AdamW.
     _is_decoupled = False
-    # Tells torch.amp.GradScaler that `step` unscales gradients and skips steps itself.
-    _step_supports_amp_scaling = True
-
-    def _check_keywords(self, base: type, options: SharedOptions) -> None:
-        """Raise for unknown keyword arguments; Python's error would name a base class."""
-        for key in options:
-            if key not in SharedOptions.__annotations__:
-                raise unknown_keyword(key, type(self), base)
 
     def _prepare(self) -> None:
+        # True tells torch.amp.GradScaler that `step` unscales gradients and skips steps itself.
+        self._step_supports_amp_scaling = self.options.fused
         self._launch_cache = LaunchCache()
         self._sums = StepSums() if self.options.telemetry else None
         # Keyed by kind of step and first parameter: ZeRO steps one group at a time, GradientRelease one parameter.
@@ -185,6 +161,7 @@ class MomentOptimizer(Optimizer):
                 parameter does not support the group's `states`, `master_weights` or `weight_rounding`.
         """
         if isinstance(param_group, dict):
+            remove_torch_keywords(param_group)
             group = {**self.defaults, **param_group}
             validate_group(group)
             if self._is_decoupled and not group["decoupled_weight_decay"]:

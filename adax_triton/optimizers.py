@@ -7,7 +7,8 @@ from typing import Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .moment_optimizer import MomentOptimizer, SharedOptions
+from .moment_optimizer import MomentOptimizer
+from .state.keywords import SharedOptions, check_keywords
 
 
 class AdaX(MomentOptimizer):
@@ -66,6 +67,13 @@ class AdaX(MomentOptimizer):
         norm_process_group: process group whose ranks hold different shards of the gradients as plain tensors. DTensors
             need none. Needs `max_grad_norm`. Default: None, each rank has the whole gradients.
         telemetry: record norms and counts in each step, for `read_telemetry`. Default: False.
+        fused: if True, the step divides the gradients by the scale of a `torch.amp.GradScaler` and skips overflows, so
+            the scaler neither writes the gradients nor waits for the GPU. Frameworks that clip unscaled gradients then
+            refuse the optimizer, as they refuse torch's fused AdamW. The update is one kernel with False too. Default:
+            None, the scaler unscales.
+        foreach: accepted for code written for torch's AdamW; changes nothing. Default: None.
+        amsgrad: as `foreach`; True raises. Default: False.
+        differentiable: as `foreach`; True raises. Default: False.
 
     Raises:
         TypeError: an argument or a parameter has the wrong type; the message names it.
@@ -85,7 +93,7 @@ class AdaX(MomentOptimizer):
         eps_placement: str = "normalized",
         **options: Unpack[SharedOptions],
     ) -> None:
-        self._check_keywords(AdaX, options)
+        check_keywords(options, type(self), AdaX)
         super().__init__(
             params,
             lr=lr,
@@ -116,6 +124,7 @@ class AdaXW(AdaX):
         eps_placement: see `AdaX`. Default: `"normalized"`.
         maximize, states, master_weights, weight_rounding, seed, keep_float32: see `AdaX`.
         capturable, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry: see `AdaX`.
+        fused, foreach, amsgrad, differentiable: see `AdaX`.
 
     Raises:
         TypeError, ValueError: as `AdaX`.
@@ -135,7 +144,7 @@ class AdaXW(AdaX):
         eps_placement: str = "normalized",
         **options: Unpack[SharedOptions],
     ) -> None:
-        self._check_keywords(AdaXW, options)
+        check_keywords(options, type(self), AdaXW)
         super().__init__(
             params,
             lr,
@@ -172,6 +181,7 @@ class Adam(MomentOptimizer):
             False.
         maximize, states, master_weights, weight_rounding, seed, keep_float32: see `AdaX`.
         capturable, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry: see `AdaX`.
+        fused, foreach, amsgrad, differentiable: see `AdaX`.
 
     Raises:
         TypeError, ValueError: as `AdaX`.
@@ -188,7 +198,7 @@ class Adam(MomentOptimizer):
         decoupled_weight_decay: bool = False,
         **options: Unpack[SharedOptions],
     ) -> None:
-        self._check_keywords(Adam, options)
+        check_keywords(options, type(self), Adam)
         super().__init__(
             params,
             lr=lr,
@@ -215,6 +225,7 @@ class AdamW(Adam):
         weight_decay: decoupled coefficient, >= 0: `p -= lr * weight_decay * p`. Default: 1e-2.
         maximize, states, master_weights, weight_rounding, seed, keep_float32: see `AdaX`.
         capturable, max_grad_norm, error_if_nonfinite, norm_process_group, telemetry: see `AdaX`.
+        fused, foreach, amsgrad, differentiable: see `AdaX`.
 
     Raises:
         TypeError, ValueError: as `AdaX`.
@@ -231,5 +242,5 @@ class AdamW(Adam):
         weight_decay: float = 1e-2,
         **options: Unpack[SharedOptions],
     ) -> None:
-        self._check_keywords(AdamW, options)
+        check_keywords(options, type(self), AdamW)
         super().__init__(params, lr, betas, eps, weight_decay, decoupled_weight_decay=True, **options)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -29,13 +27,6 @@ OLD_CHECKPOINT_DEFAULTS: dict[str, Any] = {
     "weight_rounding": "nearest",
     "seed": 0,
     "capturable": False,
-}
-# Keyword arguments of torch's optimizers that this package does not have, and why.
-_TORCH_ONLY = {
-    "amsgrad": "AMSGrad is not supported",
-    "differentiable": "differentiable steps are not supported",
-    "foreach": "each step is fused",
-    "fused": "each step is fused",
 }
 # Old values of `states` in checkpoints -> current values.
 _RENAMED_STATES = {"low": "8bit_v16", "lowest": "8bit"}
@@ -104,28 +95,6 @@ def check_changed_betas(param_groups: Sequence[Mapping[str, Any]]) -> None:
                 _check_rule(betas, *rule)
         except (TypeError, ValueError) as error:
             raise type(error)(f"param_groups[{index}]: {error}") from None
-
-
-def unknown_keyword(given: str, optimizer_class: type, base: type) -> TypeError:
-    """Return the error for an optimizer's unknown keyword argument.
-
-    Args:
-        given: name of the argument.
-        optimizer_class: the optimizer's class.
-        base: the class of this package that it is, or that it extends.
-    """
-    name = optimizer_class.__name__
-    found = [*inspect.signature(optimizer_class).parameters.values(), *inspect.signature(base).parameters.values()]
-    accepted = list(dict.fromkeys(one.name for one in found if one.name != "params" and one.kind != one.VAR_KEYWORD))
-    if given in _TORCH_ONLY:
-        advice = f"{_TORCH_ONLY[given]}; remove it"
-    elif given == "decoupled_weight_decay":
-        advice = f"{name} always decouples weight decay; remove it, or use {base.__name__.removesuffix('W')}"
-    elif nearest := difflib.get_close_matches(given, accepted, n=1, cutoff=0.7):
-        advice = f"did you mean {nearest[0]!r}?"
-    else:
-        advice = f"it accepts {', '.join(accepted)}"
-    return TypeError(f"{name}() got an unexpected keyword argument {given!r}; {advice}")
 
 
 def _check_non_negative(value: float | torch.Tensor, name: str, title: str) -> None:

@@ -82,6 +82,7 @@ class OptimizerOptions(NamedTuple):
     error_if_nonfinite: bool
     norm_process_group: Any
     telemetry: bool
+    fused: bool = False  # absent from older pickles
 
     def check(self) -> None:
         """Check the options.

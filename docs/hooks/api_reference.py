@@ -123,7 +123,7 @@ def _list_shared_options(found: griffe.Class, base: griffe.Class) -> None:
 
 
 def _shared_names(base: griffe.Class) -> set[str]:
-    return set(base.module["SharedOptions"].members)
+    return set(base.package["state.keywords.SharedOptions"].members)
 
 
 def _with_single_arguments(text: str, by_name: dict[str, griffe.Class]) -> str:

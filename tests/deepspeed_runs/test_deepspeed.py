@@ -130,8 +130,8 @@ SETTINGS_THAT_RAISE = [
         ("fp16-stage-0-callable", {"dtype": "fp16", "client": "callable"}, ["fp16", "stage to 1"]),
         (
             "unknown-params",
-            {"stage": 3, "dtype": "bf16", "params": {"lr": 1e-2, "amsgrad": True, "bias_correction": True}},
-            ["amsgrad", "bias_correction", "decoupled_weight_decay", "maximize"],
+            {"stage": 3, "dtype": "bf16", "params": {"lr": 1e-2, "torch_adam": True, "bias_correction": True}},
+            ["torch_adam", "bias_correction", "decoupled_weight_decay", "maximize"],
         ),
         (
             "client-instance-cpu-offload-unforced",

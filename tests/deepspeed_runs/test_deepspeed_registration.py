@@ -207,10 +207,10 @@ def test_unknown_params_are_all_named_with_the_accepted_ones(
     adapter: ModuleType, optimizer_type: str, accepted: str
 ) -> None:
     settings = config(optimizer_type)
-    settings["optimizer"]["params"] |= {"amsgrad": False, "betaz": [0.9, 1e-4], "params": []}
+    settings["optimizer"]["params"] |= {"torch_adam": True, "betaz": [0.9, 1e-4], "params": []}
     with pytest.raises(ValueError) as caught:
         adapter.check_config(settings)
-    assert "amsgrad, betaz, params; accepted keys: " + accepted in str(caught.value)
+    assert "torch_adam, betaz, params; accepted keys: " + accepted in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_graph_replays_with_a_loaded_state_dict(options: dict[str, Any]) -> None
 
 
 def test_replay_skips_the_step_if_a_scaled_gradient_is_infinite() -> None:
-    (optimizer, params), (twin, twins) = (build(capturable=True) for _ in range(2))
+    (optimizer, params), (twin, twins) = (build(capturable=True, fused=True) for _ in range(2))
     x, factor = torch.ones((), device="cuda"), torch.ones((), device="cuda")
     scalers = [torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=100) for _ in range(2)]
 
@@ -255,7 +255,7 @@ def test_steady_steps_allocate_nothing(options: dict[str, Any], capturable: bool
 )
 @pytest.mark.parametrize("lr", ["number", "on the device"])
 def test_host_does_not_wait(options: dict[str, Any], scaled: bool, lr: str) -> None:
-    optimizer, params = build(0.01 if lr == "number" else torch.tensor(0.01, device="cuda"), **options)
+    optimizer, params = build(0.01 if lr == "number" else torch.tensor(0.01, device="cuda"), fused=True, **options)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
 
     def step_once() -> None:

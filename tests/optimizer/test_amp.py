@@ -1,4 +1,4 @@
-"""An unmodified torch.amp.GradScaler; the step unscales gradients and skips overflows.
+"""An unmodified torch.amp.GradScaler; with fused=True the step unscales gradients and skips overflows.
 
 Oracle: the same optimizer with unscaled gradients, without the overflow steps. Results match bit for bit, because
 scales are powers of two and host and device compute the same scalars.
@@ -32,7 +32,7 @@ class Mode(NamedTuple):
 
     def optimizer(self, params: Sequence[Tensor], **options: Any) -> AdaX:
         known = {key: value for key, value in self._asdict().items() if key != "dtype"}
-        return AdaXW(params, lr=0.01, seed=3, **known, **options)
+        return AdaXW(params, lr=0.01, seed=3, fused=True, **known, **options)
 
 
 MODES = {
@@ -131,6 +131,28 @@ def test_skipped_step_changes_nothing(mode: Mode, backend: torch.device) -> None
     assert scaler.get_scale() == 2.0**10  # doubled after two steps, then halved
 
 
+@pytest.mark.parametrize("fused", [None, False])
+def test_scaler_unscales_gradients_unless_fused(fused: bool | None, backend: torch.device) -> None:
+    params, twins = parameters(backend), parameters(backend)
+    optimizer, twin = AdaXW(params, fused=fused), AdaXW(twins, fused=True)
+    train_scaled(optimizer, params, STEPS, INFINITE)
+    train_scaled(twin, twins, STEPS, INFINITE)
+    assert torch.equal(params[0].grad, gradient(params[0], STEPS[-1]))
+    assert not torch.equal(twins[0].grad, params[0].grad)
+    for param, other in zip(params, twins, strict=True):
+        param.grad = other.grad = None
+    assert contents(optimizer) == contents(twin)
+
+
+def test_scaler_needs_fused_for_float16_gradients(backend: torch.device) -> None:
+    params = parameters(backend, torch.float16)
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):  # as for torch's AdamW
+        train_scaled(AdaXW(params, master_weights="float32"), params, [0])
+    assert all(
+        torch.equal(param, fresh) for param, fresh in zip(params, parameters(backend, torch.float16), strict=True)
+    )
+
+
 def test_zero_scale_skips_the_step_or_gives_nonfinite_weights(backend: torch.device) -> None:
     for found_inf, max_grad_norm in ((1.0, None), (1.0, 1.0), (0.0, 1.0), (0.0, None)):
         param = Parameter(torch.ones(8, device=backend))
@@ -146,7 +168,7 @@ def test_zero_scale_skips_the_step_or_gives_nonfinite_weights(backend: torch.dev
 
 def test_step_after_a_skipped_first_step_equals_a_first_step(backend: torch.device) -> None:
     params, twins = parameters(backend), parameters(backend)
-    optimizer, twin = AdaX(params, lr=0.01), AdaX(twins, lr=0.01)
+    optimizer, twin = AdaX(params, lr=0.01, fused=True), AdaX(twins, lr=0.01)
     train_scaled(optimizer, params, [1], INFINITE)
     assert all(torch.equal(param, twin) for param, twin in zip(params, twins, strict=True))
     train_scaled(optimizer, params, [4])
@@ -175,7 +197,7 @@ def test_user_may_unscale_and_clip_gradients(mode: Mode, backend: torch.device) 
 
 def test_step_does_not_change_scaled_gradients(backend: torch.device) -> None:
     params = parameters(backend)
-    optimizer, scaler = AdaX(params), torch.amp.GradScaler(backend.type, init_scale=2.0**10)
+    optimizer, scaler = AdaX(params, fused=True), torch.amp.GradScaler(backend.type, init_scale=2.0**10)
     backward(params, 0, scaler)
     before = [bits(param.grad) for param in params]
     scaler.step(optimizer)
@@ -199,7 +221,7 @@ def test_scale_need_not_be_a_power_of_two(backend: torch.device) -> None:
 
 def test_scaler_skips_an_optimizer_without_gradients(backend: torch.device) -> None:
     params, idle = parameters(backend), parameters(backend)
-    optimizer, other = AdaX(params), AdaX(idle)
+    optimizer, other = AdaX(params, fused=True), AdaX(idle, fused=True)
     scaler = torch.amp.GradScaler(backend.type, init_scale=2.0**10)
     backward(params, 0, scaler)
     scaler.step(optimizer)
@@ -224,7 +246,7 @@ def test_wrong_type_raises_an_error_that_names_it(name: str, value: object, back
 
 def test_step_counts_with_and_without_scaler(backend: torch.device) -> None:
     params, twins = parameters(backend), parameters(backend)
-    optimizer, twin = AdamW(params, lr=0.01), AdamW(twins, lr=0.01)
+    optimizer, twin = AdamW(params, lr=0.01, fused=True), AdamW(twins, lr=0.01)
     train(optimizer, params, [0, 2])
     train_scaled(optimizer, params, [4, 5], [4])
     train(optimizer, params, [3])
@@ -253,7 +275,7 @@ def test_copies_step_bit_for_bit_equal(mode: Mode, backend: torch.device) -> Non
 
 def test_load_state_dict_writes_device_counts_in_place(backend: torch.device) -> None:
     params, source = parameters(backend), parameters(backend)
-    optimizer, saved = AdaX(params, lr=0.01), AdaX(source, lr=0.01)
+    optimizer, saved = AdaX(params, lr=0.01, fused=True), AdaX(source, lr=0.01)
     train_scaled(optimizer, params, [0])
     train(saved, source, [0, 1])
     counts = [optimizer.state[param]["step"] for param in params]

@@ -129,8 +129,6 @@ def test_tensor_subclass_that_wraps_tensors_raises() -> None:
 KEYWORDS: list[tuple[type, str, str]] = [
     (AdaXW, "max_norm", r"AdaXW\(\).*'max_norm'; did you mean 'max_grad_norm'\?"),
     (AdaX, "state", r"AdaX\(\).*'state'; did you mean 'states'\?"),
-    (Adam, "amsgrad", r"Adam\(\).*'amsgrad'; AMSGrad is not supported; remove it"),
-    (AdamW, "fused", r"AdamW\(\).*'fused'; each step is fused; remove it"),
     (AdaXW, "decoupled_weight_decay", r"AdaXW\(\).*always decouples weight decay; remove it, or use AdaX$"),
     (AdamW, "decoupled_weight_decay", r"AdamW\(\).*always decouples weight decay; remove it, or use Adam$"),
     (Adam, "second_moment", r"Adam\(\).*'second_moment'; it accepts lr, betas, eps, weight_decay, decoupled"),
@@ -158,6 +156,43 @@ def test_unknown_keyword_of_a_subclass_names_the_subclass() -> None:
         Scheduled([Parameter(torch.zeros(2))], weight_dcay=1)
     with pytest.raises(TypeError, match=r"AdaX$"):
         Scheduled([Parameter(torch.zeros(2))], decoupled_weight_decay=True)
+
+
+TORCH_KEYWORDS: list[tuple[str, Any, type[Exception], str]] = [
+    ("amsgrad", True, ValueError, "Invalid amsgrad: True; AMSGrad is not supported"),
+    ("differentiable", True, ValueError, "Invalid differentiable: True; autograd cannot differentiate"),
+    ("amsgrad", 1, TypeError, "Invalid type of amsgrad: expected True or False, got 1"),
+    ("fused", "yes", TypeError, "Invalid type of fused: expected True or False, got 'yes'"),
+    ("foreach", 0.0, TypeError, "Invalid type of foreach: expected True or False, got 0.0"),
+]
+
+
+@pytest.mark.parametrize("in_group", [False, True], ids=["argument", "group"])
+@pytest.mark.parametrize(("keyword", "value", "error", "message"), TORCH_KEYWORDS)
+def test_keyword_of_torch_that_would_change_the_update_raises(
+    keyword: str, value: Any, error: type[Exception], message: str, in_group: bool
+) -> None:
+    group, options = {"params": [Parameter(torch.zeros(2))]}, {keyword: value}
+    with pytest.raises(error, match=message):
+        AdaXW([{**group, **options}]) if in_group else AdaXW([group], **options)
+
+
+@pytest.mark.parametrize("optimizer_class", [AdaX, AdaXW, Adam, AdamW])
+def test_keywords_of_torch_that_change_nothing_are_accepted(optimizer_class: type, native_cpu: torch.device) -> None:
+    off = {"amsgrad": False, "foreach": False, "differentiable": False, "fused": None}
+    on = {"amsgrad": False, "foreach": True, "differentiable": False, "fused": True}
+    params = [Parameter(torch.ones(5)) for _ in range(4)]
+    plain, *others = (
+        optimizer_class([params[0]]),
+        optimizer_class([params[1]], **off),
+        optimizer_class([params[2]], **on),
+        optimizer_class([{"params": [params[3]], **on}]),
+    )
+    for param, optimizer in zip(params, (plain, *others), strict=True):
+        param.grad = torch.arange(5.0)
+        optimizer.step()
+        assert torch.equal(param, params[0])
+        assert optimizer.param_groups[0].keys() == plain.param_groups[0].keys()
 
 
 GROUPS: list[tuple[dict[str, Any], type, list[str]]] = [

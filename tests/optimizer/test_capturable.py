@@ -203,7 +203,7 @@ def test_replay_equals_steps(kind: dict[str, Any], device: torch.device, recordi
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has graphs of its own")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_replay_skips_steps_with_infinite_gradients(device: torch.device, recording: Any) -> None:
-    options = {"max_grad_norm": 5.0, "capturable": True}
+    options = {"max_grad_norm": 5.0, "capturable": True, "fused": True}
     (optimizer, params), (twin, twins) = build(device, **options), build(device, **options)
     scaler, other = (torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2))
 

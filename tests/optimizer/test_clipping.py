@@ -227,7 +227,7 @@ def test_next_step_does_not_overwrite_the_norm(backend: torch.device) -> None:
 def test_scaled_gradients_are_clipped_like_unscaled_ones(backend: torch.device) -> None:
     # GradScaler rejects complex gradients, and bfloat16 on a GPU. float16 gradients must not overflow.
     params, twins = (parameters(backend, [torch.float32, torch.float64, torch.float16]) for _ in range(2))
-    optimizer, twin = (AdaX(group, lr=0.01, max_grad_norm=5.0) for group in (params, twins))
+    optimizer, twin = (AdaX(group, lr=0.01, max_grad_norm=5.0, fused=True) for group in (params, twins))
     scaler = torch.amp.GradScaler(backend.type, init_scale=2.0**3)
     for step in range(len(SIZES)):
         set_gradients(params, params, step)

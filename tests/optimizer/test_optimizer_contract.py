@@ -217,7 +217,7 @@ def test_duplicate_parameter_is_stepped_once(backend: torch.device) -> None:
 @pytest.mark.parametrize("found_inf", [False, True], ids=["finite", "inf"])
 def test_grad_scaler_unscales_and_skips(found_inf: bool, backend: torch.device) -> None:
     params, twin = parameters(backend), parameters(backend)
-    optimizer = AdaXW(params)
+    optimizer = AdaXW(params, fused=True)
     scaler = torch.amp.GradScaler(backend.type, init_scale=1024.0)
     loss = sum((param * gradient(param, 0)).sum() for param in params)
     scaler.scale(loss).backward()

@@ -280,7 +280,7 @@ def test_gradient_norm_is_measured_before_clipping(limit: float, backend: torch.
 def test_grad_scaler_gives_unscaled_norms_and_skipped_steps(backend: torch.device) -> None:
     params = parameters(backend, torch.float32, ((5, 7), (2049,), (0,)))
     params.append(Parameter(values(9).to(backend)))  # float64 has no kernel
-    optimizer = AdaX(params, lr=0.01, telemetry=True)
+    optimizer = AdaX(params, lr=0.01, telemetry=True, fused=True)
     scaler = torch.amp.GradScaler(backend.type, init_scale=1024.0, growth_interval=1)
     for step, infinite in enumerate((False, True, True, False, False)):
         scale = scaler.get_scale()

@@ -46,7 +46,7 @@ def assert_grad_norm(optimizer: AdaX) -> None:
 
 def test_gradients_that_the_user_unscaled_are_not_unscaled_again(backend: torch.device) -> None:
     params = parameters(backend, torch.float32, ((5, 7),))
-    optimizer = AdaX(params, telemetry=True)
+    optimizer = AdaX(params, telemetry=True, fused=True)
     scaler = torch.amp.GradScaler(backend.type, init_scale=1024.0)
     scaler.scale(params[0].sum()).backward()
     scaler.unscale_(optimizer)

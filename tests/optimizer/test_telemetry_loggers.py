@@ -33,7 +33,7 @@ def make(optimizer_class: type, device: torch.device) -> tuple[nn.Module, AdaX]:
     torch.manual_seed(0)
     model = nn.Linear(5, 3).to(device)
     groups = [{"params": [("weight", model.weight)]}, {"params": [("bias", model.bias)], "lr": 0.1}]
-    return model, optimizer_class(groups, telemetry=True)
+    return model, optimizer_class(groups, telemetry=True, fused=True)
 
 
 def take_step(model: nn.Module, optimizer: AdaX, scaler: torch.amp.GradScaler, value: float = 1.0) -> StepTelemetry:

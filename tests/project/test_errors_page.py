@@ -136,6 +136,13 @@ def release_with_scaler(patch: pytest.MonkeyPatch) -> str:
     return message_of(lambda: scaler.step(optimizer))
 
 
+def scale_float16(patch: pytest.MonkeyPatch) -> str:
+    param, scaler = nn.Parameter(torch.ones(3, dtype=torch.float16)), torch.amp.GradScaler("cpu")
+    optimizer = AdaXW([param])
+    scaler.scale(param.sum()).backward()
+    return message_of(lambda: scaler.step(optimizer))
+
+
 def loading(optimizer_class: type, saved_class: type) -> str:
     param = nn.Parameter(torch.ones(3))
     saved = saved_class([param]).state_dict()
@@ -167,6 +174,8 @@ MESSAGES: dict[str, Callable[[pytest.MonkeyPatch], str]] = {
     "logs telemetry, but the optimizer records none": lambda _: message_of(
         lambda: AdaX([torch.ones(3)]).register_step_post_hook(JsonLinesLogger(None))
     ),
+    "AMSGrad is not supported": lambda _: constructing(AdaXW, amsgrad=True),
+    "Attempting to unscale FP16 gradients": scale_float16,
     "The norm of the gradients is not finite": step_with_infinite_gradient,
     "are frozen: they no longer change": step_when_frozen,
     "GradientRelease accepts adax_triton's AdaX, AdaXW, Adam and AdamW": lambda _: message_of(

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "state": {"update"},
     "step": {"update", "kernels", "state"},
     "moment_optimizer": {"update", "state", "step"},
-    "optimizers": {"moment_optimizer"},
+    "optimizers": {"state", "moment_optimizer"},
     "gradient_release": {"moment_optimizer"},
     "telemetry_loggers": {"step", "moment_optimizer"},
     "convert": {"update", "state", "optimizers"},
