@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from itertools import compress
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,9 @@ from adax_triton.update.quantization import GROUP
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DeviceMesh, DTensor, Placement
+
+
+_placement = attrgetter("device_mesh", "placements")
 
 
 def _as_dtensor(tensor: Tensor) -> DTensor | None:
@@ -34,6 +39,30 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a DTensor, or a plain tensor unchanged."""
     dtensor = _as_dtensor(tensor)
     return tensor if dtensor is None else dtensor.to_local()
+
+
+class Shards:
+    """The kinds of a list of plain tensors and DTensors, to compare later lists with.
+
+    Args:
+        tensors: plain tensors and DTensors.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._types = list(map(type, tensors))
+        self._sharded = list(map(is_dtensor, tensors))
+        self._placements = list(map(_placement, compress(tensors, self._sharded)))
+
+    def local_tensors(self, tensors: Sequence[Any]) -> list[Tensor] | None:
+        """Return this rank's shards; None if a type, mesh or placement differs."""
+        if list(map(type, tensors)) != self._types:
+            return None
+        if list(map(_placement, compress(tensors, self._sharded))) != self._placements:
+            return None
+        with torch.no_grad():  # to_local() then returns the shard itself
+            return [
+                tensor.to_local() if sharded else tensor for tensor, sharded in zip(tensors, self._sharded, strict=True)
+            ]
 
 
 def sharded_like(param: Tensor, shard: Tensor, shape: Sequence[int]) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adax_triton.state.dtensor import local_tensor
+
 from .backend import is_fake, uses_triton
 from .collect import Collected, ParamWithGrad, group_counts_on_device
 from .delayed_interrupt import DelayedInterrupt
@@ -123,7 +125,7 @@ class StepPlan:
         if not self.is_reusable:
             return
         self._reuse_check = ReuseCheck(params, param_states, counted_on_device, param_groups, states, covers_all_params)
-        self._grad_addresses = array("q", [grad.data_ptr() for item in params for grad in item.grads])
+        self._grad_addresses = array("q", _grad_addresses(params))
         self._grads_may_move = covers_all_params or all(len(item.grads) == 1 for item in params)
         self._aligned = any(launch.key.aligned for launch in self._triton)
         self._revisions = [launch.revision for launch in self._triton]
@@ -327,12 +329,14 @@ def _without_copies(
     params: Sequence[ParamWithGrad], steps: Sequence[TensorStep], dense_steps: Sequence[TensorStep]
 ) -> bool:
     """Return whether the step reads and writes the original tensors, not copies."""
-    given = {grad.data_ptr() for item in params for grad in item.grads}
-    return (
-        all(map(has_plain_tensors, params))
-        and all(map(is_, dense_steps, steps))
-        and all(step.grad.data_ptr() in given for step in steps)
-    )
+    if not all(map(has_plain_tensors, params)) or not all(map(is_, dense_steps, steps)):
+        return False
+    given = set(_grad_addresses(params))
+    return all(step.grad.data_ptr() in given for step in steps)
+
+
+def _grad_addresses(params: Sequence[ParamWithGrad]) -> list[int]:
+    return [local_tensor(grad).data_ptr() for item in params for grad in item.grads]
 
 
 def _are_all_params(params: Sequence[ParamWithGrad], param_groups: Sequence[Mapping[str, Any]]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._C._dynamo import guards
 
 from adax_triton.state.allocation import STATE_TENSORS
+from adax_triton.state.dtensor import Shards, is_dtensor, local_tensor
 
 from .collect import ParamWithGrad
 
@@ -25,7 +26,7 @@ class ReuseCheck:
     """Snapshot of a step's tensors and groups, to compare later steps with.
 
     Args:
-        params: parameters of the step, plain tensors that need no copies.
+        params: parameters of the step, plain tensors or DTensors that need no copies.
         param_states: the state of each of them.
         counted_on_device: whether each of them is device-counted.
         param_groups: the optimizer's groups.
@@ -67,10 +68,14 @@ class ReuseCheck:
         self._states_with = [(itemgetter(name), holders) for name, holders in states_with.items() if holders]
         state_tensors = chain.from_iterable(map(get, holders) for get, holders in self._states_with)
         fixed = [*self._params, *self._copies, *state_tensors]
-        self._addresses = list(map(Tensor.data_ptr, fixed))
         gradients = list(chain.from_iterable(item.grads for item in params))
-        self._guards = tensor_guards([*fixed, *gradients])
-        self._grad_bytes = [grad.nbytes for grad in gradients]
+        self._fixed_count = len(fixed)
+        self._shards = Shards([*fixed, *gradients]) if any(map(is_dtensor, fixed)) else None
+        local = [*fixed, *gradients] if self._shards is None else self._shards.local_tensors([*fixed, *gradients])
+        assert local is not None
+        self._addresses = list(map(Tensor.data_ptr, local[: len(fixed)]))
+        self._guards = tensor_guards(local)
+        self._grad_bytes = [grad.nbytes for grad in local[len(fixed) :]]
         self.counts: list[Any] = []
 
     def gradient_addresses(
@@ -80,7 +85,7 @@ class ReuseCheck:
         given: Sequence[ParamWithGrad] | None,
         known: array[int],
     ) -> array[int] | None:
-        """Return the gradient addresses, or None if anything else changed.
+        """Return this rank's gradient addresses, or None if anything else changed.
 
         Step counts may have changed, too.
 
@@ -102,6 +107,11 @@ class ReuseCheck:
             self.counts = list(map(_count, self._host_counted))
         except KeyError:  # a state tensor was removed
             return None
+        if self._shards is not None:
+            local = self._shards.local_tensors([*fixed, *gradients])
+            if local is None:
+                return None
+            fixed, gradients = local[: self._fixed_count], local[self._fixed_count :]
         # The guards compare type, dtype, device, sizes, strides and dispatch keys (sparse, lazily negated, fake).
         if not self._guards.check(*fixed, *gradients) or list(map(Tensor.data_ptr, fixed)) != self._addresses:
             return None
@@ -150,8 +160,9 @@ class ReuseCheck:
 
 
 def has_plain_tensors(item: ParamWithGrad) -> bool:
-    """Return whether parameter and gradients are plain tensors, not of subclasses."""
-    return type(item.param) in (Tensor, nn.Parameter) and all(type(grad) is Tensor for grad in item.grads)
+    """Return whether this rank's parameter and gradients are plain tensors, not of subclasses."""
+    param, *grads = map(local_tensor, (item.param, *item.grads))
+    return type(param) in (Tensor, nn.Parameter) and all(type(grad) is Tensor for grad in grads)
 
 
 def tensor_guards(tensors: Sequence[Any]) -> Any:
