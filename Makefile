@@ -9,7 +9,7 @@ PINNED_DEEPSPEED := $(shell sed -n 's/^deepspeed==//p' constraints.txt)
 DEEPSPEED ?= $(PINNED_DEEPSPEED)
 DEEPSPEED_VENV := $(if $(filter $(PINNED_DEEPSPEED),$(DEEPSPEED)),$(VENV),.venv-deepspeed-$(DEEPSPEED))
 
-.PHONY: env test quick durations audit mutants soak lint docs docs-serve demo bench results report acceptance gpu-check clean
+.PHONY: env test frameworks quick durations audit mutants soak lint docs docs-serve demo bench results report acceptance gpu-check clean
 
 env: $(READY)
 
@@ -24,6 +24,12 @@ PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --n
 
 test: $(READY)  ## run all tests that this machine can run
 	$(PYTEST) --durations=10
+
+# timm needs torchvision, which must match the build of torch. The tests of timm's optimizers need neither.
+frameworks: $(READY)  ## run the tests of frameworks, also with PEFT, TRL and timm, which it installs
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[frameworks]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps timm
+	$(PYTEST) --durations=10 tests/frameworks
 
 quick: $(READY)  ## after an edit: ruff, and tests that take a minute in total
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
