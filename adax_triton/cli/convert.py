@@ -1,9 +1,10 @@
 """Convert checkpoints to another optimizer or precision.
 
-The source is a file or a folder. A file holds an optimizer's state dict, or a dictionary with one under --key. A folder
-is a DeepSpeed checkpoint, or the folder that contains checkpoints and the file `latest`. Folders convert between
-Adam(W) and AdaX(W); `engine.load_checkpoint` loads the result. Hyper-parameters are kept unless given. Files are read
-with torch.load(weights_only=True). The source is not modified. The target is written atomically.
+The source is a file or a folder. A file holds an optimizer's state dict, or a dictionary with one, or with a list of
+them, under --key. Checkpoints of Lightning have the key optimizer_states. A folder is a DeepSpeed checkpoint, or the
+folder that contains checkpoints and the file `latest`. Folders convert between Adam(W) and AdaX(W);
+`engine.load_checkpoint` loads the result. Hyper-parameters are kept unless given. Files are read with
+torch.load(weights_only=True). The source is not modified. The target is written atomically.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=OPTIMIZER_KINDS,
         help="target optimizer; a final w means decoupled weight decay; folders support adax, adaxw, adam and adamw",
     )
-    parser.add_argument("--key", help="key of the optimizer's state dict in the file")
+    parser.add_argument("--key", help="key of the optimizer's state dict in the file, or of a list of them")
     parser.add_argument(
         "--beta2",
         type=float,

@@ -46,27 +46,44 @@ def convert_file(
     Args:
         source: file that `torch.load(weights_only=True)` reads.
         target: file to write; appears when it is complete.
-        key: key of the state dict in the file's dictionary. None if the file holds the state dict itself.
+        key: key in the file's dictionary of the state dict, or of a list of state dicts, which are all converted.
+            None if the file holds the state dict itself.
         convert: converts the state dict.
         progress: shows the progress.
 
     Raises:
         ValueError: the file holds no state dict, or not under `key`.
+        ValueError, TypeError: a state dict cannot be converted. For a list the message names its index.
     """
     with progress(3, "convert") as advance:
         with reject_unsafe_pickles(source):
             saved = torch.load(source, map_location="cpu", weights_only=True)
         advance(1, "read")
-        state_dict = convert(_state_dict_of(saved, source, key))
+        found = _find(saved, source, key)
+        converted = _convert_list(found, f"{source}[{key!r}]", convert) if isinstance(found, list) else convert(found)
         advance(1, "converted")
         part = target.with_name(f"{target.name}.part")
         try:
-            torch.save(state_dict if key is None else {**saved, key: state_dict}, part)
+            torch.save(converted if key is None else {**saved, key: converted}, part)
             os.rename(part, target)
         finally:
             part.unlink(missing_ok=True)
         advance(1, "written")
-    return f"{target}: {len(state_dict['state'])} states in {len(state_dict['param_groups'])} groups"
+    written = converted if isinstance(converted, list) else [converted]
+    states, groups = (sum(len(item[name]) for item in written) for name in ("state", "param_groups"))
+    return f"{target}: {states} states in {groups} groups"
+
+
+def _convert_list(
+    state_dicts: list[dict[str, Any]], where: str, convert: Callable[[dict[str, Any]], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    converted = []
+    for index, state_dict in enumerate(state_dicts):
+        try:
+            converted.append(convert(state_dict))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}[{index}]: {error}") from None
+    return converted
 
 
 @contextmanager
@@ -81,13 +98,14 @@ def reject_unsafe_pickles(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _state_dict_of(saved: Any, source: Path, key: str | None) -> dict[str, Any]:
+def _find(saved: Any, source: Path, key: str | None) -> dict[str, Any] | list[dict[str, Any]]:
+    """Return the state dict of a file, or its list of state dicts, as Lightning writes it."""
     if not isinstance(saved, dict):
         raise ValueError(f"{source} holds a {type(saved).__name__}; expected a dictionary")
     found = saved if key is None else saved.get(key)
-    if _is_state_dict(found):
+    if _is_state_dict(found) or _are_state_dicts(found):
         return found
-    keys = [name for name, value in saved.items() if _is_state_dict(value)]
+    keys = [name for name, value in saved.items() if _is_state_dict(value) or _are_state_dicts(value)]
     where = f"{source}[{key!r}]" if key is not None else str(source)
     advice = f"give --key {' or '.join(map(str, keys))}" if keys else "pass a file that holds optimizer.state_dict()"
     raise ValueError(f"{where} is not the state dict of an optimizer; {advice}")
@@ -95,6 +113,10 @@ def _state_dict_of(saved: Any, source: Path, key: str | None) -> dict[str, Any]:
 
 def _is_state_dict(value: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict) and {"state", "param_groups"} <= set(value)
+
+
+def _are_state_dicts(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and bool(value) and all(map(_is_state_dict, value))
 
 
 def convert_optimizer(

@@ -143,6 +143,16 @@ def test_key_selects_the_state_dict_in_a_file(tmp_path: Path) -> None:
     assert equal(found, {"step": 3, "optimizer": expected})
 
 
+def test_each_state_dict_of_a_list_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [trained(torch.optim.AdamW).state_dict(), trained(torch.optim.AdamW, lr=0.5).state_dict()]
+    found = convert_file(
+        tmp_path, {"epoch": 1, "optimizer_states": given}, "--to", "adaxw", "--key", "optimizer_states"
+    )
+    expected = [adax_from_adam(from_torch_adam(state_dict)) for state_dict in given]
+    assert equal(found, {"epoch": 1, "optimizer_states": expected})
+    assert "target.pt: 6 states in 4 groups" in capsys.readouterr().out
+
+
 def adax() -> Any:
     return trained(AdaX).state_dict()
 
@@ -164,6 +174,13 @@ BAD_INPUTS: list[tuple[Any, list[str], list[str]]] = [
     (without_bias_correction, ["--to", "adax"], ["param_groups'][1]['bias_correction'] is False"]),
     (lambda: trained(AdaX, states="8bit_v16").state_dict(), ["--to", "adam"], ["states='float32'"]),
     (lambda: {"model": 1, "optimizer": adax()}, ["--to", "adam"], ["give --key optimizer"]),
+    (lambda: {"optimizer_states": [adax()]}, ["--to", "adam"], ["give --key optimizer_states"]),
+    (
+        lambda: {"optimizer_states": [adax(), without_bias_correction()]},
+        ["--to", "adam", "--key", "optimizer_states"],
+        ["source.pt['optimizer_states'][1]: ", "bias_correction"],
+    ),
+    (lambda: {"optimizer_states": []}, ["--to", "adam", "--key", "optimizer_states"], ["is not the state dict"]),
     (lambda: {"model": 1}, ["--to", "adam"], ["pass a file that holds optimizer.state_dict()"]),
     (lambda: [1], ["--to", "adam"], ["holds a list"]),
     (lambda: {"state": {}, "param_groups": [], "more": Path}, ["--to", "adam"], ["weights_only=True"]),
