@@ -15,7 +15,7 @@ import lightning
 from gpt import GPT
 from text_data import TextData, read_text
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import OneCycleLR
 
 from adax_triton import AdaXW
 
@@ -35,12 +35,8 @@ class Model(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdaXW with warm-up and cosine decay."""
-        # Clip here. Trainer(gradient_clip_val=...) raises an error with precision="bf16-mixed" and "16-mixed".
-        optimizer = AdaXW(self.parameters(), self.args.lr, states="8bit_v16", max_grad_norm=1.0)
-        warmup = self.args.steps // 10
-        ramp = LinearLR(optimizer, 0.1, total_iters=warmup)
-        decay = CosineAnnealingLR(optimizer, self.args.steps - warmup)
-        schedule = SequentialLR(optimizer, [ramp, decay], milestones=[warmup])
+        optimizer = AdaXW(self.parameters(), self.args.lr, states="8bit_v16")
+        schedule = OneCycleLR(optimizer, self.args.lr, self.args.steps, pct_start=0.1, cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train_dataloader(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -66,12 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < args.stop <= args.steps:
         parser.error(f"--stop {args.stop}: expected 1 to {args.steps} (--steps)")
     lightning.seed_everything(0)
-    trainer = lightning.Trainer(
-        max_steps=args.stop,
-        precision="bf16-mixed",
-        logger=False,
-        enable_checkpointing=False,  # main saves once, at the end
-        enable_model_summary=False,
+    trainer = lightning.Trainer(  # main saves once, at the end
+        max_steps=args.stop, precision="bf16-mixed", gradient_clip_val=1.0, logger=False, enable_checkpointing=False
     )
     trainer.fit(Model(args), ckpt_path=args.resume)
     if "loss" in trainer.callback_metrics:  # absent if the resumed run had no steps left

@@ -22,7 +22,8 @@ CONFIG_TYPES: dict[str, type[MomentOptimizer]] = {"adax": AdaX, "adaxw": AdaXW}
 # Options that DeepSpeed does not support, and what to do instead. Most need all gradients in one call, but ZeRO calls
 # `optimizer.step()` once per group or sub-group.
 _NOT_UNDER_DEEPSPEED = {
-    "max_grad_norm": "set gradient_clipping at the top level of the configuration instead of max_grad_norm",
+    "max_grad_norm": "set gradient_clipping at the top level of the configuration (in Lightning: "
+    "Trainer(gradient_clip_val=...)) instead of max_grad_norm",
     "error_if_nonfinite": "remove it; DeepSpeed skips steps with gradients that are not finite",
     "norm_process_group": "DeepSpeed measures the norm",
     "capturable": "remove it; DeepSpeed keeps step counts on the CPU",
@@ -101,7 +102,7 @@ def _check_client_offload(name: str, config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"zero_optimization.offload_optimizer.device={offload.device!r}: with optimizer offload DeepSpeed does "
             f'not accept an {name} object; set "zero_force_ds_cpu_optimizer": false, or name the optimizer in the '
-            "configuration"
+            "configuration (in Lightning: DeepSpeedStrategy(config={...}))"
         )
 
 

@@ -6,7 +6,6 @@ The first test takes more than 5 s, because rank_server.py imports torch and Dee
 import importlib.util
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,23 +122,3 @@ def test_lightning_resumes_bit_for_bit(text: Path) -> None:
     )
     assert whole["global_step"] == whole["optimizer_states"][0]["state"][0]["step"] == STEPS
     assert differing(whole, resumed) == []
-
-
-@needs_lightning
-def test_lightning_clips_in_the_optimizer_at_each_precision(
-    tmp_path: Path, launch_deepspeed: Callable[..., list[Any]]
-) -> None:
-    precisions = [{"precision": name} for name in ("32-true", "bf16-true", "bf16-mixed")]
-    precisions.append({"precision": "16-mixed", "scaled": True})
-    cases = [{**precision, "clip": clip} for clip in ("optimizer", "trainer") for precision in precisions]
-    cases.append({"precision": "32-true", "clip": "none"})
-    results = launch_deepspeed(tmp_path, cases, worker="lightning_worker.py", world_size=1)
-
-    float32, bfloat16, *mixed = map(torch.tensor, results[:4])
-    for weights in mixed:
-        torch.testing.assert_close(weights, float32, atol=1e-3, rtol=0)
-    assert (torch.tensor(results[-1]) - float32).abs().max() > 3e-3  # clipping changes the weights
-    torch.testing.assert_close(torch.tensor(results[4]), float32)
-    torch.testing.assert_close(torch.tensor(results[5]), bfloat16, atol=2e-3, rtol=0)
-    for error in results[6:8]:  # as with torch's fused AdamW
-        assert "AdaXW, does not allow for gradient clipping" in error
