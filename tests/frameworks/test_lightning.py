@@ -48,6 +48,12 @@ CASES: dict[str, Case] = {
     "ema": {"callback": "ema", **RESUMED},
     "swa": {"callback": "swa", "compare": ["adamw"]},
     "quantized": QUANTIZED,
+    "fabric-clip-value": {"fabric": True, "clip": "value", "accumulate": 2},
+    "fabric-bf16-mixed": {"fabric": True, "precision": "bf16-mixed", "clip": "norm"},
+    "fabric-bf16-true": {"fabric": True, "precision": "bf16-true", "clip": "norm"},
+    "fabric-fp16-mixed": {"fabric": True, "precision": "16-mixed"},
+    "fabric-fp16-mixed-clip-norm": {"fabric": True, "precision": "16-mixed", "clip": "norm"},
+    "fabric-fp16-mixed-clip-value": {"fabric": True, "precision": "16-mixed", "clip": "value", "accumulate": 2},
     "bf16-true-masters": {"precision": "bf16-true", **MASTERS},
 }
 SAME_AS_FP32: dict[str, Case] = {

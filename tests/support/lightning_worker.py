@@ -1,4 +1,4 @@
-"""Train with Lightning's Trainer on one rank, and the same in plain PyTorch.
+"""Train with Lightning's Trainer or Fabric on one rank, and the same in plain PyTorch.
 
 python lightning_worker.py cases.json results.json
 
@@ -26,6 +26,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.precision import MixedPrecision as FabricPrecision
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -44,6 +45,7 @@ DEFAULTS = {
     "returns": "optimizer",  # what configure_optimizers returns; see `configured`
     "manual": None,  # None, "closure", "toggle" or "gan"
     "callback": None,  # None, "ema", "swa" or "monitor"
+    "fabric": False,
     "options": {},  # of AdaXW
     "compare": ["plain", "adamw"],  # of the results above
 }
@@ -182,6 +184,28 @@ def fit(case: dict[str, Any], make: Make, folder: Path, checkpoint: str | None =
     return trainer
 
 
+def fit_with_fabric(case: dict[str, Any], make: Make) -> dict[str, Tensor]:
+    arguments: dict[str, Any] = {"precision": case["precision"]}
+    if case["precision"] == "16-mixed":
+        arguments = {"plugins": [FabricPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", INIT_SCALE))]}
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, **arguments)
+    plain = Net()
+    net, optimizer = fabric.setup(plain, *optimizers(plain, case, make))
+    for _ in range(EPOCHS):
+        for index, batch in enumerate(batches(), 1):
+            last = index % case["accumulate"] == 0
+            with fabric.no_backward_sync(net, enabled=not last):
+                fabric.backward(net(batch) / case["accumulate"])
+            if last:
+                if case["clip"] == "norm":
+                    fabric.clip_gradients(net, optimizer, max_norm=MAX_NORM, error_if_nonfinite=False)
+                if case["clip"] == "value":
+                    fabric.clip_gradients(net, optimizer, clip_val=MAX_VALUE)
+                optimizer.step()
+                optimizer.zero_grad()
+    return net.state_dict()
+
+
 def weights_of(trainer: lightning.Trainer) -> dict[str, Tensor]:
     return trainer.lightning_module.net.state_dict()
 
@@ -284,6 +308,8 @@ def monitored(trainer: lightning.Trainer) -> list[Any]:
 def run(
     case: dict[str, Any], first: dict[str, Tensor] | None, folder: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if case["fabric"]:
+        return run_with_fabric(case, first)
     trainer = fit(case, AdaXW, folder / "adaxw")
     weights = weights_of(trainer)
     result: dict[str, Any] = {"effect": difference(weights, first or weights)}
@@ -301,6 +327,12 @@ def run(
     if "converted" in case["compare"]:
         result["converted"] = continued_after_conversion(case, folder / "converted")
     return result, weights
+
+
+def run_with_fabric(case: dict[str, Any], first: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
+    weights, ours, theirs = (fit_with_fabric(case, make) for make in (AdaXW, AdamW, torch.optim.AdamW))
+    plain, adamw = difference(weights, plain_loop(case)), difference(ours, theirs)
+    return {"effect": difference(weights, first), "plain": plain, "adamw": adamw}, weights
 
 
 def main() -> None:
