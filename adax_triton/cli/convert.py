@@ -65,6 +65,11 @@ def _convert(arguments: argparse.Namespace, progress: Progress) -> str:
         return convert_file(source, target, arguments.key, convert, progress)
     if not source.is_dir():
         raise ValueError(f"{source} is neither a file nor a folder")
+    if (source / ".metadata").is_file():
+        raise ValueError(
+            f"{source} is a checkpoint of torch.distributed.checkpoint; make a file of it with dcp_to_torch_save of "
+            "torch.distributed.checkpoint.format_utils, convert the file, and make a folder with torch_save_to_dcp"
+        )
     for option in ("key", "states", "master_weights"):
         if getattr(arguments, option) is not None:
             name = f"--{option.replace('_', '-')}"

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import format_utils
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn import Parameter
 
 from adax_triton import AdamW, AdaX, AdaXW
@@ -151,6 +154,29 @@ def test_each_state_dict_of_a_list_is_converted(tmp_path: Path, capsys: pytest.C
     expected = [adax_from_adam(from_torch_adam(state_dict)) for state_dict in given]
     assert equal(found, {"epoch": 1, "optimizer_states": expected})
     assert "target.pt: 6 states in 4 groups" in capsys.readouterr().out
+
+
+def test_checkpoint_of_torch_distributed_is_converted_as_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = torch.nn.Linear(5, 3)
+    adamw, adaxw = torch.optim.AdamW(model.parameters()), AdaXW(model.parameters())
+    model(torch.ones(2, 5)).sum().backward()
+    adamw.step()
+    adamw.zero_grad()
+    source, target = tmp_path / "source", tmp_path / "target"
+    checkpoint.save({"optimizer": get_optimizer_state_dict(model, adamw)}, checkpoint_id=source)
+    assert main(["convert", str(source), str(target), "--to", "adaxw"]) == 1
+    assert "make a file of it with dcp_to_torch_save" in capsys.readouterr().err
+
+    format_utils.dcp_to_torch_save(source, tmp_path / "source.pt")
+    files = [str(tmp_path / name) for name in ("source.pt", "target.pt")]
+    assert main(["convert", *files, "--to", "adaxw", "--key", "optimizer"]) == 0
+    format_utils.torch_save_to_dcp(files[1], target)
+    found = get_optimizer_state_dict(model, adaxw)
+    checkpoint.load({"optimizer": found}, checkpoint_id=target)
+    set_optimizer_state_dict(model, adaxw, found)
+    assert equal(adaxw.state_dict(), adax_from_adam(from_torch_adam(adamw.state_dict())))
 
 
 def adax() -> Any:
