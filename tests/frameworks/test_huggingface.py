@@ -39,6 +39,9 @@ TRAINED: dict[str, Case] = {
     "trainer-class-cpu-offload-unforced": {"given": "class-unforced", **DECOUPLED, "config": zero(2, **CPU_OFFLOAD)},
     "trainer-override": {"given": "override"},
     "trainer-object-without-deepspeed": {"given": "object", "config": None, "resume_at": 2},
+    "trainer-class-without-deepspeed": {"given": "class", **DECOUPLED, "config": None, "resume_at": 2},
+    "trainer-class-fsdp2": {"given": "class", **DECOUPLED, "config": None, "fsdp": True, "resume_at": 2},
+    "trainer-override-fsdp2": {"given": "override", "config": None, "fsdp": True},
     "accelerate-section": {"through": "accelerate", "section": AUTO},
     "accelerate-object": {"through": "accelerate", "given": "object"},
     "accelerate-object-z3": {"through": "accelerate", "given": "object", "config": zero(3)},
@@ -94,7 +97,8 @@ def result_of(results: dict[str, Any], name: str) -> dict[str, Any]:
 def test_follows_a_single_process(results: dict[str, Any], name: str) -> None:
     result, case = result_of(results, name), TRAINED[name]
     assert result["optimizer"] == f"adax_triton.optimizers.{case.get('type', 'AdaX')}"
-    assert result["wrapper"] == ("DistributedDataParallel" if case.get("config", {}) is None else "DeepSpeedEngine")
+    alone = "FSDPGPT2LMHeadModel" if case.get("fsdp") else "DistributedDataParallel"
+    assert result["wrapper"] == (alone if case.get("config", {}) is None else "DeepSpeedEngine")
     assert result["deviation"] < 1e-7
     assert result["moved"] > 5e-3
     assert result.get("resume_deviation", 0.0) == 0.0

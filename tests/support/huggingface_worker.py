@@ -36,6 +36,7 @@ from huggingface_oracle import (
 )
 from paths import ROOT
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -50,6 +51,7 @@ CASE_DEFAULTS = {
     "params": {"lr": 1e-2, "weight_decay": 1e-2},  # of the optimizer and of the oracle
     "section": None,  # "optimizer.params" of the configuration. None: `params`
     "config": {"zero_optimization": {"stage": 2}},  # DeepSpeed configuration. None: without DeepSpeed
+    "fsdp": False,  # shard with FSDP2, without DeepSpeed
     "arguments": {},  # more TrainingArguments, or arguments of the example's command line
     "resume_at": None,
     "only_deepspeed": False,  # simulate a user who imports integrations.deepspeed alone
@@ -88,6 +90,9 @@ def start_over(case: dict[str, Any]) -> None:
     """Reset the frameworks' process state, and register as the case does."""
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    # Accelerate needs GPUs for DeepSpeed and FSDP on several ranks. Without this check its logic is the same on CPUs.
+    distributed_type = DistributedType.MULTI_GPU if case["fsdp"] else DistributedType.MULTI_CPU
+    PartialState._prepare_backend = lambda self, cpu, sagemaker_dp, backend: ("gloo", distributed_type)
     huggingface.unregister()
     if not case["only_deepspeed"]:
         huggingface.register()
@@ -129,6 +134,7 @@ def make_trainer(case: dict[str, Any], model: nn.Module, folder: str, save_at: i
     training = TrainingArguments(
         output_dir=folder,
         deepspeed=deepspeed_config(case),
+        fsdp=case["fsdp"],
         per_device_train_batch_size=MICRO_BATCH,
         max_steps=STEPS,
         report_to="none",
@@ -204,7 +210,8 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     whole = {}
     for name, param in model.named_parameters():
         full = safe_get_full_fp32_param(param) if hasattr(param, "_hp_mapping") or hasattr(param, "ds_id") else None
-        whole[name] = (param if full is None else full).detach().clone()
+        full = param.full_tensor() if isinstance(param, DTensor) else param if full is None else full
+        whole[name] = full.detach().clone()
     return whole
 
 
@@ -249,8 +256,7 @@ def registration() -> dict[str, bool]:
 def main(cases_path: str, results_path: str) -> None:
     start()
     sys.path.insert(0, str(ROOT / "examples"))
-    # Accelerate needs GPUs to run DeepSpeed on several ranks. Without this check its logic is the same on CPUs.
-    PartialState._prepare_backend = lambda self, cpu, sagemaker_dp, backend: ("gloo", DistributedType.MULTI_CPU)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     run_cases(cases_path, results_path, CASE_DEFAULTS, run_case, {"registration": registration()})
 
 
