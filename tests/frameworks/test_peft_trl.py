@@ -26,7 +26,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 # The large eps hides the rounding of gradients that are nearly 0, such as those of the biases of keys.
 PARAMS = {"lr": 1e-2, "eps": 1e-4}
@@ -190,9 +190,12 @@ def language_model(seed: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=2, **tokens, **dropout))
 
 
-def run_trl(kind: str, optimizer_class: Any, folder: Path, resume: bool = False) -> dict[str, Tensor]:
-    """Train; resume with other weights, which the checkpoint replaces (with LoRA it replaces the adapters)."""
-    model = language_model(seed=int(resume and kind != "sft-lora"))
+def length_of(completions: list[str], **columns: Any) -> list[float]:
+    """Return the reward of each completion."""
+    return [float(len(completion)) for completion in completions]
+
+
+def make_trl_trainer(kind: str, optimizer_class: Any, folder: Path, seed: int) -> Any:
     arguments = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -200,30 +203,38 @@ def run_trl(kind: str, optimizer_class: Any, folder: Path, resume: bool = False)
         "per_device_train_batch_size": 4,
         "max_steps": STEPS,
         "save_steps": RESUME_AT,
-        "max_length": 32,
         "logging_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
     }
+    model: Any = language_model(0 if "lora" in kind else seed)
+    torch.manual_seed(seed)
     given: dict[str, Any] = {"processing_class": tokenizer()}
     if kind == "sft-lora":
-        torch.manual_seed(1)
         given |= {"peft_config": lora(task_type="CAUSAL_LM"), "optimizer_cls_and_kwargs": (optimizer_class, PARAMS)}
     else:
+        model = get_peft_model(model, lora()) if kind == "dpo-lora" else model
         given |= {"optimizers": (optimizer_class(model.parameters(), **PARAMS), None)}
-    if kind == "dpo":
-        columns = {"prompt": texts(0), "chosen": texts(1), "rejected": texts(2)}
-        given |= {"ref_model": language_model(2), "args": DPOConfig(**arguments)}
-        trainer: Any = DPOTrainer(model=model, train_dataset=Dataset.from_dict(columns), **given)
-    else:
-        dataset = Dataset.from_dict({"text": texts(0)})
-        trainer = SFTTrainer(model=model, train_dataset=dataset, args=SFTConfig(**arguments), **given)
+    if kind == "dpo-lora":
+        dataset = Dataset.from_dict({"prompt": texts(0), "chosen": texts(1), "rejected": texts(2)})
+        return DPOTrainer(model=model, args=DPOConfig(**arguments, max_length=32), train_dataset=dataset, **given)
+    if kind == "grpo":
+        dataset = Dataset.from_dict({"prompt": texts(0)})
+        config = GRPOConfig(**arguments, num_generations=2, max_completion_length=6)
+        return GRPOTrainer(model=model, args=config, train_dataset=dataset, reward_funcs=length_of, **given)
+    dataset = Dataset.from_dict({"text": texts(0)})
+    return SFTTrainer(model=model, args=SFTConfig(**arguments, max_length=32), train_dataset=dataset, **given)
+
+
+def run_trl(kind: str, optimizer_class: Any, folder: Path, resume: bool = False) -> dict[str, Tensor]:
+    """Train, or resume with another seed, so that only the checkpoint can restore the trained weights."""
+    trainer = make_trl_trainer(kind, optimizer_class, folder, seed=int(resume))
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{RESUME_AT}" if resume else None)
     assert isinstance(trainer.optimizer.optimizer, optimizer_class)
     return weights_of(trainer.model)
 
 
-@pytest.mark.parametrize("kind", ["sft", "sft-lora", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "sft-lora", "dpo-lora", "grpo"])
 def test_trl_follows_torch_and_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     expected = run_trl(kind, torch.optim.AdamW, tmp_path / "torch")
     assert deviation(run_trl(kind, AdamW, tmp_path / "ours"), expected) < 1e-6
