@@ -27,7 +27,6 @@ if TYPE_CHECKING:
         to_released_adax,
         to_torch_adam,
     )
-    from adax_triton.state.flat_buffer import FlatBuffer
     from adax_triton.step.external_grads import ExternalGrads
     from adax_triton.step.telemetry import StepTelemetry, Telemetry
     from adax_triton.update.coefficients import StepScalars, step_scalars
@@ -44,7 +43,6 @@ __all__ = [
     "Adam",
     "AdamW",
     "ExternalGrads",
-    "FlatBuffer",
     "GradientRelease",
     "JsonLinesLogger",
     "StepScalars",
@@ -66,7 +64,7 @@ __all__ = [
 
 # The modules of the public names, imported at first use: `import torch` takes seconds.
 _MODULES = (
-    *("convert.state_dicts", "gradient_release", "optimizers", "state.flat_buffer", "step.external_grads"),
+    *("convert.state_dicts", "gradient_release", "optimizers", "step.external_grads"),
     *("step.telemetry", "telemetry_loggers", "update.coefficients", "update.horizon", "update.reference"),
 )
 

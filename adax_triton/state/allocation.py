@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dtensor import is_dtensor, local_tensor, sharded_like
-from .flat_buffer import FlatBuffer, write_problem
-from .precision import HALF_DTYPES, Layout, Precision, is_quantized, precision_of, state_layouts
+from .dtensor import local_tensor, sharded_like
+from .memory_layout import write_problem, zeros_with_strides_of
+from .precision import HALF_DTYPES, Precision, is_quantized, precision_of, state_layouts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_TENSORS = (*MOMENTS, "group_exponents", "master")
@@ -30,36 +29,25 @@ _INTEGER_DTYPES = {
 def allocate_states(params: Sequence[Tensor], precisions: Sequence[Precision]) -> list[dict[str, Any]]:
     """Return each parameter's new state: `step` 0, zero moments, exact masters.
 
-    State tensors of the same name and dtype share a flat buffer. Each DTensor gets its own buffers, because torch
-    cannot deepcopy a DTensor that has a storage offset.
+    Each state tensor has its own memory, so that you can save, move or free the state of one parameter.
     """
-    states: list[dict[str, Any]] = [{"step": 0} for _ in params]
-    local_params = [local_tensor(param.detach()) for param in params]
-    indices_by_buffer: dict[tuple[torch.device, str, torch.dtype, int | None], list[int]] = defaultdict(list)
-    for index, (param, precision) in enumerate(zip(params, precisions, strict=True)):
-        for name, layout in state_layouts(local_params[index], precision).items():
-            indices_by_buffer[param.device, name, layout.dtype, index if is_dtensor(param) else None].append(index)
-    for (_, name, dtype, _), indices in indices_by_buffer.items():
-        templates = [_template(local_params[index], name, precisions[index]) for index in indices]
-        for index, view in zip(indices, FlatBuffer(templates, dtype=dtype.to_real()).views, strict=True):
-            if name == "master" and dtype == torch.float32:
-                view.copy_(local_params[index])
-            layout = state_layouts(params[index], precisions[index])[name]
-            shard = torch.view_as_complex(view) if dtype.is_complex else view
-            if layout.is_bytes:
-                shard = shard.unsqueeze(-1).view(torch.uint8)
-            states[index][name] = sharded_like(params[index], shard, layout.stored_shape)
-    return states
+    return [_new_state(param, precision) for param, precision in zip(params, precisions, strict=True)]
 
 
-def _template(shard: Tensor, name: str, precision: Precision) -> Tensor:
-    """Return a tensor with a state tensor's shape and strides."""
-    layout: Layout = state_layouts(shard, precision)[name]
-    if layout.dtype.is_complex:
-        return torch.view_as_real(shard)
-    if name != "master" and is_quantized(precision.states):
-        return shard.new_empty(()).expand(layout.shape)  # FlatBuffer makes a contiguous view of it
-    return shard
+def _new_state(param: Tensor, precision: Precision) -> dict[str, Any]:
+    state: dict[str, Any] = {"step": 0}
+    shard, layouts = local_tensor(param.detach()), state_layouts(param, precision)
+    for name, layout in state_layouts(shard, precision).items():
+        if is_quantized(precision.states) and name != "master":
+            tensor = torch.zeros(layout.shape, dtype=layout.dtype, device=shard.device)
+        else:
+            tensor = zeros_with_strides_of(shard, layout.dtype)
+        if name == "master" and layout.dtype == torch.float32:
+            tensor.copy_(shard)
+        if layout.is_bytes:
+            tensor = tensor.unsqueeze(-1).view(torch.uint8)
+        state[name] = sharded_like(param, tensor, layouts[name].stored_shape)
+    return state
 
 
 def local_state_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adax_triton.state.allocation import is_new, state_mismatch
-from adax_triton.state.flat_buffer import storage_problem, write_problem
+from adax_triton.state.memory_layout import storage_problem, write_problem
 from adax_triton.state.parameters import check_param, checked_gradient
 from adax_triton.state.step_counts import can_increment_on_device, check_count_without_sync, normalized_count
 

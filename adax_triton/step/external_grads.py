@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adax_triton.state.allocation import MOMENTS, is_new
-from adax_triton.state.flat_buffer import storage_problem, write_problem
+from adax_triton.state.memory_layout import storage_problem, write_problem
 from adax_triton.state.precision import PARAM_DTYPES, is_quantized
 from adax_triton.state.step_counts import can_increment_on_device
 from adax_triton.update.quantization import GROUP

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adax_triton.state.allocation import local_state_tensors
 from adax_triton.state.dtensor import first_element_index, local_gradient, local_tensor, shard_process_groups
-from adax_triton.state.flat_buffer import flat_view, is_dense
+from adax_triton.state.memory_layout import flat_view, is_dense
 from adax_triton.state.precision import precision_of
 from adax_triton.update.quantization import GROUP
 

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from adax_triton import Adam, AdamW, AdaX, AdaXW
 from adax_triton.state.allocation import local_state_tensors
-from adax_triton.state.flat_buffer import is_dense
+from adax_triton.state.memory_layout import is_dense
 from adax_triton.step.telemetry import StepTelemetry, Telemetry
 from adax_triton.update.quantized_update import load_master
 

@@ -115,14 +115,25 @@ def test_copy_is_independent_of_the_original(method: str, device: torch.device) 
     assert_equal_runs(optimizer, snapshot)
 
 
-@pytest.mark.parametrize("method", ["trained", "torch.save", "deepcopy"])
-def test_states_of_a_kind_share_one_storage(method: str, device: torch.device) -> None:
-    optimizer = AdaX(parameters(device))
+@pytest.mark.parametrize("method", ["trained", *COPIES])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {}), (torch.bfloat16, {"states": "8bit_v16", "master_weights": "24bit"}), (torch.complex64, {})],
+    ids=["float32", "8bit_v16", "complex"],
+)
+def test_each_state_tensor_has_its_own_memory(
+    dtype: torch.dtype, options: dict[str, Any], method: str, native_cpu: torch.device
+) -> None:
+    weights = [torch.randn(64, 64), torch.randn(3, 5), torch.randn(5, 3).t()]
+    optimizer = AdaX([Parameter(weight.to(native_cpu, dtype)) for weight in weights], **options)
     train(optimizer)
     if method != "trained":
         optimizer = COPIES[method](optimizer)
-    for name in STATES:
-        assert len({state.untyped_storage().data_ptr() for state in states_of(optimizer, name)}) == 1
+    states = [optimizer.state[param] for param in params_of(optimizer)]
+    tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    assert len(tensors) >= 6
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
+    assert all(tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from adax_triton import AdaX, AdaXW
 from adax_triton.state.allocation import local_state_tensors
-from adax_triton.state.flat_buffer import is_dense
+from adax_triton.state.memory_layout import is_dense
 from adax_triton.state.precision import STATES, Precision, state_bytes
 from adax_triton.step.reference_steps import CHUNK_SIZE
 from adax_triton.step.scalars import scalars_of

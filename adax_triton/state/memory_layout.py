@@ -1,15 +1,9 @@
-"""Flat buffers, and checks of memory layout."""
+"""Checks of memory layout, and zeros with a layout."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
-
-# Elements. Each view starts at a multiple of this, so that even 1-byte states are read 128 bits at a time.
-ALIGNMENT = 128
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -75,40 +69,12 @@ def flat_view(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-class FlatBuffer:
-    """Allocate one zeroed buffer with one view for each given tensor.
+def zeros_with_strides_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return zeros with the shape and device of a tensor, in memory of their own.
 
-    A view has the shape of its tensor. It also has the strides if the tensor is dense (channels-last, transposed), so
-    that flat index i is the same element in the view and in the tensor. Up to `ALIGNMENT - 1` unused elements
-    separate two views.
-
-    Args:
-        tensors: templates for shape, strides and device; all on one device.
-        dtype: dtype of the buffer. Default: the dtype of the tensors, which must then be the same.
-
-    Attributes:
-        data: (total,) the buffer.
-        views: one view per tensor, in order.
-        numel: number of elements in the views, without padding.
-
-    Raises:
-        ValueError: the tensors are on several devices, or have several dtypes and `dtype` is not given.
+    They also have the strides if the tensor is dense (channels-last, transposed), so that flat index i is the same
+    element in both. Otherwise they are contiguous.
     """
-
-    def __init__(self, tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
-        tensors = list(tensors)
-        devices = {tensor.device for tensor in tensors}
-        if len(devices) > 1:
-            raise ValueError(f"tensors: expected one device, got {sorted(map(str, devices))}")
-        dtypes = {tensor.dtype for tensor in tensors} if dtype is None else {dtype}
-        if len(dtypes) > 1:
-            raise ValueError(f"tensors: expected one dtype, got {sorted(map(str, dtypes))}; pass dtype=...")
-        padded = (-(-tensor.numel() // ALIGNMENT) * ALIGNMENT for tensor in tensors)
-        *offsets, total = itertools.accumulate(padded, initial=0)
-        self.data = torch.zeros(total, dtype=next(iter(dtypes), None), device=next(iter(devices), None))
-        self.views = [self._view(tensor, offset) for tensor, offset in zip(tensors, offsets, strict=True)]
-        self.numel = sum(tensor.numel() for tensor in tensors)
-
-    def _view(self, tensor: Tensor, offset: int) -> Tensor:
-        flat = self.data[offset : offset + tensor.numel()]
-        return flat.as_strided(tensor.shape, tensor.stride()) if is_dense(tensor) else flat.view(tensor.shape)
+    if tensor.is_contiguous() or not is_dense(tensor):
+        return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
+    return torch.zeros(tensor.numel(), dtype=dtype, device=tensor.device).as_strided(tensor.shape, tensor.stride())
