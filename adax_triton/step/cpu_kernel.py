@@ -93,6 +93,29 @@ class KernelVariant(NamedTuple):
         }
 
 
+class _Threads:
+    """Chooses the number of OpenMP threads.
+
+    A forked child does not have its parent's threads, and OpenMP would wait for them forever.
+    """
+
+    def __init__(self) -> None:
+        self._used = self._lost = False
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self) -> None:
+        self._lost = self._used
+
+    def count(self) -> int:
+        threads = 1 if self._lost else torch.get_num_threads()
+        self._used |= threads > 1
+        return threads
+
+
+_threads = _Threads()
+
+
 class CpuKernel:
     """A compiled variant.
 
@@ -131,7 +154,7 @@ class CpuKernel:
                 Default: None, no telemetry.
         """
         sums = None if chunk_sums is None else chunk_sums.data_ptr()
-        threads = torch.get_num_threads()
+        threads = _threads.count()
         self._step(tensors.data_ptr(), chunks.data_ptr(), chunks.numel(), scalars.data_ptr(), sums, threads)
 
     def sum_of_squares(self, tensors: Tensor, chunks: Tensor, partials: Tensor) -> None:
@@ -143,7 +166,7 @@ class CpuKernel:
             tensors, chunks: see `step`.
             partials: (k,) float64 on the CPU, receives the sums. The thread count does not change their bits.
         """
-        threads = torch.get_num_threads()
+        threads = _threads.count()
         self._sum_of_squares(tensors.data_ptr(), chunks.data_ptr(), chunks.numel(), partials.data_ptr(), threads)
 
 
