@@ -1,22 +1,20 @@
-"""The torch.optim contract; other files test memory layouts and checkpoints.
+"""The torch.optim contract; other files test memory layouts, schedulers and checkpoints.
 
-The classes differ only in the scalars of a step. Tests with groups and schedulers run for all classes, others for one.
+The classes differ only in the scalars of a step. Tests with groups run for all classes, others for one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer, lr_scheduler, swa_utils
+from torch.optim import Optimizer
 
-from adax_triton import Adam, AdamW, AdaX, AdaXW, adax_update, step_scalars
-from adax_triton.update.coefficients import COEFFICIENT_KEYS
+from adax_triton import Adam, AdamW, AdaX, AdaXW
 
 CLASSES = (AdaX, AdaXW, Adam, AdamW)
 every_class = pytest.mark.parametrize("optimizer_class", CLASSES, ids=lambda cls: cls.__name__)
@@ -86,66 +84,6 @@ def test_tensor_lr_is_read_at_each_step(shape: tuple[int, ...], backend: torch.d
         train(optimizer, params, [step])
         train(plain, twin, [step])
     assert_same(params, twin)
-
-
-def _sequential(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
-    parts = [lr_scheduler.ConstantLR(optimizer, 0.1, 2), lr_scheduler.ExponentialLR(optimizer, 0.5)]
-    return lr_scheduler.SequentialLR(optimizer, parts, milestones=[3])
-
-
-def _chained(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
-    parts = [lr_scheduler.ConstantLR(optimizer, 0.1, 2), lr_scheduler.ExponentialLR(optimizer, 0.5)]
-    return lr_scheduler.ChainedScheduler(parts, optimizer)
-
-
-SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
-    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.8),
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
-    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 4], 0.5),
-    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.3, 3),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.3, total_iters=4),
-    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.7),
-    "SequentialLR": _sequential,
-    "ChainedScheduler": _chained,
-    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 6, 2.0),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 4),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 2, base_momentum=0.6, max_momentum=0.9),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=8),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0),
-    "SWALR": lambda o: swa_utils.SWALR(o, 0.01, anneal_epochs=3),
-}
-
-
-def scheduled(optimizer: Optimizer, params: list[Tensor], name: str) -> list[tuple[float, float]]:
-    """Train with a scheduler; return (lr, betas[0]) of each step."""
-    scheduler, used = SCHEDULERS[name](optimizer), []
-    for step in range(7):
-        used.append((float(optimizer.param_groups[0]["lr"]), optimizer.param_groups[0]["betas"][0]))
-        train(optimizer, params, [step])
-        scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-    return used
-
-
-@every_class
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduled_steps_equal_the_reference_update(optimizer_class: type, name: str, native_cpu: torch.device) -> None:
-    params = parameters(native_cpu)
-    optimizer = optimizer_class(params, lr=0.1)
-    truth = [(param.detach().cpu().double(), *torch.zeros(2, *param.shape, dtype=torch.float64)) for param in params]
-    scheduled(optimizer, params, name)
-    # torch's optimizer with the same scheduler gives the expected lr and betas[0].
-    by_torch = parameters(native_cpu)
-    expected_values = scheduled(torch.optim.Adam(by_torch, lr=0.1), by_torch, name)
-    assert len(set(expected_values)) > 1  # the scheduler has an effect
-    constant = {key: optimizer.defaults[key] for key in COEFFICIENT_KEYS if key not in ("lr", "betas")}
-    for step, (lr, beta1) in enumerate(expected_values):
-        scalars = step_scalars(step=step + 1, lr=lr, betas=(beta1, optimizer.defaults["betas"][1]), **constant)
-        for param, like in zip(truth, params, strict=True):
-            adax_update(param[0], gradient(like, step).cpu(), *param[1:], **scalars._asdict())
-    for param, (expected, _, _) in zip(params, truth, strict=True):
-        torch.testing.assert_close(param.detach().cpu(), expected.float(), rtol=2e-6, atol=2e-6)
 
 
 def test_closure_runs_with_gradients_enabled(backend: torch.device) -> None:
