@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,15 @@ def native_cpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Use the native CPU kernel instead of Triton's interpreter."""
     monkeypatch.setattr("adax_triton.step.backend._interpreting", lambda: False)
     return torch.device("cpu")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Run small CPU tensors on one thread, which is faster than waking a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
