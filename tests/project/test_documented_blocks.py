@@ -6,6 +6,7 @@ and options exist. tests/deepspeed_runs/test_guide.py runs the blocks of docs/de
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -43,11 +44,22 @@ state_dict = torch.optim.AdamW(model.parameters()).state_dict()
 }
 # A page imports these only where its blocks use them; without them the page's test is skipped.
 OPTIONAL = ("deepspeed", "lightning", "tensorboard", "transformers", "accelerate")
+# A block that imports one of these is left out if a package that it needs is missing. tests/frameworks runs them too.
+OPTIONAL_BLOCKS = {"timm": ("timm", "torchvision"), "pytorch_optimizer": ("pytorch_optimizer",)}
 
 
 def blocks(page: Path, language: str) -> list[str]:
     found = BLOCK.findall(page.read_text())
     return [re.sub(f"^{indent}", "", text, flags=re.MULTILINE) for indent, name, text in found if name == language]
+
+
+def imports(program: str, module: str) -> bool:
+    return re.search(rf"^\s*(import|from) {module}\b", program, re.MULTILINE) is not None
+
+
+def can_run(block: str) -> bool:
+    needed = [packages for module, packages in OPTIONAL_BLOCKS.items() if imports(block, module)]
+    return all(importlib.util.find_spec(package) is not None for package in sum(needed, ()))
 
 
 def environment() -> dict[str, str]:
@@ -66,9 +78,9 @@ def name_of(page: Path) -> str:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != GUIDE and blocks(page, "python")], ids=name_of)
 def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
-    program = PREAMBLE + OWN_PREAMBLES.get(page.name, "") + "\n".join(blocks(page, "python"))
+    program = PREAMBLE + OWN_PREAMBLES.get(page.name, "") + "\n".join(filter(can_run, blocks(page, "python")))
     for module in OPTIONAL:
-        if re.search(rf"^\s*(import|from) {module}\b", program, re.MULTILINE):
+        if imports(program, module):
             pytest.importorskip(module)
     (tmp_path / "page.py").write_text(program)
     done = subprocess.run(
