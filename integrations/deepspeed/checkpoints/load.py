@@ -5,6 +5,7 @@ Also restores the state that DeepSpeed does not load.
 
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def load_checked(original: Callable[..., Any]) -> Callable[..., Any]:
     """Replace `DeepSpeedEngine.load_checkpoint`.
 
     It raises on every rank if the checkpoint is incomplete or was saved with another ZeRO stage or offload. After
-    DeepSpeed's load it restores missing state and the engine's loss scaler.
+    DeepSpeed's load it restores missing state, master weights and the engine's loss scaler.
     """
 
     @functools.wraps(original)
@@ -75,6 +76,8 @@ def load_checked(original: Callable[..., Any]) -> Callable[..., Any]:
         custom_load_fn: Callable[..., Any] | None = None,
     ) -> Any:
         states, schedulers = load_optimizer_states, load_lr_scheduler_states
+        if isinstance(self.basic_optimizer, MomentOptimizer) and load_module_only and _weights_come_with_states(self):
+            states = False
         options = (load_module_strict, states, schedulers, load_module_only, custom_load_fn)
         with allowing_saved_classes():  # for TORCH_FORCE_WEIGHTS_ONLY_LOAD=1
             if not isinstance(self.basic_optimizer, MomentOptimizer):
@@ -89,9 +92,20 @@ def load_checked(original: Callable[..., Any]) -> Callable[..., Any]:
                 if loaded[0] is not None and self.zero_optimization():
                     _restore(self, loaded[0], states and not load_module_only)
                     _keep_loss_scaler(self.optimizer, own_scaler)
+                elif loaded[0] is not None and not states and hasattr(self.optimizer, "refresh_fp32_params"):
+                    self.optimizer.refresh_fp32_params()  # DeepSpeed keeps the initial master weights at ZeRO 0
         return loaded
 
     return load_checkpoint
+
+
+def _weights_come_with_states(engine: Any) -> bool:
+    """Return whether DeepSpeed loads weights from the files of states.
+
+    At ZeRO 3 it does, unless it is told to load no states. A load of the weights alone would then load nothing.
+    """
+    from_states = engine.zero_optimization_partition_weights() and not engine.zero_nvme_offload_optimizer()
+    return bool(from_states and not engine.load_universal_checkpoint())
 
 
 def _check_layout(engine: Any, load_dir: str, tag: str | None) -> None:
@@ -102,7 +116,8 @@ def _check_layout(engine: Any, load_dir: str, tag: str | None) -> None:
     if not os.path.isdir(folder):
         return  # DeepSpeed raises
     at_stage_3 = engine.zero_optimization_partition_weights()
-    saved_at_stage_3 = any(name.startswith("zero_pp_rank_0_mp") and "model" in name for name in os.listdir(folder))
+    # With node-local storage a folder has the files of its own node's ranks.
+    saved_at_stage_3 = any(re.fullmatch(r"zero_pp_rank_\d+_mp_.*model_states\.pt", name) for name in os.listdir(folder))
     if at_stage_3 != saved_at_stage_3:
         raise ValueError(
             f"{folder} was saved {'at' if saved_at_stage_3 else 'below'} ZeRO 3, and DeepSpeed cannot load it "
@@ -129,7 +144,7 @@ def _check_latest_is(tag: str | None, load_dir: str) -> None:
     latest = _latest(load_dir, "latest")
     if tag is not None and tag != latest:
         raise ValueError(
-            f"load_optimizer_states=False at ZeRO 3: DeepSpeed takes the weights from the checkpoint that "
+            f"load_optimizer_states=False or load_module_only=True at ZeRO 3: DeepSpeed takes the weights from what "
             f"{os.path.join(load_dir, 'latest')} names, {latest!r}, not from {tag!r}; write {tag!r} into that file, or "
             "load the states, too"
         )

@@ -8,13 +8,15 @@ The fused step reads each gradient twice, in place and in its own dtype: once fo
 The factor that unscales and clips stays on the device. The step also writes the weights in the model's dtype. See
 docs/deepspeed-passes.md.
 
-`fuse` sets `__class__` of an engine's ZeRO optimizer to a subclass. DeepSpeed's classes stay unchanged. The default
-`"adax_triton": {"fuse": "auto"}` in the configuration fuses as much as possible; "off" fuses nothing.
+`fuse` sets `__class__` of an engine's ZeRO optimizer to a subclass, or sets its `step`. DeepSpeed's classes stay
+unchanged. The default `"adax_triton": {"fuse": "auto"}` in the configuration fuses as much as possible; "off" fuses
+nothing.
 """
 
 import functools
 import logging
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -138,7 +140,9 @@ def fuse(wrapper: Any, config: Mapping[str, Any]) -> FusedStep:
         )
     if mixin is None and upstream is _upstream_classes()[0]:
         mixin = DelayedStateLinks
-    if mixin is not None:
+    if mixin is BF16Step:  # on the instance, because pipelines look for the exact class
+        wrapper.step = MethodType(BF16Step.step, wrapper)
+    elif mixin is not None:
         wrapper.__class__ = _subclass(mixin, upstream)
     return fused_step
 
