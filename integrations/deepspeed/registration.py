@@ -15,6 +15,9 @@ DeepSpeedEngine.save_checkpoint
 DeepSpeedEngine.load_checkpoint
     Silent: with NVMe offload the optimizer has no states, and small partitions keep their initial weights.
     deepspeed_runs/test_deepspeed_nvme.py::test_nvme_resume_continues_exactly
+    Silent: load_optimizer_states=False keeps the initial master weights at ZeRO 0 in bf16, and load_module_only=True
+    loads no weights at ZeRO 3.
+    deepspeed_runs/test_deepspeed_features.py::test_weights_alone_continue_as_an_engine_built_on_them
 DeepSpeedCPUAdam.add_param_group
     Silent: with optimizer offload, Accelerate steps Adam instead of the AdaX object that it is given.
     frameworks/test_huggingface.py::test_replaced_optimizer_or_betas_raise

@@ -91,7 +91,10 @@ def _save(engine: Any, save_dir: str, tag: str, as_latest: bool, write: Callable
     is_rank_0 = bool(save_dir) and rank == 0
     try:
         with raise_on_every_rank(engine, writes_to=save_dir) as gather:
-            in_place = not all(gather(prepare_staging(save_dir, tag) if is_rank_0 else True))
+            per_rank = gather((tag, prepare_staging(save_dir, tag) if is_rank_0 else True))
+            if len(tags := {given for given, _ in per_rank}) > 1:
+                raise ValueError(f"tag differs between ranks: {sorted(tags)}; pass the same tag on every rank")
+            in_place = not all(can_rename for _, can_rename in per_rank)
             if in_place:
                 if is_rank_0:
                     prepare_in_place(save_dir, tag)
