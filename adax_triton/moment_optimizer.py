@@ -40,6 +40,7 @@ from adax_triton.step.gradient_handling import (
     DEFAULT_HANDLING,
     GradientHandling,
     OptimizerOptions,
+    check_sees_whole_gradients,
     gradient_handling_of,
 )
 from adax_triton.step.launch import LaunchCache
@@ -158,7 +159,8 @@ class MomentOptimizer(Optimizer):
         Raises:
             TypeError: a trained parameter holds integers, or a hyper-parameter has the wrong type.
             ValueError: a hyper-parameter is out of range, a parameter already belongs to a group, or a trained
-                parameter does not support the group's `states`, `master_weights` or `weight_rounding`.
+                parameter does not support the group's `states`, `master_weights` or `weight_rounding`. FSDP1 shards a
+                parameter, and the optimizer clips.
         """
         if isinstance(param_group, dict):
             remove_torch_keywords(param_group)
@@ -186,6 +188,7 @@ class MomentOptimizer(Optimizer):
                     )
                 if not is_frozen(param):  # a frozen one is checked once it has a gradient
                     check_param(param, name, group, self.options.keep_float32)
+                check_sees_whole_gradients([param], self.max_grad_norm, self.options.norm_process_group)
         super().add_param_group(param_group)
 
     @overload

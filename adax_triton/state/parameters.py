@@ -10,12 +10,20 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .dtensor import is_dtensor, is_supported, splits_code_groups
-from .precision import PARAM_DTYPES, QUANTIZED_FROM_NUMEL, is_quantized
+from .precision import HALF_DTYPES, PARAM_DTYPES, QUANTIZED_FROM_NUMEL, is_quantized
 
 
 def is_frozen(param: Tensor) -> bool:
     """Return whether a parameter is frozen or still lazy (without a shape)."""
     return not param.requires_grad or is_lazy(param)
+
+
+def belongs_to_fsdp1(param: Tensor) -> bool:
+    """Return whether FSDP1 shards a parameter.
+
+    `FullyShardedDataParallel` marks its flat parameters, and the original ones with `use_orig_params=True`.
+    """
+    return getattr(param, "_fsdp_flattened", False)
 
 
 def check_param(
@@ -47,6 +55,8 @@ def check_param(
             f"{name}: weight_rounding='stochastic' supports only bfloat16 parameters; for float16 use "
             "master_weights='float32'"
         )
+    if belongs_to_fsdp1(param):
+        _check_fsdp1(param, name, group)
     if param.numel() < QUANTIZED_FROM_NUMEL or group["states"] == "float32" or (keep_float32 and keep_float32(param)):
         return
     if param.is_complex() or param.dtype == torch.float64:
@@ -60,6 +70,17 @@ def check_param(
             f"got shape {tuple(param.shape)} and placements {getattr(param, 'placements', None)}; return True from "
             "keep_float32 for this parameter"
         )
+
+
+def _check_fsdp1(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
+    # FSDP1 gathers states that have shape and dtype in common on all ranks. Codes have other shapes than their
+    # parameter, and a rank keeps float32 states for a small shard.
+    for option, plain in (("states", "float32"), ("master_weights", None)):
+        if group[option] != plain and (option == "states" or param.dtype in HALF_DTYPES):
+            raise ValueError(
+                f"{name}: FSDP1 (FullyShardedDataParallel) does not support {option}={group[option]!r}; use FSDP2 "
+                f"(fully_shard) or {option}={plain!r}"
+            )
 
 
 def checked_gradient(param: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from adax_triton.state.parameters import belongs_to_fsdp1
 
 # The epsilon of torch.nn.utils.clip_grad_norm_.
 NORM_EPS = 1e-6
@@ -136,6 +138,24 @@ def check_max_grad_norm(max_grad_norm: Any) -> float | None:
     return float(max_grad_norm)
 
 
+def check_sees_whole_gradients(params: Iterable[Any], max_grad_norm: float | None, process_group: Any) -> None:
+    """Raise if a norm limit needs gradients that other ranks have.
+
+    Args:
+        params: parameters of the optimizer.
+        max_grad_norm: norm limit or None.
+        process_group: the optimizer's `norm_process_group`.
+
+    Raises:
+        ValueError: FSDP1 shards a parameter, and there is a limit but no process group.
+    """
+    if max_grad_norm is not None and process_group is None and any(map(belongs_to_fsdp1, params)):
+        raise ValueError(
+            f"Invalid max_grad_norm: {max_grad_norm}; FSDP1 (FullyShardedDataParallel) shards the gradients, so a rank "
+            f"cannot measure their norm; set it to None and call model.clip_grad_norm_({max_grad_norm}) before step()"
+        )
+
+
 def check_one_element(value: Any, name: str) -> Tensor | None:
     """Return `value` if it is None or a one-element tensor.
 
@@ -160,6 +180,9 @@ def gradient_handling_of(optimizer: Any) -> GradientHandling:
     if given["max_grad_norm"] is None and given.get("grad_scale") is None and given.get("found_inf") is None:
         return DEFAULT_HANDLING
     limit, process_group = check_max_grad_norm(optimizer.max_grad_norm), optimizer.options.norm_process_group
+    check_sees_whole_gradients(
+        (param for group in optimizer.param_groups for param in group["params"]), limit, process_group
+    )
     ranks = None
     if limit is not None and process_group is not None:
         devices = (param.device for group in optimizer.param_groups for param in group["params"])
