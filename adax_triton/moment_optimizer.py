@@ -20,6 +20,7 @@ from adax_triton.state.checkpoint import (
     params_with_wrapped_tensors,
     with_int_counts,
     with_kept_options,
+    without_placeholders,
     wrap_tensors,
 )
 from adax_triton.state.keywords import remove_torch_keywords, signature_with_shared_options
@@ -439,6 +440,7 @@ class MomentOptimizer(Optimizer):
         """
 
         def check_and_wrap(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            given = without_placeholders(given, optimizer.param_groups, optimizer.state)
             check_state_dict(given, optimizer.param_groups)
             wrapped = wrap_tensors(given, optimizer.state)
             return {**wrapped, "param_groups": with_kept_options(optimizer.param_groups, given)}

@@ -46,6 +46,38 @@ def _param_keys(groups: Iterable[Mapping[str, Any]]) -> Iterable[Any]:
     return chain.from_iterable(group["params"] for group in groups)
 
 
+def without_placeholders(
+    state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]], current_states: Mapping[Any, Any]
+) -> Mapping[str, Any]:
+    """Return a state dict without the entries that torch adds for the loading optimizer.
+
+    For an entry that the saved states lack, `set_optimizer_state_dict` passes an empty dictionary if the state dict is
+    flat, and the loading optimizer's own `group_exponents` if it is full.
+
+    Args:
+        state_dict: the state dict to load.
+        param_groups: groups of the loading optimizer.
+        current_states: its states.
+    """
+    if not {"state", "param_groups"} <= set(state_dict):
+        return state_dict
+    states = dict(state_dict["state"])
+    # check_state_dict compares the lengths.
+    for key, param in zip(_param_keys(state_dict["param_groups"]), _param_keys(param_groups), strict=False):
+        if isinstance(states.get(key), Mapping):
+            state = {name: value for name, value in states[key].items() if not _is_empty_mapping(value)}
+            first = state.get("exp_avg")
+            has_codes = "group_exponents" in current_states.get(param, {})
+            if has_codes and isinstance(first, Tensor) and first.is_floating_point():
+                state.pop("group_exponents", None)
+            states[key] = state
+    return {**state_dict, "state": states}
+
+
+def _is_empty_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping) and not value
+
+
 def wrap_tensors(state_dict: Mapping[str, Any], current_states: Mapping[Any, Any]) -> dict[str, Any]:
     """Return a shallow copy with state tensors wrapped in `OpaqueTensor`.
 
@@ -190,7 +222,12 @@ def _check_state(state: Mapping[str, Any], param: Tensor, key: int) -> None:
         names.remove("master")
     layouts = state_layouts(param, precision)
     if names != list(layouts):
-        raise ValueError(f"{where} has keys {sorted(map(str, state))}; expected {['step', *layouts]}")
+        saved = f"states={precision.states!r}"
+        advice = f"; load it into an optimizer with {saved}, then load its state_dict() into this one"
+        raise ValueError(
+            f"{where} has keys {sorted(map(str, state))}; {saved} needs {['step', *layouts]}"
+            f"{advice if 'group_exponents' in {*layouts} - {*names} else ''}"
+        )
     for name, layout in layouts.items():
         _check_tensor(state[name], layout, f"{where}[{name!r}]", param)
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fsdp2_containers import InBackwardContainer, OptimizersContainer
 from sharding_runs import Case, differing, gathered
+from sharding_special import error_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -265,11 +266,32 @@ def check_precision(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
         error = " ".join(str(problem).split())
     # The states of the first step of `_init_optim_state`.
     kept = [name for name in differing(before, tensors_of(wanted)) if "/" not in name]
+    results = check_in_memory(case, mesh, saved)
     source, expected = load(build({"mode": case["saved"]}, mesh), folder), build(case, mesh)
     wanted[1].load_state_dict(source[1].state_dict())
     expected[0].load_state_dict(saved[0].state_dict())
     expected[1].load_state_dict(saved[1].state_dict())
-    return {"error": error, "kept": kept, "converted": differ(train(wanted, [2]), train(expected, [2]))}
+    return {**results, "error": error, "kept": kept, "converted": differ(train(wanted, [2]), train(expected, [2]))}
+
+
+def check_in_memory(case: Case, mesh: DeviceMesh, saved: Run) -> dict[str, Any]:
+    """Load state dicts of another precision without a checkpoint; each is converted or refused."""
+    expected = build(case, mesh)
+    expected[0].load_state_dict(saved[0].state_dict())
+    expected[1].load_state_dict(saved[1].state_dict())
+    results = {}
+    for name in ("sharded", "flat", "full"):
+        options = StateDictOptions(**{**OPTIONS[name], "cpu_offload": False})
+        states = copy.deepcopy(get_optimizer_state_dict(*saved, options=options))
+        loaded = build(case, mesh)
+        loaded[0].load_state_dict(saved[0].state_dict())
+        problem = error_of(
+            lambda run=loaded, states=states, options=options: set_optimizer_state_dict(
+                *run, optim_state_dict=states, options=options
+            )
+        )
+        results[name] = problem if problem != "accepted" else str(differ(loaded, expected))
+    return results
 
 
 def check_ranks(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
