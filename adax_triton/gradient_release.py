@@ -12,7 +12,6 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from .moment_optimizer import MomentOptimizer
-from .state.parameters import belongs_to_fsdp1
 
 
 class GradientRelease:
@@ -180,7 +179,7 @@ def _check_param(param: Tensor, group_index: int) -> None:
     hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
     if any(isinstance(getattr(hook, "__self__", None), GradientRelease) for hook in hooks.values()):
         raise ValueError(f"{name}: a parameter belongs to another GradientRelease; call its remove() first")
-    if belongs_to_fsdp1(param):  # its hooks run before gradients are reduced, or never
+    if getattr(param, "_fsdp_flattened", False):  # its hooks run before gradients are reduced, or never
         raise ValueError(f"{name}: a parameter belongs to FSDP1; GradientRelease needs FSDP2 (fully_shard)")
     mesh = getattr(param, "device_mesh", None)
     if mesh is not None and mesh.device_type != param.device.type and torch.__version__ < "2.13":

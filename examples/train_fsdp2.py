@@ -6,6 +6,7 @@ torchrun --nproc-per-node 4 examples/train_fsdp2.py --resume runs/fsdp2/step100 
 """
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from gpt import GPT
 from text_data import TextData, read_text
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from adax_triton import AdaXW
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Return the parsed command line."""
+def main() -> None:
+    """Train from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="text file or folder (default: source of Python's standard library)")
     parser.add_argument("--steps", type=int, default=400, help="length of the learning rate schedule")
@@ -33,12 +34,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--out", type=Path, default=Path("runs/fsdp2"), help="folder of checkpoints")
     parser.add_argument("--resume", type=Path, help="checkpoint to continue from")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Train from the command line."""
-    args = parse_arguments(argv)
+    args = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -52,10 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     for part in (*model.blocks, model):
         fully_shard(part, mp_policy=policy)
     optimizer = AdaXW(model.parameters(), args.lr, states="8bit_v16", max_grad_norm=1.0)  # after fully_shard
-    warmup = args.steps // 10
-    ramp = LinearLR(optimizer, 0.1, total_iters=warmup)
-    decay = CosineAnnealingLR(optimizer, args.steps - warmup)
-    schedule = SequentialLR(optimizer, [ramp, decay], milestones=[warmup])
+    warmup = max(1, args.steps // 10)
+    schedule = LambdaLR(optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * s / args.steps)))
 
     def checkpoint(step: int) -> dict[str, Any]:
         weights, states = get_state_dict(model, optimizer)
