@@ -40,7 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Results:
-    cases = TRAINING | OPTIONS | CONTAINERS | PRECISIONS | RANKS | {"first step": {"check": "first step"}}
+    once = {name: {"check": name} for name in ("first step", "without state")}
+    cases = TRAINING | OPTIONS | CONTAINERS | PRECISIONS | RANKS | once
     return launch(folder, 2, cases, worker="fsdp2_worker.py")
 
 
@@ -77,6 +78,10 @@ def test_state_dict_before_the_first_step_is_as_with_torchs_adamw(two: Results) 
         assert result["kept"] == [0.0, 0.0]
         assert result["counts"] == [[1], [1]]
         assert result["torch"] < ROUNDING
+
+
+def test_parameter_without_state_stays_without_state(two: Results) -> None:
+    assert two["without state"] == [{"differing": [], "resumed": []}] * 2
 
 
 @pytest.mark.parametrize("case", CONTAINERS)

@@ -197,6 +197,16 @@ def check_first_step(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
     return {"kept": kept, "counts": counts, "torch": largest_difference(*(train(run, range(3))[0] for run in runs))}
 
 
+def check_without_state(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
+    """Load a flat state dict that lacks the state of an unused parameter; torch's AdamW raises."""
+    run, loaded = train(build(case, mesh), range(2)), build(case, mesh)
+    del run[1].state[run[0].norm.bias]
+    loaded[0].load_state_dict(run[0].state_dict())
+    states = copy.deepcopy(get_optimizer_state_dict(*run, options=FLAT))
+    set_optimizer_state_dict(*loaded, optim_state_dict=states, options=FLAT)
+    return {"differing": differ(loaded, run), "resumed": differ(*(train(one, [2]) for one in (loaded, run)))}
+
+
 def check_containers(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
     """Check torchtitan's containers: two model parts, hooks, flat checkpoints, steps in backward."""
 
@@ -314,6 +324,7 @@ CHECKS = {
     "options": check_options,
     "first step": check_first_step,
     "containers": check_containers,
+    "without state": check_without_state,
     "precision": check_precision,
     "ranks": check_ranks,
 }
