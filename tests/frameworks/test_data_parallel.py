@@ -30,8 +30,7 @@ ZERO: dict[str, dict[str, Any]] = {
 }
 FSDP1: dict[str, dict[str, Any]] = {
     f"{strategy}, use_orig_params={original}": {"check": "fsdp1", "strategy": strategy, "use_orig_params": original}
-    for strategy in ("FULL_SHARD", "SHARD_GRAD_OP")
-    for original in (True, False)
+    for strategy, original in (("FULL_SHARD", True), ("FULL_SHARD", False), ("SHARD_GRAD_OP", True))
 }
 ERRORS: dict[str, dict[str, Any]] = {
     f"errors, use_orig_params={original}": {
@@ -44,6 +43,7 @@ ERRORS: dict[str, dict[str, Any]] = {
 ROUNDING = 1e-6  # of weights near 1 after a few steps
 
 
+# Takes more than 5 s: one launch trains some hundred small models.
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     cases = DDP | ZERO | FSDP1 | ERRORS | {"ways": {"check": "ways"}}

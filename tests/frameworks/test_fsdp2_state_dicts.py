@@ -15,7 +15,7 @@ from sharding_launch import Results, launch
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
-MODES = ("float32", "8bit_v16", "8bit, 24bit", "bfloat16, float32")
+MODES = ("float32", "8bit_v16", "8bit, 24bit")
 TRAINING: dict[str, dict[str, Any]] = {
     "mixed precision": {"check": "training", "mixed": True},
     "no reshard": {"check": "training", "reshard_after_forward": False},
@@ -29,7 +29,7 @@ PRECISIONS = {
     f"{saved} to {mode}": {"check": "precision", "saved": saved, "mode": mode}
     for saved, mode in (("float32", "8bit_v16"), ("8bit_v16", "float32"), ("8bit, 24bit", "bfloat16, float32"))
 }
-RANKS = {f"ranks of {mode}": {"check": "ranks", "mode": mode} for mode in MODES}
+RANKS = {f"ranks of {mode}": {"check": "ranks", "mode": mode} for mode in ("8bit_v16", "bfloat16, float32")}
 ROUNDING = 1e-6  # of weights near 1 after a few steps
 
 
@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fsdp2")
 
 
+# Takes more than 5 s: one launch trains some hundred small models.
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Results:
     once = {name: {"check": name} for name in ("first step", "without state")}
