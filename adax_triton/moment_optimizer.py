@@ -440,10 +440,10 @@ class MomentOptimizer(Optimizer):
         """
 
         def check_and_wrap(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            given = without_placeholders(given, optimizer.param_groups, optimizer.state)
-            check_state_dict(given, optimizer.param_groups)
-            wrapped = wrap_tensors(given, optimizer.state)
-            return {**wrapped, "param_groups": with_kept_options(optimizer.param_groups, given)}
+            saved = without_placeholders(given, optimizer.param_groups, optimizer.state)
+            check_state_dict(saved, optimizer.param_groups)
+            wrapped = wrap_tensors(saved, optimizer.state)
+            return {**wrapped, "param_groups": with_kept_options(optimizer.param_groups, saved)}
 
         # Run after the user's pre-hooks, to see their result.
         handle = self.register_load_state_dict_pre_hook(check_and_wrap)
