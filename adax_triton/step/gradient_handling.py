@@ -180,9 +180,9 @@ def gradient_handling_of(optimizer: Any) -> GradientHandling:
     if given["max_grad_norm"] is None and given.get("grad_scale") is None and given.get("found_inf") is None:
         return DEFAULT_HANDLING
     limit, process_group = check_max_grad_norm(optimizer.max_grad_norm), optimizer.options.norm_process_group
-    check_sees_whole_gradients(
-        (param for group in optimizer.param_groups for param in group["params"]), limit, process_group
-    )
+    if optimizer.options.max_grad_norm is None:  # `add_param_group` has checked a limit of the constructor
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        check_sees_whole_gradients(params, limit, process_group)
     ranks = None
     if limit is not None and process_group is not None:
         devices = (param.device for group in optimizer.param_groups for param in group["params"])

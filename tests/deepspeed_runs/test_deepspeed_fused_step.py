@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
-pytest.importorskip("deepspeed")
+deepspeed = pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.deepspeed
 
 Case = dict[str, Any]
@@ -127,6 +128,9 @@ def result_of(results: dict[str, Any], case: Case) -> dict[str, Any]:
 
 
 def assert_fused(result: dict[str, Any]) -> None:
+    if Version(deepspeed.__version__) < Version("0.19.8"):
+        assert result["described"]["auto"]["fused_step"] in ("partial", "none")
+        pytest.skip("the step is fused in full with DeepSpeed 0.19.8 only")
     assert [result["described"][fuse]["fused_step"] for fuse in ("auto", "off")] == ["full", "none"]
     assert not result["logged"]
 
@@ -202,6 +206,7 @@ def test_kernel_reads_gradient_pieces_in_place(interpreted: dict[str, Any], case
 
 
 def test_describe_returns_how_an_engine_steps(results: dict[str, Any]) -> None:
+    assert_fused(results["z2-bf16"])
     described = results["z2-bf16"]["described"]
     assert described["auto"]["wrapper"] == described["off"]["wrapper"] == "DeepSpeedZeroOptimizer"
     assert described["auto"]["reason"] == ""

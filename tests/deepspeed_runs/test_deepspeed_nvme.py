@@ -6,9 +6,10 @@ The cases are resumed runs, and checkpoints that raise. Oracle: as in test_deeps
 from typing import Any
 
 import pytest
+from packaging.version import Version
 from deepspeed_checkpoint_launch import launch
 
-pytest.importorskip("deepspeed")
+deepspeed = pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.deepspeed
 
 # One unit in the last place of a value below 1 is 6e-8.
@@ -68,6 +69,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("needs libaio, for DeepSpeed's async_io")
+    if Version(deepspeed.__version__) < Version("0.19.8"):
+        pytest.skip(f"async_io of DeepSpeed {deepspeed.__version__} aborts: _num_pending_ops > 0")
     raising = [parameter.values[0] for parameter in LOADS_THAT_RAISE]
     return launch(tmp_path_factory.mktemp("nvme"), [*RESUMED.values(), *raising], ["0", "1", "2"])
 

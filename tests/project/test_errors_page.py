@@ -149,6 +149,22 @@ def loading(optimizer_class: type, saved_class: type) -> str:
     return message_of(lambda: optimizer_class([param]).load_state_dict(saved))
 
 
+def load_without_exponents(patch: pytest.MonkeyPatch) -> str:
+    param = nn.Parameter(torch.ones(4096))
+    param.grad = torch.ones(4096)
+    saved, optimizer = AdaXW([param], states="8bit"), AdaXW([param])
+    saved.step()
+    state_dict = saved.state_dict()
+    del state_dict["state"][0]["group_exponents"]
+    return message_of(lambda: optimizer.load_state_dict(state_dict))
+
+
+def quantize_under_fsdp1(patch: pytest.MonkeyPatch) -> str:
+    param = nn.Parameter(torch.ones(3))
+    param._fsdp_flattened = True  # as FSDP1 marks its parameters
+    return message_of(lambda: AdaXW([param], states="8bit"))
+
+
 def read_unsafe_file(patch: pytest.MonkeyPatch) -> str:
     def read() -> None:
         with reject_unsafe_pickles(Path("checkpoint.pt")):
@@ -188,6 +204,8 @@ MESSAGES: dict[str, Callable[[pytest.MonkeyPatch], str]] = {
     "has no 'second_moment', so adax_triton did not save it": lambda _: loading(AdaXW, torch.optim.AdamW),
     "load it into an optimizer with the saved rule": lambda _: loading(AdaXW, AdamW),
     "cannot be loaded by torch.load(weights_only=True)": read_unsafe_file,
+    "then load its state_dict() into this one": load_without_exponents,
+    "FSDP1 (FullyShardedDataParallel)": quantize_under_fsdp1,
 }
 
 
