@@ -6,8 +6,8 @@ The cases are resumed runs, and checkpoints that raise. Oracle: as in test_deeps
 from typing import Any
 
 import pytest
-from packaging.version import Version
 from deepspeed_checkpoint_launch import launch
+from packaging.version import Version
 
 deepspeed = pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.deepspeed
