@@ -154,6 +154,11 @@ def test_wrapper_around_adamw_equals_wrapper_around_torch(name: str, native_cpu:
     assert_close(Run(name, AdamW).train(range(STEPS)), expected, 2e-6)
 
 
+def test_wrapper_of_schedulefree_raises_around_torchs_adamw() -> None:
+    with pytest.raises(KeyError, match="exp_avg"):
+        Run("ScheduleFreeWrapper of schedulefree", torch.optim.AdamW).train(range(1))
+
+
 @pytest.mark.parametrize("name", [name for name in WRAPPERS if name not in NOT_RESUMABLE])
 def test_wrapper_around_adaxw_resumes_bit_for_bit(name: str, native_cpu: torch.device) -> None:
     uninterrupted = Run(name, AdaXW).train(range(STEPS))

@@ -1,4 +1,7 @@
-"""PyTorch features that meet an optimizer. Oracle: the same program with torch's AdamW."""
+"""PyTorch features that meet an optimizer.
+
+Oracle: the same program with torch's AdamW.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 from adax_triton import AdamW, AdaXW
 
@@ -126,17 +130,21 @@ def within(context: Callable[[], contextlib.AbstractContextManager[Any]], build:
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager
 def uninitialized_memory_filled() -> Iterator[None]:
-    """Fill each new tensor with NaN, so that a value that is read before it is written shows."""
+    """Fill each new tensor with NaN, to show reads before writes."""
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 PROGRAMS: dict[str, Callable[[Build], nn.Module]] = {
@@ -240,6 +248,18 @@ def test_profiler_names_the_step(native_cpu: torch.device) -> None:
         train(model, optimizer, range(2))
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["Optimizer.step#AdaXW.step"] == counts["Optimizer.zero_grad#AdaXW.zero_grad"] == 2
+
+
+def test_step_adds_no_flops_to_the_count(native_cpu: torch.device) -> None:
+    counts, ends = [], []
+    for build in (AdaXW, torch.optim.AdamW):
+        model = network()
+        with FlopCounterMode(display=False) as counter:
+            train(model, build(model.parameters()), range(2))
+        counts.append(counter.get_total_flops())
+        ends.append(model[0].weight)
+    assert counts[0] == counts[1] > 0
+    assert not torch.equal(*ends)
 
 
 def test_memory_tracker_counts_the_states(native_cpu: torch.device) -> None:
