@@ -42,8 +42,8 @@ TRAINED: dict[str, Case] = {
     "trainer-class-without-deepspeed": {"given": "class", **DECOUPLED, "config": None, "resume_at": 2},
     "trainer-class-fsdp2": {"given": "class", **DECOUPLED, "config": None, "fsdp": True, "resume_at": 2},
     "trainer-override-fsdp2": {"given": "override", "config": None, "fsdp": True},
-    "accelerate-section": {"through": "accelerate", "section": AUTO},
-    "accelerate-object": {"through": "accelerate", "given": "object"},
+    "accelerate-section": {"through": "accelerate", "section": AUTO, "resume_at": 2},
+    "accelerate-object": {"through": "accelerate", "given": "object", "resume_at": 2},
     "accelerate-object-z3": {"through": "accelerate", "given": "object", "config": zero(3)},
     "accelerate-object-without-deepspeed": {"through": "accelerate", "given": "object", "config": None},
 }

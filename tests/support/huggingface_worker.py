@@ -175,26 +175,48 @@ def run_trainer(case: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def run_accelerate(case: dict[str, Any]) -> dict[str, Any]:
+def prepare(case: dict[str, Any], seed: int = 0) -> tuple[Accelerator, list[Any], Recorder]:
+    """Return the accelerator, [model, optimizer, loader] and the recorder."""
     config = deepspeed_config(case)
     plugin = None if config is None else DeepSpeedPlugin(hf_ds_config=config)
     accelerator = Accelerator(deepspeed_plugin=plugin)
-    model = build_model()
+    model = build_model(seed)
     recorder = Recorder(model)
     if case["given"] == "section":
         optimizer = DummyOptim(model.parameters(), **case["params"])
     else:
         optimizer = getattr(adax_triton, case["type"])(model.parameters(), **case["params"])
-    wrapped, optimizer, loader = accelerator.prepare(
-        model, optimizer, DataLoader(random_tokens(), batch_size=MICRO_BATCH)
-    )
-    for _, batch in zip(range(STEPS), loader, strict=False):
+    loader = DataLoader(random_tokens(), batch_size=MICRO_BATCH)
+    return accelerator, list(accelerator.prepare(model, optimizer, loader)), recorder
+
+
+def train_prepared(accelerator: Accelerator, parts: list[Any], steps: range) -> dict[str, Tensor]:
+    wrapped, optimizer, loader = parts
+    for _, batch in zip(steps, accelerator.skip_first_batches(loader, steps.start), strict=False):
         accelerator.backward(wrapped(**batch).loss)
         accelerator.clip_grad_norm_(wrapped.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-    result = described(wrapped, optimizer)
-    weights = whole_weights(model)
+    return whole_weights(accelerator.unwrap_model(wrapped))
+
+
+def run_accelerate(case: dict[str, Any]) -> dict[str, Any]:
+    accelerator, parts, recorder = prepare(case)
+    saved_at = case["resume_at"] or STEPS
+    weights = train_prepared(accelerator, parts, range(saved_at))
+    result = described(parts[0], parts[1])
+    with tempfile.TemporaryDirectory() as directory:
+        folder = of_ranks(directory)[0]
+        if case["resume_at"] is not None:
+            accelerator.save_state(folder)
+            weights = train_prepared(accelerator, parts, range(saved_at, STEPS))
+            start_over(case)
+            # Another seed, so only the checkpoint can restore the weights.
+            accelerator, parts, _ = prepare(case, seed=1)
+            accelerator.load_state(folder)
+            resumed = train_prepared(accelerator, parts, range(saved_at, STEPS))
+            result["resume_deviation"] = deviation(resumed, weights)
+        dist.barrier()
     result["deviation"] = deviation(weights, single_process_weights(case, of_ranks(recorder.calls)))
     result["moved"] = deviation(weights, dict(build_model().named_parameters()))
     return result
