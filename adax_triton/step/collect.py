@@ -91,9 +91,7 @@ def collect(
             counted_on_device = can_increment_on_device(state.get("step"), param)
             if capturing and not counted_on_device:
                 raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
-            counts_on_device = (
-                counts_on_device or not handling.is_default or group_counts_on_device(group) or counted_on_device
-            )
+            counts_on_device |= not handling.is_default or group_counts_on_device(group) or counted_on_device
         elif group["capturable"] and not is_fake(param):
             raise ValueError(
                 f"param_groups[{group_index}]['capturable'] is True, but the Triton kernel does not support its "
