@@ -1,4 +1,4 @@
-"""Train with Lightning's Trainer and Fabric: as with torch's AdamW, and as in a plain loop.
+"""Train with Lightning. Oracles: torch's AdamW, and a plain loop.
 
 One launch runs the cases of one rank, another those of two ranks.
 """
@@ -120,6 +120,7 @@ def results(
 @pytest.mark.parametrize("name", [*CASES, *SAME_AS_FP32])
 def test_trainer_equals_a_plain_loop_and_resumes_exactly(name: str, results: dict[str, dict[str, Any]]) -> None:
     case, result = {**CASES, **SAME_AS_FP32}[name], dict(results[name])
+    assert {"effect", *case.get("compare", ["plain", "adamw"])} == result.keys() - {"monitored"}
     exact = {key: result.pop(key) for key in ("plain", "resumed", "converted") if key in result}
     assert exact == dict.fromkeys(exact, 0.0)
     assert result.pop("adamw", 0.0) <= ADAMW_TOLERANCE.get(case.get("precision", ""), 1e-6)
@@ -151,6 +152,7 @@ def rank_results(
 @pytest.mark.parametrize("name", RANK_CASES)
 def test_ranks_equal_a_plain_loop_and_resume_exactly(name: str, rank_results: dict[str, dict[str, Any]]) -> None:
     result = dict(rank_results[name])
+    assert result.keys() == set(RANK_CASES[name]["compare"])
     assert result.pop("resumed", 0.0) == 0.0
     assert result.pop("adamw", 0.0) <= 1e-6
     # Ranks that share a gradient add its squares in another order.

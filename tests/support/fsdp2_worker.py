@@ -1,4 +1,6 @@
-"""Train and checkpoint with FSDP2 as torchtitan does; compare with torch's AdamW and with one process.
+"""Train and checkpoint with FSDP2 as torchtitan does.
+
+Oracles: torch's AdamW, and one process.
 
 Usage: as sharding_worker.py. A result lists what differs, or gives the largest difference of weights.
 """
@@ -143,11 +145,12 @@ def differ(run: Run, other: Run) -> list[str]:
 
 def largest_difference(left: nn.Module, right: nn.Module) -> float:
     pairs = zip(left.parameters(), right.parameters(), strict=True)
-    return max(float((gathered(one) - gathered(other)).abs().max()) for one, other in pairs)
+    # Unlike max(), the maximum of a tensor is NaN if a value is.
+    return float(torch.stack([(gathered(one) - gathered(other)).detach().abs().max() for one, other in pairs]).max())
 
 
 def check_training(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
-    """Compare with torch's AdamW, with a schedule; then one optimizer step with the unsharded model."""
+    """Compare with torch's AdamW, and with an unsharded model bit for bit."""
     if case.get("hsdp"):
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     runs = [build(case, mesh, optimizer_class) for optimizer_class in (torch.optim.AdamW, AdamW)]
@@ -165,7 +168,7 @@ def check_training(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def check_options(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
-    """Save and load with each option of torch's state dicts, before and after the first step."""
+    """Load with each option, saved before and after the first step."""
     results = {}
     for name, options in OPTIONS.items():
         for done in (0, 2):
@@ -187,7 +190,7 @@ def check_options(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def check_first_step(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
-    """Check that saving an optimizer before its first step does what it does to torch's AdamW."""
+    """Save before the first step, with this AdamW and with torch's."""
     runs = [build(case, mesh, optimizer_class) for optimizer_class in (torch.optim.AdamW, AdamW)]
     for run in runs:
         get_optimizer_state_dict(*run)
@@ -198,7 +201,7 @@ def check_first_step(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def check_without_state(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
-    """Load a flat state dict that lacks the state of an unused parameter; torch's AdamW raises."""
+    """Load a flat state dict that lacks the state of a parameter."""
     run, loaded = train(build(case, mesh), range(2)), build(case, mesh)
     del run[1].state[run[0].norm.bias]
     loaded[0].load_state_dict(run[0].state_dict())
@@ -285,7 +288,7 @@ def check_precision(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def check_in_memory(case: Case, mesh: DeviceMesh, saved: Run) -> dict[str, Any]:
-    """Load state dicts of another precision without a checkpoint; each is converted or refused."""
+    """Load state dicts of another precision, which are converted or refused."""
     expected = build(case, mesh)
     expected[0].load_state_dict(saved[0].state_dict())
     expected[1].load_state_dict(saved[1].state_dict())
@@ -305,7 +308,7 @@ def check_in_memory(case: Case, mesh: DeviceMesh, saved: Run) -> dict[str, Any]:
 
 
 def check_ranks(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
-    """Save a flat checkpoint on two ranks; load it on another number of ranks."""
+    """Save a flat checkpoint on two ranks, load it on four."""
     folder = case["folder"] / f"ranks {case['mode']}"
     if dist.get_world_size() == 2:
         run = train(build(case, mesh), range(2))

@@ -70,4 +70,5 @@ def single_process_weights(case: dict[str, Any], calls_of_ranks: list[list[dict[
 
 
 def deviation(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    return max(float((found[name] - expected[name]).detach().abs().max()) for name in expected)
+    # Unlike max(), the maximum of a tensor is NaN if a value is.
+    return float(torch.stack([(found[name] - expected[name]).detach().abs().max() for name in expected]).max())

@@ -1,4 +1,4 @@
-"""Train with Lightning's Trainer or Fabric on two ranks, and the same in plain PyTorch.
+"""Train with Lightning on two ranks, and the same in plain PyTorch.
 
 Usage, once per rank: RANK=... LOCAL_RANK=... python lightning_ranks_worker.py cases.json results.json
 
@@ -60,7 +60,7 @@ Case = dict[str, Any]
 
 
 class OnCpu:
-    """Makes Lightning run a strategy on a CPU that it permits on CUDA only."""
+    """Makes Lightning run strategies for CUDA on a CPU."""
 
     def setup(self, *_: Any) -> None: ...
 
@@ -198,7 +198,10 @@ def fit_with_fabric(case: Case, make: Any, folder: Path, checkpoint: str | None 
 
 
 def plain_loop(case: Case, make: Any, converted: bool = False) -> list[Tensor]:
-    """Train one process on the batches of both ranks; `converted` continues torch's AdamW with AdaXW."""
+    """Train one process on the batches of both ranks.
+
+    `converted` continues torch's AdamW with AdaXW.
+    """
     net = Net()
     optimizer = optimizer_of(net, case, torch.optim.AdamW if converted else make)
     scheduler = schedule(optimizer) if case["schedule"] else None

@@ -1,4 +1,4 @@
-"""Train with Lightning's Trainer or Fabric on one rank, and the same in plain PyTorch.
+"""Train with Lightning on one rank, and the same in plain PyTorch.
 
 python lightning_worker.py cases.json results.json
 
@@ -16,6 +16,7 @@ or the error, if "error" is True. "monitored" has the values of LearningRateMoni
 import functools
 import json
 import logging
+import math
 import sys
 import tempfile
 import warnings
@@ -211,7 +212,7 @@ def weights_of(trainer: lightning.Trainer) -> dict[str, Tensor]:
 
 
 def plain_loop(case: dict[str, Any], start: dict[str, Any] | None = None) -> dict[str, Tensor]:
-    """Train AdaXW without Lightning; `start` is the checkpoint that torch's AdamW saved after an epoch."""
+    """Train AdaXW without Lightning; `start` is a checkpoint of torch's AdamW."""
     dtype = torch.bfloat16 if case["precision"] == "bf16-true" else torch.float32
     net = Net().to(dtype)
     found = optimizers(net, case, AdaXW)
@@ -280,9 +281,10 @@ def manual_steps(net: Net, found: list[Optimizer], batch: Tensor) -> None:
 
 
 def difference(found: Any, expected: Any) -> float:
-    """Return the largest difference of two trees of tensors; infinite if they differ otherwise."""
+    """Return the largest difference of two trees; infinite if not of tensors."""
     if isinstance(expected, Tensor):
-        return (found.double() - expected.double()).abs().max().item() if expected.numel() else 0.0
+        change = (found.double() - expected.double()).abs().nan_to_num(math.inf)
+        return change.max().item() if expected.numel() else 0.0
     if isinstance(expected, dict):
         pairs = [(found[key], expected[key]) for key in expected] if found.keys() == expected.keys() else [(0, 1)]
     elif isinstance(expected, (list, tuple)):
