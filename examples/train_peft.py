@@ -1,4 +1,6 @@
-"""Train LoRA adapters (PEFT) with the SFTTrainer of TRL. The base model is a small random GPT-2.
+"""Train LoRA adapters (PEFT) with the SFTTrainer of TRL.
+
+The base model is a small random GPT-2.
 
 pip install peft trl
 python examples/train_peft.py

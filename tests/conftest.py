@@ -145,7 +145,7 @@ def native_cpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Run small CPU tensors on one thread, which is faster than waking a second one."""
+    """Run on one thread, which is faster for small CPU tensors."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -99,7 +99,7 @@ def reject_unsafe_pickles(path: Path) -> Iterator[None]:
 
 
 def _find(saved: Any, source: Path, key: str | None) -> dict[str, Any] | list[dict[str, Any]]:
-    """Return the state dict of a file, or its list of state dicts, as Lightning writes it."""
+    """Return the state dict of a file, or Lightning's list of them."""
     if not isinstance(saved, dict):
         raise ValueError(f"{source} holds a {type(saved).__name__}; expected a dictionary")
     found = saved if key is None else saved.get(key)

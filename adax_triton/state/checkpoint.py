@@ -49,7 +49,7 @@ def _param_keys(groups: Iterable[Mapping[str, Any]]) -> Iterable[Any]:
 def without_placeholders(
     state_dict: Mapping[str, Any], param_groups: Sequence[Mapping[str, Any]], current_states: Mapping[Any, Any]
 ) -> Mapping[str, Any]:
-    """Return a state dict without the entries that torch adds for the loading optimizer.
+    """Return a state dict without the entries that torch adds.
 
     For an entry that the saved states lack, `set_optimizer_state_dict` passes an empty dictionary if the state dict is
     flat, and the loading optimizer's own `group_exponents` if it is full.

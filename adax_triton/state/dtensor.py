@@ -42,7 +42,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 class Shards:
-    """The kinds of a list of plain tensors and DTensors, to compare later lists with.
+    """Types and placements of tensors, to compare later lists with.
 
     Args:
         tensors: plain tensors and DTensors.

@@ -70,7 +70,7 @@ def flat_view(tensor: Tensor) -> Tensor:
 
 
 def zeros_with_strides_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return zeros with the shape and device of a tensor, in memory of their own.
+    """Return new zeros with the shape and device of a tensor.
 
     They also have the strides if the tensor is dense (channels-last, transposed), so that flat index i is the same
     element in both. Otherwise they are contiguous.

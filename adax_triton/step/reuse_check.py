@@ -160,7 +160,7 @@ class ReuseCheck:
 
 
 def has_plain_tensors(item: ParamWithGrad) -> bool:
-    """Return whether this rank's parameter and gradients are plain tensors, not of subclasses."""
+    """Return whether the local parameter and gradients are plain tensors."""
     param, *grads = map(local_tensor, (item.param, *item.grads))
     return type(param) in (Tensor, nn.Parameter) and all(type(grad) is Tensor for grad in grads)
 

@@ -1,4 +1,4 @@
-"""AdaX with features of DeepSpeed around the optimizer: pipelines, tensor parallelism, adapters, weights alone.
+"""Features of DeepSpeed: pipelines, tensor parallelism, adapters, weights alone.
 
 Oracles: torch's AdamW in the same engine, the uninterrupted run, and an engine that starts from the saved weights. One
 launch on two ranks, deepspeed_features_worker.py, runs all cases.

@@ -1,4 +1,4 @@
-"""Test the Trainer of transformers without DeepSpeed, in one process on a CPU.
+"""Test the Trainer of transformers without DeepSpeed, in one process.
 
 Oracles: torch.optim.AdamW in the same run; for AdaXW a plain loop over the batches that the model was called with.
 test_huggingface.py trains on two ranks with DistributedDataParallel and FSDP2. The first test takes more than 5 s,
@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def one_process(native_cpu: torch.device) -> Iterator[None]:
-    """Use the native kernel and one thread, and leave no process state of Accelerate."""
+    """Use one thread, and leave no process state of Accelerate."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are small
     yield
@@ -112,7 +112,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def train(
     case: dict[str, Any], optimizer_class: Any, folder: Path, resume: bool = False
 ) -> tuple[dict[str, Tensor], Trainer, Recorder]:
-    """Train, or resume with another seed, so that only the checkpoint can restore the weights."""
+    """Train, or resume a checkpoint with another seed of the weights."""
     trainer, recorder = make_trainer(case, optimizer_class, folder, seed=int(resume))
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{RESUME_AT}" if resume else None)
     assert isinstance(trainer.optimizer.optimizer, optimizer_class)

@@ -1,4 +1,4 @@
-"""Test the optimizers with adapters of PEFT and with the trainers of TRL, offline, on a CPU.
+"""Test adapters of PEFT and the trainers of TRL, offline.
 
 Oracle: torch.optim.AdamW in the same run, or an uninterrupted run. The first test takes more than 5 s, because it
 imports transformers, PEFT and TRL.
@@ -35,7 +35,7 @@ STEPS, RESUME_AT = 6, 4
 
 @pytest.fixture(autouse=True)
 def one_process(native_cpu: torch.device) -> Iterator[None]:
-    """Use the native kernel and one thread, and leave no process state of Accelerate."""
+    """Use one thread, and leave no process state of Accelerate."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are small
     yield
@@ -103,7 +103,7 @@ def switch_adapters(make: Make) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def merge_adapters(make: Make) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Train two adapters at once, merge and unmerge them, go on, and then train the merged model."""
+    """Train two adapters, merge and unmerge them, then train the merged model."""
     model = with_adapter()
     model.add_adapter("other", lora())
     model.base_model.set_adapter(["default", "other"])
@@ -227,7 +227,7 @@ def make_trl_trainer(kind: str, optimizer_class: Any, folder: Path, seed: int) -
 
 
 def run_trl(kind: str, optimizer_class: Any, folder: Path, resume: bool = False) -> dict[str, Tensor]:
-    """Train, or resume with another seed, so that only the checkpoint can restore the trained weights."""
+    """Train, or resume a checkpoint with another seed of the trained weights."""
     trainer = make_trl_trainer(kind, optimizer_class, folder, seed=int(resume))
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{RESUME_AT}" if resume else None)
     assert isinstance(trainer.optimizer.optimizer, optimizer_class)

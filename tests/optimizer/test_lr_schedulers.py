@@ -1,4 +1,4 @@
-"""Each learning rate scheduler of torch, with numbers and tensors as learning rates."""
+"""Each scheduler of torch, with learning rates in numbers and tensors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Reuse of step plans for DTensor parameters. Oracle: the same optimizer on plain parameters.
+"""Reuse of step plans for DTensor parameters.
 
-The mesh has one real rank, so a shard is the whole tensor.
+Oracle: the same optimizer on plain parameters. The mesh has one real rank, so a shard is the whole tensor.
 """
 
 from collections.abc import Callable, Iterator

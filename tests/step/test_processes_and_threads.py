@@ -1,4 +1,4 @@
-"""Steps in several threads, in forked processes, and next to workers of a DataLoader.
+"""Steps in threads, in forked processes, next to workers of a DataLoader.
 
 Oracle: the same steps one after another, bit for bit.
 """
@@ -57,7 +57,7 @@ def assert_same(found: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
 def test_a_forked_child_steps_shared_weights(options: dict[str, Any]) -> None:
-    """OpenMP waits forever for the parent's threads, which a forked child does not have."""
+    """OpenMP must not wait for threads that only the parent has."""
     run = Run(options)
     for param in run.params:
         param.data.share_memory_()

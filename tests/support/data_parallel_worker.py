@@ -1,4 +1,6 @@
-"""Train with DDP, ZeroRedundancyOptimizer and FSDP1; compare with torch's AdamW and with plain PyTorch.
+"""Train with DDP, ZeroRedundancyOptimizer and FSDP1.
+
+Oracles: torch's AdamW, and plain PyTorch.
 
 Usage: as sharding_worker.py. A result lists the parts that differ, or gives the largest difference of weights.
 """
@@ -91,7 +93,7 @@ def both(train_with: Callable[[type[Optimizer]], nn.Module]) -> float:
 
 
 def check_ddp(case: Case, mesh: DeviceMesh) -> dict[str, Any]:
-    """Check DDP: torch's AdamW, and the same gradients without DDP, bit for bit."""
+    """Compare DDP with torch's AdamW, and bit for bit without DDP."""
     unused = case["options"].get("find_unused_parameters", False)
 
     def build() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Train with features of DeepSpeed on one rank: torch's AdamW next to this package's.
+"""Train with features of DeepSpeed: torch's AdamW, then this package's.
 
 Usage, once per rank: RANK=... WORLD_SIZE=2 python deepspeed_features_worker.py CASES.json RESULTS.json
 
@@ -203,7 +203,7 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_weights_alone(case: dict[str, Any]) -> dict[str, float]:
-    """Compare with engines that start from the saved weights, rounded to the model's dtype."""
+    """Compare with engines that start from the saved, rounded weights."""
     ours, differences = {**case, "type": OURS}, {}
     with shared_folder() as folder:
         engine = build(ours)
@@ -222,7 +222,7 @@ def load_weights_alone(case: dict[str, Any]) -> dict[str, float]:
 
 
 def train_two(case: dict[str, Any]) -> dict[str, float]:
-    """Compare two engines that train in turns with the same engines one after the other."""
+    """Compare two engines in turns with one after the other."""
     ours, alone = {**case, "type": OURS}, []
     for seed in (0, 1):
         engine = build(ours, seed)
