@@ -1,4 +1,4 @@
-"""Train with Accelerate on one rank; compare with torch's AdamW and with plain PyTorch.
+"""Train with Accelerate; compare with torch's AdamW and with plain PyTorch.
 
 Usage, once per rank: RANK=... LOCAL_RANK=... WORLD_SIZE=2 python accelerate_worker.py CASES.json STORE FOLDER
 
@@ -50,7 +50,7 @@ CASE_DEFAULTS: dict[str, Any] = {
 
 
 class Net(nn.Module):
-    """Two layers and a norm; the first weight is large enough for quantized states."""
+    """Two layers and a norm; the first weight can have quantized states."""
 
     def __init__(self, seed: int = 0, frozen: bool = False) -> None:
         super().__init__()
@@ -166,7 +166,8 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def deviation(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    return max(float((found[name] - expected[name]).abs().max()) for name in expected)
+    # Unlike max(), the maximum of a tensor is NaN if a value is.
+    return float(torch.stack([(found[name] - expected[name]).abs().max() for name in expected]).max())
 
 
 def plain_weights(case: dict[str, Any], batches_of_ranks: list[list[Tensor]]) -> dict[str, Tensor]:
@@ -207,7 +208,7 @@ def plain_weights(case: dict[str, Any], batches_of_ranks: list[list[Tensor]]) ->
 
 
 def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Compare AdamW with torch's, AdaXW with plain PyTorch, and a resumed run with a whole one."""
+    """Compare with torch's AdamW, with plain PyTorch and with a resumed run."""
     expected, ours = Run(case, adamw_of(torch.optim)).train(), Run(case, adamw_of(adax_triton)).train()
     whole = Run(case, adaxw).train()
     weights = whole.weights()
@@ -219,11 +220,24 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "plain_deviation": deviation(weights, plain_weights(case, gathered(whole.batches))),
         "moved": deviation(weights, named_weights(Net(frozen=case["frozen"]))),
     }
-    return result if case["sharding"] == "fsdp1" else {**result, **resumed(case, folder, weights)}
+    if case["sharding"] == "fsdp1":
+        makes = {"adaxw": adaxw, "adamw": adamw_of(torch.optim)}
+        return {**result, "restored": [restored_states(case, make, folder / name) for name, make in makes.items()]}
+    return {**result, **resumed(case, folder, weights)}
+
+
+def restored_states(case: dict[str, Any], make: Callable[..., Any], folder: Path) -> int:
+    """Save and load; return the number of loaded states."""
+    accelerator = Run(case, make).train(RESUME_AT).accelerator
+    accelerator.save_state(str(folder))
+    accelerator.wait_for_everyone()
+    run = Run(case, make, seed=1)
+    run.accelerator.load_state(str(folder))
+    return len(run.optimizer.state)
 
 
 def resumed(case: dict[str, Any], folder: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Save, load into a run with another seed, and compare with the uninterrupted run."""
+    """Save, load with another seed, and compare with the uninterrupted run."""
     accelerator = Run(case, adaxw).train(RESUME_AT).accelerator
     accelerator.save_state(str(folder))
     accelerator.wait_for_everyone()
@@ -248,7 +262,7 @@ def gathered(value: Any) -> list[Any]:
 
 
 def two_models(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Train two models with two optimizers and one scaler; the second skips a step."""
+    """Train two models with one scaler; the second skips a step."""
     whole, skipped = train_two_models(case, adaxw, STEPS)
     train_two_models(case, adaxw, RESUME_AT, save_to=str(folder))
     again, _ = train_two_models(case, adaxw, STEPS, load_from=str(folder))
@@ -290,6 +304,17 @@ def train_two_models(
     return [named_weights(accelerator.unwrap_model(model)) for model in prepared[:2]], skipped
 
 
+def fused_overflow(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Overflow a step of fused optimizers."""
+    result: dict[str, Any] = {}
+    for module in (torch.optim, adax_triton):
+        run = Run(case, lambda case, model, module=module: module.AdamW(model.parameters(), **PARAMS, fused=True))
+        skipped, rates = zip(*run.train().events, strict=True)
+        counts = {int(state["step"]) for state in run.optimizer.state.values()}
+        result[module.__name__] = {"seen": any(skipped), "counts": sorted(counts), "rates": rates}
+    return result
+
+
 def local_sgd(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Average the weights of the ranks after each second step."""
 
@@ -311,7 +336,7 @@ def local_sgd(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def keeps_states(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Prepare an optimizer that has states, register it for checkpoints, and free it."""
+    """Prepare an optimizer with states, register it for checkpoints, free it."""
     accelerator = new_accelerator(case)
     model = Net()
     optimizer = adaxw(case, model)
@@ -348,7 +373,7 @@ def copy_of_states(optimizer: adax_triton.AdaXW) -> str:
 
 
 RUNS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
-    function.__name__: function for function in (train, two_models, local_sgd, keeps_states)
+    function.__name__: function for function in (train, two_models, fused_overflow, local_sgd, keeps_states)
 }
 
 
