@@ -63,7 +63,6 @@ class GradientRelease:
                 "measures whole steps"
             )
         self._optimizer = optimizer
-        optimizer._step_supports_amp_scaling = True  # a GradScaler then sets `grad_scale`, which raises
         self._hooked: set[Tensor] = set()
         self._group_of: dict[Tensor, int] = {}  # read once per backward pass
         self._handles: list[RemovableHandle] = []
@@ -78,13 +77,15 @@ class GradientRelease:
             _check_param(param, group_index)
         self._hook(new_params)
         self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._check_optimizer()))
+        optimizer._step_supports_amp_scaling = True  # a GradScaler then sets `grad_scale`, which raises
 
     def remove(self) -> None:
         """Remove the hooks: gradients stay and `step()` steps again.
 
         Leaving a `with` block does the same.
         """
-        self._optimizer._step_supports_amp_scaling = self._optimizer.options.fused
+        if self._handles:
+            self._optimizer._step_supports_amp_scaling = self._optimizer.options.fused
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -70,7 +70,7 @@ class AdaX(MomentOptimizer):
         fused: if True, the step divides the gradients by the scale of a `torch.amp.GradScaler` and skips overflows, so
             the scaler neither writes the gradients nor waits for the GPU. Frameworks that clip unscaled gradients then
             refuse the optimizer, as they refuse torch's fused AdamW. The update is one kernel with False too. Default:
-            None, the scaler unscales.
+            None, the scaler unscales. In a group it is ignored.
         foreach: accepted for code written for torch's AdamW; changes nothing. Default: None.
         amsgrad: as `foreach`; True raises. Default: False.
         differentiable: as `foreach`; True raises. Default: False.

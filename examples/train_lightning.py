@@ -36,7 +36,7 @@ class Model(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return AdaXW with warm-up and cosine decay."""
         optimizer = AdaXW(self.parameters(), self.args.lr, states="8bit_v16")
-        schedule = OneCycleLR(optimizer, self.args.lr, self.args.steps, pct_start=0.1, cycle_momentum=False)
+        schedule = OneCycleLR(optimizer, self.args.lr, self.args.steps, pct_start=0.12, cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train_dataloader(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -65,17 +65,17 @@ def without_placeholders(
     # check_state_dict compares the lengths.
     for key, param in zip(_param_keys(state_dict["param_groups"]), _param_keys(param_groups), strict=False):
         if isinstance(states.get(key), Mapping):
-            state = {name: value for name, value in states[key].items() if not _is_empty_mapping(value)}
+            state = {
+                name: value
+                for name, value in states[key].items()
+                if name not in ("step", *STATE_TENSORS) or not isinstance(value, Mapping) or value
+            }
             first = state.get("exp_avg")
             has_codes = "group_exponents" in current_states.get(param, {})
             if has_codes and isinstance(first, Tensor) and first.is_floating_point():
                 state.pop("group_exponents", None)
             states[key] = state
     return {**state_dict, "state": states}
-
-
-def _is_empty_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping) and not value
 
 
 def wrap_tensors(state_dict: Mapping[str, Any], current_states: Mapping[Any, Any]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _advice(group: Mapping[str, Any], current: str) -> str:
     convert = _CONVERSIONS.get((rule, current))
     if convert is None and rule != current:
         return f"{call} converts it for an optimizer with second_moment={rule!r}"
-    return f"load {f'{convert}({call})' if convert else call} instead"
+    return f"load {f'{convert}({call})' if convert else call} instead, or convert its file with `adax-triton convert`"
 
 
 def _check_rule(group: Mapping[str, Any], current: str, index: int) -> None:

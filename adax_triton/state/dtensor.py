@@ -31,8 +31,8 @@ def _as_dtensor(tensor: Tensor) -> DTensor | None:
 
 
 def is_supported(tensor: Tensor) -> bool:
-    """Return True for plain tensors and DTensors, False for other wrapper subclasses."""
-    return not is_traceable_wrapper_subclass(tensor) or _as_dtensor(tensor) is not None
+    """Return True for plain tensors and their DTensors, False for other wrapper subclasses."""
+    return not is_traceable_wrapper_subclass(finished(local_tensor(tensor.detach())))
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -115,7 +115,12 @@ def local_gradient(grad: Tensor, param: Tensor) -> Tensor:
     dtensor, like = _as_dtensor(grad), _as_dtensor(param)
     if dtensor is not None and like is not None and dtensor.placements != like.placements:
         dtensor = dtensor.redistribute(like.device_mesh, like.placements)
-    return grad if dtensor is None else dtensor.to_local()
+    return finished(grad if dtensor is None else dtensor.to_local())
+
+
+def finished(tensor: Tensor) -> Tensor:
+    """Return the result of a pending collective, or a tensor unchanged."""
+    return tensor.trigger_wait() if hasattr(tensor, "trigger_wait") else tensor
 
 
 def first_element_index(param: Tensor) -> int:

@@ -53,7 +53,7 @@ def signature_with_shared_options(optimizer_class: type, base: type) -> inspect.
     listed = []
     for parameter in list(own.parameters.values())[1:]:
         if parameter.annotation == "Unpack[SharedOptions]":
-            listed += [shared[name] for name in SharedOptions.__annotations__]
+            listed += [shared[name] for name in SharedOptions.__annotations__ if name not in own.parameters]
         else:
             listed.append(parameter)
     return own.replace(parameters=listed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .dtensor import is_dtensor, is_supported, splits_code_groups
+from .dtensor import finished, is_dtensor, is_supported, splits_code_groups
 from .precision import HALF_DTYPES, PARAM_DTYPES, QUANTIZED_FROM_NUMEL, is_quantized
 
 
@@ -19,7 +19,7 @@ def is_frozen(param: Tensor) -> bool:
 
 
 def belongs_to_fsdp1(param: Tensor) -> bool:
-    """Return whether FSDP1 shards a parameter.
+    """Return whether FSDP1 manages a parameter, even if it does not shard it.
 
     `FullyShardedDataParallel` marks its flat parameters, and the original ones with `use_orig_params=True`.
     """
@@ -91,13 +91,17 @@ def checked_gradient(param: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: its dtype, shape or device does not match the parameter.
     """
-    grad = param.grad
-    assert grad is not None
+    assert param.grad is not None
+    grad = finished(param.grad)
     if grad.shape != param.shape:
         raise ValueError(f"grad has shape {tuple(grad.shape)}; expected the parameter's shape {tuple(param.shape)}")
     if is_dtensor(grad) != is_dtensor(param):  # torch allows this, but the local shapes differ
         raise TypeError(
             f"grad is a {type(grad).__name__}, but the parameter is a {type(param.data).__name__}; shard both alike"
+        )
+    if not is_supported(grad):
+        raise TypeError(
+            f"grad is a {type(grad).__name__}, which wraps other tensors; expected a plain tensor or DTensor"
         )
     if grad.device != param.device:
         raise ValueError(f"grad is on {grad.device}; expected the parameter's device {param.device}")

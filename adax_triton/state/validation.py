@@ -140,7 +140,7 @@ def _check_betas(betas: Any, second_moment: str, eps_placement: str) -> None:
     beta1, beta2 = (as_float(beta, f"betas[{index}]") for index, beta in enumerate(betas))
     if not 0.0 <= beta1 < 1.0:
         raise ValueError(f"Invalid beta parameter at index 0: {beta1}; expected 0 <= betas[0] < 1")
-    _check_beta2(beta2, second_moment)
+    _check_beta2(beta1, beta2, second_moment)
     if eps_placement == "unnormalized" and second_moment == "adafactor":
         raise ValueError(
             "Invalid eps_placement: 'unnormalized'; second_moment='adafactor' has no raw moment, use 'normalized'"
@@ -160,20 +160,20 @@ def _check_rule(betas: Any, second_moment: str, eps_placement: str) -> None:
 _check_rule_once = functools.lru_cache(maxsize=128)(_check_rule)  # errors are not cached
 
 
-def _check_beta2(beta2: float, second_moment: str) -> None:
+def _check_beta2(beta1: float, beta2: float, second_moment: str) -> None:
     title = f"Invalid beta parameter at index 1: {beta2};"
     if second_moment == "adax":
         if not 0.0 <= beta2 <= LARGEST_ADAX_BETA2:
             raise ValueError(
                 f"{title} AdaX's betas[1] is the growth rate of its memory, at most {LARGEST_ADAX_BETA2}; pass "
-                "betas=(0.9, 1e-4), or second_moment='adam' for Adam's decay"
+                f"betas=({beta1}, 1e-4), or use AdamW of adax_triton for Adam's decay"
             )
     elif second_moment == "adam":
         if not 0.0 <= beta2 < 1.0:
             raise ValueError(f"{title} Adam's betas[1] is a decay, expected 0 <= betas[1] < 1")
         if 0.0 < beta2 < _SMALLEST_DECAY:
             raise ValueError(
-                f"{title} Adam's betas[1] is a decay near 1; pass betas=(0.9, 0.999), or use AdaX or AdaXW for a "
+                f"{title} Adam's betas[1] is a decay near 1; pass betas=({beta1}, 0.999), or use AdaX or AdaXW for a "
                 "growth rate such as 1e-4"
             )
     elif not _SMALLEST_DECAY <= beta2 <= 1.0:

@@ -96,7 +96,7 @@ class KernelVariant(NamedTuple):
 class _Threads:
     """Chooses the number of OpenMP threads.
 
-    A forked child does not have its parent's threads, and OpenMP would wait for them forever.
+    A forked child does not have the threads of its parent's steps, and OpenMP would wait for them forever.
     """
 
     def __init__(self) -> None:

@@ -151,8 +151,9 @@ def check_sees_whole_gradients(params: Iterable[Any], max_grad_norm: float | Non
     """
     if max_grad_norm is not None and process_group is None and any(map(belongs_to_fsdp1, params)):
         raise ValueError(
-            f"Invalid max_grad_norm: {max_grad_norm}; FSDP1 (FullyShardedDataParallel) shards the gradients, so a rank "
-            f"cannot measure their norm; set it to None and call model.clip_grad_norm_({max_grad_norm}) before step()"
+            f"Invalid max_grad_norm: {max_grad_norm}; FSDP1 (FullyShardedDataParallel) may shard the gradients, so "
+            f"a rank cannot measure their norm; set it to None and call model.clip_grad_norm_({max_grad_norm}) before "
+            "step()"
         )
 
 

@@ -292,7 +292,7 @@ UNSUPPORTED: list[tuple[Any, type, dict[str, Any], list[str]]] = [
     (from_torch_adam, torch.optim.Adam, {"betas": (0.9, 1e-4)}, ["param_groups'][0]", "0.0001"]),
     (from_torch_adam, Adam, {}, ["second_moment", "'adam'"]),
     (from_released_adax, AdaX, {}, ["second_moment", "'adax'"]),
-    (from_released_adax, torch.optim.Adam, {}, ["0.999", "'adam'"]),
+    (from_released_adax, torch.optim.Adam, {}, ["0.999", "use AdamW of adax_triton"]),
     (to_torch_adam, AdaX, {}, ["second_moment", "'adax'"]),
     (to_torch_adam, AdaX, {"second_moment": "adam", "betas": (0.9, 0.9), **UNNORMALIZED}, ["'unnormalized'"]),
     (to_released_adax, Adam, {}, ["second_moment", "'adam'"]),

@@ -128,9 +128,8 @@ def result_of(results: dict[str, Any], case: Case) -> dict[str, Any]:
 
 
 def assert_fused(result: dict[str, Any]) -> None:
-    if Version(deepspeed.__version__) < Version("0.19.8"):
-        assert result["described"]["auto"]["fused_step"] in ("partial", "none")
-        pytest.skip("the step is fused in full with DeepSpeed 0.19.8 only")
+    if Version(deepspeed.__version__) < Version("0.19.8") and result["described"]["auto"]["fused_step"] != "full":
+        pytest.skip(f"DeepSpeed {deepspeed.__version__} has another step, which is fused in part or not")
     assert [result["described"][fuse]["fused_step"] for fuse in ("auto", "off")] == ["full", "none"]
     assert not result["logged"]
 

@@ -34,12 +34,9 @@ STEPS, RESUME_AT = 6, 4
 
 
 @pytest.fixture(autouse=True)
-def one_process(native_cpu: torch.device) -> Iterator[None]:
-    """Use one thread, and leave no process state of Accelerate."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are small
+def one_process(native_cpu: torch.device, one_thread: None) -> Iterator[None]:
+    """Leave no process state of Accelerate."""
     yield
-    torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 

@@ -126,6 +126,15 @@ def test_tensor_subclass_that_wraps_tensors_raises() -> None:
         AdaXW([Parameter(wrapper)])
 
 
+def test_gradient_that_wraps_tensors_raises(native_cpu: torch.device) -> None:
+    param = Parameter(torch.zeros(2))
+    optimizer = AdaXW([param])
+    param.grad = TwoTensor(torch.ones(2), torch.ones(2))
+    with pytest.raises(TypeError, match="grad is a TwoTensor, which wraps other tensors"):
+        optimizer.step()
+    assert len(optimizer.state[param]) == 0
+
+
 KEYWORDS: list[tuple[type, str, str]] = [
     (AdaXW, "max_norm", r"AdaXW\(\).*'max_norm'; did you mean 'max_grad_norm'\?"),
     (AdaX, "state", r"AdaX\(\).*'state'; did you mean 'states'\?"),
@@ -269,8 +278,13 @@ def test_bad_step_changes_nothing(case: str, backend: torch.device) -> None:
 
 
 ADVICE = [
-    (torch.optim.AdamW, AdaXW, {}, r"load adax_from_adam\(from_torch_adam\(state_dict\)\) instead$"),
-    (torch.optim.Adam, AdamW, {}, r"load from_torch_adam\(state_dict\) instead$"),
+    (
+        torch.optim.AdamW,
+        AdaXW,
+        {},
+        r"load adax_from_adam\(from_torch_adam\(state_dict\)\) instead, or convert its file",
+    ),
+    (torch.optim.Adam, AdamW, {}, r"load from_torch_adam\(state_dict\) instead, or convert"),
     (torch.optim.AdamW, AdaXW, {"second_moment": "adafactor", "betas": (0.9, 0.8)}, "with second_moment='adam'$"),
     (torch.optim.SGD, AdaXW, {}, "only state dicts of Adam, AdamW and the authors' AdaX can be converted$"),
     (torch.optim.NAdam, AdaX, {}, "only state dicts of Adam, AdamW and the authors' AdaX can be converted$"),

@@ -106,6 +106,22 @@ def test_gradient_with_other_placements_needs_a_new_plan(
     assert reused[:3] == [False, True, False] and reused[4]
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "DTensor"])
+def test_gradient_may_be_a_pending_collective(sharded: bool, mesh: DeviceMesh, native_cpu: torch.device) -> None:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
+
+    weight, grad = torch.ones(5), torch.arange(5.0)
+    param, twin = nn.Parameter(shard(weight.clone(), mesh) if sharded else weight.clone()), nn.Parameter(weight)
+    optimizers = AdaXW([param]), AdaXW([twin])
+    for _ in range(2):
+        pending = all_reduce(grad, "sum", mesh)
+        assert isinstance(pending, AsyncCollectiveTensor)
+        param.grad, twin.grad = shard(pending, mesh) if sharded else pending, grad
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(local(param), twin)
+
+
 def move_shard(pair: Pair) -> None:  # as FSDP2 does when a model moves
     pair.params[0]._local_tensor = local(pair.params[0]).clone()
 
