@@ -69,7 +69,6 @@ class ReuseCheck:
         state_tensors = chain.from_iterable(map(get, holders) for get, holders in self._states_with)
         fixed = [*self._params, *self._copies, *state_tensors]
         gradients = list(chain.from_iterable(item.grads for item in params))
-        self._fixed_count = len(fixed)
         self._shards = Shards([*fixed, *gradients]) if any(map(is_dtensor, fixed)) else None
         local = [*fixed, *gradients] if self._shards is None else self._shards.local_tensors([*fixed, *gradients])
         assert local is not None
@@ -111,7 +110,7 @@ class ReuseCheck:
             local = self._shards.local_tensors([*fixed, *gradients])
             if local is None:
                 return None
-            fixed, gradients = local[: self._fixed_count], local[self._fixed_count :]
+            fixed, gradients = local[: len(self._addresses)], local[len(self._addresses) :]
         # The guards compare type, dtype, device, sizes, strides and dispatch keys (sparse, lazily negated, fake).
         if not self._guards.check(*fixed, *gradients) or list(map(Tensor.data_ptr, fixed)) != self._addresses:
             return None
