@@ -19,6 +19,7 @@ BENCHMARKS = {
     "functions": "number of Python functions and files that the first step and a later step execute",
     "train": "tokens per second and memory of a small GPT, in plain PyTorch and under DeepSpeed",
     "scale": "time of one step by number of elements and tensors; estimated time with ZeRO up to 1T parameters",
+    "study": "loss of AdaX, Adam and AdaFactor's decay with tuned learning rates, on small problems",
     "report": "tables and plots of result files",
 }
 
@@ -52,13 +53,14 @@ def _run(names: list[str], args: list[str]) -> int:
     from adax_triton.bench.step import command as step
     from adax_triton.bench.step import cpu, scale
     from adax_triton.bench.step import functions as step_functions
+    from adax_triton.bench.study import command as study
     from adax_triton.bench.training import command as train
     from adax_triton.cli import convert as convert_command
     from adax_triton.cli import doctor
 
     modules = {"doctor": doctor, "convert": convert_command, "memory": memory, "step": step, "host": host}
     modules |= {"cpu": cpu, "functions": step_functions}
-    modules |= {"train": train, "scale": scale, "report": report}
+    modules |= {"train": train, "scale": scale, "study": study, "report": report}
     module = modules[names[-1]]
     parser = argparse.ArgumentParser(prog=" ".join(["adax-triton", *names]), description=module.__doc__)
     if module is doctor:

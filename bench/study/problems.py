@@ -1,0 +1,297 @@
+"""Training problems of the study: three networks and two online problems.
+
+A problem builds a `Task` for a seed. Initial weights and batches depend on the seed only, so the rules of a seed see
+the same data.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from adax_triton.bench.training.gpt import GPT
+from torch import Tensor, nn
+
+from . import text
+
+HELD_OUT = 512  # validation windows of text
+
+
+class Task:
+    """One training run of a problem.
+
+    Attributes:
+        params: the trained tensors.
+    """
+
+    params: Sequence[Tensor]
+
+    def loss(self, step: int) -> Tensor:
+        """Return the scalar training loss of a step, counted from 1."""
+        raise NotImplementedError
+
+    def validate(self) -> float:
+        """Return the validation loss now; online: the mean loss since the last call."""
+        raise NotImplementedError
+
+
+class Problem(NamedTuple):
+    """A problem and its settings, which are equal for all rules.
+
+    Attributes:
+        build: function of (seed, device) that returns a task.
+        horizons: numbers of steps.
+        lr: first learning rate that the search tries.
+        weight_decay: decoupled.
+        max_grad_norm: of clipping; None: no clipping.
+        schedule: name in `SCHEDULES`.
+        online: the result of a run is its mean loss over the second half, not the last validation loss.
+        step_ms: time of a step on one core; the progress bar uses it.
+    """
+
+    build: Callable[[int, torch.device], Task]
+    horizons: tuple[int, ...]
+    lr: float
+    weight_decay: float
+    max_grad_norm: float | None
+    schedule: str
+    online: bool
+    step_ms: float
+
+
+class Supervised(Task):
+    """A network that returns the mean loss of (inputs, targets).
+
+    Args:
+        model: called with a batch.
+        batch: function of the step that returns a training batch.
+        held_out: batches of the validation loss.
+    """
+
+    def __init__(self, model: nn.Module, batch: Callable[[int], tuple[Tensor, ...]], held_out: list) -> None:
+        self.model, self.batch, self.held_out = model, batch, held_out
+        self.params = list(model.parameters())
+
+    def loss(self, step: int) -> Tensor:
+        """Return the loss of the step's batch."""
+        return self.model(*self.batch(step))
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Return the mean loss of the held-out batches."""
+        return torch.stack([self.model(*batch) for batch in self.held_out]).mean().item()
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
+
+
+def gpt(
+    seed: int, device: torch.device, *, layers: int = 2, width: int = 64, context: int = 32, batch: int = 8
+) -> Task:
+    """Predict the next byte of the standard library's source with a small GPT."""
+    train, held_out = text.split_bytes()
+    torch.manual_seed(seed)
+    model = GPT(layers=layers, width=width, heads=width // 32, context=context).to(device)
+    offsets = torch.arange(context + 1)
+
+    def windows(source: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        found = source[starts[:, None] + offsets].long().to(device)
+        return found[:, :-1].contiguous(), found[:, 1:].contiguous()
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        return windows(train, torch.randint(len(train) - context, (batch,), generator=_generator(seed, step)))
+
+    starts = torch.linspace(0, len(held_out) - context - 1, HELD_OUT // 4).long()
+    return Supervised(model, draw, [windows(held_out, starts)])
+
+
+class NextWord(nn.Module):
+    """Predict a word from the four before it: an embedding, a hidden layer, a softmax."""
+
+    def __init__(self, words: int, width: int = 16, hidden: int = 32) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, width)
+        self.hidden = nn.Linear(text.CONTEXT * width, hidden)
+        self.output = nn.Linear(hidden, words)
+        nn.init.normal_(self.embedding.weight, std=0.1)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss; inputs are (batch, 4) and targets (batch,), int64."""
+        return F.cross_entropy(self.output(F.gelu(self.hidden(self.embedding(inputs).flatten(1)))), targets)
+
+
+def words(seed: int, device: torch.device, *, vocabulary: int = 4096, batch: int = 32) -> Task:
+    """Predict the next word of the standard library's source, from a large sparse embedding."""
+    train, held_out = text.split_words(vocabulary)
+    torch.manual_seed(seed)
+    model = NextWord(vocabulary).to(device)
+    offsets = torch.arange(text.CONTEXT + 1)
+
+    def windows(source: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        found = source[starts[:, None] + offsets].long().to(device)
+        return found[:, :-1].contiguous(), found[:, -1].contiguous()
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        return windows(train, torch.randint(len(train) - text.CONTEXT, (batch,), generator=_generator(seed, step)))
+
+    starts = torch.linspace(0, len(held_out) - text.CONTEXT - 1, HELD_OUT).long()
+    return Supervised(model, draw, [windows(held_out, starts)])
+
+
+class Convolutional(nn.Module):
+    """Two convolutions with group norm and a linear layer, for 8x8 images."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.GroupNorm(4, width),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.GroupNorm(4, 2 * width),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * 16, 10),
+        )
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean loss; images are (batch, 1, 8, 8), labels (batch,)."""
+        return F.cross_entropy(self.layers(images), labels)
+
+
+@functools.cache
+def _digits() -> tuple[Tensor, Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the images need scikit-learn: pip install 'adax-triton[bench]'") from error
+    images, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=_generator(0, 0))
+    return (torch.tensor(images).float()[order].view(-1, 1, 8, 8) - 4.9) / 6.0, torch.tensor(labels)[order]
+
+
+def images(seed: int, device: torch.device, *, noise: float = 0.7, batch: int = 32) -> Task:
+    """Classify scikit-learn's 8x8 digits, with fresh noise in each batch, with a small convolutional network.
+
+    The noise keeps the loss away from 0. The last 400 of 1,797 images are held out.
+    """
+    pixels, labels = (tensor.to(device) for tensor in _digits())
+    count = len(labels) - 400
+    torch.manual_seed(seed)
+    model = Convolutional().to(device)
+
+    def noisy(chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        found = pixels[chosen]
+        return found + noise * torch.randn(found.shape, generator=generator).to(device), labels[chosen]
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        generator = _generator(seed, step)
+        return noisy(torch.randint(count, (batch,), generator=generator), generator)
+
+    return Supervised(model, draw, [noisy(torch.arange(count, count + 400), _generator(0, 0))])
+
+
+class Drift(Task):
+    """Online logistic regression whose inputs change their scales every `PERIOD` steps.
+
+    At each change, each of `INPUTS` inputs draws a scale from 0.2 to 5, log-uniformly, and a new weight. The best
+    weight of an input is the drawn one divided by the scale. `validate` returns the mean loss before each update.
+    """
+
+    PERIOD, INPUTS, BATCH = 250, 64, 8
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed, self.device = seed, device
+        self.weight = torch.zeros(self.INPUTS, device=device, requires_grad=True)
+        self.params = [self.weight]
+        self._losses: list[Tensor] = []
+
+    def _next_segment(self, segment: int) -> None:
+        generator = _generator(self.seed, segment)
+        scale = 5.0 ** (2 * torch.rand(self.INPUTS, generator=generator) - 1)
+        teacher = torch.randn(self.INPUTS, generator=generator) * (4.0 / math.sqrt(self.INPUTS))
+        z = torch.randn(self.PERIOD, self.BATCH, self.INPUTS, generator=generator)
+        self.inputs = (z * scale).to(self.device)
+        chances = torch.sigmoid(z @ teacher)
+        self.targets = torch.bernoulli(chances, generator=generator).to(self.device)
+
+    def loss(self, step: int) -> Tensor:
+        """Return the loss of the step's examples before the update."""
+        segment, index = divmod(step - 1, self.PERIOD)
+        if index == 0:
+            self._next_segment(segment)
+        loss = F.binary_cross_entropy_with_logits(self.inputs[index] @ self.weight, self.targets[index])
+        self._losses.append(loss.detach())
+        return loss
+
+    def validate(self) -> float:
+        """Return the mean loss since the last call."""
+        mean = torch.stack(self._losses).mean().item()
+        self._losses.clear()
+        return mean
+
+
+class Rare(Task):
+    """The stochastic counter-example to Adam: a rare large gradient decides the sign of the mean.
+
+    `COORDINATES` independent x in [-1, 1] start at 0. With probability 0.01 the loss of x is 1010 x, else -10 x. The
+    expected loss is 0.2 x; -1 is best. `validate` returns the expected loss above the best, in [0, 0.4].
+
+    Source: Reddi, Kale, Kumar 2018, arXiv:1904.09237, section 5.
+    """
+
+    COORDINATES, BLOCK = 64, 1024
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed = seed
+        self.x = torch.zeros(self.COORDINATES, device=device, requires_grad=True)
+        self.params = [self.x]
+
+    @torch.no_grad()
+    def _project(self) -> None:
+        self.x.clamp_(-1.0, 1.0)
+
+    def loss(self, step: int) -> Tensor:
+        """Return the sum of the coordinates' losses."""
+        self._project()
+        block, index = divmod(step - 1, self.BLOCK)
+        if index == 0:
+            is_rare = torch.rand(self.BLOCK, self.COORDINATES, generator=_generator(self.seed, block)) < 0.01
+            self.slopes = torch.where(is_rare, 1010.0, -10.0).to(self.x.device)
+        return (self.slopes[index] * self.x).sum()
+
+    def validate(self) -> float:
+        """Return the expected loss of a coordinate above the best one."""
+        self._project()
+        return 0.2 * (self.x.detach().mean().item() + 1.0)
+
+
+def _cosine(progress: float) -> float:
+    return 0.55 + 0.45 * math.cos(math.pi * progress)
+
+
+# Factor of the learning rate by the share of the steps after the warm-up that are done.
+SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": _cosine, "constant": lambda progress: 1.0}
+WARMUP = 0.05  # share of the steps with a linear warm-up
+
+
+def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
+    """Return the factor of a step, counted from 1: linear warm-up, then the schedule."""
+    warmup = max(1, round(WARMUP * steps))
+    if step <= warmup:
+        return step / warmup
+    return SCHEDULES[schedule]((step - warmup) / max(1, steps - warmup))
+
+
+PROBLEMS: dict[str, Problem] = {
+    "gpt": Problem(gpt, (150, 600, 2400), 4e-3, 0.1, 1.0, "cosine", False, 6.0),
+    "words": Problem(words, (200, 800, 3200), 4e-3, 0.1, 1.0, "cosine", False, 2.5),
+    "images": Problem(images, (300, 1200, 4800), 4e-3, 0.1, 1.0, "cosine", False, 1.5),
+    "drift": Problem(Drift, (1000, 4000, 16000), 3e-2, 0.0, None, "constant", True, 0.25),
+    "rare": Problem(Rare, (1000, 4000, 16000), 1e-2, 0.0, None, "cosine", False, 0.2),
+}

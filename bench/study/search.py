@@ -1,0 +1,66 @@
+"""Search the best learning rate of a rule: a grid of factors of 2, then several seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Generator, Mapping
+from typing import NamedTuple
+
+from .run import Run
+
+LARGEST_EXPONENT = 9  # the grid is base_lr * 2^-9 ... 2^9
+
+
+class Cell(NamedTuple):
+    """A rule on a problem for a horizon: the unit that the study tunes."""
+
+    problem: str
+    rule: str
+    steps: int
+    states: str = "float32"
+
+
+def mean_loss(losses: list[float | None]) -> float:
+    """Return the mean; infinity if a run diverged."""
+    return math.inf if None in losses else statistics.fmean(losses)
+
+
+def search(
+    cell: Cell, base_lr: float, seeds: int, start: int = 0
+) -> Generator[list[Run], Mapping[Run, float | None], int]:
+    """Yield lists of runs, receive the losses of all runs so far, and return the best exponent.
+
+    Seed 0 runs at three rates around `start`, then at further ones until the lowest loss is inside the grid. All seeds
+    then run at the best rate and at its two neighbours, until the lowest mean is between two higher ones.
+
+    Args:
+        cell: what to tune.
+        base_lr: learning rate of exponent 0.
+        seeds: number of seeds.
+        start: exponent of the first rate.
+
+    Returns:
+        The exponent of the best mean; it is `LARGEST_EXPONENT` or its negative if the optimum is not inside the grid.
+    """
+    losses: Mapping[Run, float | None] = {}
+
+    def run(exponent: int, seed: int) -> Run:
+        return Run(*cell, base_lr * 2.0**exponent, seed)
+
+    def mean(exponent: int, count: int) -> float:
+        return mean_loss([losses[run(exponent, seed)] for seed in range(count)])
+
+    for count in (1, seeds):
+        tried: set[int] = set()
+        best = start
+        while True:
+            wanted = {best + side for side in (-1, 0, 1) if abs(best + side) <= LARGEST_EXPONENT}
+            if wanted <= tried:
+                break
+            tried |= wanted
+            losses = yield [run(exponent, seed) for exponent in sorted(wanted) for seed in range(count)]
+            # A tie goes to the smaller rate; if all diverged, so does the search.
+            best = min(sorted(tried), key=lambda exponent: mean(exponent, count))
+        start = best
+    return best
