@@ -13,6 +13,7 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from adax_triton.bench.harness.progress import progress
 
 from adax_triton.state.precision import STATES
 
-from . import text
+from . import analysis, report, text
 from .problems import PROBLEMS
-from .rules import RULES
+from .rules import PARTIAL, RULES
 from .run import Run, train
 from .search import Cell, search
 
@@ -44,15 +45,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=count, default=5, help="default: %(default)s")
     parser.add_argument("--workers", type=count, help="default: the number of cores, or 1 on a GPU")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="default: %(default)s")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="train nothing; rewrite the results in a page")
     parser.add_argument("--quick", action="store_true", help="two rules on two problems, in a minute")
     add_device(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run what is missing in the file."""
+    """Run what is missing in the file and print its table; return 2 for an invalid page."""
     if arguments.quick:
         vars(arguments).update(QUICK)
-    Study(arguments, read(arguments.out)).run()
+    if arguments.page is None:
+        Study(arguments, read(arguments.out)).run()
+        wanted = set(cells(arguments))
+        found = analysis.results(read(arguments.out), arguments.seeds)
+        print(report.cells_table({cell: result for cell, result in found.items() if cell in wanted}))
+        return 0
+    try:
+        report.rewrite(arguments.page, arguments.out, read(arguments.out))
+    except (ValueError, ImportError, OSError) as error:
+        print(f"adax-triton bench study: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -78,8 +90,8 @@ def cells(arguments: argparse.Namespace) -> Iterator[Cell]:
         for name in arguments.problems or PROBLEMS:
             steps = (arguments.steps or PROBLEMS[name].horizons)[index]
             for rule in arguments.rules or RULES:
-                if not arguments.rules and index != 1 and rule.endswith("-uncorrected"):
-                    continue  # one horizon shows the effect of the bias correction
+                if arguments.rules is None and index not in PARTIAL.get(rule, (0, 1, 2)):
+                    continue
                 for states in arguments.states:
                     yield Cell(name, rule, steps, states)
 

@@ -60,6 +60,15 @@ RULES: dict[str, Rule] = {
     "adam-0.999-uncorrected": Rule("adam", lambda step, steps: 0.999, corrected=False),
 }
 
+# Rules that the whole study runs at some horizons only, by index in `Problem.horizons`. The `fraction` rules lose at
+# the shortest one. One horizon shows the effect of the correction of m.
+PARTIAL: dict[str, tuple[int, ...]] = {
+    "fraction-1/4": (0,),
+    "fraction-1/16": (0,),
+    "adax-1e-4-uncorrected": (1,),
+    "adam-0.999-uncorrected": (1,),
+}
+
 
 def step_settings(rule: Rule, step: int, steps: int, lr: float, weight_decay: float) -> dict[str, Any]:
     """Return the values of a parameter group for one step.

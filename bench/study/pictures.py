@@ -1,0 +1,145 @@
+"""Pictures of the study. matplotlib is imported only when a picture is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .analysis import Result, difference, memory
+from .problems import PROBLEMS
+from .run import POINTS
+from .search import Cell
+
+# Rules that the line pictures show, with their colours; all rules are in the table.
+SHOWN = {
+    "adax-1e-4": "#2563eb",
+    "adax-10/T": "#7c3aed",
+    "adafactor-0.8": "#0d9488",
+    "adam-10/T": "#f59e0b",
+    "adam-0.95": "#dc2626",
+    "adam-0.999": "#475569",
+}
+LABELS = {
+    "gpt": "GPT, bytes",
+    "words": "next word, sparse embedding",
+    "images": "convolutions, digits",
+    "drift": "online, drifting scales",
+    "rare": "rare large gradients",
+}
+Results = Mapping[Cell, Result]
+
+
+def horizons(results: Results, problem: str) -> list[int]:
+    """Return the horizons of a problem that have results."""
+    return sorted({cell.steps for cell in results if cell.problem == problem})
+
+
+def pictures(results: Results, reference: str) -> dict[str, Any]:
+    """Return the figures by file name without suffix.
+
+    Args:
+        results: of `analysis.results`.
+        reference: the rule that differences are taken from.
+    """
+    drawings: dict[str, Callable[[Any, Results, str, str], None]] = {
+        "study-horizons": _horizons,
+        "study-memory": _memory,
+        "study-rates": _rates,
+        "study-updates": _updates,
+    }
+    return {name: _panels(results, reference, draw) for name, draw in drawings.items()}
+
+
+def _panels(results: Results, reference: str, draw: Callable[[Any, Results, str, str], None]) -> Any:
+    """Draw one panel per problem and a common legend."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'adax-triton[bench]'") from error
+    names = [name for name in PROBLEMS if horizons(results, name)]
+    figure = Figure(figsize=(3.0 * len(names), 3.3), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        draw(axes, results, name, reference)
+        axes.set_title(LABELS[name], fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    return figure
+
+
+def _horizons(axes: Any, results: Results, problem: str, reference: str) -> None:
+    """Difference from the reference by horizon, with confidence intervals."""
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    for rule, colour in SHOWN.items():
+        points = []
+        for steps in horizons(results, problem):
+            cells = (Cell(problem, rule, steps), Cell(problem, reference, steps))
+            if rule != reference and all(cell in results for cell in cells):
+                points.append((steps, *difference(*(results[cell] for cell in cells))))
+        if points:
+            steps, means, widths = zip(*points, strict=True)
+            axes.errorbar(
+                steps, means, widths, fmt="o-", markersize=3, capsize=2, linewidth=1.2, color=colour, label=rule
+            )
+    axes.set_xscale("log", base=4)
+    axes.set_xticks(horizons(results, problem), [f"{steps:,}" for steps in horizons(results, problem)])
+    axes.minorticks_off()
+    axes.set_xlabel("steps", fontsize=8)
+    axes.set_ylabel(f"loss - loss of {reference}", fontsize=8)
+
+
+def _memory(axes: Any, results: Results, problem: str, reference: str) -> None:
+    """Loss at the longest horizon by the memory of v."""
+    steps = horizons(results, problem)[-1]
+    for cell, result in results.items():
+        if (cell.problem, cell.steps, cell.states) == (problem, steps, "float32"):
+            colour = {"adax": "#2563eb", "average": "#0891b2", "adam": "#dc2626", "adafactor": "#0d9488"}
+            kind = cell.rule.split("-")[0]
+            axes.plot(memory(cell.rule, steps), result.loss, "o", markersize=5, color=colour.get(kind, "#64748b"))
+            axes.annotate(
+                cell.rule,
+                (memory(cell.rule, steps), result.loss),
+                fontsize=5.5,
+                xytext=(3, 3),
+                textcoords="offset points",
+            )
+    axes.set_xscale("log")
+    axes.set_xlabel(f"mean age of v / {steps:,} steps", fontsize=8)
+    axes.set_ylabel("loss", fontsize=8)
+    axes.margins(x=0.2)
+
+
+def _rates(axes: Any, results: Results, problem: str, reference: str) -> None:
+    """Loss of seed 0 by learning rate at the longest horizon."""
+    steps = horizons(results, problem)[-1]
+    best = math.inf
+    for rule, colour in SHOWN.items():
+        result = results.get(Cell(problem, rule, steps))
+        if result is not None:
+            finite = {lr: loss for lr, loss in result.first_seed.items() if loss < math.inf}
+            axes.plot(list(finite), list(finite.values()), ".-", linewidth=1.2, color=colour, label=rule)
+            best = min(best, *finite.values())
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.1g}")
+    axes.set_xlabel(f"learning rate, {steps:,} steps", fontsize=8)
+    axes.set_ylabel("loss, seed 0", fontsize=8)
+
+
+def _updates(axes: Any, results: Results, problem: str, reference: str) -> None:
+    """Root mean square of m / (sqrt(v) + eps) over time, mean of the seeds, at the longest horizon."""
+    steps = horizons(results, problem)[-1]
+    for rule, colour in SHOWN.items():
+        result = results.get(Cell(problem, rule, steps))
+        if result is not None:
+            sizes = [
+                sum(values) / len(values) for values in zip(*(run["update"] for run in result.records), strict=True)
+            ]
+            times = [(index + 1) / POINTS for index in range(len(sizes))]
+            axes.plot(times, sizes, ".-", linewidth=1.2, color=colour, label=rule)
+    axes.set_yscale("log")
+    axes.set_xlabel(f"share of {steps:,} steps", fontsize=8)
+    axes.set_ylabel("update / learning rate (RMS)", fontsize=8)
