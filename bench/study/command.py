@@ -141,7 +141,8 @@ class Study:
 
     def _start(self, cell: Cell, pool: concurrent.futures.Executor, advance: Callable[[int, str], None]) -> None:
         start = self._best.get((cell.problem, cell.rule), 0)
-        active = _Active(cell, search(cell, PROBLEMS[cell.problem].lr, self._arguments.seeds, start))
+        problem = PROBLEMS[cell.problem]
+        active = _Active(cell, search(cell, problem.lr, self._arguments.seeds, start, problem.reach))
         self._continue(active, next(active.search), pool, advance)
 
     def _continue(

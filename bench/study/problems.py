@@ -49,6 +49,7 @@ class Problem(NamedTuple):
         weight_decay: decoupled.
         max_grad_norm: of clipping; None: no clipping.
         schedule: name in `SCHEDULES`.
+        reach: number of first learning rates on each side of the middle one, see `search`.
         online: the result of a run is its mean loss over the second half, not the last validation loss.
         step_ms: time of a step on one core; the progress bar uses it.
     """
@@ -59,6 +60,7 @@ class Problem(NamedTuple):
     weight_decay: float
     max_grad_norm: float | None
     schedule: str
+    reach: int
     online: bool
     step_ms: float
 
@@ -197,60 +199,66 @@ def images(seed: int, device: torch.device, *, noise: float = 0.7, batch: int = 
 
 
 class Drift(Task):
-    """Online logistic regression whose inputs change their scales every `PERIOD` steps.
+    """Online linear regression with a moving target and alternating noise.
 
-    At each change, each of `INPUTS` inputs draws a scale from 0.2 to 5, log-uniformly, and a new weight. The best
-    weight of an input is the drawn one divided by the scale. `validate` returns the mean loss before each update.
+    The target weights are a random walk of step `WALK` per step. The noise of the labels is 1 and `NOISE` in turn, for
+    `PERIOD` steps each. A long memory then keeps the steps of a quiet phase small. `validate` returns the
+    mean squared error against the noiseless target before each update.
     """
 
-    PERIOD, INPUTS, BATCH = 250, 64, 8
+    PERIOD, INPUTS, BATCH, WALK, NOISE = 250, 64, 8, 0.02, 30.0
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self.seed, self.device = seed, device
+        self.seed = seed
         self.weight = torch.zeros(self.INPUTS, device=device, requires_grad=True)
         self.params = [self.weight]
-        self._losses: list[Tensor] = []
+        self._target = torch.zeros(self.INPUTS)
+        self._errors: list[Tensor] = []
 
-    def _next_segment(self, segment: int) -> None:
-        generator = _generator(self.seed, segment)
-        scale = 5.0 ** (2 * torch.rand(self.INPUTS, generator=generator) - 1)
-        teacher = torch.randn(self.INPUTS, generator=generator) * (4.0 / math.sqrt(self.INPUTS))
-        z = torch.randn(self.PERIOD, self.BATCH, self.INPUTS, generator=generator)
-        self.inputs = (z * scale).to(self.device)
-        chances = torch.sigmoid(z @ teacher)
-        self.targets = torch.bernoulli(chances, generator=generator).to(self.device)
+    def _next_phase(self, phase: int) -> None:
+        generator = _generator(self.seed, phase)
+        walk = self.WALK * torch.randn(self.PERIOD, self.INPUTS, generator=generator)
+        targets = self._target + walk.cumsum(0)
+        self._target = targets[-1]
+        inputs = torch.randn(self.PERIOD, self.BATCH, self.INPUTS, generator=generator)
+        exact = torch.einsum("pbi,pi->pb", inputs, targets)
+        noise = (self.NOISE if phase % 2 else 1.0) * torch.randn(exact.shape, generator=generator)
+        self.inputs, self.exact, self.labels = (x.to(self.weight.device) for x in (inputs, exact, exact + noise))
 
     def loss(self, step: int) -> Tensor:
-        """Return the loss of the step's examples before the update."""
-        segment, index = divmod(step - 1, self.PERIOD)
+        """Return the squared error of the step's noisy labels."""
+        phase, index = divmod(step - 1, self.PERIOD)
         if index == 0:
-            self._next_segment(segment)
-        loss = F.binary_cross_entropy_with_logits(self.inputs[index] @ self.weight, self.targets[index])
-        self._losses.append(loss.detach())
-        return loss
+            self._next_phase(phase)
+        found = self.inputs[index] @ self.weight
+        self._errors.append((found.detach() - self.exact[index]).square().mean())
+        return (found - self.labels[index]).square().mean()
 
     def validate(self) -> float:
-        """Return the mean loss since the last call."""
-        mean = torch.stack(self._losses).mean().item()
-        self._losses.clear()
+        """Return the mean error since the last call."""
+        mean = torch.stack(self._errors).mean().item()
+        self._errors.clear()
         return mean
 
 
 class Rare(Task):
-    """The stochastic counter-example to Adam: a rare large gradient decides the sign of the mean.
+    """The counter-example to Adam: a rare large gradient outweighs many small ones.
 
-    `COORDINATES` independent x in [-1, 1] start at 0. With probability 0.01 the loss of x is 1010 x, else -10 x. The
-    expected loss is 0.2 x; -1 is best. `validate` returns the expected loss above the best, in [0, 0.4].
+    `COORDINATES` independent x in [-1, 1] start at 0. The loss of x is 1010 x in one of 101 steps, else -10 x, so the
+    mean is 10/101 x and -1 is best. The seed draws the phase of each coordinate. `validate` returns the mean loss above
+    the best, in [0, 0.198]; it is 0.099 at the start.
 
     Source: Reddi, Kale, Kumar 2018, arXiv:1904.09237, section 5.
     """
 
-    COORDINATES, BLOCK = 64, 1024
+    COORDINATES, PERIOD = 64, 101
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self.seed = seed
         self.x = torch.zeros(self.COORDINATES, device=device, requires_grad=True)
         self.params = [self.x]
+        phases = torch.randint(self.PERIOD, (self.COORDINATES,), generator=_generator(seed, 0))
+        is_large = torch.arange(self.PERIOD)[:, None] == phases
+        self.slopes = torch.where(is_large, 1010.0, -10.0).to(device)
 
     @torch.no_grad()
     def _project(self) -> None:
@@ -259,16 +267,12 @@ class Rare(Task):
     def loss(self, step: int) -> Tensor:
         """Return the sum of the coordinates' losses."""
         self._project()
-        block, index = divmod(step - 1, self.BLOCK)
-        if index == 0:
-            is_rare = torch.rand(self.BLOCK, self.COORDINATES, generator=_generator(self.seed, block)) < 0.01
-            self.slopes = torch.where(is_rare, 1010.0, -10.0).to(self.x.device)
-        return (self.slopes[index] * self.x).sum()
+        return (self.slopes[step % self.PERIOD] * self.x).sum()
 
     def validate(self) -> float:
-        """Return the expected loss of a coordinate above the best one."""
+        """Return the mean loss of a coordinate above the best one."""
         self._project()
-        return 0.2 * (self.x.detach().mean().item() + 1.0)
+        return 10.0 / self.PERIOD * (self.x.detach().mean().item() + 1.0)
 
 
 def _cosine(progress: float) -> float:
@@ -289,9 +293,9 @@ def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
 
 
 PROBLEMS: dict[str, Problem] = {
-    "gpt": Problem(gpt, (150, 600, 2400), 4e-3, 0.1, 1.0, "cosine", False, 6.0),
-    "words": Problem(words, (200, 800, 3200), 4e-3, 0.1, 1.0, "cosine", False, 2.5),
-    "images": Problem(images, (300, 1200, 4800), 4e-3, 0.1, 1.0, "cosine", False, 1.5),
-    "drift": Problem(Drift, (1000, 4000, 16000), 3e-2, 0.0, None, "constant", True, 0.25),
-    "rare": Problem(Rare, (1000, 4000, 16000), 1e-2, 0.0, None, "cosine", False, 0.2),
+    "gpt": Problem(gpt, (150, 600, 2400), 4e-3, 0.1, 1.0, "cosine", 1, False, 6.0),
+    "words": Problem(words, (200, 800, 3200), 4e-3, 0.1, 1.0, "cosine", 1, False, 2.5),
+    "images": Problem(images, (300, 1200, 4800), 4e-3, 0.1, 1.0, "cosine", 1, False, 1.5),
+    "drift": Problem(Drift, (1000, 4000, 16000), 3e-2, 0.0, None, "constant", 1, True, 0.25),
+    "rare": Problem(Rare, (1000, 4000, 16000), 0.1, 0.0, None, "cosine", 9, False, 0.2),
 }

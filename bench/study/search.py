@@ -27,18 +27,19 @@ def mean_loss(losses: list[float | None]) -> float:
 
 
 def search(
-    cell: Cell, base_lr: float, seeds: int, start: int = 0
+    cell: Cell, base_lr: float, seeds: int, start: int = 0, reach: int = 1
 ) -> Generator[list[Run], Mapping[Run, float | None], int]:
     """Yield lists of runs, receive the losses of all runs so far, and return the best exponent.
 
-    Seed 0 runs at three rates around `start`, then at further ones until the lowest loss is inside the grid. All seeds
+    Seed 0 runs at the rates around `start`, then at further ones until the lowest loss is inside the grid. All seeds
     then run at the best rate and at its two neighbours, until the lowest mean is between two higher ones.
 
     Args:
         cell: what to tune.
         base_lr: learning rate of exponent 0.
         seeds: number of seeds.
-        start: exponent of the first rate.
+        start: exponent in the middle of the first rates.
+        reach: number of first rates on each side of it; a large one finds the lowest of several minima.
 
     Returns:
         The exponent of the best mean; it is `LARGEST_EXPONENT` or its negative if the optimum is not inside the grid.
@@ -51,16 +52,18 @@ def search(
     def mean(exponent: int, count: int) -> float:
         return mean_loss([losses[run(exponent, seed)] for seed in range(count)])
 
-    for count in (1, seeds):
+    def around(exponent: int, distance: int) -> set[int]:
+        found = range(exponent - distance, exponent + distance + 1)
+        return {exponent for exponent in found if abs(exponent) <= LARGEST_EXPONENT}
+
+    best = start
+    for count, distance in ((1, reach), (seeds, 1)):
         tried: set[int] = set()
-        best = start
-        while True:
-            wanted = {best + side for side in (-1, 0, 1) if abs(best + side) <= LARGEST_EXPONENT}
-            if wanted <= tried:
-                break
+        wanted = around(best, distance)
+        while not wanted <= tried:
             tried |= wanted
             losses = yield [run(exponent, seed) for exponent in sorted(wanted) for seed in range(count)]
-            # A tie goes to the smaller rate; if all diverged, so does the search.
+            # A tie goes to the smaller rate.
             best = min(sorted(tried), key=lambda exponent: mean(exponent, count))
-        start = best
+            wanted = around(best, 1)
     return best
