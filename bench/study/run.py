@@ -44,6 +44,7 @@ def train(run: Run, device: torch.device | None = None) -> dict[str, Any]:
         curve: validation losses after each eighth of the steps.
         area: their mean, the area under the curve.
         update: root mean square of the updates at these steps, divided by the learning rate of the schedule.
+            Infinite and NaN values of both lists are None.
         seconds: duration.
     """
     start = time.perf_counter()
@@ -57,10 +58,15 @@ def train(run: Run, device: torch.device | None = None) -> dict[str, Any]:
         **run._asdict(),
         "loss": loss,
         "area": None if diverged else sum(curve) / POINTS,
-        "curve": [float(f"{value:.6g}") if math.isfinite(value) else None for value in curve],
-        "update": [float(f"{value:.4g}") for value in update],
+        "curve": [_rounded(value, 6) for value in curve],
+        "update": [_rounded(value, 4) for value in update],
         "seconds": round(time.perf_counter() - start, 2),
     }
+
+
+def _rounded(value: float, digits: int) -> float | None:
+    """Return a value for JSON, which has no infinity and no NaN."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def _train(task: Task, problem: Problem, run: Run) -> tuple[list[float], list[float]]:
