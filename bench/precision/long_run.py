@@ -28,7 +28,7 @@ from adax_triton.bench.harness.environment import describe
 from torch import Tensor
 
 from .comparison import Comparison, Mode
-from .study import to_bfloat16
+from .update_error import to_bfloat16
 
 SIZE = 64  # of W; 4096 elements are the fewest with low-precision states
 BATCH = 8

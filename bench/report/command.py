@@ -22,7 +22,7 @@ from adax_triton.bench import host
 from adax_triton.bench.harness.command import markdown_table
 from adax_triton.bench.harness.environment import origin
 from adax_triton.bench.launch_variants import command as launch_variants
-from adax_triton.bench.precision import long_run, study
+from adax_triton.bench.precision import long_run, update_error
 from adax_triton.bench.report import plots
 from adax_triton.bench.step import counted_steps, cpu, functions, scale
 from adax_triton.bench.step import table as step_table
@@ -109,7 +109,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "scale": scale.table,
     "host": host.table,
     "counters": counted_steps.table,
-    "precision": study.table,
+    "precision": update_error.table,
     "long run": long_run.table,
     "modes": modes_table,
     "cpu": cpu.table,

@@ -1,6 +1,6 @@
 """Measure the error of every low-precision state against float64.
 
-    python -m adax_triton.bench.precision.study --out bench/results/precision-30k.json
+    python -m adax_triton.bench.precision.update_error --out bench/results/precision-30k.json
 
 steps all modes of AdaX on the same simulated gradients, and prints the errors of the update u = m / (sqrt(v) + eps) and
 of the moments against the same rule in float64 (marked *). Two formats that round to nearest are included for
@@ -194,7 +194,7 @@ class ErrorStats:
         return rows
 
 
-def study(kind: str, steps: int) -> dict[str, dict[str, Any]]:
+def compare(kind: str, steps: int) -> dict[str, dict[str, Any]]:
     """Step all modes on the same gradients; return `ErrorStats` figures by mode."""
     gradient = gradients(kind, NUMEL, steps, Generator().manual_seed(SEED))
     comparison, stats = Comparison(MODES, (NUMEL,), BETAS, SEED), ErrorStats(len(MODES), NUMEL, steps)
@@ -235,7 +235,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the study; return 1 if our modes miss any goal."""
+    """Measure all kinds; return 1 if our modes miss any goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=count, default=30_000, help="default: %(default)s")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="of gradients; default: all")
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     for kind in arguments.kinds:
         print(f"{kind}: {arguments.steps} steps", file=sys.stderr, flush=True)
-        rows = result["kinds"][kind] = study(kind, arguments.steps)
+        rows = result["kinds"][kind] = compare(kind, arguments.steps)
         for name in MAX_ERROR:
             rows[name]["goals"] = goals(name, rows[name])
     publish(result, table, arguments.out)

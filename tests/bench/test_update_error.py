@@ -1,4 +1,4 @@
-"""Test the precision study: statistics and goals.
+"""Test the measurement of update errors: statistics and goals.
 
 v freezes with rounding to nearest but not in our modes.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adax_triton.bench.precision import long_run, study
+from adax_triton.bench.precision import long_run, update_error
 from adax_triton.bench.precision.comparison import Comparison
 
 NEAREST = "bfloat16, v to nearest"
@@ -19,20 +19,20 @@ FIGURES = {
 }
 
 
-def test_short_study_writes_all_figures(
+def test_short_run_writes_all_figures(
     native_cpu: torch.device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "deep" / "precision.json"
     arguments = ["--steps", "60", "--kinds", "multi-scale", "sparse", "--out", str(out)]
-    code = study.main(arguments)
+    code = update_error.main(arguments)
     result = json.loads(out.read_text())
     assert {"commit", "torch", "date"} <= result["environment"].keys()
     assert (result["steps"], result["numel"], result["seed"]) == (60, 4096, 0)
     met = []
     for rows in result["kinds"].values():
-        assert list(rows) == list(study.MODES)
+        assert list(rows) == list(update_error.MODES)
         for name, figures in rows.items():
-            judged = name in study.MAX_ERROR
+            judged = name in update_error.MAX_ERROR
             assert figures.keys() == FIGURES | ({"goals"} if judged else set())
             met += figures["goals"].values() if judged else []
         assert rows["float32"]["update_error"] < 1e-5
@@ -40,15 +40,15 @@ def test_short_study_writes_all_figures(
         assert rows["8bit"]["unseen_largest_update"] == 0
     assert code == (0 if all(met) else 1)
     _, _, *table = capsys.readouterr().out.splitlines()  # after the machine and an empty line
-    assert len(table) == 2 + 2 * len(study.MODES)
+    assert len(table) == 2 + 2 * len(update_error.MODES)
     assert {line.count("|") for line in table} == {table[0].count("|")}
 
 
 def test_nearest_rounding_zeroes_v_in_mixed_groups_but_our_modes_do_not(native_cpu: torch.device) -> None:
-    rows = study.study("multi-scale", 30)
+    rows = update_error.compare("multi-scale", 30)
     assert rows[ROOTS]["zero_codes"] > 50
     assert rows[ROOTS]["largest_update_ratio"] > 10
-    for name in study.MAX_ERROR:
+    for name in update_error.MAX_ERROR:
         assert rows[name]["zero_codes"] == 0
         assert rows[name]["largest_update_ratio"] < 2
 
@@ -58,8 +58,8 @@ def test_nearest_rounding_freezes_v_late_but_our_modes_are_unbiased(
     native_cpu: torch.device, large: float, steps: int
 ) -> None:
     numel = 4096
-    comparison = Comparison(study.MODES, (numel,), study.BETAS, seed=0)
-    ones = [torch.ones(numel)] * (len(study.MODES) + 1)
+    comparison = Comparison(update_error.MODES, (numel,), update_error.BETAS, seed=0)
+    ones = [torch.ones(numel)] * (len(update_error.MODES) + 1)
     comparison.step(ones, lr=1.0)  # v is 1 after the first step
     state = comparison.optimizer.state_dict()
     for of_param in state["state"].values():
@@ -69,7 +69,7 @@ def test_nearest_rounding_freezes_v_late_but_our_modes_are_unbiased(
         comparison.step([large * one for one in ones], lr=1.0)
     moved = comparison.exact_moments[1].mean().item() - 1
     assert abs(moved) > 5e-3
-    moments = dict(zip(study.MODES, comparison.moments(), strict=True))
+    moments = dict(zip(update_error.MODES, comparison.moments(), strict=True))
     change = {name: v.double().mean().item() - 1 for name, (_, v) in moments.items()}
     assert change[NEAREST] == 0.0
     # Standard error of the mean over elements: sqrt(spacing * moved / numel), with the spacing of the format.
@@ -80,7 +80,7 @@ def test_nearest_rounding_freezes_v_late_but_our_modes_are_unbiased(
 def test_roots_of_v_are_rounded_to_half_a_code() -> None:
     first, second = torch.ones(64), torch.cat((torch.linspace(0, 4, 32), torch.zeros(32)))
     exact = second.clone()
-    study.to_8bit_roots(first, second)
+    update_error.to_8bit_roots(first, second)
     assert torch.equal(first, torch.ones(64))
     assert (second.sqrt() - exact.sqrt()).abs().max() <= 2 / 255 / 2 * 1.001
     assert torch.equal(second[32:], torch.zeros(32))
@@ -88,7 +88,7 @@ def test_roots_of_v_are_rounded_to_half_a_code() -> None:
 
 def test_error_stats_of_known_updates() -> None:
     exact = torch.tensor([3.0, 4.0, 0.0, 0.0], dtype=torch.float64)
-    stats = study.ErrorStats(2, 4, 2)
+    stats = update_error.ErrorStats(2, 4, 2)
     updates = torch.stack((exact.float() * 2, torch.tensor([3.0, 4.0, 5.0, 7.0])))
     for step, grad in ((1, torch.tensor([1.0, 1.0, 1.0, 0.0])), (2, torch.zeros(4))):
         stats.add_updates(step, grad, updates, exact)
@@ -103,14 +103,14 @@ def test_error_stats_of_known_updates() -> None:
 
 def test_goals_name_what_failed() -> None:
     good = dict.fromkeys(FIGURES, 0)
-    assert all(study.goals("8bit", good).values())
-    bad = study.goals("8bit_v16", {**good, "update_error": 0.031, "v_bias": -0.011, "zero_codes": 1})
+    assert all(update_error.goals("8bit", good).values())
+    bad = update_error.goals("8bit_v16", {**good, "update_error": 0.031, "v_bias": -0.011, "zero_codes": 1})
     assert [name for name, met in bad.items() if not met] == ["update_error", "v_bias", "zero_codes"]
 
 
-@pytest.mark.parametrize("kind", study.KINDS)
+@pytest.mark.parametrize("kind", update_error.KINDS)
 def test_gradients_repeat_with_their_seed(kind: str) -> None:
-    first, again = (study.gradients(kind, 64, 9, torch.Generator().manual_seed(1)) for _ in range(2))
+    first, again = (update_error.gradients(kind, 64, 9, torch.Generator().manual_seed(1)) for _ in range(2))
     for step in range(1, 10):
         grad = first(step)
         assert grad.dtype == torch.float32 and grad.shape == (64,)
