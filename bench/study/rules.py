@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from adax_triton.update.coefficients import one_minus_power
 
 BETA1 = 0.9
-# betas[1] of "adax" and "adam" in the rules whose memory is proportional to the horizon T is MEMORY / T.
-MEMORY = 10.0
+_LARGEST_ADAX_BETA2 = 0.1
 
 
 class Rule(NamedTuple):
@@ -29,6 +28,11 @@ class Rule(NamedTuple):
     second_moment: str
     beta2: Callable[[int, int], float]
     corrected: bool = True
+
+
+def _adax(horizon: float) -> Callable[[int, int], float]:
+    """Return betas[1] of `"adax"` for `b2 T = horizon`."""
+    return lambda step, steps: min(_LARGEST_ADAX_BETA2, horizon / steps)
 
 
 def _fraction(share: float) -> Callable[[int, int], float]:
@@ -46,23 +50,28 @@ def _fraction(share: float) -> Callable[[int, int], float]:
 
 RULES: dict[str, Rule] = {
     "adax-1e-4": Rule("adax", lambda step, steps: 1e-4),
-    "adax-10/T": Rule("adax", lambda step, steps: min(0.1, MEMORY / steps)),
+    "adax-1/T": Rule("adax", _adax(1.0)),
+    "adax-3/T": Rule("adax", _adax(3.0)),
+    "adax-10/T": Rule("adax", _adax(10.0)),
     "average": Rule("adax", lambda step, steps: 0.0),  # also AdaFactor's decay with c = 1
     "adafactor-0.8": Rule("adafactor", lambda step, steps: 0.8),
     "adafactor-0.5": Rule("adafactor", lambda step, steps: 0.5),
     "adam-0.95": Rule("adam", lambda step, steps: 0.95),
     "adam-0.99": Rule("adam", lambda step, steps: 0.99),
     "adam-0.999": Rule("adam", lambda step, steps: 0.999),
-    "adam-10/T": Rule("adam", lambda step, steps: max(0.01, 1.0 - MEMORY / steps)),
+    "adam-10/T": Rule("adam", lambda step, steps: max(0.01, 1.0 - 10.0 / steps)),
     "fraction-1/4": Rule("adafactor", _fraction(1 / 4)),
     "fraction-1/16": Rule("adafactor", _fraction(1 / 16)),
     "adax-1e-4-uncorrected": Rule("adax", lambda step, steps: 1e-4, corrected=False),
     "adam-0.999-uncorrected": Rule("adam", lambda step, steps: 0.999, corrected=False),
 }
 
-# Rules that the whole study runs at some horizons only, by index in `Problem.horizons`. The `fraction` rules lose at
-# the shortest one. One horizon shows the effect of the correction of m.
+# Rules that the whole study runs at some horizons only, by index in `Problem.horizons`. `adax-1/T` and `adax-3/T` lie
+# between rules that differ at the longer horizons. The `fraction` rules lose at the shortest one. One horizon shows the
+# effect of the correction of m.
 PARTIAL: dict[str, tuple[int, ...]] = {
+    "adax-1/T": (1, 2),
+    "adax-3/T": (1, 2),
     "fraction-1/4": (0,),
     "fraction-1/16": (0,),
     "adax-1e-4-uncorrected": (1,),
