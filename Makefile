@@ -9,7 +9,7 @@ PINNED_DEEPSPEED := $(shell sed -n 's/^deepspeed==//p' constraints.txt)
 DEEPSPEED ?= $(PINNED_DEEPSPEED)
 DEEPSPEED_VENV := $(if $(filter $(PINNED_DEEPSPEED),$(DEEPSPEED)),$(VENV),.venv-deepspeed-$(DEEPSPEED))
 
-.PHONY: env test frameworks quick durations audit mutants soak lint docs docs-serve demo bench results report acceptance gpu-check clean
+.PHONY: env test frameworks quick durations audit mutants soak lint docs docs-serve demo study bench results report acceptance gpu-check clean
 
 env: $(READY)
 
@@ -66,6 +66,9 @@ docs-serve: $(READY)  ## show the documentation at http://127.0.0.1:8000 and reb
 demo: $(READY)  ## train a small GPT through DeepSpeed with AdaX, against AdamW
 	$(BIN)/python examples/demo.py
 
+study: $(READY)  ## compare the rules for w_t with tuned learning rates: hours; a stopped study continues. STUDY=--quick takes a minute
+	$(BIN)/adax-triton bench study $(STUDY)
+
 bench: $(READY)  ## step time next to torch and DeepSpeed, interleaved in one run
 	$(BIN)/adax-triton bench step
 
@@ -90,6 +93,7 @@ report: $(READY)  ## regenerate the tables of docs/benchmarks, docs/options.md a
 	$(BIN)/adax-triton bench report $(REPORTED) --out docs/benchmarks
 	$(BIN)/adax-triton bench report $(README_RESULT) --readme README.md --picture docs/speed.png
 	$(BIN)/python docs/hooks/options_table.py
+	$(BIN)/adax-triton bench study --page docs/study.md --out bench/results/study.jsonl
 
 acceptance: $(DEEPSPEED_VENV)/.ready  ## run the acceptance tests and rewrite docs/deepspeed-acceptance.md; DEEPSPEED=0.19.1 selects a version
 	$(DEEPSPEED_VENV)/bin/python tests/support/acceptance_table.py

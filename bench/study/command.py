@@ -26,7 +26,7 @@ from adax_triton.bench.harness.progress import progress
 from adax_triton.state.precision import STATES
 
 from . import analysis, report, text
-from .problems import PROBLEMS
+from .problems import PROBLEMS, STUDIED
 from .rules import PARTIAL, RULES
 from .run import Run, train
 from .search import Cell, search
@@ -38,7 +38,7 @@ QUICK = {"problems": ["images", "drift"], "rules": ["adax-1e-4", "adam-0.999"], 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `adax-triton bench study`."""
-    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), help="default: all")
+    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), help="default: all but gpt-large")
     parser.add_argument("--rules", nargs="+", choices=list(RULES), help="default: all")
     parser.add_argument("--steps", nargs="+", type=count, help="default: the three horizons of each problem")
     parser.add_argument("--states", nargs="+", choices=STATES, default=["float32"], help="default: float32")
@@ -87,7 +87,7 @@ def run_of(record: dict[str, Any]) -> Run:
 def cells(arguments: argparse.Namespace) -> Iterator[Cell]:
     """Yield the cells, short horizons first."""
     for index in range(len(arguments.steps or "123")):
-        for name in arguments.problems or PROBLEMS:
+        for name in arguments.problems or STUDIED:
             steps = (arguments.steps or PROBLEMS[name].horizons)[index]
             for rule in arguments.rules or RULES:
                 if arguments.rules is None and index not in PARTIAL.get(rule, (0, 1, 2)):

@@ -20,13 +20,6 @@ SHOWN = {
     "adam-0.95": "#dc2626",
     "adam-0.999": "#475569",
 }
-LABELS = {
-    "gpt": "GPT, bytes",
-    "words": "next word, sparse embedding",
-    "images": "convolutions, digits",
-    "drift": "online, drifting scales",
-    "rare": "rare large gradients",
-}
 Results = Mapping[Cell, Result]
 
 
@@ -62,7 +55,7 @@ def _panels(results: Results, reference: str, draw: Callable[[Any, Results, str,
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         draw(axes, results, name, reference)
-        axes.set_title(LABELS[name], fontsize=9)
+        axes.set_title(PROBLEMS[name].title, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()

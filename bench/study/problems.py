@@ -1,4 +1,4 @@
-"""Training problems of the study: three networks and two online problems.
+"""Training problems of the study: networks and two online problems.
 
 A problem builds a `Task` for a seed. Initial weights and batches depend on the seed only, so the rules of a seed see
 the same data.
@@ -43,6 +43,7 @@ class Problem(NamedTuple):
     """A problem and its settings, which are equal for all rules.
 
     Attributes:
+        title: short description for tables and pictures.
         build: function of (seed, device) that returns a task.
         horizons: numbers of steps.
         lr: first learning rate that the search tries.
@@ -54,6 +55,7 @@ class Problem(NamedTuple):
         step_ms: time of a step on one core; the progress bar uses it.
     """
 
+    title: str
     build: Callable[[int, torch.device], Task]
     horizons: tuple[int, ...]
     lr: float
@@ -110,6 +112,9 @@ def gpt(
 
     starts = torch.linspace(0, len(held_out) - context - 1, HELD_OUT // 4).long()
     return Supervised(model, draw, [windows(held_out, starts)])
+
+
+large_gpt = functools.partial(gpt, layers=8, width=512, context=512, batch=16)
 
 
 class NextWord(nn.Module):
@@ -293,9 +298,13 @@ def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
 
 
 PROBLEMS: dict[str, Problem] = {
-    "gpt": Problem(gpt, (150, 600, 2400), 4e-3, 0.1, 1.0, "cosine", 1, False, 6.0),
-    "words": Problem(words, (200, 800, 3200), 4e-3, 0.1, 1.0, "cosine", 1, False, 2.5),
-    "images": Problem(images, (300, 1200, 4800), 4e-3, 0.1, 1.0, "cosine", 1, False, 1.5),
-    "drift": Problem(Drift, (1000, 4000, 16000), 3e-2, 0.0, None, "constant", 1, True, 0.25),
-    "rare": Problem(Rare, (1000, 4000, 16000), 0.1, 0.0, None, "cosine", 9, False, 0.2),
+    "gpt": Problem("GPT, bytes", gpt, (150, 600, 2400), 4e-3, 0.1, 1.0, "cosine", 1, False, 6.0),
+    "words": Problem("next word, sparse embedding", words, (200, 800, 3200), 4e-3, 0.1, 1.0, "cosine", 1, False, 2.5),
+    "images": Problem("convolutions, digits", images, (300, 1200, 4800), 4e-3, 0.1, 1.0, "cosine", 1, False, 1.5),
+    "drift": Problem(
+        "online, alternating noise", Drift, (1000, 4000, 16000), 3e-2, 0.0, None, "constant", 1, True, 0.25
+    ),
+    "rare": Problem("rare large gradients", Rare, (1000, 4000, 16000), 0.1, 0.0, None, "cosine", 9, False, 0.2),
+    "gpt-large": Problem("large GPT, bytes", large_gpt, (250, 1000, 4000), 1e-3, 0.1, 1.0, "cosine", 1, False, 60.0),
 }
+STUDIED = tuple(name for name in PROBLEMS if name != "gpt-large")  # gpt-large needs a GPU

@@ -18,7 +18,7 @@ from adax_triton.bench.harness.command import markdown_table
 from adax_triton.bench.harness.environment import origin
 
 from .analysis import Result, difference, interval, results
-from .pictures import LABELS, horizons, pictures
+from .pictures import horizons, pictures
 from .problems import PROBLEMS
 from .rules import RULES
 from .search import Cell
@@ -56,7 +56,7 @@ def table(found: Mapping[Cell, Result]) -> str:
     """
     names = [name for name in PROBLEMS if Cell(name, REFERENCE, max(horizons(found, name), default=0)) in found]
     last = {name: horizons(found, name)[-1] for name in names}
-    titles = ["rule", *(f"{LABELS[name]}, {last[name]:,} steps" for name in names), "rate"]
+    titles = ["rule", *(f"{PROBLEMS[name].title}, {last[name]:,} steps" for name in names), "rate"]
     reference = [f"{found[Cell(name, REFERENCE, last[name])].loss:.4g}" for name in names]
     lines = [[f"{REFERENCE}, loss", *reference, "1"]]
     for rule in RULES:

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from adax_triton.state.validation import LARGEST_ADAX_BETA2
 from adax_triton.update.coefficients import one_minus_power
 
 BETA1 = 0.9
-_LARGEST_ADAX_BETA2 = 0.1
 
 
 class Rule(NamedTuple):
@@ -32,7 +32,7 @@ class Rule(NamedTuple):
 
 def _adax(horizon: float) -> Callable[[int, int], float]:
     """Return betas[1] of `"adax"` for `b2 T = horizon`."""
-    return lambda step, steps: min(_LARGEST_ADAX_BETA2, horizon / steps)
+    return lambda step, steps: min(LARGEST_ADAX_BETA2, horizon / steps)
 
 
 def _fraction(share: float) -> Callable[[int, int], float]:

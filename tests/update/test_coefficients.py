@@ -39,6 +39,13 @@ def test_weight_equals_closed_form(rule: str, beta2: float, step: int) -> None:
         assert abs(Decimal(weight) / exact - 1) < tolerance
 
 
+@pytest.mark.parametrize("beta2", [0.95, 0.999])
+@pytest.mark.parametrize("step", STEPS[:6])
+def test_adam_has_the_weight_of_adax_with_a_negative_rate(beta2: float, step: int) -> None:
+    exact = exact_weight("adax", beta2 - 1, step)
+    assert exp_avg_sq_weight("adam", beta2, step) == pytest.approx(float(exact), rel=1e-12)
+
+
 @pytest.mark.parametrize(
     "rule_beta2", [("adax", 1e-4), ("adax", 0.0), ("adam", 0.999), ("adam", 0.0), ("adafactor", 0.8)]
 )

@@ -1,0 +1,302 @@
+"""Test the study: rules against float64, learning-rate search, resume, statistics, and the generated page."""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adax_triton.bench.study import analysis, command, problems, report, rules, text
+from adax_triton.bench.study.run import POINTS, Run, train
+from adax_triton.bench.study.search import LARGEST_EXPONENT, Cell, search
+from paths import ROOT
+
+from adax_triton import AdaXW
+
+pytestmark = pytest.mark.usefixtures("native_cpu", "one_thread")
+
+STEPS = 200
+# w_t of a rule at step t, and whether the equation corrects m.
+WEIGHTS: dict[str, tuple[Callable[[int], float], bool]] = {
+    "adax-1e-4": (lambda t: 1e-4 / ((1 + 1e-4) ** t - 1), True),
+    "adax-1/T": (lambda t: 0.005 / (1.005**t - 1), True),
+    "adax-3/T": (lambda t: 0.015 / (1.015**t - 1), True),
+    "adax-10/T": (lambda t: 0.05 / (1.05**t - 1), True),
+    "average": (lambda t: 1 / t, True),
+    "adafactor-0.8": (lambda t: t**-0.8, True),
+    "adafactor-0.5": (lambda t: t**-0.5, True),
+    "adam-0.95": (lambda t: 0.05 / (1 - 0.95**t), True),
+    "adam-0.99": (lambda t: 0.01 / (1 - 0.99**t), True),
+    "adam-0.999": (lambda t: 0.001 / (1 - 0.999**t), True),
+    "adam-10/T": (lambda t: 0.05 / (1 - 0.95**t), True),
+    "fraction-1/4": (lambda t: 4 / (t + 3), True),
+    "fraction-1/16": (lambda t: 16 / (t + 15), True),
+    "adax-1e-4-uncorrected": (lambda t: 1e-4 / ((1 + 1e-4) ** t - 1), False),
+    "adam-0.999-uncorrected": (lambda t: 0.001 / (1 - 0.999**t), False),
+}
+
+
+def gradients() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(33, generator=generator) for _ in range(STEPS)]
+
+
+@pytest.mark.parametrize("name", rules.RULES)
+def test_rule_steps_its_equation(name: str) -> None:
+    weight, corrected = WEIGHTS[name]
+    lr, decay = 1e-2, 0.1
+    expected, m, v = torch.ones(33, dtype=torch.float64), *torch.zeros(2, 33, dtype=torch.float64)
+    for step, grad in enumerate(gradients(), 1):
+        m += 0.1 * (grad.double() - m)
+        v += weight(step) * (grad.double().square() - v)
+        expected -= lr * (decay * expected + m / (1 - 0.9**step if corrected else 1.0) / (v.sqrt() + 1e-8))
+    rule, param = rules.RULES[name], torch.ones(33, requires_grad=True)
+    optimizer = AdaXW([param], lr=lr, betas=(0.9, rule.beta2(1, STEPS)), eps=1e-8, second_moment=rule.second_moment)
+    for step, grad in enumerate(gradients(), 1):
+        param.grad = grad
+        optimizer.param_groups[0].update(rules.step_settings(rule, step, STEPS, lr, decay))
+        optimizer.step()
+    assert (param.double() - expected).abs().max() < 5e-6
+
+
+def drive(
+    losses: Callable[[float, int], float | None], start: int = 0, seeds: int = 3, reach: int = 1
+) -> tuple[int, list[Run]]:
+    """Run a search with a loss function of (exponent, seed); return the best exponent and all runs."""
+    found: dict[Run, float | None] = {}
+    searched = search(Cell("gpt", "average", 10), 1.0, seeds, start, reach)
+    try:
+        wanted = next(searched)
+        while True:
+            for run in wanted:
+                found.setdefault(run, losses(math.log2(run.lr), run.seed))
+            wanted = searched.send(found)
+    except StopIteration as stop:
+        return stop.value, list(found)
+
+
+@pytest.mark.parametrize(("optimum", "start"), list(itertools.product((-6, -1, 0, 1, 5), (-3, 0, 4))))
+def test_search_ends_with_all_seeds_on_both_sides_of_the_optimum(optimum: int, start: int) -> None:
+    best, runs = drive(lambda exponent, seed: (exponent - optimum) ** 2 + seed, start)
+    assert best == optimum
+    for exponent, seed in itertools.product((optimum - 1, optimum, optimum + 1), range(3)):
+        assert Run("gpt", "average", 10, "float32", 2.0**exponent, seed) in runs
+
+
+def test_search_decides_by_the_mean_of_the_seeds() -> None:
+    # Seed 0 prefers 0, the mean prefers 2.
+    best, runs = drive(lambda exponent, seed: (exponent - (0 if seed == 0 else 3)) ** 2)
+    assert best == 2
+    assert {run.seed for run in runs if run.lr == 2.0**3} == {0, 1, 2}
+
+
+def test_search_avoids_diverged_rates_and_stops_at_the_end_of_the_grid() -> None:
+    assert drive(lambda exponent, seed: None if exponent > -2 else -exponent)[0] == -2
+    assert drive(lambda exponent, seed: exponent)[0] == -LARGEST_EXPONENT
+    assert drive(lambda exponent, seed: -exponent)[0] == LARGEST_EXPONENT
+
+
+def test_one_diverged_seed_rejects_a_rate() -> None:
+    assert drive(lambda exponent, seed: None if exponent == 0 and seed == 2 else exponent**2)[0] in (-1, 1)
+
+
+def test_run_depends_on_its_settings_only() -> None:
+    run = Run("drift", "adam-0.95", 300, "float32", 0.03, 2)
+    first, again = train(run), train(run)
+    for record in (first, again):
+        record.pop("seconds")
+    assert first == again
+    assert command.run_of(first) == run
+    assert len(first["curve"]) == len(first["update"]) == POINTS
+    assert first["loss"] == pytest.approx(statistics.fmean(first["curve"][POINTS // 2 :]), abs=1e-5)
+    assert first["area"] == pytest.approx(statistics.fmean(first["curve"]), abs=1e-5)
+    assert train(run._replace(seed=3))["loss"] != first["loss"]
+
+
+def test_diverged_run_has_no_loss() -> None:
+    record = train(Run("images", "average", 20, "float32", 1e38, 0))
+    assert record["loss"] is record["area"] is None
+    json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", problems.STUDIED)
+def test_rules_train_each_problem_on_equal_data(name: str) -> None:
+    """A learning rate of 0 leaves the data as the only difference, and a small one lowers the loss."""
+    lr = problems.PROBLEMS[name].lr
+    still = [train(Run(name, rule, 16, "float32", 0.0 * lr + 1e-30, 0))["curve"] for rule in ("average", "adam-0.95")]
+    assert still[0] == still[1]
+    if name in ("gpt", "words", "images"):
+        assert train(Run(name, "average", 48, "float32", lr, 0))["loss"] < still[0][-1]
+
+
+def test_held_out_text_is_not_trained_on() -> None:
+    tokens = torch.arange(text.BLOCK * 45 + 7)
+    train_part, held_out = text.split(tokens)
+    assert torch.equal(torch.cat([train_part, held_out]).sort().values, tokens)
+    assert len(held_out) == 2 * text.BLOCK
+
+
+def test_words_are_numbered_by_frequency() -> None:
+    train_part, held_out = text.split_words(64)
+    counts = torch.cat([train_part, held_out]).long().bincount(minlength=64)
+    assert len(counts) == 64
+    assert (counts[:62] >= counts[1:63]).all()
+
+
+def test_wide_search_finds_the_lower_of_two_minima() -> None:
+    def losses(exponent: float, seed: int) -> float:
+        return min(abs(exponent + 1), abs(exponent - 7) - 0.5)
+
+    assert drive(losses)[0] == -1
+    assert drive(losses, reach=9)[0] == 7
+
+
+def test_best_point_of_the_rare_problem_is_minus_one() -> None:
+    task = problems.Rare(0, torch.device("cpu"))
+    assert task.validate() == pytest.approx(10 / 101)
+    for value, loss in ((-1.0, 0.0), (1.0, 20 / 101), (5.0, 20 / 101)):
+        with torch.no_grad():
+            task.x.fill_(value)
+        assert task.validate() == pytest.approx(loss)
+    slopes = []
+    for step in range(1, 102):
+        task.x.grad = None
+        task.loss(step).backward()
+        slopes.append(task.x.grad.clone())
+    assert torch.equal(torch.stack(slopes).sum(0), torch.full((64,), 10.0))
+    assert torch.equal(torch.stack(slopes).amax(0), torch.full((64,), 1010.0))
+
+
+def test_drift_has_quiet_and_noisy_phases_around_a_moving_target() -> None:
+    task = problems.Drift(0, torch.device("cpu"))
+    noise, targets = [], []
+    for phase in range(4):
+        task.loss(phase * task.PERIOD + 1)
+        noise.append((task.labels - task.exact).std().item())
+        targets.append(
+            torch.linalg.lstsq(task.inputs[-50:].flatten(0, 1), task.exact[-50:].flatten()[:, None]).solution
+        )
+    assert noise == pytest.approx([1.0, 30.0, 1.0, 30.0], rel=0.1)
+    moved = (targets[1] - targets[0]).square().mean().sqrt().item()
+    assert moved == pytest.approx(task.WALK * math.sqrt(task.PERIOD), rel=0.3)
+    # The mean error of the weights 0 is the squared norm of the target, and labels do not enter it.
+    task = problems.Drift(0, torch.device("cpu"))
+    task.loss(1)
+    assert task.validate() == pytest.approx(task.exact[0].square().mean().item())
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.1), ("constant", 1.0)])
+def test_schedule_warms_up_then_decays(schedule: str, last: float) -> None:
+    factors = [problems.learning_rate_factor(schedule, step, 100) for step in range(1, 101)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[-1] == pytest.approx(last)
+    assert sorted(factors[4:], reverse=True) == factors[4:]
+
+
+ARGUMENTS = ("--problems", "drift", "--rules", "adax-1e-4", "adam-0.999", "--steps", "60", "--seeds", "2")
+
+
+def comparable(path: Path) -> dict[Run, tuple[Any, ...]]:
+    return {command.run_of(record): (record["loss"], record["curve"]) for record in command.read(path)}
+
+
+def test_killed_study_continues_where_it_was(tmp_path: Path) -> None:
+    """Two launches of worker processes take about 10 s; a mock of them would not be killed."""
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    code = "import sys; from adax_triton.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    start = [sys.executable, "-c", code, "bench", "study", *ARGUMENTS, "--out"]
+    process = subprocess.Popen([*start, str(killed)], stderr=subprocess.DEVNULL, start_new_session=True)
+    while not (killed.exists() and killed.read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = comparable(killed)
+    with killed.open("a") as file:
+        file.write('{"problem": "drift", "ru')  # a line that a full disk or a kill cut off
+    for out in (killed, whole):
+        subprocess.run([*start, str(out)], check=True, stderr=subprocess.DEVNULL)
+    assert 0 < len(before) < len(comparable(whole))
+    assert comparable(killed) == comparable(whole)
+    assert len(command.read(killed)) == len(comparable(killed))  # no run was repeated
+
+
+def test_plan_has_short_horizons_first_and_partial_rules_once() -> None:
+    arguments = command_arguments([])
+    plan = list(command.cells(arguments))
+    assert len(plan) == len(set(plan))
+    for name in problems.STUDIED:
+        steps = [cell.steps for cell in plan if cell.problem == name]
+        assert steps == sorted(steps)
+        assert sum(cell.rule == "fraction-1/4" for cell in plan if cell.problem == name) == 1
+        assert sum(cell.rule == "average" for cell in plan if cell.problem == name) == 3
+    assert list(command.cells(command_arguments(["--problems", "gpt", "--rules", "average", "--steps", "7"]))) == [
+        Cell("gpt", "average", 7)
+    ]
+
+
+def command_arguments(given: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(given)
+
+
+def records(losses: dict[float, list[float | None]], rule: str = "average") -> list[dict[str, Any]]:
+    return [
+        {**Run("gpt", rule, 600, "float32", lr, seed)._asdict(), "loss": loss, "area": loss, "update": [], "seconds": 1}
+        for lr, by_seed in losses.items()
+        for seed, loss in enumerate(by_seed)
+    ]
+
+
+def test_result_is_the_best_rate_of_all_seeds() -> None:
+    given = {0.5: [3.0, 3.0], 1.0: [1.0, 2.0], 2.0: [2.0, 2.5], 4.0: [0.1], 8.0: [None, 0.0]}
+    (result,) = analysis.results(records(given), seeds=2).values()
+    assert (result.lr, result.loss, result.area) == (1.0, 1.5, 1.5)
+    assert (result.change(0.5), result.change(2.0)) == (1.5, 0.75)
+    assert result.is_inside
+    assert result.first_seed == {0.5: 3.0, 1.0: 1.0, 2.0: 2.0, 4.0: 0.1, 8.0: math.inf}
+    (edge,) = analysis.results(records({1.0: [1.0, 2.0], 2.0: [2.0, 2.5]}), seeds=2).values()
+    assert not edge.is_inside
+
+
+def test_difference_is_paired_by_seed() -> None:
+    ours = analysis.results(records({1.0: [1.0, 5.0, 9.0]}), seeds=3)
+    others = analysis.results(records({2.0: [0.0, 3.0, 6.0]}, "adam-0.999"), seeds=3)
+    ((_, one),), ((_, other),) = ours.items(), others.items()
+    found = analysis.difference(one, other)
+    assert found.mean == pytest.approx(2.0)
+    assert found.half_width == pytest.approx(4.302653 / math.sqrt(3))  # t_2 = 4.302653, s = 1
+    assert not found.excludes_zero
+    assert str(found) == "+2.0 ± 2.5"
+
+
+def test_memory_is_the_mean_age() -> None:
+    assert analysis.memory("average", 400) == pytest.approx(399 / 800)
+    # Weights 0.05 * 0.95^i of age i, normalised.
+    ages = [0.95**age for age in range(2000)]
+    expected = sum(age * weight for age, weight in enumerate(ages)) / sum(ages) / 2000
+    assert analysis.memory("adam-0.95", 2000) == pytest.approx(expected)
+    assert analysis.memory("adax-10/T", 1000) > 0.5
+
+
+COMMITTED = ROOT / "bench" / "results" / "study.jsonl"
+
+
+def test_page_shows_the_committed_runs() -> None:
+    page = (ROOT / "docs" / "study.md").read_text()
+    shown = page[page.index(report.BEGIN) + len(report.BEGIN) + 1 : page.index(report.END)]
+    assert shown == report.section(COMMITTED, command.read(COMMITTED), "bench/results/study.jsonl")
+    for name in report.pictures(analysis.results(command.read(COMMITTED)), report.REFERENCE):
+        assert f"({name}.png)" in page
+        assert (ROOT / "docs" / f"{name}.png").exists()
