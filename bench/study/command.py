@@ -140,7 +140,8 @@ class Study:
                 raise
 
     def _start(self, cell: Cell, pool: concurrent.futures.Executor, advance: Callable[[int, str], None]) -> None:
-        start = self._best.get((cell.problem, cell.rule), 0)
+        # A wide search covers the whole grid at each horizon.
+        start = self._best.get((cell.problem, cell.rule), 0) if PROBLEMS[cell.problem].reach == 1 else 0
         problem = PROBLEMS[cell.problem]
         active = _Active(cell, search(cell, problem.lr, self._arguments.seeds, start, problem.reach))
         self._continue(active, next(active.search), pool, advance)
