@@ -1,1 +1,1 @@
-"""Compare the rules for w_t: training runs with tuned learning rates and several seeds."""
+"""Compare rules for w_t in training, with tuned learning rates."""

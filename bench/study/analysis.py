@@ -1,4 +1,4 @@
-"""Statistics of the study: the best learning rate of each cell, and paired differences between rules."""
+"""Statistics of the study: best learning rates, paired differences, memory."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ class Interval(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the runs of a cell show.
+    """Best learning rate and runs of a cell.
 
     Attributes:
         cell: problem, rule, steps and states.
-        lr: the rate with the lowest mean loss of all seeds.
-        records: its runs, one per seed, in the order of the seeds.
+        lr: the rate with the lowest mean loss.
+        records: the run of each seed, at the rate that is best for the other seeds. A rate that was chosen for the very
+            seeds that are shown would look better than it is.
         by_lr: mean loss by learning rate, of the rates that all seeds ran; infinity if a run diverged.
         first_seed: loss of seed 0 by learning rate, of all rates.
     """
@@ -51,22 +52,20 @@ class Result(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """Mean loss at the best rate."""
-        return self.by_lr[self.lr]
-
-    @property
-    def area(self) -> float:
-        """Mean area under the curve at the best rate."""
-        return statistics.fmean(record["area"] for record in self.records)
+        """Mean loss of `records`."""
+        return statistics.fmean(record["loss"] for record in self.records)
 
     def change(self, factor: float) -> float:
-        """Return the change of the mean loss at `factor` times the best rate; NaN if it did not run.
+        """Return how the mean loss changes at another rate.
 
         Args:
-            factor: 0.5 or 2.
+            factor: of the best rate, 0.5 or 2.
+
+        Returns:
+            The change, or NaN if not all seeds ran at that rate.
         """
         found = [loss for lr, loss in self.by_lr.items() if math.isclose(lr, factor * self.lr)]
-        return found[0] - self.loss if found else math.nan
+        return found[0] - self.by_lr[self.lr] if found else math.nan
 
     @property
     def is_inside(self) -> bool:
@@ -75,11 +74,13 @@ class Result(NamedTuple):
 
 
 def results(records: Iterable[Mapping[str, Any]], seeds: int = 5) -> dict[Cell, Result]:
-    """Return the results of all cells in which at least one rate has run with all seeds.
+    """Return the results of all cells in which all seeds ran.
+
+    A cell in which all rates diverged has no result.
 
     Args:
-        records: lines of the study's file.
-        seeds: number of seeds.
+        records: of `records.read`.
+        seeds: number of seeds, at least 2.
     """
     cells: dict[Cell, dict[float, dict[int, Mapping[str, Any]]]] = {}
     for record in records:
@@ -87,16 +88,23 @@ def results(records: Iterable[Mapping[str, Any]], seeds: int = 5) -> dict[Cell, 
         cells.setdefault(cell, {}).setdefault(record["lr"], {})[record["seed"]] = record
     found = {}
     for cell, rates in cells.items():
-        by_lr = {
-            lr: mean_loss([runs[seed]["loss"] for seed in range(seeds)])
-            for lr, runs in sorted(rates.items())
-            if all(seed in runs for seed in range(seeds))
-        }
-        if by_lr and min(by_lr.values()) < math.inf:
-            best = min(by_lr, key=lambda lr: by_lr[lr])
+        whole = {lr: runs for lr, runs in sorted(rates.items()) if all(seed in runs for seed in range(seeds))}
+        by_lr = {lr: mean_loss([runs[seed]["loss"] for seed in range(seeds)]) for lr, runs in whole.items()}
+        stable = {lr: runs for lr, runs in whole.items() if by_lr[lr] < math.inf}
+        if stable:
             first = {lr: mean_loss([runs[0]["loss"]]) for lr, runs in sorted(rates.items()) if 0 in runs}
-            found[cell] = Result(cell, best, [rates[best][seed] for seed in range(seeds)], by_lr, first)
+            chosen = [_chosen_by_others(stable, seed, seeds) for seed in range(seeds)]
+            found[cell] = Result(cell, min(stable, key=lambda lr: by_lr[lr]), chosen, by_lr, first)
     return found
+
+
+def _chosen_by_others(
+    rates: Mapping[float, Mapping[int, Mapping[str, Any]]], seed: int, seeds: int
+) -> Mapping[str, Any]:
+    """Return a seed's run at the rate that the other seeds choose."""
+    others = [other for other in range(seeds) if other != seed]
+    best = min(rates, key=lambda lr: mean_loss([rates[lr][other]["loss"] for other in others]))
+    return rates[best][seed]
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -111,7 +119,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def difference(result: Result, reference: Result, field: str = "loss") -> Interval:
-    """Return the paired difference `result - reference` over the seeds, each at its best rate.
+    """Return the paired difference `result - reference` over the seeds.
 
     Args:
         result, reference: of the same problem; seed i of both has the same data and initial weights.
@@ -122,11 +130,12 @@ def difference(result: Result, reference: Result, field: str = "loss") -> Interv
 
 
 def memory(rule: str, steps: int) -> float:
-    """Return the mean age of the squared gradients in v after the last step, as a share of the horizon.
+    """Return the mean age of the squared gradients in v, in horizons.
 
         a_t = (1 - w_t) (a_{t-1} + 1),    a_T / T
 
-    It is near 0 for a short memory, 1/2 for the plain average, and above 1/2 if old gradients weigh more.
+    It is taken after the last step: near 0 for a short memory, 1/2 for the plain average, above 1/2 if old gradients
+    weigh more.
 
     Args:
         rule: name in `RULES`.

@@ -1,4 +1,4 @@
-"""Compare the rules for w_t with tuned learning rates, over problems, horizons and seeds.
+"""Compare rules for w_t in training, with tuned learning rates.
 
 Each run appends one line of JSON to a file. A stopped study continues where it was: run the same command again.
 
@@ -9,17 +9,13 @@ Each run appends one line of JSON to a file. A stopped study continues where it 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import json
-import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from adax_triton.bench.harness.command import add_device, count
+from adax_triton.bench.harness.command import count, device
 from adax_triton.bench.harness.environment import describe
 from adax_triton.bench.harness.progress import progress
 
@@ -27,13 +23,14 @@ from adax_triton.state.precision import STATES
 
 from . import analysis, report, text
 from .problems import PROBLEMS, STUDIED
+from .records import read, writer
 from .rules import PARTIAL, RULES
-from .run import Run, train
-from .search import Cell, search
+from .run import POINTS
+from .scheduler import Scheduler, seconds
+from .search import Cell
 
-DEFAULT_OUT = Path("runs/study.jsonl")
-RUNS_PER_CELL = 17  # typical; the progress bar uses it
-QUICK = {"problems": ["images", "drift"], "rules": ["adax-1e-4", "adam-0.999"], "steps": [100], "seeds": 2}
+OUT, QUICK_OUT = Path("runs/study.jsonl"), Path("runs/study-quick.jsonl")
+QUICK = {"problems": ["images", "drift"], "rules": ["adax-1e-4", "adam-0.999"], "steps": [100]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,148 +39,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rules", nargs="+", choices=list(RULES), help="default: all")
     parser.add_argument("--steps", nargs="+", type=count, help="default: the three horizons of each problem")
     parser.add_argument("--states", nargs="+", choices=STATES, default=["float32"], help="default: float32")
-    parser.add_argument("--seeds", type=count, default=5, help="default: %(default)s")
-    parser.add_argument("--workers", type=count, help="default: the number of cores, or 1 on a GPU")
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="default: %(default)s")
+    parser.add_argument("--seeds", type=count, default=5, help="at least 2; default: %(default)s")
+    parser.add_argument("--workers", type=count, help="processes; default: the number of cores, or 1 on a GPU")
+    parser.add_argument("--out", type=Path, help=f"file of the runs; default: {OUT}, or {QUICK_OUT} with --quick")
     parser.add_argument("--page", type=Path, metavar="FILE", help="train nothing; rewrite the results in a page")
     parser.add_argument("--quick", action="store_true", help="two rules on two problems, in a minute")
-    add_device(parser)
+    parser.add_argument("--device", type=device, default="cpu", help="default: %(default)s")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run what is missing in the file and print its table; return 2 for an invalid page."""
-    if arguments.quick:
-        vars(arguments).update(QUICK)
-    if arguments.page is None:
-        Study(arguments, read(arguments.out)).run()
-        wanted = set(cells(arguments))
-        found = analysis.results(read(arguments.out), arguments.seeds)
-        print(report.cells_table({cell: result for cell, result in found.items() if cell in wanted}))
-        return 0
+    """Run what is missing and print it; return 2 for invalid arguments."""
     try:
-        report.rewrite(arguments.page, arguments.out, read(arguments.out))
+        _check(arguments)
+        if arguments.page is None:
+            run(arguments)
+        else:
+            report.rewrite(arguments.page, arguments.out, arguments.seeds)
     except (ValueError, ImportError, OSError) as error:
         print(f"adax-triton bench study: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file; a line that a killed process did not finish is removed from the file."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        os.truncate(path, sum(map(len, lines[:-1])))
-        lines.pop()
-    return [record for line in lines if "problem" in (record := json.loads(line))]
+def _check(arguments: argparse.Namespace) -> None:
+    """Check arguments and set those that depend on others."""
+    if arguments.seeds < 2:
+        raise ValueError(f"--seeds must be at least 2 for an interval, got {arguments.seeds}")
+    if arguments.steps is not None and min(arguments.steps) < POINTS:
+        raise ValueError(f"--steps must be at least {POINTS}, got {min(arguments.steps)}")
+    if arguments.quick:
+        given = [f"--{name}" for name in QUICK if getattr(arguments, name) is not None]
+        if given:
+            raise ValueError(f"--quick sets {', '.join(given)}; remove --quick")
+        vars(arguments).update(QUICK)
+    if arguments.out is None:
+        arguments.out = QUICK_OUT if arguments.quick else OUT
 
 
-def run_of(record: dict[str, Any]) -> Run:
-    """Return the run that a record describes."""
-    return Run(**{name: record[name] for name in Run._fields})
+def run(arguments: argparse.Namespace) -> None:
+    """Train all missing runs and print a table of the cells."""
+    torch.set_num_threads(1)  # as in the processes, for the environment
+    plan = list(cells(arguments))
+    workers = arguments.workers or (len(os.sched_getaffinity(0)) if arguments.device.type == "cpu" else 1)
+    environment = {**describe(arguments.device), "text": text.digest()}
+    with (
+        writer(arguments.out, environment) as records,
+        progress(round(sum(map(seconds, plan))), "study") as advance,
+    ):
+        earlier = read(arguments.out)
+        scheduler = Scheduler(earlier, records, seeds=arguments.seeds, device=arguments.device, advance=advance)
+        scheduler.run(plan, workers)
+    print(report.cells_table(plan, analysis.results(read(arguments.out), arguments.seeds)))
 
 
 def cells(arguments: argparse.Namespace) -> Iterator[Cell]:
     """Yield the cells, short horizons first."""
-    for index in range(len(arguments.steps or "123")):
+    whole = arguments.rules is None and arguments.steps is None
+    for index in range(3 if arguments.steps is None else len(arguments.steps)):
         for name in arguments.problems or STUDIED:
             steps = (arguments.steps or PROBLEMS[name].horizons)[index]
             for rule in arguments.rules or RULES:
-                if arguments.rules is None and index not in PARTIAL.get(rule, (0, 1, 2)):
-                    continue
-                for states in arguments.states:
-                    yield Cell(name, rule, steps, states)
-
-
-def _seconds(cell: Cell) -> float:
-    return cell.steps * PROBLEMS[cell.problem].step_ms / 1e3
-
-
-class Study:
-    """Runs the searches of all cells in a pool of processes, and appends each run's record to a file.
-
-    Args:
-        arguments: of `add_arguments`.
-        records: earlier results; their runs are not repeated.
-    """
-
-    def __init__(self, arguments: argparse.Namespace, records: Iterable[dict[str, Any]]) -> None:
-        self._arguments = arguments
-        self._losses: dict[Run, float | None] = {run_of(record): record["loss"] for record in records}
-        self._best: dict[tuple[str, str], int] = {}  # exponent of the learning rate by problem and rule
-        self._waiting: dict[Run, list[_Active]] = {}  # searches by the run that they wait for
-        self._futures: dict[concurrent.futures.Future, Run] = {}
-
-    def run(self) -> None:
-        """Run all missing runs."""
-        arguments = self._arguments
-        workers = arguments.workers or (len(os.sched_getaffinity(0)) if arguments.device.type == "cpu" else 1)
-        plan = list(cells(arguments))
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        self._append({"environment": describe(arguments.device), "text": text.digest()})
-        spawn = multiprocessing.get_context("spawn")
-        seconds = round(sum(RUNS_PER_CELL * _seconds(cell) for cell in plan))
-        with (
-            concurrent.futures.ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool,
-            progress(seconds, "study") as advance,
-        ):
-            try:
-                for cell in plan:
-                    self._start(cell, pool, advance)
-                    while len(self._futures) >= 2 * workers:
-                        self._collect(pool, advance)
-                while self._futures:
-                    self._collect(pool, advance)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _start(self, cell: Cell, pool: concurrent.futures.Executor, advance: Callable[[int, str], None]) -> None:
-        # A wide search covers the whole grid at each horizon.
-        start = self._best.get((cell.problem, cell.rule), 0) if PROBLEMS[cell.problem].reach == 1 else 0
-        problem = PROBLEMS[cell.problem]
-        active = _Active(cell, search(cell, problem.lr, self._arguments.seeds, start, problem.reach))
-        self._continue(active, next(active.search), pool, advance)
-
-    def _continue(
-        self, active: _Active, wanted: list[Run], pool: concurrent.futures.Executor, advance: Callable[[int, str], None]
-    ) -> None:
-        """Give a search its losses until it waits for a run or ends."""
-        try:
-            while not (missing := [run for run in wanted if run not in self._losses]):
-                wanted = active.search.send(self._losses)
-        except StopIteration as stop:
-            self._best[active.cell.problem, active.cell.rule] = stop.value
-            advance(round(RUNS_PER_CELL * _seconds(active.cell)), " ".join(map(str, active.cell)))
-            return
-        active.wanted, active.missing = wanted, set(missing)
-        for run in missing:
-            if run not in self._waiting:
-                self._futures[pool.submit(train, run, self._arguments.device)] = run
-            self._waiting.setdefault(run, []).append(active)
-
-    def _collect(self, pool: concurrent.futures.Executor, advance: Callable[[int, str], None]) -> None:
-        """Wait for a run, write its record, and continue the searches that need it."""
-        done, _ = concurrent.futures.wait(self._futures, return_when=concurrent.futures.FIRST_COMPLETED)
-        for future in done:
-            run, record = self._futures.pop(future), future.result()
-            self._append(record)
-            self._losses[run] = record["loss"]
-            for active in self._waiting.pop(run):
-                active.missing.discard(run)
-                if not active.missing:
-                    self._continue(active, active.wanted, pool, advance)
-
-    def _append(self, record: dict[str, Any]) -> None:
-        with self._arguments.out.open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-
-
-class _Active:
-    """A search that waits for runs."""
-
-    def __init__(self, cell: Cell, runs: Generator[list[Run], dict[Run, float | None], int]) -> None:
-        self.cell, self.search = cell, runs
-        self.wanted: list[Run] = []
-        self.missing: set[Run] = set()
+                if not whole or index in PARTIAL.get(rule, (0, 1, 2)):
+                    for states in arguments.states:
+                        yield Cell(name, rule, steps, states)

@@ -1,13 +1,17 @@
-"""Pictures of the study. matplotlib is imported only when a picture is drawn."""
+"""Pictures of the study.
+
+matplotlib is imported only when a picture is drawn.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from .analysis import Result, difference, memory
-from .problems import PROBLEMS
+from .problems import PROBLEMS, STUDIED
 from .run import POINTS
 from .search import Cell
 
@@ -50,7 +54,7 @@ def _panels(results: Results, reference: str, draw: Callable[[Any, Results, str,
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'adax-triton[bench]'") from error
-    names = [name for name in PROBLEMS if horizons(results, name)]
+    names = [name for name in STUDIED if horizons(results, name)]
     figure = Figure(figsize=(3.0 * len(names), 3.3), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
@@ -65,7 +69,7 @@ def _panels(results: Results, reference: str, draw: Callable[[Any, Results, str,
 
 
 def _horizons(axes: Any, results: Results, problem: str, reference: str) -> None:
-    """Difference from the reference by horizon, with confidence intervals."""
+    """Draw the difference from the reference by horizon, with intervals."""
     axes.axhline(0.0, color="black", linewidth=0.8)
     for rule, colour in SHOWN.items():
         points = []
@@ -86,7 +90,7 @@ def _horizons(axes: Any, results: Results, problem: str, reference: str) -> None
 
 
 def _memory(axes: Any, results: Results, problem: str, reference: str) -> None:
-    """Loss at the longest horizon by the memory of v."""
+    """Draw the loss at the longest horizon by the memory of v."""
     steps = horizons(results, problem)[-1]
     for cell, result in results.items():
         if (cell.problem, cell.steps, cell.states) == (problem, steps, "float32"):
@@ -107,15 +111,19 @@ def _memory(axes: Any, results: Results, problem: str, reference: str) -> None:
 
 
 def _rates(axes: Any, results: Results, problem: str, reference: str) -> None:
-    """Loss of seed 0 by learning rate at the longest horizon."""
+    """Draw the loss of seed 0 by learning rate."""
     steps = horizons(results, problem)[-1]
-    best = math.inf
+    lowest, highest = math.inf, 0.0
     for rule, colour in SHOWN.items():
         result = results.get(Cell(problem, rule, steps))
         if result is not None:
             finite = {lr: loss for lr, loss in result.first_seed.items() if loss < math.inf}
             axes.plot(list(finite), list(finite.values()), ".-", linewidth=1.2, color=colour, label=rule)
-            best = min(best, *finite.values())
+            lowest = min(lowest, *finite.values())
+            highest = max(highest, *result.by_lr.values())
+    # Rates far from the best would flatten the curves.
+    if lowest < highest < math.inf:
+        axes.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.3 * (highest - lowest))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.1g}")
     axes.set_xlabel(f"learning rate, {steps:,} steps", fontsize=8)
@@ -123,14 +131,13 @@ def _rates(axes: Any, results: Results, problem: str, reference: str) -> None:
 
 
 def _updates(axes: Any, results: Results, problem: str, reference: str) -> None:
-    """Root mean square of m / (sqrt(v) + eps) over time, mean of the seeds, at the longest horizon."""
+    """Draw the mean size of the updates over time."""
     steps = horizons(results, problem)[-1]
     for rule, colour in SHOWN.items():
         result = results.get(Cell(problem, rule, steps))
         if result is not None:
-            sizes = [
-                sum(values) / len(values) for values in zip(*(run["update"] for run in result.records), strict=True)
-            ]
+            curves = zip(*(record["update"] for record in result.records), strict=True)
+            sizes = [statistics.fmean(values) for values in curves]
             times = [(index + 1) / POINTS for index in range(len(sizes))]
             axes.plot(times, sizes, ".-", linewidth=1.2, color=colour, label=rule)
     axes.set_yscale("log")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import text
 
-HELD_OUT = 512  # validation windows of text
+HELD_OUT = 512  # validation windows of words; a quarter of it for bytes, which are longer
 
 
 class Task:
@@ -35,7 +35,7 @@ class Task:
         raise NotImplementedError
 
     def validate(self) -> float:
-        """Return the validation loss now; online: the mean loss since the last call."""
+        """Return the validation loss; online, the mean since the last call."""
         raise NotImplementedError
 
 
@@ -47,24 +47,24 @@ class Problem(NamedTuple):
         build: function of (seed, device) that returns a task.
         horizons: numbers of steps.
         lr: first learning rate that the search tries.
+        step_ms: time of a step on one core; the progress bar uses it.
         weight_decay: decoupled.
         max_grad_norm: of clipping; None: no clipping.
         schedule: name in `SCHEDULES`.
         reach: number of first learning rates on each side of the middle one, see `search`.
         online: the result of a run is its mean loss over the second half, not the last validation loss.
-        step_ms: time of a step on one core; the progress bar uses it.
     """
 
     title: str
     build: Callable[[int, torch.device], Task]
     horizons: tuple[int, ...]
     lr: float
-    weight_decay: float
-    max_grad_norm: float | None
-    schedule: str
-    reach: int
-    online: bool
     step_ms: float
+    weight_decay: float = 0.1
+    max_grad_norm: float | None = 1.0
+    schedule: str = "cosine"
+    reach: int = 1
+    online: bool = False
 
 
 class Supervised(Task):
@@ -97,7 +97,15 @@ def _generator(seed: int, step: int) -> torch.Generator:
 def gpt(
     seed: int, device: torch.device, *, layers: int = 2, width: int = 64, context: int = 32, batch: int = 8
 ) -> Task:
-    """Predict the next byte of the standard library's source with a small GPT."""
+    """Predict the next byte of the library's source with a GPT.
+
+    Args:
+        seed: of the weights and of the order of the text.
+        device: of the model.
+        layers, width: of the GPT; its heads have width 32.
+        context: bytes per window.
+        batch: windows per step.
+    """
     train, held_out = text.split_bytes()
     torch.manual_seed(seed)
     model = GPT(layers=layers, width=width, heads=width // 32, context=context).to(device)
@@ -118,7 +126,7 @@ large_gpt = functools.partial(gpt, layers=8, width=512, context=512, batch=16)
 
 
 class NextWord(nn.Module):
-    """Predict a word from the four before it: an embedding, a hidden layer, a softmax."""
+    """Predict a word from the four before it."""
 
     def __init__(self, words: int, width: int = 16, hidden: int = 32) -> None:
         super().__init__()
@@ -133,7 +141,14 @@ class NextWord(nn.Module):
 
 
 def words(seed: int, device: torch.device, *, vocabulary: int = 4096, batch: int = 32) -> Task:
-    """Predict the next word of the standard library's source, from a large sparse embedding."""
+    """Predict the next word of the library's source from an embedding.
+
+    Args:
+        seed: of the weights and of the order of the text.
+        device: of the model.
+        vocabulary: number of words; most are in few batches, so their gradients are sparse.
+        batch: predicted words per step.
+    """
     train, held_out = text.split_words(vocabulary)
     torch.manual_seed(seed)
     model = NextWord(vocabulary).to(device)
@@ -183,9 +198,15 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def images(seed: int, device: torch.device, *, noise: float = 0.7, batch: int = 32) -> Task:
-    """Classify scikit-learn's 8x8 digits, with fresh noise in each batch, with a small convolutional network.
+    """Classify noisy 8x8 digits with a small convolutional network.
 
-    The noise keeps the loss away from 0. The last 400 of 1,797 images are held out.
+    The last 400 of scikit-learn's 1,797 images are held out.
+
+    Args:
+        seed: of the weights, the batches and their noise.
+        device: of the model.
+        noise: standard deviation of new noise in each batch, in that of the pixels; it keeps the loss away from 0.
+        batch: images per step.
     """
     pixels, labels = (tensor.to(device) for tensor in _digits())
     count = len(labels) - 400
@@ -290,7 +311,13 @@ WARMUP = 0.05  # share of the steps with a linear warm-up
 
 
 def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
-    """Return the factor of a step, counted from 1: linear warm-up, then the schedule."""
+    """Return the factor of the learning rate in a step.
+
+    Args:
+        schedule: name in `SCHEDULES`; it follows a linear warm-up.
+        step: counted from 1.
+        steps: of the run.
+    """
     warmup = max(1, round(WARMUP * steps))
     if step <= warmup:
         return step / warmup
@@ -298,13 +325,30 @@ def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
 
 
 PROBLEMS: dict[str, Problem] = {
-    "gpt": Problem("GPT, bytes", gpt, (150, 600, 2400), 4e-3, 0.1, 1.0, "cosine", 1, False, 6.0),
-    "words": Problem("next word, sparse embedding", words, (200, 800, 3200), 4e-3, 0.1, 1.0, "cosine", 1, False, 2.5),
-    "images": Problem("convolutions, digits", images, (300, 1200, 4800), 4e-3, 0.1, 1.0, "cosine", 1, False, 1.5),
+    "gpt": Problem("GPT, bytes", gpt, (150, 600, 2400), lr=4e-3, step_ms=6.0),
+    "words": Problem("next word, sparse embedding", words, (200, 800, 3200), lr=4e-3, step_ms=2.5),
+    "images": Problem("convolutions, digits", images, (300, 1200, 4800), lr=4e-3, step_ms=1.5),
     "drift": Problem(
-        "online, alternating noise", Drift, (1000, 4000, 16000), 3e-2, 0.0, None, "constant", 1, True, 0.25
+        "online, alternating noise",
+        Drift,
+        (1000, 4000, 16000),
+        lr=3e-2,
+        step_ms=0.25,
+        weight_decay=0.0,
+        max_grad_norm=None,
+        schedule="constant",
+        online=True,
     ),
-    "rare": Problem("rare large gradients", Rare, (1000, 4000, 16000), 0.1, 0.0, None, "cosine", 9, False, 0.2),
-    "gpt-large": Problem("large GPT, bytes", large_gpt, (250, 1000, 4000), 1e-3, 0.1, 1.0, "cosine", 1, False, 60.0),
+    "rare": Problem(
+        "rare large gradients",
+        Rare,
+        (1000, 4000, 16000),
+        lr=0.1,
+        step_ms=0.2,
+        weight_decay=0.0,
+        max_grad_norm=None,
+        reach=9,
+    ),
+    "gpt-large": Problem("large GPT, bytes", large_gpt, (250, 1000, 4000), lr=1e-3, step_ms=60.0),
 }
 STUDIED = tuple(name for name in PROBLEMS if name != "gpt-large")  # gpt-large needs a GPU

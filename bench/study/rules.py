@@ -36,7 +36,9 @@ def _adax(horizon: float) -> Callable[[int, int], float]:
 
 
 def _fraction(share: float) -> Callable[[int, int], float]:
-    """Return betas[1] of `"adafactor"` for `w_t = k / (t + k - 1)`, `k = 1 / share`.
+    """Return betas[1] of `"adafactor"` for a memory of the last steps.
+
+        w_t = k / (t + k - 1),    k = 1 / share
 
     v then averages over about the last `share` of the steps so far.
     """
@@ -66,9 +68,9 @@ RULES: dict[str, Rule] = {
     "adam-0.999-uncorrected": Rule("adam", lambda step, steps: 0.999, corrected=False),
 }
 
-# Rules that the whole study runs at some horizons only, by index in `Problem.horizons`. `adax-1/T` and `adax-3/T` lie
-# between rules that differ at the longer horizons. The `fraction` rules lose at the shortest one. One horizon shows the
-# effect of the correction of m.
+# Rules that the whole study runs at some horizons only, by index in `Problem.horizons`, to save time. `adax-1/T` and
+# `adax-3/T` lie between rules that differ at the longer horizons. The `fraction` rules lose on the GPT and on words at
+# the shortest one. One horizon shows the effect of the correction of m.
 PARTIAL: dict[str, tuple[int, ...]] = {
     "adax-1/T": (1, 2),
     "adax-3/T": (1, 2),

@@ -1,4 +1,4 @@
-"""Search the best learning rate of a rule: a grid of factors of 2, then several seeds."""
+"""Search the best learning rate of a rule on a grid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGEST_EXPONENT = 9  # the grid is base_lr * 2^-9 ... 2^9
 
 
 class Cell(NamedTuple):
-    """A rule on a problem for a horizon: the unit that the study tunes."""
+    """A rule on a problem for a horizon."""
 
     problem: str
     rule: str
@@ -29,10 +29,11 @@ def mean_loss(losses: list[float | None]) -> float:
 def search(
     cell: Cell, base_lr: float, seeds: int, start: int = 0, reach: int = 1
 ) -> Generator[list[Run], Mapping[Run, float | None], int]:
-    """Yield lists of runs, receive the losses of all runs so far, and return the best exponent.
+    """Search the exponent of the best learning rate.
 
-    Seed 0 runs at the rates around `start`, then at further ones until the lowest loss is inside the grid. All seeds
-    then run at the best rate and at its two neighbours, until the lowest mean is between two higher ones.
+    The generator yields lists of runs and receives the losses of all runs so far. Seed 0 runs at the rates around
+    `start`, then at further ones until the lowest loss is inside the grid. All seeds then run at the best rate and at
+    its two neighbours, until the lowest mean is between two higher ones.
 
     Args:
         cell: what to tune.

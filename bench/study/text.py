@@ -1,4 +1,4 @@
-"""Text of the study: the source of Python's standard library, as bytes or as words."""
+"""The source of Python's standard library as bytes or words."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def source() -> bytes:
 
 
 def digest() -> str:
-    """Return the first 12 hexadecimal digits of the text's SHA-256; it differs between Python versions."""
+    """Return 12 digits of the text's SHA-256.
+
+    The text differs between versions of Python.
+    """
     return hashlib.sha256(source()).hexdigest()[:12]
 
 
@@ -46,9 +49,9 @@ def split_bytes() -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def split_words(vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Return the training and the held-out text as (n,) int32 word numbers, the most frequent word first.
+    """Return the training and the held-out text, (n,) int32 word numbers.
 
-    The last number stands for all words outside the vocabulary.
+    The most frequent word has number 0. The last number stands for all words outside the vocabulary.
     """
     found = _WORD.findall(source())
     common = collections.Counter(found).most_common(vocabulary - 1)
