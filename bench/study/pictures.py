@@ -10,8 +10,9 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .analysis import Result, difference, memory
+from .analysis import Result, difference, interval, memory
 from .problems import PROBLEMS, STUDIED
+from .rules import RULES
 from .run import POINTS
 from .search import Cell
 
@@ -24,6 +25,7 @@ SHOWN = {
     "adam-0.95": "#dc2626",
     "adam-0.999": "#475569",
 }
+OTHER_COLOUR = "#cbd5e1"
 Results = Mapping[Cell, Result]
 
 
@@ -55,16 +57,18 @@ def _panels(results: Results, reference: str, draw: Callable[[Any, Results, str,
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'adax-triton[bench]'") from error
     names = [name for name in STUDIED if horizons(results, name)]
-    figure = Figure(figsize=(3.0 * len(names), 3.3), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
+    figure = Figure(figsize=(9.0, 5.4), dpi=120, layout="constrained")
+    panels = list(figure.subplots(2, 3).flat)
+    handles: dict[str, Any] = {}
+    for axes, name in zip(panels, names, strict=False):
         draw(axes, results, name, reference)
         axes.set_title(PROBLEMS[name].title, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    panels[-1].legend(handles.values(), handles, loc="center", frameon=False, fontsize=9)
     return figure
 
 
@@ -72,16 +76,17 @@ def _horizons(axes: Any, results: Results, problem: str, reference: str) -> None
     """Draw the difference from the reference by horizon, with intervals."""
     axes.axhline(0.0, color="black", linewidth=0.8)
     for rule, colour in SHOWN.items():
-        points = []
-        for steps in horizons(results, problem):
-            cells = (Cell(problem, rule, steps), Cell(problem, reference, steps))
-            if rule != reference and all(cell in results for cell in cells):
-                points.append((steps, *difference(*(results[cell] for cell in cells))))
+        points = {
+            steps: difference(results[Cell(problem, rule, steps)], results[Cell(problem, reference, steps)])
+            for steps in horizons(results, problem)
+            if rule != reference and {Cell(problem, rule, steps), Cell(problem, reference, steps)} <= results.keys()
+        }
         if points:
-            steps, means, widths = zip(*points, strict=True)
-            axes.errorbar(
-                steps, means, widths, fmt="o-", markersize=3, capsize=2, linewidth=1.2, color=colour, label=rule
+            means, widths = zip(*points.values(), strict=True)
+            line = axes.errorbar(
+                list(points), means, widths, fmt="o-", markersize=3, capsize=2, linewidth=1.2, color=colour
             )
+            line.set_label(rule)
     axes.set_xscale("log", base=4)
     axes.set_xticks(horizons(results, problem), [f"{steps:,}" for steps in horizons(results, problem)])
     axes.minorticks_off()
@@ -92,22 +97,19 @@ def _horizons(axes: Any, results: Results, problem: str, reference: str) -> None
 def _memory(axes: Any, results: Results, problem: str, reference: str) -> None:
     """Draw the loss at the longest horizon by the memory of v."""
     steps = horizons(results, problem)[-1]
-    for cell, result in results.items():
-        if (cell.problem, cell.steps, cell.states) == (problem, steps, "float32"):
-            colour = {"adax": "#2563eb", "average": "#0891b2", "adam": "#dc2626", "adafactor": "#0d9488"}
-            kind = cell.rule.split("-")[0]
-            axes.plot(memory(cell.rule, steps), result.loss, "o", markersize=5, color=colour.get(kind, "#64748b"))
-            axes.annotate(
-                cell.rule,
-                (memory(cell.rule, steps), result.loss),
-                fontsize=5.5,
-                xytext=(3, 3),
-                textcoords="offset points",
+    others = [rule for rule in RULES if rule not in SHOWN and not rule.endswith("uncorrected")]
+    for rule, colour in {**SHOWN, **dict.fromkeys(others, OTHER_COLOUR)}.items():
+        result = results.get(Cell(problem, rule, steps))
+        if result is not None:
+            width = interval([record["loss"] for record in result.records]).half_width
+            label = rule if rule in SHOWN else "_" if rule != others[0] else "other rules"
+            axes.errorbar(
+                memory(rule, steps), result.loss, width, fmt="o", markersize=4, capsize=2, color=colour, label=label
             )
     axes.set_xscale("log")
+    axes.set_xlim(1e-3, 1.3)
     axes.set_xlabel(f"mean age of v / {steps:,} steps", fontsize=8)
     axes.set_ylabel("loss", fontsize=8)
-    axes.margins(x=0.2)
 
 
 def _rates(axes: Any, results: Results, problem: str, reference: str) -> None:
@@ -141,5 +143,8 @@ def _updates(axes: Any, results: Results, problem: str, reference: str) -> None:
             times = [(index + 1) / POINTS for index in range(len(sizes))]
             axes.plot(times, sizes, ".-", linewidth=1.2, color=colour, label=rule)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(which="minor", labelsize=7)
     axes.set_xlabel(f"share of {steps:,} steps", fontsize=8)
     axes.set_ylabel("update / learning rate (RMS)", fontsize=8)

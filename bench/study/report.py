@@ -103,8 +103,8 @@ def section(path: Path, seeds: int, name: str) -> str:
     if not found or not starts:
         raise ValueError(f"{path}: expected runs of {seeds} seeds; got {len(records)} runs")
     hours = sum(record["seconds"] for record in records) / 3600
-    source = f"From `{name}`: {origin(starts[-1])}; {len(records):,} runs, {hours:.1f} hours of one core."
-    return f"{source}\n\n{table(found)}\n"
+    machine = origin({"environment": starts[-1]})
+    return f"From `{name}`: {machine}; {len(records):,} runs, {hours:.1f} hours of one core.\n\n{table(found)}\n"
 
 
 def rewrite(page: Path, path: Path, seeds: int) -> None:

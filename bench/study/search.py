@@ -23,7 +23,8 @@ class Cell(NamedTuple):
 
 def mean_loss(losses: list[float | None]) -> float:
     """Return the mean; infinity if a run diverged."""
-    return math.inf if None in losses else statistics.fmean(losses)
+    finite = [loss for loss in losses if loss is not None]
+    return statistics.fmean(finite) if len(finite) == len(losses) else math.inf
 
 
 def search(
