@@ -24,6 +24,10 @@ from .search import Cell
 
 BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
 REFERENCE = "adam-0.999"
+SENSITIVITY = (
+    f"The next table has the differences of the area under the curve from `{REFERENCE}`, which is the mean validation "
+    "loss\nof the run, and what half and twice the best rate cost."
+)
 
 
 def cells_table(plan: Iterable[Cell], found: Mapping[Cell, Result]) -> str:
@@ -62,10 +66,35 @@ def table(found: Mapping[Cell, Result]) -> str:
     return "\n".join(markdown_table(titles, lines))
 
 
-def _difference(found: Mapping[Cell, Result], cell: Cell) -> str:
-    if cell not in found:
+def sensitivity_table(found: Mapping[Cell, Result], problems: Iterable[str]) -> str:
+    """Return areas and the cost of another learning rate, as Markdown.
+
+    Args:
+        found: of `analysis.results`.
+        problems: names in `PROBLEMS`; each has three columns, for its longest horizon.
+    """
+    last = {name: steps[-1] for name in problems if (steps := horizons(found, name))}
+    titles = ["rule"]
+    for name in last:
+        title = PROBLEMS[name].title
+        titles += [f"{title}: area", f"{title}: at half the rate", f"{title}: at twice the rate"]
+    lines = []
+    for rule in RULES:
+        row: list[str] = []
+        for name, steps in last.items():
+            cell = Cell(name, rule, steps)
+            changes = [f"{found[cell].change(factor):+.2g}" for factor in (0.5, 2.0)] if cell in found else ["", ""]
+            row += ["" if rule == REFERENCE else _difference(found, cell, "area"), *changes]
+        if any(row):
+            lines.append([f"`{rule}`", *row])
+    return "\n".join(markdown_table(titles, lines))
+
+
+def _difference(found: Mapping[Cell, Result], cell: Cell, field: str = "loss") -> str:
+    reference = cell._replace(rule=REFERENCE)
+    if cell not in found or reference not in found:
         return ""
-    value = difference(found[cell], found[cell._replace(rule=REFERENCE)])
+    value = difference(found[cell], found[reference], field)
     return f"**{value}**" if value.excludes_zero else str(value)
 
 
@@ -104,7 +133,8 @@ def section(path: Path, seeds: int, name: str) -> str:
         raise ValueError(f"{path}: expected runs of {seeds} seeds; got {len(records)} runs")
     hours = sum(record["seconds"] for record in records) / 3600
     machine = origin({"environment": starts[-1]})
-    return f"From `{name}`: {machine}; {len(records):,} runs, {hours:.1f} hours of one core.\n\n{table(found)}\n"
+    source = f"From `{name}`: {machine}; {len(records):,} runs, {hours:.1f} hours of one core."
+    return "\n\n".join([source, table(found), SENSITIVITY, sensitivity_table(found, ("gpt", "words"))]) + "\n"
 
 
 def rewrite(page: Path, path: Path, seeds: int) -> None:

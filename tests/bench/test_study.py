@@ -372,6 +372,23 @@ def test_memory_is_the_mean_age() -> None:
     assert analysis.memory("adax-10/T", 1000) > 0.5
 
 
+def test_tables_compare_with_the_reference() -> None:
+    ours = made_records({0.5: [4.0, 4.0], 1.0: [3.0, 3.1], 2.0: [5.0, 5.1]})
+    theirs = made_records({1.0: [3.0, 3.0], 2.0: [2.0, 2.0], 4.0: [3.0, 3.0]}, "adam-0.999")
+    found = analysis.results([*ours, *theirs], seeds=2)
+    change = analysis.interval([1.0, 1.1])
+    assert report.table(found).splitlines() == [
+        "| rule | GPT, bytes, 600 steps | rate |",
+        "|---|---|---|",
+        "| `adam-0.999`, loss | 2 | 1 |",
+        f"| `average` | **{change}** | 0.5 |",
+    ]
+    assert report.sensitivity_table(found, ["gpt", "words"]).splitlines()[2:] == [
+        f"| `average` | **{change}** | +0.95 | +2 |",
+        "| `adam-0.999` |  | +1 | +1 |",
+    ]
+
+
 COMMITTED = ROOT / "bench" / "results" / "study.jsonl"
 
 
