@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from loss_plot import Curve, draw_losses
 from run_plan import Plan, add_run_arguments, load_config, make_plan
+from sweep_result import spread
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 TRAIN_GPT = Path(__file__).resolve().parent / "train_gpt.py"
-DEMO_ONLY_ARGUMENTS = {"against", "processes"}
+LAUNCHER_ARGUMENTS = {"against", "processes", "seeds", "json"}  # of this program and of sweep.py
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
@@ -55,7 +56,7 @@ def launch(run: argparse.Namespace, processes: int) -> None:
     """Train in `processes` processes of this interpreter and wait for them."""
     flags = []
     for name, value in vars(run).items():
-        if name in DEMO_ONLY_ARGUMENTS or value is None or value is False:
+        if name in LAUNCHER_ARGUMENTS or value is None or value is False:
             continue
         flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -65,15 +66,25 @@ def launch(run: argparse.Namespace, processes: int) -> None:
     torchrun([*local, str(TRAIN_GPT), *flags])
 
 
-def conclusion(curves: list[Curve], steps: int, seed: int) -> list[str]:
-    """Return what the comparison of two runs shows."""
+def conclusion(curves: list[Curve], plans: list[Plan], is_default_text: bool) -> list[str]:
+    """Return what the comparison of two runs shows.
+
+    Args:
+        curves, plans: of both runs.
+        is_default_text: the text is that of the recorded sweep.
+    """
+    steps, seed = (plans[0].settings[name] for name in ("steps", "seed"))
     better, worse = sorted(curves, key=lambda curve: curve.final_validation_loss)
     gap = worse.final_validation_loss - better.final_validation_loss
-    return [
-        f"{better.label} is lower by {gap:.4f} nats per byte after {steps} steps.",
-        f"One seed ({seed}) and {steps} steps of a small model do not predict long runs or large models.",
-        "The default learning rates come from the sweep in examples/README.md; run your own sweep for another model.",
-    ]
+    found = spread(plans) if is_default_text else None
+    lines = [f"{better.label} is lower by {gap:.4f} nats per byte after {steps} steps with seed {seed}."]
+    if found is None:
+        lines += ["No spread over seeds is recorded for these settings; measure it with examples/sweep.py."]
+    else:
+        seeds, difference = found
+        labels = " - ".join(curve.label for curve in curves)
+        lines += [f"Over {seeds} seeds {labels} is {difference} (95 % interval, examples/sweep.json)."]
+    return [*lines, f"{steps} steps of a small model do not predict long runs or large models; see docs/study.md."]
 
 
 def report(plans: list[Plan], data: Path | None, picture: Path, seconds: float) -> None:
@@ -93,7 +104,7 @@ def report(plans: list[Plan], data: Path | None, picture: Path, seconds: float) 
         times = f"{speed['milliseconds_per_step']:9.0f}{speed['tokens_per_second']:10,.0f}" if speed else ""
         print(f"{curve.label:8}{loss:16.4f}{loss / math.log(2):15.4f}{times}")
     if len(curves) == 2:
-        print("\n" + "\n".join(conclusion(curves, settings["steps"], settings["seed"])))
+        print("\n" + "\n".join(conclusion(curves, plans, is_default_text=data is None)))
     print(f"Loss curves: {picture}    ({seconds:.0f} s in total)")
 
 
