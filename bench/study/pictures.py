@@ -91,7 +91,7 @@ def _horizons(axes: Any, results: Results, problem: str, reference: str) -> None
     axes.set_xticks(horizons(results, problem), [f"{steps:,}" for steps in horizons(results, problem)])
     axes.minorticks_off()
     axes.set_xlabel("steps", fontsize=8)
-    axes.set_ylabel(f"loss - loss of {reference}", fontsize=8)
+    axes.set_ylabel(f"{PROBLEMS[problem].unit}, minus {reference}", fontsize=8)
 
 
 def _memory(axes: Any, results: Results, problem: str, reference: str) -> None:
@@ -109,7 +109,7 @@ def _memory(axes: Any, results: Results, problem: str, reference: str) -> None:
     axes.set_xscale("log")
     axes.set_xlim(1e-3, 1.3)
     axes.set_xlabel(f"mean age of v / {steps:,} steps", fontsize=8)
-    axes.set_ylabel("loss", fontsize=8)
+    axes.set_ylabel(PROBLEMS[problem].unit, fontsize=8)
 
 
 def _rates(axes: Any, results: Results, problem: str, reference: str) -> None:
@@ -129,7 +129,7 @@ def _rates(axes: Any, results: Results, problem: str, reference: str) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.1g}")
     axes.set_xlabel(f"learning rate, {steps:,} steps", fontsize=8)
-    axes.set_ylabel("loss, seed 0", fontsize=8)
+    axes.set_ylabel(f"{PROBLEMS[problem].unit}, seed 0", fontsize=8)
 
 
 def _updates(axes: Any, results: Results, problem: str, reference: str) -> None:

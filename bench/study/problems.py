@@ -43,7 +43,7 @@ class Problem(NamedTuple):
     """A problem and its settings, which are equal for all rules.
 
     Attributes:
-        title: short description for tables and pictures.
+        title, unit: short description and unit of the loss, for tables and pictures.
         build: function of (seed, device) that returns a task.
         horizons: numbers of steps.
         lr: first learning rate that the search tries.
@@ -56,6 +56,7 @@ class Problem(NamedTuple):
     """
 
     title: str
+    unit: str
     build: Callable[[int, torch.device], Task]
     horizons: tuple[int, ...]
     lr: float
@@ -325,11 +326,12 @@ def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
 
 
 PROBLEMS: dict[str, Problem] = {
-    "gpt": Problem("GPT, bytes", gpt, (150, 600, 2400), lr=4e-3, step_ms=6.0),
-    "words": Problem("next word, sparse embedding", words, (200, 800, 3200), lr=4e-3, step_ms=2.5),
-    "images": Problem("convolutions, digits", images, (300, 1200, 4800), lr=4e-3, step_ms=1.5),
+    "gpt": Problem("GPT", "nats per byte", gpt, (150, 600, 2400), lr=4e-3, step_ms=6.0),
+    "words": Problem("sparse embedding", "nats per word", words, (200, 800, 3200), lr=4e-3, step_ms=2.5),
+    "images": Problem("images", "nats", images, (300, 1200, 4800), lr=4e-3, step_ms=1.5),
     "drift": Problem(
-        "online, alternating noise",
+        "alternating noise",
+        "squared error",
         Drift,
         (1000, 4000, 16000),
         lr=3e-2,
@@ -341,6 +343,7 @@ PROBLEMS: dict[str, Problem] = {
     ),
     "rare": Problem(
         "rare large gradients",
+        "excess loss",
         Rare,
         (1000, 4000, 16000),
         lr=0.1,
@@ -349,6 +352,6 @@ PROBLEMS: dict[str, Problem] = {
         max_grad_norm=None,
         reach=9,
     ),
-    "gpt-large": Problem("large GPT, bytes", large_gpt, (250, 1000, 4000), lr=1e-3, step_ms=60.0),
+    "gpt-large": Problem("large GPT", "nats per byte", large_gpt, (250, 1000, 4000), lr=1e-3, step_ms=60.0),
 }
 STUDIED = tuple(name for name in PROBLEMS if name != "gpt-large")  # gpt-large needs a GPU

@@ -24,6 +24,7 @@ from .search import Cell
 
 BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
 REFERENCE = "adam-0.999"
+NETWORKS = ("gpt", "words", "images")
 SENSITIVITY = (
     f"The next table has the differences of the area under the curve from `{REFERENCE}`, which is the mean validation "
     "loss\nof the run, and what half and twice the best rate cost."
@@ -51,12 +52,12 @@ def cells_table(plan: Iterable[Cell], found: Mapping[Cell, Result]) -> str:
 def table(found: Mapping[Cell, Result]) -> str:
     """Return the differences from the reference at the longest horizons, as Markdown.
 
-    A difference is bold if its interval excludes 0. The last column is the best learning rate divided by the
-    reference's, the geometric mean over the problems and horizons whose optimum is inside the grid.
+    A difference is bold if its interval excludes 0. The last column is `rate_factor`.
     """
     last = {name: max(horizons(found, name), default=0) for name in STUDIED}
     names = [name for name in STUDIED if Cell(name, REFERENCE, last[name]) in found]
-    titles = ["rule", *(f"{PROBLEMS[name].title}, {last[name]:,} steps" for name in names), "rate"]
+    heads = [f"{PROBLEMS[name].title}, {last[name]:,} steps, {PROBLEMS[name].unit}" for name in names]
+    titles = ["rule", *heads, "rate"]
     reference = [f"{found[Cell(name, REFERENCE, last[name])].loss:.4g}" for name in names]
     lines = [[f"`{REFERENCE}`, loss", *reference, "1"]]
     for rule in RULES:
@@ -99,20 +100,20 @@ def _difference(found: Mapping[Cell, Result], cell: Cell, field: str = "loss") -
 
 
 def rate_factor(found: Mapping[Cell, Result], rule: str) -> float:
-    """Return the best learning rate of a rule divided by the reference's.
+    """Return the best learning rate of a rule relative to the reference's.
 
     Args:
         found: of `analysis.results`.
         rule: name in `RULES`.
 
     Returns:
-        The geometric mean over the cells in which both optima are inside the grid.
+        The geometric mean over the horizons of the networks.
     """
     ratios = []
     for cell, result in found.items():
         reference = found.get(cell._replace(rule=REFERENCE))
-        if cell.rule == rule and cell.states == "float32" and reference is not None:
-            ratios += [math.log(result.lr / reference.lr)] if result.is_inside and reference.is_inside else []
+        if (cell.rule, cell.states) == (rule, "float32") and cell.problem in NETWORKS and reference is not None:
+            ratios.append(math.log(result.lr / reference.lr))
     return math.exp(statistics.fmean(ratios)) if ratios else math.nan
 
 

@@ -378,7 +378,7 @@ def test_tables_compare_with_the_reference() -> None:
     found = analysis.results([*ours, *theirs], seeds=2)
     change = analysis.interval([1.0, 1.1])
     assert report.table(found).splitlines() == [
-        "| rule | GPT, bytes, 600 steps | rate |",
+        "| rule | GPT, 600 steps, nats per byte | rate |",
         "|---|---|---|",
         "| `adam-0.999`, loss | 2 | 1 |",
         f"| `average` | **{change}** | 0.5 |",
