@@ -24,8 +24,8 @@ class AdaX(MomentOptimizer):
     bias factor. The updates are the same, but `v` stays bounded, while the paper's moment overflows float32 at step
     887k.
 
-    `betas[1] * steps` decides how long the memory is. At 1e-4, `v` stops changing at step 115,847. For runs of more than
-    10,000 steps set `betas=(0.9, beta2_for_horizon(total_steps))`.
+    `betas[1] * steps` decides how long the memory is. At 1e-4, `v` stops changing at step 115,847. For more than 10,000
+    steps set `betas=(0.9, beta2_for_horizon(total_steps))`.
 
     Source: Li, Zhang, Wang, Luo 2020, arXiv:2004.09740, algorithm 1. The defaults are those of the authors' program.
 

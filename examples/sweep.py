@@ -1,6 +1,6 @@
 """Sweep learning rates and seeds of the demo's GPT.
 
-    python examples/sweep.py --lr AdaX 2e-3 3e-3 4e-3 --lr AdamW 3e-3 4e-3 6e-3 --json examples/sweep.json
+    python examples/sweep.py --lr AdaX 2e-3 3e-3 4e-3 --lr AdamW 3e-3 4e-3 --json examples/sweep.json
 
 All runs of a seed see the same data and start from the same weights, so differences are paired by seed. Run again to
 resume. `demo.py` shows the committed result, `examples/sweep.json`.

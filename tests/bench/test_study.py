@@ -399,3 +399,40 @@ def test_page_shows_the_committed_runs() -> None:
     for name in report.pictures(analysis.results(records.read(COMMITTED)), report.REFERENCE):
         assert f"({name}.png)" in page
         assert (ROOT / "docs" / f"{name}.png").exists()
+
+
+# The differences that docs/study.md names: cell, and the rule that it is compared with.
+NAMED = [
+    (Cell("words", "adax-1e-4", 3200), "adafactor-0.8"),
+    (Cell("words", "adax-1e-4", 200), "adam-0.95"),
+    (Cell("words", "adax-1e-4", 800), "adam-0.95"),
+    (Cell("words", "adax-1e-4", 3200), "adam-0.95"),
+    (Cell("words", "adax-1e-4", 3200), "adam-0.999"),
+    (Cell("words", "adax-1e-4", 3200), "adax-10/T"),
+    (Cell("rare", "adax-1e-4", 16000), "adam-0.999"),
+    (Cell("gpt", "adax-1e-4-uncorrected", 2400), "adax-1e-4"),
+    (Cell("words", "adax-1e-4-uncorrected", 3200), "adax-1e-4"),
+    (Cell("gpt", "fraction-1/4", 150), "adafactor-0.8"),
+    (Cell("gpt", "fraction-1/16", 150), "adafactor-0.8"),
+]
+
+
+def test_page_names_the_committed_differences() -> None:
+    page = " ".join((ROOT / "docs" / "study.md").read_text().split())
+    found = analysis.results(records.read(COMMITTED))
+    for cell, other in NAMED:
+        assert str(analysis.difference(found[cell], found[cell._replace(rule=other)])) in page, (cell, other)
+    for problem, steps in (("gpt", 600), ("words", 800)):
+        cell = Cell(problem, "adax-1e-4", steps)
+        for states in ("8bit_v16", "8bit"):
+            assert str(analysis.difference(found[cell._replace(states=states)], found[cell])) in page, (cell, states)
+
+
+def test_gpt_and_images_do_not_separate_the_rules() -> None:
+    """The limits of the first sentence of docs/study.md's answer."""
+    found = analysis.results(records.read(COMMITTED))
+    for problem, steps in (("gpt", 2400), ("images", 4800)):
+        for one, other in itertools.combinations(["adax-1e-4", "adafactor-0.8", "adam-0.95", "adam-0.999"], 2):
+            change = analysis.difference(found[Cell(problem, one, steps)], found[Cell(problem, other, steps)])
+            assert abs(change.mean) < 0.01
+            assert change.half_width < 0.03

@@ -252,6 +252,8 @@ def test_recorded_spread_belongs_to_the_defaults_of_the_demo(tmp_path: Path) -> 
     assert found == (5, paired(json.loads(COMMITTED.read_text()), "AdaX", "AdamW"))
     assert spread(plans("--steps", "401")) is None
     assert spread(plans("--optimizer", "AdamW")) is None
+    for page in ("README.md", "docs/study.md", "docs/coming-from-adamw.md"):
+        assert f"{found[1]}".removeprefix("+") in (ROOT / page).read_text(), page
     curves = [Curve("AdaX", 2.0), Curve("AdamW", 2.1)]
     printed = demo_module.conclusion(curves, plans(), is_default_text=True)
     assert f"Over 5 seeds AdaX - AdamW is {found[1]} (95 % interval, examples/sweep.json)." in printed
