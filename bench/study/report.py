@@ -74,7 +74,7 @@ def sensitivity_table(found: Mapping[Cell, Result], problems: Iterable[str]) -> 
         found: of `analysis.results`.
         problems: names in `PROBLEMS`; each has three columns, for its longest horizon.
     """
-    last = {name: steps[-1] for name in problems if (steps := horizons(found, name))}
+    last = {name: max(horizons(found, name)) for name in problems if horizons(found, name)}
     titles = ["rule"]
     for name in last:
         title = PROBLEMS[name].title
