@@ -95,6 +95,41 @@ def _generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
 
 
+def _text_task(
+    model: nn.Module,
+    parts: tuple[Tensor, Tensor],
+    context: int,
+    targets: slice | int,
+    seed: int,
+    batch: int,
+    held_out_windows: int,
+) -> Task:
+    """Return the task of a model that reads windows of a text.
+
+    Args:
+        model: called with inputs (batch, context) and targets.
+        parts: training and held-out tokens.
+        context: tokens before the last one of a window.
+        targets: which tokens of a window are predicted.
+        seed: of the order of the text.
+        batch: windows per step.
+        held_out_windows: spaced evenly over the held-out tokens.
+    """
+    train, held_out = parts
+    device = next(model.parameters()).device
+    offsets = torch.arange(context + 1)
+
+    def windows(source: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        found = source[starts[:, None] + offsets].long().to(device)
+        return found[:, :-1].contiguous(), found[:, targets].contiguous()
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        return windows(train, torch.randint(len(train) - context, (batch,), generator=_generator(seed, step)))
+
+    starts = torch.linspace(0, len(held_out) - context - 1, held_out_windows).long()
+    return Supervised(model, draw, [windows(held_out, starts)])
+
+
 def gpt(
     seed: int, device: torch.device, *, layers: int = 2, width: int = 64, context: int = 32, batch: int = 8
 ) -> Task:
@@ -107,20 +142,9 @@ def gpt(
         context: bytes per window.
         batch: windows per step.
     """
-    train, held_out = text.split_bytes()
     torch.manual_seed(seed)
     model = GPT(layers=layers, width=width, heads=width // 32, context=context).to(device)
-    offsets = torch.arange(context + 1)
-
-    def windows(source: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        found = source[starts[:, None] + offsets].long().to(device)
-        return found[:, :-1].contiguous(), found[:, 1:].contiguous()
-
-    def draw(step: int) -> tuple[Tensor, Tensor]:
-        return windows(train, torch.randint(len(train) - context, (batch,), generator=_generator(seed, step)))
-
-    starts = torch.linspace(0, len(held_out) - context - 1, HELD_OUT // 4).long()
-    return Supervised(model, draw, [windows(held_out, starts)])
+    return _text_task(model, text.split_bytes(), context, slice(1, None), seed, batch, HELD_OUT // 4)
 
 
 large_gpt = functools.partial(gpt, layers=8, width=512, context=512, batch=16)
@@ -150,20 +174,9 @@ def words(seed: int, device: torch.device, *, vocabulary: int = 4096, batch: int
         vocabulary: number of words; most are in few batches, so their gradients are sparse.
         batch: predicted words per step.
     """
-    train, held_out = text.split_words(vocabulary)
     torch.manual_seed(seed)
     model = NextWord(vocabulary).to(device)
-    offsets = torch.arange(text.CONTEXT + 1)
-
-    def windows(source: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        found = source[starts[:, None] + offsets].long().to(device)
-        return found[:, :-1].contiguous(), found[:, -1].contiguous()
-
-    def draw(step: int) -> tuple[Tensor, Tensor]:
-        return windows(train, torch.randint(len(train) - text.CONTEXT, (batch,), generator=_generator(seed, step)))
-
-    starts = torch.linspace(0, len(held_out) - text.CONTEXT - 1, HELD_OUT).long()
-    return Supervised(model, draw, [windows(held_out, starts)])
+    return _text_task(model, text.split_words(vocabulary), text.CONTEXT, -1, seed, batch, HELD_OUT)
 
 
 class Convolutional(nn.Module):
