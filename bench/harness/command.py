@@ -78,3 +78,16 @@ def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]], right: 
     rule = "".join("|---:" if index in right else "|---" for index in range(len(titles)))
     first, *others = (f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (titles, *rows))
     return [first, f"{rule}|", *others]
+
+
+def split_at_markers(page: Path, begin: str, end: str) -> tuple[str, str, str]:
+    """Return the text before, between and after two markers of a page.
+
+    Raises ValueError without the markers.
+    """
+    text = page.read_text()
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{page}: expected {begin} and then {end}, once each")
+    before, _, rest = text.partition(begin)
+    between, _, after = rest.partition(end)
+    return before, between, after

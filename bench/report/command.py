@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from adax_triton.bench import host
-from adax_triton.bench.harness.command import markdown_table
+from adax_triton.bench.harness.command import markdown_table, split_at_markers
 from adax_triton.bench.harness.environment import origin
 from adax_triton.bench.launch_variants import command as launch_variants
 from adax_triton.bench.precision import long_run, update_error
@@ -159,23 +159,10 @@ def section(files: Sequence[Path], root: Path) -> str:
 
 def files_of(readme: Path) -> list[Path]:
     """Return the files that the section of a README was made from."""
-    return [readme.parent / name for name in _SOURCE.findall(_split(readme)[1])]
+    return [readme.parent / name for name in _SOURCE.findall(split_at_markers(readme, BEGIN, END)[1])]
 
 
 def rewrite(readme: Path, files: Sequence[Path]) -> None:
     """Replace the text between the markers."""
-    before, _, after = _split(readme)
+    before, _, after = split_at_markers(readme, BEGIN, END)
     readme.write_text(f"{before}{BEGIN}\n{section(files, readme.parent)}{END}{after}")
-
-
-def _split(readme: Path) -> tuple[str, str, str]:
-    """Return the text before, between and after the markers.
-
-    Raises ValueError without the markers.
-    """
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme}: expected {BEGIN} and then {END}, once each")
-    before, _, rest = text.partition(BEGIN)
-    between, _, after = rest.partition(END)
-    return before, between, after

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from adax_triton.bench.harness.command import markdown_table
+from adax_triton.bench.harness.command import markdown_table, split_at_markers
 from adax_triton.bench.harness.environment import origin
 
 from .analysis import Result, difference, interval, results
@@ -148,11 +148,8 @@ def rewrite(page: Path, path: Path, seeds: int) -> None:
     Raises:
         ValueError: the page lacks the markers, or the file has no results.
     """
-    content = page.read_text()
-    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
-        raise ValueError(f"{page}: expected {BEGIN} and then {END}, once each")
+    before, _, after = split_at_markers(page, BEGIN, END)
     shown = section(path, seeds, path.as_posix())
     for name, figure in pictures(results(read(path), seeds), REFERENCE).items():
         figure.savefig(page.parent / f"{name}.png")
-    before, after = content[: content.index(BEGIN)], content[content.index(END) :]
-    page.write_text(f"{before}{BEGIN}\n{shown}{after}")
+    page.write_text(f"{before}{BEGIN}\n{shown}{END}{after}")
