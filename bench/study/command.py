@@ -23,7 +23,7 @@ from adax_triton.state.precision import STATES
 
 from . import analysis, report, text
 from .problems import PROBLEMS, STUDIED
-from .records import read, writer
+from .records import writer
 from .rules import PARTIAL, RULES
 from .run import POINTS
 from .scheduler import Scheduler, seconds
@@ -83,13 +83,11 @@ def run(arguments: argparse.Namespace) -> None:
     workers = arguments.workers or (len(os.sched_getaffinity(0)) if arguments.device.type == "cpu" else 1)
     environment = {**describe(arguments.device), "text": text.digest()}
     with (
-        writer(arguments.out, environment) as records,
+        writer(arguments.out, environment) as file,
         progress(round(sum(map(seconds, plan))), "study") as advance,
     ):
-        earlier = read(arguments.out)
-        scheduler = Scheduler(earlier, records, seeds=arguments.seeds, device=arguments.device, advance=advance)
-        scheduler.run(plan, workers)
-    print(report.cells_table(plan, analysis.results(read(arguments.out), arguments.seeds)))
+        Scheduler(file, seeds=arguments.seeds, device=arguments.device, advance=advance).run(plan, workers)
+    print(report.cells_table(plan, analysis.results(file.records.values(), arguments.seeds)))
 
 
 def cells(arguments: argparse.Namespace) -> Iterator[Cell]:

@@ -363,7 +363,7 @@ PROBLEMS: dict[str, Problem] = {
         step_ms=0.2,
         weight_decay=0.0,
         max_grad_norm=None,
-        reach=9,
+        reach=18,  # the whole grid
     ),
     "gpt-large": Problem("large GPT", "nats per byte", large_gpt, (250, 1000, 4000), lr=1e-3, step_ms=60.0),
 }

@@ -6,6 +6,7 @@ A line without a run has the environment of the runs after it.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +24,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     A last line that a killed process did not finish is ignored.
     """
-    found = {run_of(line): line for line in _lines(path) if "environment" not in line}
-    return list(found.values())
+    return list(_contents(path)[0].values())
 
 
 def environments(path: Path) -> list[dict[str, Any]]:
     """Return the environments of a file, one per start."""
-    return [line["environment"] for line in _lines(path) if "environment" in line]
+    return _contents(path)[1]
 
 
 def run_of(record: dict[str, Any]) -> Run:
@@ -37,10 +37,15 @@ def run_of(record: dict[str, Any]) -> Run:
     return Run(**{name: record[name] for name in Run._fields})
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+def _contents(path: Path) -> tuple[dict[Run, dict[str, Any]], list[dict[str, Any]]]:
+    return _parse(path.read_bytes() if path.exists() else b"")
+
+
+def _parse(content: bytes) -> tuple[dict[Run, dict[str, Any]], list[dict[str, Any]]]:
+    """Return the records by run, and the environments, of all finished lines."""
+    lines = [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+    starts = [line["environment"] for line in lines if "environment" in line]
+    return {run_of(line): line for line in lines if "environment" not in line}, starts
 
 
 class Writer:
@@ -48,14 +53,23 @@ class Writer:
 
     Args:
         file: opened for appending, in binary mode.
+        records: of the file, by run; `append` adds to them.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], records: dict[Run, dict[str, Any]]) -> None:
+        self._file, self.records = file, records
 
     def append(self, record: dict[str, Any]) -> None:
-        """Append a line, which a kill of this process does not lose."""
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        """Append the record of a run, which a kill of this process does not lose."""
+        self._write(record)
+        self.records[run_of(record)] = record
+
+    def start(self, environment: dict[str, Any]) -> None:
+        """Append the environment of the runs that follow."""
+        self._write({"environment": environment})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
 
@@ -70,13 +84,6 @@ def writer(path: Path, environment: dict[str, Any]) -> Iterator[Writer]:
     Raises:
         ValueError: the file has runs of an environment that differs in `SHARED`, or another process writes it.
     """
-    for earlier in environments(path):
-        for key in SHARED:
-            if earlier.get(key) != environment.get(key):
-                raise ValueError(
-                    f"{path} has runs with {key}={earlier.get(key)!r}, but this is {key}={environment.get(key)!r}; "
-                    "pass another --out"
-                )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         try:
@@ -85,7 +92,14 @@ def writer(path: Path, environment: dict[str, Any]) -> Iterator[Writer]:
             raise ValueError(f"another process writes {path}; wait for it, or pass another --out") from error
         file.seek(0)
         content = file.read()
+        earlier, starts = _parse(content)
+        for start, key in itertools.product(starts, SHARED):
+            if start.get(key) != environment.get(key):
+                raise ValueError(
+                    f"{path} has runs with {key}={start.get(key)!r}, but this is {key}={environment.get(key)!r}; "
+                    "pass another --out"
+                )
         file.truncate(content.rfind(b"\n") + 1)
-        found = Writer(file)
-        found.append({"environment": environment})
+        found = Writer(file, earlier)
+        found.start(environment)
         yield found

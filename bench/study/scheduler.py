@@ -7,13 +7,12 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import torch
 
 from .problems import PROBLEMS
-from .records import Writer, run_of
+from .records import Writer
 from .run import Run, train
 from .search import Cell, search
 
@@ -29,8 +28,7 @@ class Scheduler:
     """Trains what the searches ask for, and writes each run's record.
 
     Args:
-        records: earlier results; their runs are not repeated.
-        writer: of new results.
+        writer: of new results; runs that its file has are not repeated.
         seeds: number of seeds.
         device: of the training.
         advance: called with (seconds, name) when a cell is done.
@@ -38,14 +36,13 @@ class Scheduler:
 
     def __init__(
         self,
-        records: Iterable[dict[str, Any]],
         writer: Writer,
         *,
         seeds: int,
         device: torch.device,
         advance: Callable[[int, str], None],
     ) -> None:
-        self._losses: dict[Run, float | None] = {run_of(record): record["loss"] for record in records}
+        self._losses: dict[Run, float | None] = {run: record["loss"] for run, record in writer.records.items()}
         self._writer, self._seeds, self._device, self._advance = writer, seeds, device, advance
         self._best: dict[tuple[str, str], int] = {}  # exponent of the learning rate by problem and rule
         self._searches: dict[Run, list[_Search]] = {}  # searches by the run that they wait for
@@ -72,9 +69,7 @@ class Scheduler:
                 raise
 
     def _start(self, cell: Cell, pool: concurrent.futures.Executor) -> None:
-        problem = PROBLEMS[cell.problem]
-        # A wide search covers the whole grid at each horizon.
-        start = self._best.get((cell.problem, cell.rule), 0) if problem.reach == 1 else 0
+        problem, start = PROBLEMS[cell.problem], self._best.get((cell.problem, cell.rule), 0)
         runs = search(cell, problem.lr, self._seeds, start, problem.reach)
         self._continue(_Search(cell, runs, next(runs)), pool)
 

@@ -274,7 +274,7 @@ def test_records_of_finished_runs_survive_a_failed_one(tmp_path: Path, monkeypat
     with concurrent.futures.ThreadPoolExecutor(1) as pool, records.writer(tmp_path / "runs.jsonl", {}) as file:
         monkeypatch.setattr(scheduler.concurrent.futures, "ProcessPoolExecutor", lambda *args: pool)
         monkeypatch.setattr(scheduler.concurrent.futures, "wait", lambda futures, **when: ([*futures], []))
-        searches = scheduler.Scheduler([], file, seeds=2, device=torch.device("cpu"), advance=lambda count, name: None)
+        searches = scheduler.Scheduler(file, seeds=2, device=torch.device("cpu"), advance=lambda count, name: None)
         with pytest.raises(RuntimeError, match="out of memory"):
             searches.run([Cell("drift", "average", 60)], workers=1)
     assert [record["lr"] for record in records.read(tmp_path / "runs.jsonl")] == [0.015, 0.06]
