@@ -73,6 +73,9 @@ class Result(NamedTuple):
         return self.change(0.5) >= 0 and self.change(2.0) >= 0
 
 
+Results = Mapping[Cell, Result]
+
+
 def results(records: Iterable[Mapping[str, Any]], seeds: int = 5) -> dict[Cell, Result]:
     """Return the results of all cells in which all seeds ran.
 
@@ -116,6 +119,11 @@ def interval(values: Sequence[float]) -> Interval:
 
     width = stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(statistics.fmean(values), float(width))
+
+
+def horizons(found: Results, problem: str) -> list[int]:
+    """Return the horizons of a problem that have results, in order."""
+    return sorted({cell.steps for cell in found if cell.problem == problem})
 
 
 def difference(result: Result, reference: Result, field: str = "loss") -> Interval:

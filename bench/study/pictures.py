@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from .analysis import Result, difference, interval, memory
+from .analysis import Results, difference, horizons, interval, memory
 from .problems import PROBLEMS, STUDIED
-from .rules import RULES
+from .rules import REFERENCE, RULES
 from .run import POINTS
 from .search import Cell
 
@@ -26,31 +26,24 @@ SHOWN = {
     "adam-0.999": "#475569",
 }
 OTHER_COLOUR = "#cbd5e1"
-Results = Mapping[Cell, Result]
 
 
-def horizons(results: Results, problem: str) -> list[int]:
-    """Return the horizons of a problem that have results."""
-    return sorted({cell.steps for cell in results if cell.problem == problem})
-
-
-def pictures(results: Results, reference: str) -> dict[str, Any]:
+def pictures(results: Results) -> dict[str, Any]:
     """Return the figures by file name without suffix.
 
     Args:
         results: of `analysis.results`.
-        reference: the rule that differences are taken from.
     """
-    drawings: dict[str, Callable[[Any, Results, str, str], None]] = {
+    drawings: dict[str, Callable[[Any, Results, str], None]] = {
         "study-horizons": _horizons,
         "study-memory": _memory,
         "study-rates": _rates,
         "study-updates": _updates,
     }
-    return {name: _panels(results, reference, draw) for name, draw in drawings.items()}
+    return {name: _panels(results, draw) for name, draw in drawings.items()}
 
 
-def _panels(results: Results, reference: str, draw: Callable[[Any, Results, str, str], None]) -> Any:
+def _panels(results: Results, draw: Callable[[Any, Results, str], None]) -> Any:
     """Draw one panel per problem and a common legend."""
     try:
         from matplotlib.figure import Figure
@@ -61,7 +54,7 @@ def _panels(results: Results, reference: str, draw: Callable[[Any, Results, str,
     panels = list(figure.subplots(2, 3).flat)
     handles: dict[str, Any] = {}
     for axes, name in zip(panels, names, strict=False):
-        draw(axes, results, name, reference)
+        draw(axes, results, name)
         axes.set_title(PROBLEMS[name].title, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
@@ -72,14 +65,14 @@ def _panels(results: Results, reference: str, draw: Callable[[Any, Results, str,
     return figure
 
 
-def _horizons(axes: Any, results: Results, problem: str, reference: str) -> None:
+def _horizons(axes: Any, results: Results, problem: str) -> None:
     """Draw the difference from the reference by horizon, with intervals."""
     axes.axhline(0.0, color="black", linewidth=0.8)
     for rule, colour in SHOWN.items():
         points = {
-            steps: difference(results[Cell(problem, rule, steps)], results[Cell(problem, reference, steps)])
+            steps: difference(results[Cell(problem, rule, steps)], results[Cell(problem, REFERENCE, steps)])
             for steps in horizons(results, problem)
-            if rule != reference and {Cell(problem, rule, steps), Cell(problem, reference, steps)} <= results.keys()
+            if rule != REFERENCE and {Cell(problem, rule, steps), Cell(problem, REFERENCE, steps)} <= results.keys()
         }
         if points:
             means, widths = zip(*points.values(), strict=True)
@@ -91,10 +84,10 @@ def _horizons(axes: Any, results: Results, problem: str, reference: str) -> None
     axes.set_xticks(horizons(results, problem), [f"{steps:,}" for steps in horizons(results, problem)])
     axes.minorticks_off()
     axes.set_xlabel("steps", fontsize=8)
-    axes.set_ylabel(f"{PROBLEMS[problem].unit}, minus {reference}", fontsize=8)
+    axes.set_ylabel(f"{PROBLEMS[problem].unit}, minus {REFERENCE}", fontsize=8)
 
 
-def _memory(axes: Any, results: Results, problem: str, reference: str) -> None:
+def _memory(axes: Any, results: Results, problem: str) -> None:
     """Draw the loss at the longest horizon by the memory of v."""
     steps = horizons(results, problem)[-1]
     others = [rule for rule in RULES if rule not in SHOWN and not rule.endswith("uncorrected")]
@@ -112,7 +105,7 @@ def _memory(axes: Any, results: Results, problem: str, reference: str) -> None:
     axes.set_ylabel(PROBLEMS[problem].unit, fontsize=8)
 
 
-def _rates(axes: Any, results: Results, problem: str, reference: str) -> None:
+def _rates(axes: Any, results: Results, problem: str) -> None:
     """Draw the loss of seed 0 by learning rate."""
     steps = horizons(results, problem)[-1]
     lowest, highest = math.inf, 0.0
@@ -132,7 +125,7 @@ def _rates(axes: Any, results: Results, problem: str, reference: str) -> None:
     axes.set_ylabel(f"{PROBLEMS[problem].unit}, seed 0", fontsize=8)
 
 
-def _updates(axes: Any, results: Results, problem: str, reference: str) -> None:
+def _updates(axes: Any, results: Results, problem: str) -> None:
     """Draw the mean size of the updates over time."""
     steps = horizons(results, problem)[-1]
     for rule, colour in SHOWN.items():

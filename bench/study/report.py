@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from adax_triton.bench.harness.command import markdown_table, split_at_markers
 from adax_triton.bench.harness.environment import origin
 
-from .analysis import Result, difference, interval, results
-from .pictures import horizons, pictures
+from .analysis import Results, difference, horizons, interval, results
+from .pictures import pictures
 from .problems import PROBLEMS, STUDIED
 from .records import environments, read
-from .rules import RULES
+from .rules import REFERENCE, RULES
 from .search import Cell
 
 BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
-REFERENCE = "adam-0.999"
 NETWORKS = ("gpt", "words", "images")
 SENSITIVITY = (
     f"The next table has the differences of the area under the curve from `{REFERENCE}`, which is the mean validation "
@@ -31,7 +31,7 @@ SENSITIVITY = (
 )
 
 
-def cells_table(plan: Iterable[Cell], found: Mapping[Cell, Result]) -> str:
+def cells_table(plan: Iterable[Cell], found: Results) -> str:
     """Return one line per cell, as Markdown."""
     titles = ["problem", "rule", "steps", "states", "best rate", "loss", "at half the rate", "at twice the rate"]
     lines = []
@@ -49,32 +49,32 @@ def cells_table(plan: Iterable[Cell], found: Mapping[Cell, Result]) -> str:
     return "\n".join(markdown_table(titles, lines))
 
 
-def table(found: Mapping[Cell, Result]) -> str:
+def table(found: Results) -> str:
     """Return the differences from the reference at the longest horizons, as Markdown.
 
     A difference is bold if its interval excludes 0. The last column is `rate_factor`.
     """
-    last = {name: max(horizons(found, name), default=0) for name in STUDIED}
-    names = [name for name in STUDIED if Cell(name, REFERENCE, last[name]) in found]
-    heads = [f"{PROBLEMS[name].title}, {last[name]:,} steps, {PROBLEMS[name].unit}" for name in names]
+    longest = _longest(found, STUDIED).items()
+    last = {name: steps for name, steps in longest if Cell(name, REFERENCE, steps) in found}
+    heads = [f"{PROBLEMS[name].title}, {steps:,} steps, {PROBLEMS[name].unit}" for name, steps in last.items()]
     titles = ["rule", *heads, "rate"]
-    reference = [f"{found[Cell(name, REFERENCE, last[name])].loss:.4g}" for name in names]
+    reference = [f"{found[Cell(name, REFERENCE, steps)].loss:.4g}" for name, steps in last.items()]
     lines = [[f"`{REFERENCE}`, loss", *reference, "1"]]
     for rule in RULES:
-        row = [_difference(found, Cell(name, rule, last[name])) for name in names]
+        row = [_difference(found, Cell(name, rule, steps)) for name, steps in last.items()]
         if rule != REFERENCE and any(row):
             lines.append([f"`{rule}`", *row, f"{rate_factor(found, rule):.2g}"])
     return "\n".join(markdown_table(titles, lines))
 
 
-def sensitivity_table(found: Mapping[Cell, Result], problems: Iterable[str]) -> str:
+def sensitivity_table(found: Results, problems: Iterable[str]) -> str:
     """Return areas and the cost of another learning rate, as Markdown.
 
     Args:
         found: of `analysis.results`.
         problems: names in `PROBLEMS`; each has three columns, for its longest horizon.
     """
-    last = {name: max(horizons(found, name)) for name in problems if horizons(found, name)}
+    last = _longest(found, problems)
     titles = ["rule"]
     for name in last:
         title = PROBLEMS[name].title
@@ -91,7 +91,13 @@ def sensitivity_table(found: Mapping[Cell, Result], problems: Iterable[str]) -> 
     return "\n".join(markdown_table(titles, lines))
 
 
-def _difference(found: Mapping[Cell, Result], cell: Cell, field: str = "loss") -> str:
+def _longest(found: Results, problems: Iterable[str]) -> dict[str, int]:
+    """Return the longest horizon of each problem that has results."""
+    steps = {name: horizons(found, name) for name in problems}
+    return {name: several[-1] for name, several in steps.items() if several}
+
+
+def _difference(found: Results, cell: Cell, field: str = "loss") -> str:
     reference = cell._replace(rule=REFERENCE)
     if cell not in found or reference not in found:
         return ""
@@ -99,7 +105,7 @@ def _difference(found: Mapping[Cell, Result], cell: Cell, field: str = "loss") -
     return f"**{value}**" if value.excludes_zero else str(value)
 
 
-def rate_factor(found: Mapping[Cell, Result], rule: str) -> float:
+def rate_factor(found: Results, rule: str) -> float:
     """Return the best learning rate of a rule relative to the reference's.
 
     Args:
@@ -117,23 +123,17 @@ def rate_factor(found: Mapping[Cell, Result], rule: str) -> float:
     return math.exp(statistics.fmean(ratios)) if ratios else math.nan
 
 
-def section(path: Path, seeds: int, name: str) -> str:
+def section(records: Sequence[Mapping[str, Any]], environment: dict[str, Any], found: Results, name: str) -> str:
     """Return the generated text of the page.
 
     Args:
-        path: the file of the records.
-        seeds: number of seeds.
-        name: of the file in the text.
-
-    Raises:
-        ValueError: the file has no runs, or no cell with all seeds.
+        records: all runs.
+        environment: of the last start.
+        found: results of `records`.
+        name: of their file.
     """
-    records, starts = read(path), environments(path)
-    found = results(records, seeds)
-    if not found or not starts:
-        raise ValueError(f"{path}: expected runs of {seeds} seeds; got {len(records)} runs")
     hours = sum(record["seconds"] for record in records) / 3600
-    machine = origin({"environment": starts[-1]})
+    machine = origin({"environment": environment})
     source = f"From `{name}`: {machine}; {len(records):,} runs, {hours:.1f} hours of one core."
     return "\n\n".join([source, table(found), SENSITIVITY, sensitivity_table(found, ("gpt", "words"))]) + "\n"
 
@@ -143,13 +143,18 @@ def rewrite(page: Path, path: Path, seeds: int) -> None:
 
     Args:
         page: Markdown with both markers.
-        path, seeds: see `section`.
+        path: the file of the records.
+        seeds: number of seeds.
 
     Raises:
-        ValueError: the page lacks the markers, or the file has no results.
+        ValueError: the page lacks the markers, or the file has no runs, or no cell with all seeds.
     """
     before, _, after = split_at_markers(page, BEGIN, END)
-    shown = section(path, seeds, path.as_posix())
-    for name, figure in pictures(results(read(path), seeds), REFERENCE).items():
+    records, starts = read(path), environments(path)
+    found = results(records, seeds)
+    if not found or not starts:
+        raise ValueError(f"{path}: expected runs of {seeds} seeds; got {len(records)} runs")
+    shown = section(records, starts[-1], found, path.as_posix())
+    for name, figure in pictures(found).items():
         figure.savefig(page.parent / f"{name}.png")
     page.write_text(f"{before}{BEGIN}\n{shown}{END}{after}")

@@ -68,6 +68,8 @@ RULES: dict[str, Rule] = {
     "adam-0.999-uncorrected": Rule("adam", lambda step, steps: 0.999, corrected=False),
 }
 
+REFERENCE = "adam-0.999"  # differences are taken from it
+
 # Rules that the whole study runs at some horizons only, by index in `Problem.horizons`, to save time. `adax-1/T` and
 # `adax-3/T` lie between rules that differ at the longer horizons. The `fraction` rules lose on the GPT and on words at
 # the shortest one. One horizon shows the effect of the correction of m.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ POINTS = 8  # validation losses and update sizes of a run
 
 
 class Run(NamedTuple):
-    """What identifies a run; `Run(**record)` of its record's keys gives it back."""
+    """Settings that identify a run; its record has the same keys."""
 
     problem: str
     rule: str
@@ -101,6 +102,6 @@ def _train(task: Task, problem: Problem, run: Run) -> tuple[list[float], list[fl
 
 
 @torch.no_grad()
-def _update_size(params: Any, before: list[Tensor], lr: float) -> float:
+def _update_size(params: Sequence[Tensor], before: list[Tensor], lr: float) -> float:
     squares = sum((param - old).double().square().sum().item() for param, old in zip(params, before, strict=True))
     return math.sqrt(squares / sum(old.numel() for old in before)) / lr
