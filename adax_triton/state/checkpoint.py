@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adax_triton.update.coefficients import COEFFICIENT_KEYS
+from adax_triton.update.coefficients import COEFFICIENT_KEYS, LARGEST_ADAX_BETA2
 from adax_triton.update.quantization import GROUP
 from adax_triton.update.quantized_update import load_moments, store_moments
 
@@ -17,7 +17,7 @@ from .allocation import MOMENTS, STATE_TENSORS, is_new, local_state_tensors
 from .dtensor import local_tensor, placed_like, splits_code_groups
 from .precision import HALF_DTYPES, Layout, is_quantized, precision_of, state_layouts
 from .step_counts import checked_count, counts_as_ints
-from .validation import LARGEST_ADAX_BETA2, OLD_CHECKPOINT_DEFAULTS, validate_group, with_current_names
+from .validation import OLD_CHECKPOINT_DEFAULTS, validate_group, with_current_names
 
 # Options that loading a checkpoint does not overwrite: they choose storage formats and do not change the update rule.
 KEPT_OPTIONS = ("states", "master_weights", "weight_rounding", "capturable")

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from adax_triton.update.coefficients import EPS_PLACEMENTS, SECOND_MOMENTS
+from adax_triton.update.coefficients import EPS_PLACEMENTS, LARGEST_ADAX_BETA2, SECOND_MOMENTS
 
 from .precision import MASTER_WEIGHTS, STATES, WEIGHT_ROUNDINGS
 
 # Each rule reads betas[1] differently. AdaX's default 1e-4 lies outside the ranges of Adam and AdaFactor, and their
 # usual values lie outside AdaX's.
-LARGEST_ADAX_BETA2 = 0.1
 _SMALLEST_DECAY = 0.01
 # Defaults for keys that older checkpoints and pickles lack.
 OLD_CHECKPOINT_DEFAULTS: dict[str, Any] = {

@@ -23,6 +23,7 @@ COEFFICIENT_KEYS = (
     *("second_moment", "eps_placement", "maximize"),
 )
 EPS_PLACEMENTS = ("normalized", "unnormalized")
+LARGEST_ADAX_BETA2 = 0.1  # the usual decays of Adam and AdaFactor lie above it
 
 # For x above this, exp(x) - 1 == exp(x) in float64. exp(x) overflows from 710 on; exp(-x) does not overflow.
 _EXPM1_IS_EXP = 100.0

@@ -9,14 +9,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from numbers import Real
 
-from .coefficients import exp_avg_sq_weight
+from .coefficients import LARGEST_ADAX_BETA2, exp_avg_sq_weight
 
 # Below this w_t a float32 v does not change, even if g^2 is 32 v: |w_t (g^2 / v - 1)| < 31 * 2^-30 < 2^-25, and half a
 # unit in the last place of v is 2^-25 v or more.
 FROZEN_WEIGHT = 2.0**-30
 
 _PUBLISHED_BETA2 = 1e-4
-_LARGEST_BETA2 = 0.1
 # w_t <= 1/t for every b2, with equality for b2 = 0, so w_t reaches FROZEN_WEIGHT at this step or earlier.
 _LAST_STEP = 2**30
 
@@ -43,12 +42,13 @@ def steps_until_frozen(beta2: float) -> int:
     if not isinstance(beta2, Real) or isinstance(beta2, bool):
         raise TypeError(f"Invalid type of beta2: expected a number, got {beta2!r}")
     rate = float(beta2)
-    if not 0.0 <= rate <= _LARGEST_BETA2:
+    if not 0.0 <= rate <= LARGEST_ADAX_BETA2:
         raise ValueError(
-            f"Invalid beta2: {beta2}; expected 0 <= beta2 <= {_LARGEST_BETA2}. AdaX's betas[1] is the growth rate of "
-            f"its memory, 1e-4 by default"
+            f"Invalid beta2: {beta2}; expected 0 <= beta2 <= {LARGEST_ADAX_BETA2}. AdaX's betas[1] is the growth rate "
+            f"of its memory, 1e-4 by default"
         )
-    return 1 + bisect_left(range(1, _LAST_STEP + 1), True, key=lambda step: not _still_changes(rate, step))
+    steps = range(1, _LAST_STEP + 1)
+    return 1 + bisect_left(steps, True, key=lambda step: exp_avg_sq_weight("adax", rate, step) < FROZEN_WEIGHT)
 
 
 def beta2_for_horizon(total_steps: int) -> float:
@@ -78,7 +78,3 @@ def beta2_for_horizon(total_steps: int) -> float:
     if total_steps < 1:
         raise ValueError(f"Invalid total_steps: {total_steps}; expected total_steps >= 1")
     return min(_PUBLISHED_BETA2, 1.0 / total_steps)
-
-
-def _still_changes(beta2: float, step: int) -> bool:
-    return exp_avg_sq_weight("adax", beta2, step) >= FROZEN_WEIGHT

@@ -10,8 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from adax_triton.state.validation import LARGEST_ADAX_BETA2
-from adax_triton.update.coefficients import one_minus_power
+from adax_triton.update.coefficients import LARGEST_ADAX_BETA2, one_minus_power
 
 BETA1 = 0.9
 

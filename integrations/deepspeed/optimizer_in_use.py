@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from adax_triton.moment_optimizer import MomentOptimizer
-from adax_triton.state.validation import LARGEST_ADAX_BETA2
+from adax_triton.update.coefficients import LARGEST_ADAX_BETA2
 
 _ADAM_EPS = 1e-8
 _LOGGED = ("lr", "betas", "eps", "weight_decay", "states", "master_weights", "second_moment")
