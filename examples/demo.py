@@ -23,7 +23,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 TRAIN_GPT = Path(__file__).resolve().parent / "train_gpt.py"
-LAUNCHER_ARGUMENTS = {"against", "processes", "seeds", "json"}  # of this program and of sweep.py
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
@@ -54,9 +53,11 @@ def plan_runs(args: argparse.Namespace) -> list[tuple[argparse.Namespace, Plan]]
 
 def launch(run: argparse.Namespace, processes: int) -> None:
     """Train in `processes` processes of this interpreter and wait for them."""
-    flags = []
-    for name, value in vars(run).items():
-        if name in LAUNCHER_ARGUMENTS or value is None or value is False:
+    parser, flags = argparse.ArgumentParser(), []
+    add_run_arguments(parser)
+    for name in (*vars(parser.parse_args([])), "lr", "out"):
+        value = getattr(run, name)
+        if value is None or value is False:
             continue
         flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -67,16 +67,15 @@ def main(argv: list[str] | None = None) -> None:
                 run, plan = seeds[seed]
                 if args.fresh or plan.folder.last_step() < args.steps:
                     launch(run, args.processes)
-                result["settings"] = shared_settings(plan)
     result["losses"] = {
         name: {
             rate: [plan.folder.records()[-1]["validation_loss"] for _, plan in seeds] for rate, seeds in by_rate.items()
         }
         for name, by_rate in runs.items()
     }
-    result["configs"] = {
-        name: by_rate[best_rate(result["losses"][name])][0][1].config for name, by_rate in runs.items()
-    }
+    best = {name: by_rate[best_rate(result["losses"][name])][0][1] for name, by_rate in runs.items()}
+    result["settings"] = shared_settings(next(iter(best.values())))
+    result["configs"] = {name: plan.config for name, plan in best.items()}
     print(table(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
