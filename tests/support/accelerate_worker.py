@@ -170,8 +170,20 @@ def deviation(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return float(torch.stack([(found[name] - expected[name]).abs().max() for name in expected]).max())
 
 
-def plain_weights(case: dict[str, Any], batches_of_ranks: list[list[Tensor]]) -> dict[str, Tensor]:
-    """Train in one process on the batches of all ranks."""
+def train_plainly(
+    case: dict[str, Any], batches_of_ranks: list[list[Tensor]], measured: list[float]
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Train in one process on the batches of all ranks.
+
+    Args:
+        case: see `CASE_DEFAULTS`.
+        batches_of_ranks: one list per rank.
+        measured: norms of the run. The gradients are clipped by these, because a norm of shards sums in another order.
+
+    Returns:
+        The weights, and the norms of the whole gradients.
+    """
+    norms: list[float] = []
     model = Net(frozen=case["frozen"])
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = adaxw(case, model)
@@ -192,7 +204,9 @@ def plain_weights(case: dict[str, Any], batches_of_ranks: list[list[Tensor]]) ->
             param.grad = sum(parts) / world_size
         scaler.unscale_(optimizer)
         if case["clip"]:
-            nn.utils.clip_grad_norm_(params, case["clip"])
+            norm = torch.tensor(measured[len(norms)])
+            norms.append(float(nn.utils.get_total_norm([param.grad for param in params])))
+            nn.utils.clip_grads_with_norm_(params, case["clip"], norm)
         if case["clip_value"]:
             nn.utils.clip_grad_value_(params, case["clip_value"])
         scaler.step(optimizer)
@@ -201,7 +215,7 @@ def plain_weights(case: dict[str, Any], batches_of_ranks: list[list[Tensor]]) ->
             if step != case["overflow_at"]:
                 schedule.step()
         sums = [[torch.zeros_like(param) for param in params] for _ in batches_of_ranks]
-    return named_weights(model)
+    return named_weights(model), norms
 
 
 # The runs.
@@ -212,12 +226,15 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     expected, ours = Run(case, adamw_of(torch.optim)).train(), Run(case, adamw_of(adax_triton)).train()
     whole = Run(case, adaxw).train()
     weights = whole.weights()
+    plain_weights, plain_norms = train_plainly(case, gathered(whole.batches), whole.norms)
     result = {
         "deviation": deviation(ours.weights(), expected.weights()),
         "norm_deviation": max((abs(a - b) for a, b in zip(ours.norms, expected.norms, strict=True)), default=0.0),
         "same_events": ours.events == expected.events,
         "skipped": [step for step, (skipped, _) in enumerate(whole.events) if skipped],
-        "plain_deviation": deviation(weights, plain_weights(case, gathered(whole.batches))),
+        "plain_deviation": deviation(weights, plain_weights),
+        "norms": whole.norms,
+        "plain_norms": plain_norms,
         "moved": deviation(weights, named_weights(Net(frozen=case["frozen"]))),
     }
     if case["sharding"] == "fsdp1":
