@@ -82,7 +82,7 @@ def results(records: Iterable[Mapping[str, Any]], seeds: int = 5) -> dict[Cell, 
     A cell in which all rates diverged has no result.
 
     Args:
-        records: of `records.read`.
+        records: of the runs in a file.
         seeds: number of seeds, at least 2.
     """
     cells: dict[Cell, dict[float, dict[int, Mapping[str, Any]]]] = {}

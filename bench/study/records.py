@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from .run import Run
 
@@ -19,17 +19,19 @@ from .run import Run
 SHARED = ("torch", "device", "text")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file, one per run.
+class Contents(NamedTuple):
+    """Records by run, and the environments of all starts."""
+
+    records: dict[Run, dict[str, Any]]
+    starts: list[dict[str, Any]]
+
+
+def read(path: Path) -> Contents:
+    """Return the contents of a file; a missing file is empty.
 
     A last line that a killed process did not finish is ignored.
     """
-    return list(_contents(path)[0].values())
-
-
-def environments(path: Path) -> list[dict[str, Any]]:
-    """Return the environments of a file, one per start."""
-    return _contents(path)[1]
+    return _parse(path.read_bytes() if path.exists() else b"")
 
 
 def run_of(record: dict[str, Any]) -> Run:
@@ -37,15 +39,10 @@ def run_of(record: dict[str, Any]) -> Run:
     return Run(**{name: record[name] for name in Run._fields})
 
 
-def _contents(path: Path) -> tuple[dict[Run, dict[str, Any]], list[dict[str, Any]]]:
-    return _parse(path.read_bytes() if path.exists() else b"")
-
-
-def _parse(content: bytes) -> tuple[dict[Run, dict[str, Any]], list[dict[str, Any]]]:
-    """Return the records by run, and the environments, of all finished lines."""
+def _parse(content: bytes) -> Contents:
     lines = [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
     starts = [line["environment"] for line in lines if "environment" in line]
-    return {run_of(line): line for line in lines if "environment" not in line}, starts
+    return Contents({run_of(line): line for line in lines if "environment" not in line}, starts)
 
 
 class Writer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from adax_triton.bench.harness.environment import origin
 from .analysis import Results, difference, horizons, interval, results
 from .pictures import pictures
 from .problems import PROBLEMS, STUDIED
-from .records import environments, read
+from .records import read
 from .rules import REFERENCE, RULES
 from .search import Cell
 
@@ -123,7 +123,7 @@ def rate_factor(found: Results, rule: str) -> float:
     return math.exp(statistics.fmean(ratios)) if ratios else math.nan
 
 
-def section(records: Sequence[Mapping[str, Any]], environment: dict[str, Any], found: Results, name: str) -> str:
+def section(records: Collection[Mapping[str, Any]], environment: dict[str, Any], found: Results, name: str) -> str:
     """Return the generated text of the page.
 
     Args:
@@ -150,11 +150,11 @@ def rewrite(page: Path, path: Path, seeds: int) -> None:
         ValueError: the page lacks the markers, or the file has no runs, or no cell with all seeds.
     """
     before, _, after = split_at_markers(page, BEGIN, END)
-    records, starts = read(path), environments(path)
-    found = results(records, seeds)
+    runs, starts = read(path)
+    found = results(runs.values(), seeds)
     if not found or not starts:
-        raise ValueError(f"{path}: expected runs of {seeds} seeds; got {len(records)} runs")
-    shown = section(records, starts[-1], found, path.as_posix())
+        raise ValueError(f"{path}: expected runs of {seeds} seeds; got {len(runs)} runs")
+    shown = section(runs.values(), starts[-1], found, path.as_posix())
     for name, figure in pictures(found).items():
         figure.savefig(page.parent / f"{name}.png")
     page.write_text(f"{before}{BEGIN}\n{shown}{END}{after}")

@@ -215,7 +215,7 @@ ARGUMENTS = ("--problems", "drift", "--rules", "adax-1e-4", "adam-0.999", "--ste
 
 
 def comparable(path: Path) -> dict[Run, tuple[Any, ...]]:
-    return {records.run_of(record): (record["loss"], record["curve"]) for record in records.read(path)}
+    return {records.run_of(record): (record["loss"], record["curve"]) for record in records.read(path).records.values()}
 
 
 def test_killed_study_continues_where_it_was(tmp_path: Path) -> None:
@@ -258,8 +258,8 @@ def test_file_accepts_one_writer_and_one_environment(tmp_path: Path) -> None:
         ):
             pass
     with records.writer(path, environment):
-        assert [record["loss"] for record in records.read(path)] == [1.0]
-    assert records.environments(path) == [environment, environment]
+        assert [record["loss"] for record in records.read(path).records.values()] == [1.0]
+    assert records.read(path).starts == [environment, environment]
 
 
 def test_records_of_finished_runs_survive_a_failed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +277,7 @@ def test_records_of_finished_runs_survive_a_failed_one(tmp_path: Path, monkeypat
         searches = scheduler.Scheduler(file, seeds=2, device=torch.device("cpu"), advance=lambda count, name: None)
         with pytest.raises(RuntimeError, match="out of memory"):
             searches.run([Cell("drift", "average", 60)], workers=1)
-    assert [record["lr"] for record in records.read(tmp_path / "runs.jsonl")] == [0.015, 0.06]
+    assert [run.lr for run in records.read(tmp_path / "runs.jsonl").records] == [0.015, 0.06]
 
 
 @pytest.mark.parametrize(
@@ -395,9 +395,9 @@ COMMITTED = ROOT / "bench" / "results" / "study.jsonl"
 def test_page_shows_the_committed_runs() -> None:
     page = (ROOT / "docs" / "study.md").read_text()
     shown = page[page.index(report.BEGIN) + len(report.BEGIN) + 1 : page.index(report.END)]
-    runs, environment = records.read(COMMITTED), records.environments(COMMITTED)[-1]
-    found = analysis.results(runs)
-    assert shown == report.section(runs, environment, found, "bench/results/study.jsonl")
+    runs, starts = records.read(COMMITTED)
+    found = analysis.results(runs.values())
+    assert shown == report.section(runs.values(), starts[-1], found, "bench/results/study.jsonl")
     for name in report.pictures(found):
         assert f"({name}.png)" in page
         assert (ROOT / "docs" / f"{name}.png").exists()
@@ -421,7 +421,7 @@ NAMED = [
 
 def test_page_names_the_committed_differences() -> None:
     page = " ".join((ROOT / "docs" / "study.md").read_text().split())
-    found = analysis.results(records.read(COMMITTED))
+    found = analysis.results(records.read(COMMITTED).records.values())
     for cell, other in NAMED:
         assert str(analysis.difference(found[cell], found[cell._replace(rule=other)])) in page, (cell, other)
     for problem, steps in (("gpt", 600), ("words", 800)):
@@ -432,7 +432,7 @@ def test_page_names_the_committed_differences() -> None:
 
 def test_gpt_and_images_do_not_separate_the_rules() -> None:
     """The limits of the first sentence of docs/study.md's answer."""
-    found = analysis.results(records.read(COMMITTED))
+    found = analysis.results(records.read(COMMITTED).records.values())
     for problem, steps in (("gpt", 2400), ("images", 4800)):
         for one, other in itertools.combinations(["adax-1e-4", "adafactor-0.8", "adam-0.95", "adam-0.999"], 2):
             change = analysis.difference(found[Cell(problem, one, steps)], found[Cell(problem, other, steps)])
