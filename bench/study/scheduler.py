@@ -42,7 +42,6 @@ class Scheduler:
         device: torch.device,
         advance: Callable[[int, str], None],
     ) -> None:
-        self._losses: dict[Run, float | None] = {run: record["loss"] for run, record in writer.records.items()}
         self._writer, self._seeds, self._device, self._advance = writer, seeds, device, advance
         self._best: dict[tuple[str, str], int] = {}  # exponent of the learning rate by problem and rule
         self._searches: dict[Run, list[_Search]] = {}  # searches by the run that they wait for
@@ -76,8 +75,8 @@ class Scheduler:
     def _continue(self, found: _Search, pool: concurrent.futures.Executor) -> None:
         """Give a search its losses until it waits for a run or ends."""
         try:
-            while not (missing := [run for run in found.wanted if run not in self._losses]):
-                found.wanted = found.runs.send(self._losses)
+            while not (missing := self._missing(found)):
+                found.wanted = found.runs.send({run: self._writer.records[run]["loss"] for run in found.wanted})
         except StopIteration as stop:
             self._best[found.cell.problem, found.cell.rule] = stop.value
             self._advance(round(seconds(found.cell)), " ".join(map(str, found.cell)))
@@ -92,12 +91,15 @@ class Scheduler:
         done, _ = concurrent.futures.wait(self._futures, return_when=concurrent.futures.FIRST_COMPLETED)
         # Failed runs last: they raise, and the records of the others are written before.
         for future in sorted(done, key=lambda future: future.exception() is not None):
-            run, record = self._futures.pop(future), future.result()
-            self._writer.append(record)
-            self._losses[run] = record["loss"]
+            run = self._futures.pop(future)
+            self._writer.append(future.result())
             for found in self._searches.pop(run):
-                if all(wanted in self._losses for wanted in found.wanted):
+                if not self._missing(found):
                     self._continue(found, pool)
+
+    def _missing(self, found: _Search) -> list[Run]:
+        """Return the runs that a search waits for."""
+        return [run for run in found.wanted if run not in self._writer.records]
 
 
 class _Search:

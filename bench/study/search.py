@@ -32,9 +32,9 @@ def search(
 ) -> Generator[list[Run], Mapping[Run, float | None], int]:
     """Search the exponent of the best learning rate.
 
-    The generator yields lists of runs and receives the losses of all runs so far. Seed 0 runs at the rates around
-    `start`, then at further ones until the lowest loss is inside the grid. All seeds then run at the best rate and at
-    its two neighbours, until the lowest mean is between two higher ones.
+    The generator yields lists of runs and receives their losses. Seed 0 runs at the rates around `start`, then at
+    further ones until the lowest loss is inside the grid. All seeds then run at the best rate and at its two
+    neighbours, until the lowest mean is between two higher ones.
 
     Args:
         cell: what to tune.
@@ -46,7 +46,7 @@ def search(
     Returns:
         The exponent of the best mean; it is `LARGEST_EXPONENT` or its negative if the optimum is not inside the grid.
     """
-    losses: Mapping[Run, float | None] = {}
+    losses: dict[Run, float | None] = {}
 
     def run(exponent: int, seed: int) -> Run:
         return Run(*cell, base_lr * 2.0**exponent, seed)
@@ -64,7 +64,7 @@ def search(
         wanted = around(best, distance)
         while not wanted <= tried:
             tried |= wanted
-            losses = yield [run(exponent, seed) for exponent in sorted(wanted) for seed in range(count)]
+            losses |= yield [run(exponent, seed) for exponent in sorted(wanted) for seed in range(count)]
             # A tie goes to the smaller rate.
             best = min(sorted(tried), key=lambda exponent: mean(exponent, count))
             wanted = around(best, 1)
