@@ -1,5 +1,6 @@
 """Read text files as bytes; batches depend only on (seed, step, rank)."""
 
+import functools
 import hashlib
 import sysconfig
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ HELD_OUT_EVERY = 20  # hold out one block in twenty (5 %) for validation
 HELD_OUT_BLOCK = 65536  # bytes; large blocks limit leakage from the neighbouring training text
 
 
+@functools.cache
 def read_text(path: Path | None, max_bytes: int) -> bytes:
     """Read up to `max_bytes` bytes of text, files in name order.
 
