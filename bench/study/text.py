@@ -51,7 +51,7 @@ def split_bytes() -> tuple[Tensor, Tensor]:
 def split_words(vocabulary: int) -> tuple[Tensor, Tensor]:
     """Return the training and the held-out text, (n,) int32 word numbers.
 
-    The most frequent word has number 0. The last number stands for all words outside the vocabulary.
+    The most frequent word has number 0. All words outside the vocabulary have the last number.
     """
     found = _WORD.findall(source())
     common = collections.Counter(found).most_common(vocabulary - 1)
