@@ -1,8 +1,9 @@
 """Time a step on the host, from `step()` to its last launch.
 
-On a GPU the launches are real, the device is idle before each call, and torch's AdamW and the replay of a CUDA graph
-are timed too. On a CPU launches do nothing, so Triton's launch time is not included. "same": the gradients keep their
-addresses. "fresh": each step has new gradient tensors, as after `zero_grad(set_to_none=True)`.
+On a GPU the launches are real, the device is idle before each call, and torch's AdamW, a GradScaler and the replay of a
+CUDA graph are timed too. On a CPU launches do nothing, so Triton's launch time is not included. All steps are timed in
+turn, round after round. "same": the gradients keep their addresses. "fresh": each step has new gradient tensors, as
+after `zero_grad(set_to_none=True)`. DTensors are sharded over one rank.
 """
 
 from __future__ import annotations
@@ -14,44 +15,73 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, publish
 from adax_triton.bench.harness.environment import describe
 from adax_triton.bench.harness.progress import progress
-from adax_triton.bench.harness.timing import quantiles, wait
+from adax_triton.bench.harness.timing import quantiles, release, wait
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from adax_triton import AdaXW
 
 COUNTS = (1, 150, 1000, 5000)
-GOAL_US, GOAL_US_PER_TENSOR = 60.0, 0.05
 _NUMEL = 64  # float32 elements of each tensor
 _WARM_UP = 3
 # Functions of kernels/ that launch.
 _LAUNCHES = ("adax_step.adax_step", "prepare_step.prepare_step", "grad_norm.grad_norm_partials", "telemetry.sum_rows")
 
 Step = Callable[[], object]
-Build = Callable[[list[Tensor]], Step]
 REPLAY = "adax_triton.AdaXW, replay of a CUDA graph"  # always at the same gradient addresses
 
 
-def builders(device: torch.device) -> dict[str, Build]:
-    """Return {name: function that makes the step of some parameters}."""
-    ours: dict[str, Build] = {
-        "adax_triton.AdaXW plain": lambda params: AdaXW(params, lr=1e-3).step,
-        "adax_triton.AdaXW max_grad_norm": lambda params: AdaXW(params, lr=1e-3, max_grad_norm=1.0).step,
-        "adax_triton.AdaXW capturable": lambda params: AdaXW(params, lr=1e-3, capturable=True).step,
+class Method(NamedTuple):
+    """A way to step parameters."""
+
+    build: Callable[[list[Tensor]], Step]  # takes parameters with gradients
+    sharded: bool = False  # parameters and gradients are DTensors
+
+
+def methods(device: torch.device) -> dict[str, Method]:
+    """Return the timed steps by name."""
+    found = {
+        "adax_triton.AdaXW plain": Method(lambda params: AdaXW(params, lr=1e-3).step),
+        "adax_triton.AdaXW max_grad_norm": Method(lambda params: AdaXW(params, lr=1e-3, max_grad_norm=1.0).step),
+        "adax_triton.AdaXW capturable": Method(lambda params: AdaXW(params, lr=1e-3, capturable=True).step),
+        "adax_triton.AdaXW, DTensors": Method(lambda params: AdaXW(params, lr=1e-3).step, sharded=True),
     }
     if device.type != "cuda":
-        return ours
-    return ours | {
-        REPLAY: replay,
-        "torch AdamW fused": lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True).step,
-        "torch AdamW foreach": lambda params: torch.optim.AdamW(params, lr=1e-3, foreach=True).step,
+        return found
+    return found | {
+        REPLAY: Method(replay),
+        "torch AdamW fused": Method(lambda params: _torch_adamw(params).step),
+        "torch AdamW fused, DTensors": Method(lambda params: _torch_adamw(params).step, sharded=True),
+        "torch AdamW foreach": Method(lambda params: torch.optim.AdamW(params, lr=1e-3, foreach=True).step),
+        "GradScaler, adax_triton.AdaXW": Method(lambda params: _scaled(AdaXW(params, lr=1e-3))),
+        "GradScaler, adax_triton.AdaXW fused": Method(lambda params: _scaled(AdaXW(params, lr=1e-3, fused=True))),
+        "GradScaler, torch AdamW fused": Method(lambda params: _scaled(_torch_adamw(params))),
     }
+
+
+def _torch_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-3, fused=True)
+
+
+def _scaled(optimizer: torch.optim.Optimizer) -> Step:
+    """Return the step of a GradScaler, with scale 1."""
+    scaler = torch.amp.GradScaler("cuda", init_scale=1.0, growth_interval=10**9)
+    scaler.scale(torch.zeros((), device="cuda"))  # creates the scale
+
+    def step() -> None:
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
 
 
 def replay(params: list[Tensor]) -> Step:
@@ -64,7 +94,12 @@ def replay(params: list[Tensor]) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
-    return graph.replay
+
+    def step() -> object:
+        graph.replay()
+        return optimizer  # owns the memory that the graph uses
+
+    return step
 
 
 @contextlib.contextmanager
@@ -84,46 +119,76 @@ def launching(device: torch.device) -> Iterator[None]:
         yield
 
 
-def measure(build: Build, tensors: int, fresh: bool, device: torch.device, rounds: int) -> dict[str, float]:
-    """Return host time and the time until the device is done.
+@contextlib.contextmanager
+def one_rank(device: torch.device) -> Iterator[DeviceMesh]:
+    """Start torch.distributed with one rank in the block and yield its mesh."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield DeviceMesh(device.type, [0])
+    finally:
+        dist.destroy_process_group()
 
-    Host time is given as median, p20 and p80, the other time as median, all in us.
-    """
-    params = [torch.zeros(_NUMEL, device=device, requires_grad=True) for _ in range(tensors)]
-    gradients = [[torch.ones(_NUMEL, device=device) for _ in range(tensors)] for _ in range(2)]
-    _set_gradients(params, gradients[0])
-    step = build(params)
-    times, done = [], []
-    for index in range(_WARM_UP + rounds):
-        _set_gradients(params, gradients[(index + 1) % 2 if fresh else 0])
-        wait(device)
+
+class TimedSteps:
+    """The steps of one method and their times."""
+
+    def __init__(self, method: Method, tensors: int, fresh: bool, device: torch.device, mesh: DeviceMesh) -> None:
+        def make(fill: float) -> Tensor:
+            tensor = torch.full((_NUMEL,), fill, device=device)
+            return DTensor.from_local(tensor, mesh, [Shard(0)]) if method.sharded else tensor
+
+        self._device = device
+        self._params = [make(0.0).requires_grad_() for _ in range(tensors)]
+        sets = [[make(1.0) for _ in range(tensors)] for _ in range(2 if fresh else 1)]
+        self._gradients = itertools.cycle(sets)
+        self._set_gradients()
+        self._step = method.build(self._params)
+        self.times: list[float] = []
+        self.done: list[float] = []
+
+    def run(self) -> None:
+        """Time one step."""
+        self._set_gradients()
+        wait(self._device)
         start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-        wait(device)
-        done.append(time.perf_counter() - start)
-    until_done = 1e6 * statistics.median(done[_WARM_UP:])
-    return quantiles(times[_WARM_UP:], "us", 1e6) | {"done_us": until_done}
+        self._step()
+        self.times.append(time.perf_counter() - start)
+        wait(self._device)
+        self.done.append(time.perf_counter() - start)
+
+    def _set_gradients(self) -> None:
+        for param, gradient in zip(self._params, next(self._gradients), strict=True):
+            param.grad = gradient
 
 
-def _set_gradients(params: list[Tensor], gradients: list[Tensor]) -> None:
-    for param, gradient in zip(params, gradients, strict=True):
-        param.grad = gradient
+def measure(
+    chosen: dict[str, Method], tensors: int, fresh: bool, device: torch.device, mesh: DeviceMesh, rounds: int
+) -> list[dict[str, Any]]:
+    """Time methods in turn and return a row for each.
+
+    A row has the host time as median, p20 and p80, and the median time until the device is done, all in us.
+    """
+    timed = {name: TimedSteps(method, tensors, fresh, device, mesh) for name, method in chosen.items()}
+    for _ in range(_WARM_UP + rounds):
+        for steps in timed.values():
+            steps.run()
+    return [
+        {"name": name, "tensors": tensors, "fresh": fresh, **quantiles(steps.times[_WARM_UP:], "us", 1e6)}
+        | {"done_us": 1e6 * statistics.median(steps.done[_WARM_UP:])}
+        for name, steps in timed.items()
+    ]
 
 
 def run(counts: Sequence[int], device: torch.device, rounds: int) -> dict[str, Any]:
-    """Return the host times of every optimizer, JSON-friendly."""
-    rows = []
-    chosen = [
-        (name, build, fresh, tensors)
-        for (name, build), fresh, tensors in itertools.product(builders(device).items(), (False, True), counts)
-        if not (fresh and name == REPLAY)
-    ]
-    with launching(device), progress(len(chosen), "bench host") as advance:
-        for name, build, fresh, tensors in chosen:
-            found = measure(build, tensors, fresh, device, max(5, min(rounds, rounds * 150 // tensors)))
-            rows.append({"name": name, "tensors": tensors, "fresh": fresh, **found})
-            advance(1, f"{name}: {tensors:,} tensors")
+    """Return the host times of every method, JSON-friendly."""
+    rows: list[dict[str, Any]] = []
+    found = methods(device)
+    with launching(device), one_rank(device) as mesh, progress(2 * len(counts), "bench host") as advance:
+        for tensors, fresh in itertools.product(counts, (False, True)):
+            chosen = {name: method for name, method in found.items() if not (fresh and name == REPLAY)}
+            rows += measure(chosen, tensors, fresh, device, mesh, max(5, min(rounds, rounds * 150 // tensors)))
+            release(device)
+            advance(1, f"{tensors:,} tensors")
     launches = "real" if device.type == "cuda" else "replaced by nothing"
     return {"benchmark": "host", "environment": describe(device), "launches": launches, "rows": rows}
 
@@ -134,12 +199,10 @@ def table(result: dict[str, Any]) -> str:
     counts = sorted({row["tensors"] for row in result["rows"]})
     found = {(row["name"], row["fresh"], row["tensors"]): row for row in result["rows"]}
     rows = []
-    for name, fresh in dict.fromkeys((row["name"], row["fresh"]) for row in result["rows"]):
+    for name, fresh in sorted(dict.fromkeys((row["name"], row["fresh"]) for row in result["rows"])):
         times = [found[name, fresh, tensors] for tensors in counts]
         cells = [f"{row['median_us']:,.0f}" + (f" ({row['done_us']:,.0f})" if real else "") for row in times]
         rows.append([name, "fresh" if fresh else "same", *cells])
-    goals = [f"{GOAL_US + GOAL_US_PER_TENSOR * tensors:,.0f}" for tensors in counts]
-    rows.append(["goal", "", *goals])
     text = "microseconds from the call to the last launch, median"
     text += (" (in brackets: until the device is done)" if real else "") + f"; launches {result['launches']}"
     titles = ["step", "gradients", *(f"{tensors:,} tensors" for tensors in counts)]

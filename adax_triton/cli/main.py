@@ -15,6 +15,7 @@ BENCHMARKS = {
     "memory": "bytes per parameter of every mode, compared with other optimizers",
     "step": "time of one step in every precision, compared with other optimizers",
     "host": "host overhead of one step, for 1 to 5,000 tensors",
+    "norm": "time of the gradient norm, compared with torch's",
     "cpu": "time of one step on a CPU, compared with torch's and DeepSpeed's AdamW",
     "functions": "number of Python functions and files that the first step and a later step execute",
     "train": "tokens per second and memory of a small GPT, in plain PyTorch and under DeepSpeed",
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(names: list[str], args: list[str]) -> int:
     # Import here: importing PyTorch takes seconds, and --version, --help and errors do not need it.
-    from adax_triton.bench import host
+    from adax_triton.bench import host, norm
     from adax_triton.bench.memory import per_parameter as memory
     from adax_triton.bench.report import command as report
     from adax_triton.bench.step import command as step
@@ -59,7 +60,7 @@ def _run(names: list[str], args: list[str]) -> int:
     from adax_triton.cli import doctor
 
     modules = {"doctor": doctor, "convert": convert_command, "memory": memory, "step": step, "host": host}
-    modules |= {"cpu": cpu, "functions": step_functions}
+    modules |= {"norm": norm, "cpu": cpu, "functions": step_functions}
     modules |= {"train": train, "scale": scale, "study": study, "report": report}
     module = modules[names[-1]]
     parser = argparse.ArgumentParser(prog=" ".join(["adax-triton", *names]), description=module.__doc__)

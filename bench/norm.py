@@ -1,0 +1,119 @@
+"""Time the norm of all gradients next to torch's, as for clipping.
+
+AdaXW measures the norm in one read of the gradients. GB/s are the bytes of the gradients per time. Before each call the
+caches are overwritten; all methods of a workload are timed in turn, with a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, publish
+from adax_triton.bench.harness.environment import describe
+from adax_triton.bench.harness.progress import progress
+from adax_triton.bench.harness.timing import Clock, quantiles, release
+from adax_triton.bench.harness.workloads import LISTS, Shapes, elements, flat
+from adax_triton.bench.step.measure import COPY, COPY_BYTES_PER_ELEMENT, MAX_COPY_NUMEL, copying, make_params
+from torch import Tensor
+
+from adax_triton import AdaXW
+from adax_triton.step.grad_norm import sum_of_squares
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+LEAST_ROUNDS = 3
+# The norms may differ by this share: torch sums bfloat16 gradients to a bfloat16 norm per tensor.
+TOLERANCE = {torch.bfloat16: 2**-7, torch.float32: 1e-5}
+
+
+def ours(params: list[Tensor]) -> Callable[[], Tensor]:
+    """Return a function that measures the sum of squares as a step does."""
+    optimizer = AdaXW(params, max_grad_norm=math.inf)
+    optimizer.step()
+    (plan,) = optimizer._plans.values()
+    launches = [launch for launch, _ in plan._launches]
+
+    def measure() -> Tensor:
+        total = sum_of_squares(launches)
+        assert total is not None
+        return total
+
+    return measure
+
+
+def theirs(params: list[Tensor]) -> Callable[[], Tensor]:
+    """Return torch's function for `clip_grad_norm_`."""
+    gradients = [param.grad for param in params if param.grad is not None]
+    return lambda: torch.nn.utils.get_total_norm(gradients)
+
+
+def measure(shapes: Shapes, dtype: torch.dtype, clock: Clock, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Compare the norms, time them, and return a row for each.
+
+    Raises ValueError if they differ.
+    """
+    params = make_params(shapes, device, seed=2, dtype=dtype)
+    calls = {"adax_triton": ours(params), "torch get_total_norm": theirs(params)}
+    norm, expected = calls["adax_triton"]().sqrt().item(), calls["torch get_total_norm"]().item()
+    if not abs(norm - expected) <= TOLERANCE[dtype] * expected:
+        raise ValueError(f"the norm is {norm}, expected {expected}")
+    numel = elements(shapes)
+    copied = min(-(-numel * dtype.itemsize // COPY_BYTES_PER_ELEMENT), MAX_COPY_NUMEL)
+    times = clock.time_in_turn({**calls, COPY: copying(copied, device)}, rounds, LEAST_ROUNDS, math.inf)
+    moved = dict.fromkeys(calls, numel * dtype.itemsize) | {COPY: copied * COPY_BYTES_PER_ELEMENT}
+    rows = {}
+    for name, (seconds, _) in times.items():
+        rows[name] = quantiles(seconds)
+        rows[name]["gb_per_s"] = moved[name] / rows[name]["median_ms"] / 1e6
+    return rows
+
+
+def run(
+    workloads: dict[str, Shapes], dtypes: Sequence[torch.dtype], device: torch.device, rounds: int
+) -> dict[str, Any]:
+    """Return the rows of all workloads, JSON-friendly."""
+    clock, found = Clock(device), []
+    with progress(len(workloads) * len(dtypes), "bench norm") as advance:
+        for name, shapes in workloads.items():
+            for dtype in dtypes:
+                rows = measure(shapes, dtype, clock, device, rounds)
+                found.append({"name": name, "dtype": str(dtype).removeprefix("torch."), "rows": rows})
+                release(device)
+                advance(1, name)
+    return {"benchmark": "norm", "environment": describe(device), "workloads": found}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the times as Markdown."""
+    rows = []
+    for workload in result["workloads"]:
+        copy = workload["rows"][COPY]["gb_per_s"]
+        for name, row in workload["rows"].items():
+            times = [f"{row[key]:.3f}" for key in ("median_ms", "p20_ms", "p80_ms")]
+            speed = [f"{row['gb_per_s']:,.0f}", f"{row['gb_per_s'] / copy:.0%}"]
+            rows.append([workload["name"], workload["dtype"], name, *times, *speed])
+    return "\n".join(
+        markdown_table(["gradients", "dtype", "norm", "median ms", "p20", "p80", "GB/s", "of copy"], rows)
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `adax-triton bench norm`."""
+    add_device(parser)
+    parser.add_argument("--sizes", type=count, nargs="*", default=[10**8, 10**9], metavar="N", help="elements")
+    parser.add_argument("--models", nargs="*", choices=LISTS, default=["gpt2", "many-small"], help=f"of {list(LISTS)}")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the gradients")
+    parser.add_argument("--rounds", type=count, default=20, help="timed calls; default: %(default)s")
+    add_json(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Measure and print; return 0."""
+    workloads = {f"flat {numel:,}": flat(numel) for numel in arguments.sizes}
+    workloads |= {LISTS[name][0]: LISTS[name][1]() for name in arguments.models}
+    dtypes = [DTYPES[name] for name in arguments.dtypes]
+    publish(run(workloads, dtypes, arguments.device, arguments.rounds), table, arguments.json)
+    return 0
