@@ -64,7 +64,10 @@ def dequantize_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
 
 @triton.jit
 def _fraction_bits(bits, largest, AXIS: tl.constexpr):
-    exponent_range = (largest >> EXPONENT_SHIFT) - (tl.min(bits, axis=AXIS, keep_dims=True) >> EXPONENT_SHIFT)
+    # The maximum of differences takes 13 instructions more than the difference from a minimum, but 48 registers instead
+    # of 52 and more, so that more warps run.
+    exponents = (largest >> EXPONENT_SHIFT) - (bits >> EXPONENT_SHIFT)
+    exponent_range = tl.max(exponents, axis=AXIS, keep_dims=True)
     # 7 - floor(log2(exponent_range + 2)) fraction bits, at least 3.
     log2 = (bits_of((exponent_range + 2).to(tl.float32)) >> EXPONENT_SHIFT).to(tl.int32) - EXPONENT_BIAS
     return tl.maximum(7 - log2, MIN_FRACTION_BITS).to(tl.uint32)

@@ -46,8 +46,8 @@ REGISTERS = {
 INSTRUCTIONS = {
     "bf16-bf16-8bit_v16-alone-stochastic-aligned": 650,
     "bf16-bf16-8bit_v16-int8-aligned": 745,
-    "bf16-bf16-8bit-alone-stochastic-aligned": 795,
-    "bf16-bf16-8bit-int8-aligned": 890,
+    "bf16-bf16-8bit-alone-stochastic-aligned": 800,
+    "bf16-bf16-8bit-int8-aligned": 900,
 }
 
 MERGED = ("tile", "load", "group_exponents")  # the assembler merges these loads
