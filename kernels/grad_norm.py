@@ -66,7 +66,8 @@ def grad_norm_kernel(
             tail_grad = tl.load(grad_ptr + tail, mask=tail < remaining, other=0.0).to(tl.float32)
             tail_total += tail_grad * tail_grad
         address, remaining = next_address, next_remaining
-    tl.store(partials_ptr + tl.program_id(0), tl.sum(total, axis=0) + tl.sum(tail_total, axis=0))
+    partial = tl.sum(total, axis=0) + tl.sum(tail_total, axis=0)
+    tl.store(partials_ptr + tl.program_id(0), partial.to(tl.float64))
 
 
 def partial_count(chunks: int) -> int:
@@ -84,12 +85,13 @@ def grad_norm_partials(
     """Write partial sums of the squared norm of all gradients.
 
     Gradients are converted to float32, squared and added in float32. The order depends only on the chunks and the
-    number of partial sums. If a gradient or its square is not finite, its partial sum is inf or NaN.
+    number of partial sums. If a gradient or its square is not finite, its partial sum is inf or NaN. The caller adds
+    the partial sums in float64.
 
     Args:
         tensors: (n, 9) int64, the table of `adax_step`; only the columns `grad` and `numel` are read.
         chunks: (k,) int64, k >= 0: `tensor << 32 | chunk` for each `launch.chunk_size()` elements of each tensor.
-        partials: (m,) float32, 1 <= m <= MAX_PARTIALS, all written; see `partial_count`.
+        partials: (m,) float64, 1 <= m <= MAX_PARTIALS, all written; see `partial_count`.
         grad_dtype: dtype of all gradients: float32, bfloat16, float16 or float64.
         aligned: whether every gradient's address is a multiple of 16 bytes.
 

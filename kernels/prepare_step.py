@@ -36,6 +36,8 @@ COEFFICIENT_COLUMNS = tl.constexpr(14)
 NORM_EPS = tl.constexpr(1e-6)
 # Tensors per program, one per thread.
 BLOCK_SIZE = 128
+# Values that a program adds at once: all partial sums of one launch of `grad_norm_kernel`.
+SUM_BLOCK_SIZE = 1024
 
 
 @triton.jit
@@ -59,25 +61,52 @@ def random_key(seed, step):
 
 
 @triton.jit
-def _clip_and_skip(inputs_ptr):
+def _sum(values_ptr, count, BLOCK_SIZE: tl.constexpr):
+    """Return the sum of `count` float64 values; every program gets the same bits."""
+    offsets = tl.arange(0, BLOCK_SIZE)
+    total = tl.zeros([BLOCK_SIZE], dtype=tl.float64)
+    for start in range(0, count, BLOCK_SIZE):
+        total += tl.load(values_ptr + start + offsets, mask=start + offsets < count, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _clip_and_skip(grad_scale_ptr, found_inf_ptr, squares_ptr, square_count, max_grad_norm, BLOCK_SIZE: tl.constexpr):
     """Return gradient norm, clip factor, AMP scale and whether to step."""
-    grad_scale = tl.load(inputs_ptr)
-    found_inf = tl.load(inputs_ptr + 1)
-    norm = tl.sqrt(tl.load(inputs_ptr + 2)) / grad_scale
-    max_grad_norm = tl.load(inputs_ptr + 3)
-    unclipped = max_grad_norm == 0.0
-    ratio = max_grad_norm / (norm + NORM_EPS)
-    clip = tl.where(unclipped | (ratio > 1.0), 1.0, ratio)
-    taken = (found_inf == 0.0) & (unclipped | (norm < float("inf")))
-    return tl.where(unclipped, float("nan"), norm), clip, grad_scale, taken
+    grad_scale = tl.full([], 1.0, tl.float64)
+    if grad_scale_ptr is not None:
+        grad_scale = tl.load(grad_scale_ptr).to(tl.float64)
+    norm, clip = tl.full([], float("nan"), tl.float64), tl.full([], 1.0, tl.float64)
+    taken = tl.full([], 1, tl.int1)
+    if squares_ptr is not None:
+        norm = tl.sqrt(_sum(squares_ptr, square_count, BLOCK_SIZE)) / grad_scale
+        ratio = max_grad_norm / (norm + NORM_EPS)
+        clip = tl.where(ratio > 1.0, 1.0, ratio)
+        taken = norm < float("inf")
+    if found_inf_ptr is not None:
+        taken = taken & (tl.load(found_inf_ptr) == 0.0)
+    return norm, clip, grad_scale, taken
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["square_count", "max_grad_norm", "n"])
 def prepare_step_kernel(
-    rows_ptr, groups_ptr, inputs_ptr, scalars_ptr, report_ptr, n: tl.int64, BLOCK_SIZE: tl.constexpr
+    rows_ptr,
+    groups_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    squares_ptr,
+    scalars_ptr,
+    report_ptr,
+    square_count: tl.int64,
+    max_grad_norm: tl.float64,
+    n: tl.int64,
+    BLOCK_SIZE: tl.constexpr,
+    SUM_BLOCK_SIZE: tl.constexpr,
 ):
     """Prepare the step of one block of tensors; see `prepare_step`."""
-    norm, clip, grad_scale, taken = _clip_and_skip(inputs_ptr)
+    norm, clip, grad_scale, taken = _clip_and_skip(
+        grad_scale_ptr, found_inf_ptr, squares_ptr, square_count, max_grad_norm, SUM_BLOCK_SIZE
+    )
     skip = tl.where(taken, 0.0, 1.0)
     if tl.program_id(0) == 0:
         tl.store(report_ptr, norm.to(tl.float32))
@@ -134,9 +163,12 @@ def prepare_step_kernel(
 def prepare_step(
     rows: torch.Tensor,
     groups: torch.Tensor,
-    inputs: torch.Tensor,
     scalars: torch.Tensor,
     report: torch.Tensor,
+    grad_scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
+    max_grad_norm: float = float("inf"),
 ) -> None:
     """Take or skip a step: advance step counts and write scalars.
 
@@ -147,21 +179,27 @@ def prepare_step(
         rows: (n, 3) int64: the address of the tensor's step count, 0-d int64; the row of `groups`; the address of its
             learning rate, float32, or 0 to use the group's. No two rows have the same step count.
         groups: (k, 14) float64: the fields of `adax_triton.update.coefficients.DeviceCoefficients` in order.
-        inputs: (4,) float64:
-            [0] the scale of the gradients, 1 if there is none;
-            [1] `found_inf`, 0 if there is none;
-            [2] the sum of squares of the gradients, still scaled;
-            [3] `max_grad_norm`; inf: measure the norm, do not clip; 0: do not measure or clip, and ignore [2].
         scalars: (n, 10) float32, written: see `tables.SCALAR_COLUMNS`, for step t = count + 1. `grad_factor` is
             multiplied by the clip factor and divided by the scale.
         report: (3,) float32, written:
             [0] the norm of the unscaled gradients, or NaN if it is not measured;
             [1] the clip factor `min(1, max_grad_norm / (norm + 1e-6))` of `torch.nn.utils.clip_grad_norm_`, or 1;
             [2] 1 if the step is skipped, else 0.
+        grad_scale: scale of the gradients, 1 element, float32 or float64. Default: None, which means 1.
+        found_inf: overflow flag, 1 element, float32 or float64. Default: None, which means 0.
+        squares: (m,) float64, their sum is the sum of squares of the gradients, still scaled. Default: None, do not
+            measure or clip.
+        max_grad_norm: limit of the norm, used with `squares`. Default: inf, measure the norm and do not clip.
 
     The caller keeps all tensors of the table alive until the launch is enqueued.
     """
-    n = rows.shape[0]
+    n, square_count = rows.shape[0], 0 if squares is None else squares.numel()
     programs = max(1, triton.cdiv(n, BLOCK_SIZE))  # at least one, which writes the report
-    arguments = (rows, groups, inputs, scalars, report, n)
-    launch(prepare_step_kernel, programs, arguments, None, lambda: {"BLOCK_SIZE": BLOCK_SIZE}, {})
+    launch(
+        prepare_step_kernel,
+        programs,
+        (rows, groups, grad_scale, found_inf, squares, scalars, report, square_count, max_grad_norm, n),
+        tuple([None if tensor is None else tensor.dtype for tensor in (grad_scale, found_inf, squares)]),
+        lambda: {"BLOCK_SIZE": BLOCK_SIZE, "SUM_BLOCK_SIZE": SUM_BLOCK_SIZE},
+        {},
+    )

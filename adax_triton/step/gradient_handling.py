@@ -46,13 +46,13 @@ class GradientHandling(NamedTuple):
         """Whether the step does not scale, skip or clip."""
         return self is DEFAULT_HANDLING or all(value is None for value in self)
 
-    def decide(self, sum_of_squares: Tensor | None) -> StepDecision:
+    def decide(self, squares: Tensor | None) -> StepDecision:
         """Return the gradient factor and skip flag of host-counted parameters.
 
         The host waits for tensors on a GPU.
 
         Args:
-            sum_of_squares: sum over all scaled gradients, 0-d float64; required with `max_grad_norm`.
+            squares: see `grad_norm.gradient_squares`, of the scaled gradients; required with `max_grad_norm`.
         """
         if self.grad_factor is not None:
             return StepDecision(float(self.grad_factor), False)
@@ -61,15 +61,15 @@ class GradientHandling(NamedTuple):
             return StepDecision(1.0, True)
         if scale == 0.0:  # Python raises for 1 / 0; the kernel computes inf
             return StepDecision(math.inf, self.max_grad_norm is not None)
-        if self.max_grad_norm is None or sum_of_squares is None:
+        if self.max_grad_norm is None or squares is None:
             return StepDecision(1.0 / scale, False)
-        norm = math.sqrt(float(sum_of_squares)) / scale
+        norm = math.sqrt(float(squares.sum())) / scale
         clip = min(1.0, self.max_grad_norm / (norm + NORM_EPS))
         return StepDecision(clip / scale, not math.isfinite(norm))
 
-    def norm(self, sum_of_squares: Tensor) -> Tensor:
+    def norm(self, squares: Tensor) -> Tensor:
         """Return the norm of the unscaled gradients, 0-d float32."""
-        norm = sum_of_squares.sqrt()
+        norm = squares.sum().sqrt()
         return (norm if self.grad_scale is None else norm / self.grad_scale.reshape(()).to(norm.device)).float()
 
 

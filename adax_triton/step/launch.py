@@ -99,24 +99,20 @@ class TritonLaunch(TableLaunch):
 
         super().__init__(key, process_groups, chunk_size())
         self._variant = StepVariant(**key.variant._asdict(), skip_unchanged_v=key.skip_unchanged_v, aligned=key.aligned)
-        self._partials = torch.empty(0, dtype=torch.float32, device=key.device)
-        self._float64_partials = torch.empty(0, dtype=torch.float64, device=key.device)
-        self._squares = torch.empty((), dtype=torch.float64, device=key.device)
+        self._partials = torch.empty(0, dtype=torch.float64, device=key.device)
         self._sums: DeviceSums | None = None
 
-    def sum_of_squares(self) -> Tensor:
-        """Return the sum of squared gradients, 0-d float64, until the next call."""
+    def squares(self) -> Tensor:
+        """Return numbers that add up to the sum of squared gradients, (k,) float64, until the next call."""
         from adax_triton.kernels.grad_norm import grad_norm_partials, partial_count
 
         count = partial_count(self._table.chunks.numel())
         if self._partials.numel() != count:
-            self._partials = torch.empty(count, dtype=torch.float32, device=self.key.device)
-            self._float64_partials = torch.empty(count, dtype=torch.float64, device=self.key.device)
+            self._partials = torch.empty(count, dtype=torch.float64, device=self.key.device)
         grad_norm_partials(
             self._table.tensors, self._table.chunks, self._partials, self.key.variant.grad_dtype, self.key.aligned
         )
-        # torch.sum(dtype=float64) would allocate a float64 copy at each step.
-        return torch.sum(self._float64_partials.copy_(self._partials), dim=0, out=self._squares)
+        return self._partials
 
     def run(self, scalars: Tensor, sums: Tensor | None) -> None:
         """Update the tensors.
@@ -152,12 +148,12 @@ class NativeLaunch(TableLaunch):
         self._kernel = kernel
         self.is_float64 = key.variant.param_dtype == torch.float64
 
-    def sum_of_squares(self) -> Tensor:
-        """Return the sum of squared gradients, 0-d float64 on the CPU."""
+    def squares(self) -> Tensor:
+        """Return the sum of squared gradients, (1,) float64 on the CPU."""
         partials = torch.empty(self._table.chunks.numel(), dtype=torch.float64, device="cpu")
         self._kernel.sum_of_squares(self._table.tensors, self._table.chunks, partials)
         length = torch.tensor([partials.numel()], device="cpu")
-        return torch.segment_reduce(partials, "sum", lengths=length, initial=0.0)[0]
+        return torch.segment_reduce(partials, "sum", lengths=length, initial=0.0)
 
     def run(self, scalars: Tensor, sums: Tensor | None) -> None:
         """Update the tensors.

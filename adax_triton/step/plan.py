@@ -20,7 +20,7 @@ from .collect import Collected, ParamWithGrad, group_counts_on_device
 from .delayed_interrupt import DelayedInterrupt
 from .device_tables import CAPTURE_NEEDS_WARM_UP, DeviceTable, current_stream, is_capturing
 from .external_grads import tensor_steps
-from .grad_norm import sum_of_squares
+from .grad_norm import gradient_squares
 from .gradient_handling import DEFAULT_DECISION, GradientHandling, StepDecision
 from .launch import (
     ALIGNED_BYTES,
@@ -223,8 +223,8 @@ class StepPlan:
             sums.begin(self._telemetry_rows)
         squares = None
         if handling.max_grad_norm is not None:
-            squares = sum_of_squares([launch for launch, _ in self._launches], handling.norm_ranks)
-            if error_if_nonfinite and not self._is_fake and squares is not None and not bool(squares.isfinite()):
+            squares = gradient_squares([launch for launch, _ in self._launches], handling.norm_ranks)
+            if error_if_nonfinite and not self._is_fake and squares is not None and not bool(squares.isfinite().all()):
                 raise RuntimeError(
                     "The norm of the gradients is not finite, so the step cannot clip them; "
                     "set error_if_nonfinite=False to skip such steps"

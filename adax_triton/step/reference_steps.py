@@ -34,10 +34,10 @@ class ReferenceLaunch:
         self.device = steps[0].param.device
         self._steps = [step.flattened() for step in steps]
 
-    def sum_of_squares(self) -> Tensor:
-        """Return the sum of squared gradients, 0-d float64 on their device."""
+    def squares(self) -> Tensor:
+        """Return the sum of squares of each gradient, (n,) float64 on their device."""
         norms = torch._foreach_norm([step.grad for step in self._steps], 2, dtype=torch.float64)
-        return torch.stack(norms).square().sum()
+        return torch.stack(norms).square()
 
     def run(
         self, rows: Sequence[StepScalars], keys: Sequence[tuple[int, int]], decision: StepDecision, sums: Tensor | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adax_triton.kernels.tables import SCALAR_COLUMNS, scalar_row
+from adax_triton.state.dtensor import local_tensor
 from adax_triton.state.validation import as_float
 from adax_triton.update.coefficients import (
     COEFFICIENT_KEYS,
@@ -174,9 +176,7 @@ class DeviceScalars:
         self._device = device
         self._rows = DeviceTable(device)
         self._groups = DeviceTable(device)
-        self._inputs = DeviceTable(device)
         self._scalars = torch.empty(0, dtype=torch.float32, device=device)
-        self._written: tuple[bool, ...] = ()
         self.report = torch.zeros(3, dtype=torch.float32, device=device)
 
     def prepare(
@@ -184,7 +184,7 @@ class DeviceScalars:
         rows: Sequence[DeviceRow],
         groups: Sequence[Mapping[str, Any]],
         handling: GradientHandling,
-        sum_of_squares: Tensor | None,
+        squares: Tensor | None,
     ) -> Tensor:
         """Advance step counts unless the step is skipped, and return the scalars.
 
@@ -192,7 +192,7 @@ class DeviceScalars:
             rows: one per parameter. Do not modify a list that was passed before; its counts must keep their addresses.
             groups: the parameter groups.
             handling: scaling, skipping and clipping of this step.
-            sum_of_squares: sum over all scaled gradients, 0-d float64; None without clipping.
+            squares: see `grad_norm.gradient_squares`, of the scaled gradients, on this device; None without clipping.
 
         Returns:
             (n, 10) float32 on the device, see `kernels.tables.SCALAR_COLUMNS`.
@@ -225,7 +225,9 @@ class DeviceScalars:
         if self._scalars.shape[0] < len(rows):
             self._scalars = torch.empty(len(rows), len(SCALAR_COLUMNS), dtype=torch.float32, device=self._device)
         scalars = self._scalars[: len(rows)]
-        prepare_step(row_table, group_table, self._fill_inputs(handling, sum_of_squares), scalars, self.report)
+        grad_scale, found_inf = self._flag(handling.grad_scale), self._flag(handling.found_inf)
+        limit = math.inf if handling.max_grad_norm is None else handling.max_grad_norm
+        prepare_step(row_table, group_table, scalars, self.report, grad_scale, found_inf, squares, limit)
         return scalars
 
     def is_prepared_for(self, rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -233,20 +235,12 @@ class DeviceScalars:
         counts = len(self._rows.tensor), len(self._groups.tensor)
         return counts == (len(rows), len(_used_groups(rows, groups)))
 
-    def _fill_inputs(self, handling: GradientHandling, sum_of_squares: Tensor | None) -> Tensor:
-        given = (handling.grad_scale, handling.found_inf, sum_of_squares)
-        present = tuple(value is not None for value in given)
-        if present != self._written:
-            self._inputs.invalidate()  # restore the defaults of values that are absent now
-            self._written = present
-        limit = handling.max_grad_norm or 0.0
-        inputs = self._inputs.set(
-            (1.0, 0.0, 0.0, limit), lambda given: torch.tensor(given, dtype=torch.float64, device="cpu")
-        )
-        for index, value in enumerate(given):
-            if value is not None:
-                inputs[index].copy_(value.detach().reshape(()), non_blocking=True)
-        return inputs
+    def _flag(self, value: Tensor | None) -> Tensor | None:
+        """Return a 1-element tensor of a GradScaler as the kernel reads it, itself if possible."""
+        if value is None:
+            return None
+        dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float64
+        return local_tensor(value).to(self._device, dtype, non_blocking=True)
 
 
 def _used_groups(rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -38,10 +38,9 @@ def grad_norm(audit: dict[str, dict[str, Any]], target: str) -> list[Facts]:
 
 
 @pytest.fixture
-def prepare_step(audit: dict[str, dict[str, Any]], target: str) -> Facts:
-    """Return the audit results of prepare_step_kernel."""
-    (facts,) = audit[target]["prepare_step_kernel"]
-    return facts
+def prepare_step(audit: dict[str, dict[str, Any]], target: str) -> list[Facts]:
+    """Return the audit results of the variants of prepare_step_kernel."""
+    return audit[target]["prepare_step_kernel"]
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def test_grad_norm_loads_gradients_and_tables_and_stores_one_sum(grad_norm: list
         # Chunk, address and number of elements: three loads before the loop, three in it. AMD uses scalar loads.
         assert tables == ([] if target == "gfx942" else [("load", 64)] * 6)
         stores = [tuple(access) for access in facts["accesses"] if access[1] == "store"]
-        assert stores == [("partial", "store", 32)]
+        assert stores == [("partial", "store", 64)]
 
 
 def test_machine_code_has_the_same_accesses_as_the_assembly(grad_norm: list[Facts]) -> None:
@@ -111,18 +110,21 @@ def test_grad_norm_compiles_once_per_variant_for_all_table_sizes(grad_norm: list
     assert len(keys) == len(set(keys)) == 8
 
 
-def test_prepare_step_compiles_once_for_all_sizes_and_values(prepare_step: Facts) -> None:
-    assert prepare_step["launches"] == 7
-    assert len(prepare_step["keys"]) == 1
-    assert prepare_step["signature"]["n"] == "i64"
+def test_prepare_step_compiles_once_per_variant_for_all_sizes_and_values(prepare_step: list[Facts]) -> None:
+    assert [facts["launches"] for facts in prepare_step] == [7] * 4
+    keys = [key for facts in prepare_step for key in facts["keys"]]
+    assert len(keys) == len(set(keys)) == 4
+    types = [(facts["signature"]["n"], facts["signature"]["max_grad_norm"]) for facts in prepare_step]
+    assert types == [("i64", "fp64")] * 4
 
 
-def test_prepare_step_uses_registers_only(prepare_step: Facts) -> None:
-    assert (prepare_step["spills"], prepare_step["shared"]) == (0, 0)
+def test_prepare_step_spills_nothing_and_shares_memory_only_to_add(prepare_step: list[Facts]) -> None:
+    assert [facts["spills"] for facts in prepare_step] == [0] * 4
+    assert [facts["shared"] > 0 for facts in prepare_step] == [facts["clipped"] for facts in prepare_step]
 
 
-def test_prepare_step_calls_no_unlinked_math_function(prepare_step: Facts) -> None:
-    assert prepare_step["unresolved"] == []
+def test_prepare_step_calls_no_unlinked_math_function(prepare_step: list[Facts]) -> None:
+    assert [facts["unresolved"] for facts in prepare_step] == [[]] * 4
 
 
 def test_sum_rows_compiles_once_for_all_sizes(sum_rows: Facts) -> None:

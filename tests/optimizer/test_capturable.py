@@ -234,14 +234,16 @@ def test_replay_skips_steps_with_infinite_gradients(device: torch.device, record
 
 @pytest.fixture
 def launches(launchers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
-    """Triton's specialization keys of all launches: non-tensor arguments, dtypes, alignment."""
+    """Triton's specialization keys of all launches: integers, types of floats, dtypes, alignment."""
     seen: set[tuple[Any, ...]] = set()
 
     def recorder(name: str) -> Callable[..., None]:
         return lambda *args: seen.add((name, *map(specialization, args)))
 
     def specialization(arg: Any) -> Any:
-        return (arg.dtype, arg.data_ptr() % 16 == 0) if isinstance(arg, Tensor) else arg
+        if isinstance(arg, Tensor):
+            return arg.dtype, arg.data_ptr() % 16 == 0
+        return float if isinstance(arg, float) else arg
 
     for module, name in launchers.items():
         monkeypatch.setattr(f"adax_triton.kernels.{module}.{name}", recorder(name))

@@ -58,7 +58,11 @@ def prepare(
     *,
     rows_of_groups: Sequence[int] | None = None,
     lr_addresses: Sequence[int] | None = None,
-    inputs: Sequence[float] = (1.0, 0.0, 0.0, 0.0),
+    grad_scale: float | None = None,
+    found_inf: float | None = None,
+    squares: Sequence[float] | None = None,
+    max_grad_norm: float = math.inf,
+    flag_dtype: torch.dtype = torch.float32,
 ) -> Prepared:
     """Run `prepare_step` with the counts `steps - 1`."""
     counts = torch.tensor([*steps, 8], dtype=torch.int64, device=device) - 1
@@ -68,12 +72,18 @@ def prepare(
     schedules = [device_coefficients(**{"seed": 0, **group}) for group in groups]
     scalars = torch.full((len(steps) + 1, SCALAR_COLUMNS.value), CANARY, device=device)
     report = torch.full((3,), CANARY, device=device)
+    flags = [
+        None if flag is None else torch.tensor([flag], dtype=flag_dtype, device=device)
+        for flag in (grad_scale, found_inf)
+    ]
     prepare_step(
         rows,
         torch.tensor(schedules, dtype=torch.float64, device=device),
-        torch.tensor(inputs, dtype=torch.float64, device=device),
         scalars[:-1],
         report,
+        *flags,
+        None if squares is None else torch.tensor(squares, dtype=torch.float64, device=device),
+        max_grad_norm,
     )
     assert counts[-1] == 7 and torch.all(scalars[-1] == CANARY), "prepare_step wrote past the last row"
     return Prepared(counts[:-1].tolist(), scalars[:-1].cpu(), report.tolist())
@@ -154,7 +164,7 @@ def test_random_key_equals_that_of_the_host(device: torch.device, seed: int) -> 
 @pytest.mark.parametrize("n", [0, 1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE])
 def test_any_number_of_tensors(device: torch.device, n: int) -> None:
     steps = list(range(5, 5 + n))
-    prepared = prepare(device, steps, inputs=(2.0, 0.0, 36.0, 1.5))
+    prepared = prepare(device, steps, grad_scale=2.0, squares=[36.0], max_grad_norm=1.5)
     assert prepared.counts == steps
     assert prepared.report == pytest.approx([3.0, 0.5, 0.0], rel=1e-6)
     assert prepared.column("grad_factor").tolist() == pytest.approx([0.25] * n, rel=1e-6)
@@ -173,15 +183,26 @@ def test_clipping_equals_that_of_torch(
     norm = float(torch.nn.utils.clip_grad_norm_(param, max_grad_norm))
     clip = float(param.grad[0] / before[0])
     group = {**GROUP, "maximize": maximize}
-    prepared = prepare(device, [1, 2], [group], inputs=(grad_scale, 0.0, sum_of_squares, max_grad_norm))
+    prepared = prepare(
+        device, [1, 2], [group], grad_scale=grad_scale, squares=[sum_of_squares], max_grad_norm=max_grad_norm
+    )
     assert prepared.report == pytest.approx([norm, clip, 0.0], rel=1.2e-7)
     factor = (-1.0 if maximize else 1.0) * clip / grad_scale
     assert prepared.scalars[:, FACTOR].tolist() == pytest.approx([factor] * 2, rel=1.2e-7)
 
 
-@pytest.mark.parametrize("sum_of_squares", [0.0, 1e300, math.nan, math.inf])
-def test_without_clipping_the_sum_is_ignored(device: torch.device, sum_of_squares: float) -> None:
-    prepared = prepare(device, [4], inputs=(8.0, 0.0, sum_of_squares, 0.0))
+@pytest.mark.parametrize("count", [0, 1, 2, 1023, 1024, 1025, 5000])
+def test_the_norm_is_that_of_all_partial_sums(device: torch.device, count: int) -> None:
+    squares = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(count)).tolist()
+    assert prepare(device, [1], squares=squares).report[0] == pytest.approx(math.sqrt(math.fsum(squares)), rel=1.2e-7)
+    if count:
+        squares[count // 2] = math.inf
+        assert prepare(device, [1], squares=squares).report[2] == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_squares_nothing_is_measured_or_clipped(device: torch.device, dtype: torch.dtype) -> None:
+    prepared = prepare(device, [4], grad_scale=8.0, found_inf=0.0, max_grad_norm=1e-3, flag_dtype=dtype)
     assert math.isnan(prepared.report[0]) and prepared.report[1:] == [1.0, 0.0]
     assert prepared.scalars[0, FACTOR] == 0.125
     assert prepared.counts == [4]
@@ -190,20 +211,20 @@ def test_without_clipping_the_sum_is_ignored(device: torch.device, sum_of_square
 @pytest.mark.parametrize(
     "inputs",
     [
-        (1.0, 0.0, math.nan, 1.0),
-        (1.0, 0.0, math.inf, 1.0),
-        (4.0, 0.0, math.inf, math.inf),
-        (1.0, 1.0, 0.0, 0.0),
-        (1.0, 1.0, 4.0, 1.0),
-        (1.0, 2.0**-149, 0.0, 0.0),
-        (1.0, -1.0, 0.0, 0.0),
-        (1.0, math.inf, 0.0, 0.0),
-        (1.0, math.nan, 0.0, 0.0),
+        {"squares": [math.nan], "max_grad_norm": 1.0},
+        {"squares": [math.inf], "max_grad_norm": 1.0},
+        {"grad_scale": 4.0, "squares": [math.inf]},
+        {"found_inf": 1.0},
+        {"found_inf": 1.0, "squares": [4.0], "max_grad_norm": 1.0},
+        {"found_inf": 2.0**-149},
+        {"found_inf": -1.0},
+        {"found_inf": math.inf},
+        {"found_inf": math.nan},
     ],
 )
-def test_skipped_step_leaves_the_counts(device: torch.device, inputs: tuple[float, ...]) -> None:
+def test_skipped_step_leaves_the_counts(device: torch.device, inputs: dict[str, Any]) -> None:
     steps = [1, 17, 2**31, 2**40]
-    prepared = prepare(device, steps, inputs=inputs)
+    prepared = prepare(device, steps, **inputs)
     assert prepared.counts == [step - 1 for step in steps]
     assert prepared.report[2] == 1.0
     assert prepared.scalars[:, SKIP].tolist() == [1.0] * 4
@@ -211,7 +232,7 @@ def test_skipped_step_leaves_the_counts(device: torch.device, inputs: tuple[floa
 
 @pytest.mark.parametrize("sum_of_squares", [0.0, 1e-300, 1e70])
 def test_finite_sums_are_clipped_and_never_skipped(device: torch.device, sum_of_squares: float) -> None:
-    prepared = prepare(device, [1], inputs=(1.0, 0.0, sum_of_squares, 1.0))
+    prepared = prepare(device, [1], squares=[sum_of_squares], max_grad_norm=1.0)
     norm = math.sqrt(sum_of_squares)
     assert prepared.report == pytest.approx([norm, min(1.0, 1.0 / (norm + 1e-6)), 0.0], rel=1.2e-7)
     assert prepared.counts == [1]
@@ -224,8 +245,7 @@ def test_counts_advance_from_launch_to_launch(device: torch.device) -> None:
     scalars, report = torch.empty(1, SCALAR_COLUMNS.value, device=device), torch.empty(3, device=device)
     weights = []
     for found_inf in (0.0, 1.0, 0.0):
-        inputs = torch.tensor([1.0, found_inf, 0.0, 0.0], dtype=torch.float64, device=device)
-        prepare_step(rows, groups, inputs, scalars, report)
+        prepare_step(rows, groups, scalars, report, found_inf=torch.tensor([found_inf], device=device))
         weights.append(float(scalars[0, 2]))
     assert count == 2
     assert weights[0] == 1.0 and weights[1] == weights[2] == pytest.approx(1e-4 / (1.0001**2 - 1), rel=1e-6)

@@ -36,12 +36,16 @@ def surrounded(grads: Sequence[Tensor], fill: float, odd: bool) -> tuple[list[Te
     return copies, buffer
 
 
+def canaries(count: int, device: torch.device) -> Tensor:
+    return torch.full((count,), CANARY, dtype=torch.float64, device=device)
+
+
 def launch(grads: Sequence[Tensor], count: int | None = None, aligned: bool = True) -> Tensor:
     """Return the partial sums. Partials that are not written stay CANARY."""
     numels = [grad.numel() for grad in grads]
     chunks = chunk_table(numels, CHUNK).to(grads[0].device)
     rows = [(0, grad.data_ptr(), 0, 0, 0, 0, 0, grad.numel(), 0) for grad in grads]
-    partials = torch.full((partial_count(chunks.numel()) if count is None else count,), CANARY, device=chunks.device)
+    partials = canaries(partial_count(chunks.numel()) if count is None else count, chunks.device)
     grad_norm_partials(torch.tensor(rows, device=chunks.device), chunks, partials, grads[0].dtype, aligned)
     return partials
 
@@ -51,7 +55,7 @@ def assert_as_accurate_as_torch(partials: Tensor, grads: Sequence[Tensor]) -> No
     grad = torch.cat([grad.flatten() for grad in grads])
     exact = grad.double().square().sum()
     reference_error = (grad.float().square().sum().double() - exact).abs()
-    error = (partials.sum(dtype=torch.float64) - exact).abs()
+    error = (partials.sum() - exact).abs()
     assert error <= 2 * reference_error + torch.finfo(torch.float32).eps * exact, f"{grad.numel()} elements"
 
 
@@ -82,10 +86,10 @@ def test_each_partial_sums_every_kth_chunk(count: int, device: torch.device) -> 
 @pytest.mark.parametrize("count", [1, 16])
 @pytest.mark.parametrize("tensors", [0, 1, 2])
 def test_without_chunks_every_partial_is_zero(tensors: int, count: int, device: torch.device) -> None:
-    partials = torch.full((count,), CANARY, device=device)
+    partials = canaries(count, device)
     tables = torch.zeros(tensors, 9, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     grad_norm_partials(*tables, partials, torch.float32, aligned=True)
-    assert torch.equal(partials, torch.zeros(count, device=device))
+    assert torch.equal(partials, torch.zeros_like(partials))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
@@ -128,7 +132,7 @@ def test_memory_between_gradients_is_ignored(dtype: str, odd: bool, device: torc
 @pytest.mark.parametrize("odd", [False, True], ids=["aligned", "unaligned"])
 def test_only_the_partials_are_written(odd: bool, device: torch.device) -> None:
     grads, buffer = surrounded(random_grads(SIZES, torch.bfloat16, device), fill=CANARY, odd=odd)
-    around = torch.full((48,), CANARY, device=device)
+    around = canaries(48, device)
     rows = torch.tensor([(0, grad.data_ptr(), 0, 0, 0, 0, 0, grad.numel(), 0) for grad in grads], device=device)
     chunks = chunk_table(SIZES, CHUNK).to(device)
     kept = [tensor.clone() for tensor in (buffer, rows, chunks)]
@@ -151,7 +155,7 @@ def test_elements_past_a_power_of_two_are_addressed(exponent: int, dtype: str, d
     (grad,) = random_grads([1001], DTYPES[dtype], device)
     start = chunk * CHUNK  # of the only launched chunk; the kernel does not access lower addresses
     row = [0, grad.data_ptr() - start * grad.element_size(), 0, 0, 0, 0, 0, start + 1001, 0]
-    partials = torch.full((2,), CANARY, device=device)
+    partials = canaries(2, device)
     tables = torch.tensor([[0] * 9, row], device=device), torch.tensor([(1 << 32) + chunk], device=device)
     grad_norm_partials(*tables, partials, grad.dtype, aligned=True)
     assert_as_accurate_as_torch(partials, [grad])

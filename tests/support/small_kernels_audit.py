@@ -43,16 +43,17 @@ UNRESOLVED = re.compile(r"\.extern \.func.*|s_swappc_b64.*|__ocml_\w+")
 def sum_gradients(grad_dtype: torch.dtype, aligned: bool) -> None:
     for tensors, chunks, partials in ((0, 0, 1), (1, 1, 1), (1, 16, 16), (2, 3, 3), (16, 4096, 1024)):
         tables = torch.zeros(tensors, 9, dtype=torch.int64), torch.arange(chunks)
-        grad_norm_partials(*tables, torch.zeros(partials), grad_dtype, aligned)
+        grad_norm_partials(*tables, torch.zeros(partials, dtype=torch.float64), grad_dtype, aligned)
 
 
-def prepare_steps() -> None:
+def prepare_steps(scaled: bool, clipped: bool) -> None:
     values = {0: 0.0, 1: 1.0, 16: 16.0, 17: 1e-3, 127: float("nan"), 128: float("inf"), 4096: -1.0}
     for n, value in values.items():
         rows, scalars = torch.full((n, 3), n), torch.full((n, 10), value)
         groups = torch.full((1 + n, 14), value, dtype=torch.float64)
-        inputs = torch.full((4,), value, dtype=torch.float64)
-        prepare_step(rows, groups, inputs, scalars, torch.full((3,), value))
+        flags = dict.fromkeys(("grad_scale", "found_inf"), torch.zeros(1)) if scaled else {}
+        clipping = {"squares": torch.zeros(1 + n, dtype=torch.float64), "max_grad_norm": value} if clipped else {}
+        prepare_step(rows, groups, scalars, torch.full((3,), value), **flags, **clipping)
 
 
 def sum_telemetry_rows() -> None:
@@ -80,9 +81,13 @@ def variants() -> list[tuple[Any, list[Launch], dict[str, Any]]]:
     for grad_dtype, aligned in itertools.product(GRAD_DTYPES, (True, False)):
         launches = recorded(partial(sum_gradients, grad_dtype, aligned))
         norm_variants.append((grad_norm_kernel, launches, {"grad_dtype": dtype_name(grad_dtype), "aligned": aligned}))
+    prepare_variants = []
+    for scaled, clipped in itertools.product((False, True), repeat=2):
+        launches = recorded(partial(prepare_steps, scaled, clipped))
+        prepare_variants.append((prepare_step_kernel, launches, {"scaled": scaled, "clipped": clipped}))
     return [
         *norm_variants,
-        (prepare_step_kernel, recorded(prepare_steps), {}),
+        *prepare_variants,
         (sum_rows_kernel, recorded(sum_telemetry_rows), {}),
     ]
 
