@@ -72,9 +72,11 @@ def plain_engine(case: Case, job: Job, model: nn.Module, device: torch.device) -
         dist.init_process_group("nccl" if job.device == "cuda" else "gloo")
         module = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     rule = {"lr": job.lr, **RULES[case.optimizer]}
+    clips_itself = case.optimizer == "AdaXW"
     optimizer: torch.optim.Optimizer
-    if case.optimizer == "AdaXW":
-        optimizer = AdaXW(params, states=case.states, master_weights=case.master_weights, **rule)
+    if clips_itself:
+        rule |= {"states": case.states, "master_weights": case.master_weights}
+        optimizer = AdaXW(params, max_grad_norm=CLIPPING, **rule)
     else:
         optimizer = torch.optim.AdamW(params, fused=True, **rule)
 
@@ -83,7 +85,8 @@ def plain_engine(case: Case, job: Job, model: nn.Module, device: torch.device) -
             return module(inputs, targets)
 
     def step() -> None:
-        nn.utils.clip_grad_norm_(params, CLIPPING)
+        if not clips_itself:
+            nn.utils.clip_grad_norm_(params, CLIPPING)
         optimizer.step()
         optimizer.zero_grad()
 

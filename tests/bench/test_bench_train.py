@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -194,6 +195,20 @@ def test_states_match_the_mode(native_cpu: torch.device) -> None:
     large = sum(param.numel() for param in model.parameters() if param.numel() >= 4096)
     assert figures["state_bytes"] == large * (3 + 1 / 32) + 8 * (figures["weights"] - large)
     assert len(figures["steps_s"]) == 1
+
+
+@pytest.mark.parametrize("name", ["plain / torch AdamW", "plain / AdaXW"])
+def test_plain_step_clips_once(name: str, native_cpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = mock.Mock(wraps=torch.nn.utils.clip_grad_norm_)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", passes)
+    engine = worker.plain_engine(case(name), job(), torch.nn.Linear(3, 2), native_cpu)
+    for param in engine.module.parameters():
+        param.grad = torch.full_like(param, 100.0)
+    engine.step()
+    # After one step the first moment is 0.1 times the clipped gradient.
+    moments = [engine.optimizer.state[param]["exp_avg"] for param in engine.module.parameters()]
+    assert torch.nn.utils.get_total_norm(moments).item() == pytest.approx(0.1 * train_cases.CLIPPING)
+    assert passes.call_count == (0 if case(name).optimizer == "AdaXW" else 1)  # AdaXW clips within its step
 
 
 @pytest.mark.deepspeed
