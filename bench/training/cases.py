@@ -21,7 +21,8 @@ class Case:
     stage: int | None = None  # of ZeRO; None is plain PyTorch
     offload: bool = False  # ZeRO keeps the optimizer states on the CPU and steps there
     states: str = "float32"  # of AdaXW
-    master_weights: str | None = None  # of AdaXW with bfloat16 weights; None trains float32 weights
+    bfloat16_weights: bool = False  # of plain PyTorch; otherwise weights are float32, and autocast converts them
+    master_weights: str | None = None  # of AdaXW with bfloat16 weights
 
     @property
     def framework(self) -> str:
@@ -43,9 +44,10 @@ def cases(dtype: str) -> dict[str, Case]:
     if dtype == "float32":
         found += [Case(f"plain / AdaXW {states}", states=states) for states in ("bfloat16", "8bit_v16", "8bit")]
     else:
+        found.append(Case("plain / torch AdamW, bfloat16 weights", bfloat16_weights=True))
         for states, masters, bits in (("float32", "float32", 32), ("8bit_v16", "24bit", 24), ("8bit", "24bit", 24)):
             name = f"plain / AdaXW {states}, bfloat16 weights, {bits}-bit masters"
-            found.append(Case(name, states=states, master_weights=masters))
+            found.append(Case(name, states=states, bfloat16_weights=True, master_weights=masters))
     for offload, stages in ((False, (0, 1, 2, 3)), (True, (1, 2, 3))):
         for stage in stages:
             framework = f"ZeRO-{stage}{' offload' if offload else ''}"

@@ -65,12 +65,12 @@ class Engine(NamedTuple):
 
 def plain_engine(case: Case, job: Job, model: nn.Module, device: torch.device) -> Engine:
     """Return plain PyTorch, with DistributedDataParallel for several ranks."""
-    bfloat16_weights = case.master_weights is not None
-    model.to(device, torch.bfloat16 if bfloat16_weights else torch.float32)
+    model.to(device, torch.bfloat16 if case.bfloat16_weights else torch.float32)
     module, params = model, list(model.parameters())
     if job.ranks > 1:
         dist.init_process_group("nccl" if job.device == "cuda" else "gloo")
         module = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    autocast = job.dtype == "bfloat16" and not case.bfloat16_weights
     rule = {"lr": job.lr, **RULES[case.optimizer]}
     clips_itself = case.optimizer == "AdaXW"
     optimizer: torch.optim.Optimizer
@@ -81,7 +81,7 @@ def plain_engine(case: Case, job: Job, model: nn.Module, device: torch.device) -
         optimizer = torch.optim.AdamW(params, fused=True, **rule)
 
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(job.device, torch.bfloat16, enabled=job.dtype == "bfloat16" and not bfloat16_weights):
+        with torch.autocast(job.device, torch.bfloat16, enabled=autocast):
             return module(inputs, targets)
 
     def step() -> None:

@@ -61,7 +61,11 @@ def test_each_framework_compares_adaxw_with_its_own_optimizer(dtype: str) -> Non
     for framework in ["plain", *zero]:
         assert {case.optimizer for case in found if case.framework == framework} == {"AdaXW", "AdamW"}
     assert {case.states for case in found if case.stage is None} >= {"8bit_v16", "8bit"}
-    assert all(case.master_weights is None or "bfloat16 weights" in case.name for case in found)
+    of_bfloat16_weights = [case for case in found if case.bfloat16_weights]
+    assert of_bfloat16_weights == [case for case in found if "bfloat16 weights" in case.name]
+    compared = {"AdaXW", "AdamW"} if dtype == "bfloat16" else set()
+    assert {case.optimizer for case in of_bfloat16_weights} == compared
+    assert all((case.master_weights is not None) == ("masters" in case.name) for case in found)
 
 
 def test_configurations_of_a_framework_differ_only_in_the_optimizer() -> None:
@@ -140,6 +144,10 @@ def test_cases_are_chosen_by_name_or_part(capsys: pytest.CaptureFixture[str]) ->
     found = train_cases.cases("float32")
     assert [case.name for case in train_cases.choose(found, ["plain / AdaXW"])] == ["plain / AdaXW"]
     assert train_cases.choose(found, ["ZeRO-3 /"])[0].name == "ZeRO-3 / DeepSpeed AdamW"
+    found = train_cases.cases("bfloat16")
+    names = ["plain / torch AdamW", "plain / torch AdamW, bfloat16 weights"]
+    assert [[case.name for case in train_cases.choose(found, [name])] for name in names] == [names[:1], names[1:]]
+    assert [case.name for case in train_cases.choose(found, ["torch AdamW"])] == names
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     assert train.main(parser.parse_args(["--device=cpu", "--only", "nothing"])) == 2
@@ -195,6 +203,30 @@ def test_states_match_the_mode(native_cpu: torch.device) -> None:
     large = sum(param.numel() for param in model.parameters() if param.numel() >= 4096)
     assert figures["state_bytes"] == large * (3 + 1 / 32) + 8 * (figures["weights"] - large)
     assert len(figures["steps_s"]) == 1
+
+
+def test_bfloat16_weights_of_torch_have_bfloat16_states_and_no_masters() -> None:
+    chosen = train_cases.cases("bfloat16")["plain / torch AdamW, bfloat16 weights"]
+    with torch.device("meta"):
+        model = gpt.GPT(layers=1, width=32, heads=2, context=16)
+    tensors = len(list(model.parameters()))
+    figures = worker.train(chosen, job(steps=1, dtype="bfloat16"), 0)
+    assert figures["optimizer_class"] == "torch.optim.adamw.AdamW"
+    assert figures["state_bytes"] == 2 * 2 * figures["weights"] + 4 * tensors  # a step count per tensor
+    assert math.isfinite(figures["loss"])
+
+
+def test_only_losses_of_float32_weights_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter((3.0, 2.0, 2.5, 1.5))
+    monkeypatch.setattr(train, "run_case", lambda *_: {"loss": next(losses)})
+    chosen = [case for case in train_cases.cases("bfloat16").values() if case.stage is None][:4]
+    *_, result = train.run(chosen, job(dtype="bfloat16"), math.inf)
+    assert [(name, row.get("loss_over_plain")) for name, row in result["cases"].items()] == [
+        ("plain / torch AdamW", 0.0),
+        ("plain / AdaXW", 0.0),
+        ("plain / torch AdamW, bfloat16 weights", None),
+        ("plain / AdaXW float32, bfloat16 weights, 32-bit masters", None),
+    ]
 
 
 @pytest.mark.parametrize("name", ["plain / torch AdamW", "plain / AdaXW"])
