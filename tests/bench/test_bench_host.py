@@ -1,5 +1,6 @@
 """The host-time benchmark: timed calls and table."""
 
+import itertools
 import json
 
 import pytest
@@ -25,15 +26,41 @@ def test_launches_are_disabled_and_restored() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors take another path on a GPU machine")
-def test_table_has_every_optimizer_count_and_goal() -> None:
+def test_table_has_every_method_and_count() -> None:
     result = json.loads(json.dumps(host.run([1, 3], CPU, rounds=5)))
     lines = host.table(result).splitlines()
-    names = host.builders(CPU)
-    assert len(lines) == 5 + 2 * len(names)
+    names = sorted(host.methods(CPU))
+    assert len(lines) == 4 + 2 * len(names)
     assert "replaced by nothing" in lines[0]
     assert lines[2] == "| step | gradients | 1 tensors | 3 tensors |"
-    assert lines[-1] == "| goal |  | 60 | 60 |"
+    cells = [line.split(" | ")[:2] for line in lines[4:]]
+    assert cells == [[f"| {name}", gradients] for name in names for gradients in ("same", "fresh")]
     assert all(row["p20_us"] <= row["median_us"] <= row["p80_us"] for row in result["rows"])
+
+
+def test_methods_are_timed_in_turn() -> None:
+    names, called = ["b", "a", "c"], []
+
+    def recording(name: str) -> host.Method:
+        return host.Method(lambda params: lambda: called.append(name))
+
+    with host.one_rank(CPU) as mesh:
+        rows = host.measure({name: recording(name) for name in names}, 2, False, CPU, mesh, rounds=5)
+    rounds = len(called) // len(names)
+    assert rounds >= 5 and called == names * rounds
+    assert [row["name"] for row in rows] == names
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_fresh_gradients_change_their_addresses(fresh: bool) -> None:
+    addresses: list[int] = []
+
+    def recording(params: list[torch.Tensor]) -> host.Step:
+        return lambda: addresses.append(params[0].grad.data_ptr())
+
+    with host.one_rank(CPU) as mesh:
+        host.measure({"recording": host.Method(recording)}, 1, fresh, CPU, mesh, rounds=5)
+    assert all((before != after) == fresh for before, after in itertools.pairwise(addresses))
 
 
 @pytest.mark.gpu
