@@ -84,7 +84,7 @@ results: $(READY)  ## measure the committed CPU results again (about 15 minutes)
 		--table docs/deepspeed-passes.md
 	$(MAKE) report
 
-REPORTED = $(wildcard $(foreach kind,step native scale host functions train counters passes variants,bench/results/*-$(kind).json))
+REPORTED = $(wildcard $(foreach kind,step native scale host norm functions train counters passes variants,bench/results/*-$(kind).json))
 
 README_RESULT := bench/results/nvidia-h200-step.json
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adax_triton.bench import host
+from adax_triton.bench import host, norm
 from adax_triton.bench.harness.command import markdown_table, split_at_markers
 from adax_triton.bench.harness.environment import origin
 from adax_triton.bench.launch_variants import command as launch_variants
@@ -108,6 +108,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "train": train.table,
     "scale": scale.table,
     "host": host.table,
+    "norm": norm.table,
     "counters": counted_steps.table,
     "precision": update_error.table,
     "long run": long_run.table,

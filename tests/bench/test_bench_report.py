@@ -49,6 +49,13 @@ def training() -> dict[str, Any]:
     return {**top, **shape, "cases": rows}
 
 
+def norms() -> dict[str, Any]:
+    row = {"median_ms": 2.0, "p20_ms": 1.0, "p80_ms": 3.5, "gb_per_s": 1400.0}
+    rows = {"adax_triton": row, "torch get_total_norm": row, "copy": {**row, "gb_per_s": 2800.0}}
+    workloads = [{"name": "flat 10", "dtype": "bfloat16", "rows": rows}]
+    return {"benchmark": "norm", "environment": ENVIRONMENT, "workloads": workloads}
+
+
 def written(folder: Path, name: str, result: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(json.dumps(result))
@@ -106,7 +113,7 @@ def test_other_modes_are_compared_with_fp32() -> None:
 
 
 def test_every_kind_of_result_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = {"step.json": step(), "scale.json": scaling(), "train.json": training()}
+    made = {"step.json": step(), "scale.json": scaling(), "train.json": training(), "norm.json": norms()}
     files = [written(tmp_path, name, result) for name, result in made.items()]
     assert run(*files, *COMMITTED) == 0
     printed = capsys.readouterr().out
@@ -114,7 +121,8 @@ def test_every_kind_of_result_is_reported(tmp_path: Path, capsys: pytest.Capture
         environment = json.loads(path.read_text())["environment"]
         assert f"## {path.stem}\n" in printed
         assert f"commit {environment['commit']}" in printed
-    for kind in ("step", "scale", "train", "precision", "long run", "modes", "passes"):
+    assert "| flat 10 | bfloat16 | adax_triton | 2.000 | 1.000 | 3.500 | 1,400 | 50% |" in printed
+    for kind in ("step", "scale", "train", "norm", "precision", "long run", "modes", "passes"):
         assert f"\n{kind}: " in printed
     assert "step: A Machine, driver 580.1, 3 threads, torch 2.13, commit abc123, 2026-01-02\n" in printed
 
