@@ -12,8 +12,9 @@ It runs from a bare checkout, without network or installation, and needs torch, 
     tests       1, 2  those that use a GPU, in parallel with pytest-xdist; in call 2 only the files of --tests
     variants    1     launch shapes of the kernel, timed together with a copy
     counters    2     hardware counters of a step in every mode: bytes and throughput, if ncu is installed
-    host, step  2     these benchmarks, with all other optimizers that are installed
-    train       2     two cases
+    host, norm  2     host time of a step; gradient norm, next to torch's
+    step        2     step time, next to all other optimizers that are installed
+    train       2     three cases
     memcheck, racecheck  2  a few tests under compute-sanitizer, if time is left
 
 The files are written to --out, $OUT or runs/gpu-check:
@@ -52,7 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMITS_S: dict[int, dict[str, float]] = {
     1: {"device": 30, "doctor": 40, "compile": 30, "tests": 110, "variants": 90},
     2: {
-        **{"device": 30, "compile": 30, "tests": 40, "counters": 50, "host": 30, "step": 190},
+        **{"device": 30, "compile": 30, "tests": 40, "counters": 50, "host": 30, "norm": 30, "step": 190},
         **{"train": 60, "memcheck": 45, "racecheck": 45},
     },
 }
@@ -76,9 +77,10 @@ MAX_WORKERS = 12  # each has its own CUDA context
 SANITIZED = ("step/test_kernel.py", "step_of_any_size or memory_between_tensors")  # block sizes; guard bytes
 OPTIONS: dict[str, tuple[str, ...]] = {
     "host": (),
+    "norm": (),
     "variants": (),
     "train": (
-        *("--steps", "20", "--only", "plain / torch AdamW"),
+        *("--steps", "20", "--only", "plain / torch AdamW", "plain / torch AdamW, bfloat16 weights"),
         "plain / AdaXW 8bit_v16, bfloat16 weights, 24-bit masters",
     ),
     "step": (
@@ -89,6 +91,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 DRY_OPTIONS = {
     "host": ("--rounds", "2", "--tensors", "1", "3"),
+    "norm": ("--sizes", "500", "--models", "--dtypes", "bfloat16", "--rounds", "1"),
     "variants": ("--numel", "500", "--rounds", "1", "--modes", "fp32", "--variants", "2048x8 r48"),
     "train": (
         *("--steps", "2", "--warmup", "1", "--ranks", "1", "--only", "plain / AdaXW"),
