@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tables
 from .adax_step import (
     DECAY,
     EPS,
@@ -28,8 +29,7 @@ from .adax_step import (
 from .launch import launch
 from .rounding import from_bits, random_bits
 
-# Columns: address of the step count, row of the group, address of the learning rate.
-ROW_COLUMNS = tl.constexpr(3)
+ROW_COLUMNS = tl.constexpr(len(tables.ROW_COLUMNS))
 # Number of fields of DeviceCoefficients.
 COEFFICIENT_COLUMNS = tl.constexpr(14)
 # Added to the norm, as in torch.nn.utils.clip_grad_norm_.
@@ -176,8 +176,9 @@ def prepare_step(
     on one device and contiguous.
 
     Args:
-        rows: (n, 3) int64: the address of the tensor's step count, 0-d int64; the row of `groups`; the address of its
-            learning rate, float32, or 0 to use the group's. No two rows have the same step count.
+        rows: (n, 3) int64, see `tables.ROW_COLUMNS`: the address of the tensor's step count, 0-d int64; the row of
+            `groups`; the address of its learning rate, float32, or 0 to use the group's. No two rows have the same
+            step count.
         groups: (k, 14) float64: the fields of `adax_triton.update.coefficients.DeviceCoefficients` in order.
         scalars: (n, 10) float32, written: see `tables.SCALAR_COLUMNS`, for step t = count + 1. `grad_factor` is
             multiplied by the clip factor and divided by the scale.

@@ -18,6 +18,8 @@ SCALAR_COLUMNS = (
     *("step_size", "one_minus_beta1", "exp_avg_sq_weight", "eps", "decay", "l2", "grad_factor"),
     *("random_key0", "random_key1", "skip"),
 )
+# Row table of `prepare_step`, int64: address of the step count, row of the group, address of the learning rate or 0.
+ROW_COLUMNS = ("step", "group", "lr")
 # Telemetry sums of one chunk, over the weights as they are stored; an update is the weight after the step minus the
 # weight before it.
 SUM_COLUMNS = ("grad_squares", "update_squares", "param_squares", "unchanged", "nonfinite_grads")

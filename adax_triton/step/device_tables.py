@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from adax_triton.kernels.tables import CHUNK_BITS
+from adax_triton.kernels.tables import CHUNK_BITS, TENSOR_COLUMNS
 
 T = TypeVar("T")
 
@@ -23,7 +25,7 @@ CAPTURE_NEEDS_WARM_UP = (
 
 
 class DeviceTable:
-    """A device tensor that `set` uploads only if its content changed.
+    """A device tensor of packed rows that `set` uploads only if its content changed.
 
     The host does not wait for an upload. Memory is allocated only if the shape changes.
 
@@ -33,29 +35,31 @@ class DeviceTable:
 
     Args:
         device: where kernels read the table.
+        dtype: dtype of the table.
+        columns: elements per row.
 
     Attributes:
-        tensor: the content on the device; a new tensor only if the shape changes.
+        tensor: the content on the device, (rows, columns); a new tensor only if the shape changes.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, columns: int) -> None:
         self._device = device
         self._content: Any = None
         self._blocks: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # least recently used first
         self._capture_staging: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
-        self.tensor = torch.empty(0, device=device)
+        self.tensor = torch.empty(0, columns, dtype=dtype, device=device)
 
-    def set(self, content: Any, build: Callable[[Any], Tensor]) -> Tensor:
-        """Upload `build(content)` if the content changed, and return the device tensor.
+    def set(self, content: Any, pack: Callable[[], bytes]) -> Tensor:
+        """Upload `pack()` if the content changed, and return the device tensor.
 
         Args:
             content: compared with the previous content. The table keeps it, so do not modify it later.
-            build: makes a CPU tensor of the content.
+            pack: returns the bytes of all rows.
         """
         capturing = is_capturing(self._device)
         if capturing or content != self._content:
-            self._upload(build(content), capturing)
+            self._upload(pack(), capturing)
             self._content = content
         return self.tensor
 
@@ -63,38 +67,42 @@ class DeviceTable:
         """Force the next `set` to upload, after a write on the device."""
         self._content = None
 
-    def _upload(self, host: Tensor, capturing: bool) -> None:
-        if not _same_layout(self.tensor, host):
-            self.tensor = torch.empty_like(host, device=self._device)
+    def _upload(self, packed: bytes, capturing: bool) -> None:
+        if self.tensor.nbytes != len(packed):
+            columns = self.tensor.shape[1]
+            shape = (len(packed) // (columns * self.tensor.itemsize), columns)
+            self.tensor = self.tensor.new_empty(shape)
             self._blocks.clear()
         if self._device.type == "cpu":
-            self.tensor.copy_(host)
+            _write(packed, self.tensor)
             return
         if capturing:
             assert self._capture_staging is not None
-            self.tensor.copy_(self._capture_staging.copy_(host), non_blocking=True)
+            self.tensor.copy_(_write(packed, self._capture_staging), non_blocking=True)
             return
-        block, copied = self._free_block(host)
-        self.tensor.copy_(block.copy_(host), non_blocking=True)
+        block, copied = self._free_block()
+        self.tensor.copy_(_write(packed, block), non_blocking=True)
         if self._stream is None:  # a table is used on one stream only, see `PerStreamCache`
             self._stream = torch.cuda.current_stream(self._device)
         copied.record(self._stream)
-        if self._capture_staging is None or not _same_layout(self._capture_staging, host):
-            self._capture_staging = torch.empty_like(host, pin_memory=True)
+        if self._capture_staging is None or self._capture_staging.shape != self.tensor.shape:
+            self._capture_staging = torch.empty_like(self.tensor, device="cpu", pin_memory=True)
 
-    def _free_block(self, host: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    def _free_block(self) -> tuple[Tensor, torch.cuda.Event]:
         # Do not overwrite pinned memory before the copy from it has finished. Pinned allocation is slow, so double the
         # number of blocks each time.
         if not self._blocks or not self._blocks[0][1].query():
-            shape = (max(2, len(self._blocks)), *host.shape)
-            blocks = host.new_empty(shape, pin_memory=True).unbind()
+            shape = (max(2, len(self._blocks)), *self.tensor.shape)
+            blocks = torch.empty(shape, dtype=self.tensor.dtype, device="cpu", pin_memory=True).unbind()
             self._blocks.extendleft((block, torch.cuda.Event()) for block in blocks)
         self._blocks.rotate(-1)
         return self._blocks[-1]
 
 
-def _same_layout(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and left.dtype == right.dtype
+def _write(packed: bytes, tensor: Tensor) -> Tensor:
+    """Write bytes to a contiguous CPU tensor of the same size, and return it."""
+    ctypes.memmove(tensor.data_ptr(), packed, len(packed))  # a tenth of the time of torch.frombuffer and copy_
+    return tensor
 
 
 class PerStreamCache(Generic[T]):
@@ -180,18 +188,17 @@ class AddressTable:
 
     Attributes:
         numels: element count of each tensor.
-        tensors: (n, columns) int64 on the device, one row per tensor.
+        tensors: (n, columns) int64 on the device, one row per tensor; see `kernels.tables.TENSOR_COLUMNS`.
         chunks: (chunks,) int64 on the device, see `chunk_table`.
     """
 
     def __init__(self, device: torch.device, chunk_size: int) -> None:
         self._device = device
         self._chunk_size = chunk_size
-        self._tensors = DeviceTable(device)
-        self._rows = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._column: array[int] | None = None
+        self._tensors = DeviceTable(device, torch.int64, len(TENSOR_COLUMNS))
+        self._rows = array("q")
         self.numels: Sequence[int] = ()
-        self.tensors = torch.empty(0, dtype=torch.int64, device=device)
+        self.tensors = self._tensors.tensor
         self.chunks = torch.empty(0, dtype=torch.int64, device=device)
 
     def refresh(self, rows: Sequence[tuple[int, ...]], numels: Sequence[int]) -> None:
@@ -205,22 +212,17 @@ class AddressTable:
             # A new tensor, because a captured graph may still read the old one.
             self.chunks = upload(chunk_table(numels, self._chunk_size), self._device)
             self.numels = numels
-        self.tensors = self._tensors.set(rows, self._build_rows)
-        self._column = None
-
-    def _build_rows(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
-        self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        return self._rows.clone()
+        self._rows = array("q", chain.from_iterable(rows))
+        self._upload()
 
     def refresh_column(self, column: int, values: array[int]) -> None:
-        """Set one column to `values` (int64).
+        """Set one column to `values` (int64), and upload the table if it changed."""
+        self._rows[column :: len(TENSOR_COLUMNS)] = values
+        self._upload()
 
-        The table keeps the array, so do not modify it later.
-        """
-        if values != self._column:
-            self._rows[:, column] = torch.frombuffer(values, dtype=torch.int64)
-            self._column = values
-        self.tensors = self._tensors.set(values, lambda _: self._rows)
+    def _upload(self) -> None:
+        packed = self._rows.tobytes()
+        self.tensors = self._tensors.set(packed, lambda: packed)
 
     def chunk_counts(self) -> list[int]:
         """Return the number of chunks of each tensor."""

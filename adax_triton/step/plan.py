@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adax_triton.kernels.tables import SCALAR_COLUMNS
 from adax_triton.state.dtensor import local_tensor
 
 from .backend import is_fake, uses_triton
@@ -291,7 +292,8 @@ class StepPlan:
                 scalars[device] = device_scalars.prepare(rows, param_groups, handling, squares_here)
                 norm_clip_skip = device_scalars.report if norm_clip_skip is None else norm_clip_skip
             else:
-                table = self._launch_cache.host_computed_scalars.get(device, device, partial(DeviceTable, device))
+                make_table = partial(DeviceTable, device, torch.float32, len(SCALAR_COLUMNS))
+                table = self._launch_cache.host_computed_scalars.get(device, device, make_table)
                 scalars[device] = self.host_scalars.device_table(table, handling.grad_factor)
         for launch, indices in self._launches:
             if isinstance(launch, TritonLaunch):

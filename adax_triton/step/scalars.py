@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adax_triton.kernels.tables import SCALAR_COLUMNS, scalar_row
+from adax_triton.kernels.tables import ROW_COLUMNS, SCALAR_COLUMNS, scalar_row
 from adax_triton.state.dtensor import local_tensor
 from adax_triton.state.validation import as_float
 from adax_triton.update.coefficients import (
@@ -103,13 +105,7 @@ class HostScalars:
             table: device table that receives the scalars.
             grad_factor: factor of all gradients, 1 element on any device; the host does not wait for it. None means 1.
         """
-        columns = len(SCALAR_COLUMNS)
-        scalars = table.set(
-            (self.rows, self._keys),
-            lambda _: torch.frombuffer(bytearray(self._packed(False, DEFAULT_DECISION)), dtype=torch.float32).view(
-                -1, columns
-            ),
-        )
+        scalars = table.set((self.rows, self._keys), lambda: self._packed(False, DEFAULT_DECISION))
         if grad_factor is not None:
             factor = grad_factor.detach().reshape(()).to(scalars.device, non_blocking=True)
             scalars[:, _GRAD_FACTOR].mul_(factor)
@@ -174,8 +170,8 @@ class DeviceScalars:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._rows = DeviceTable(device)
-        self._groups = DeviceTable(device)
+        self._rows = DeviceTable(device, torch.int64, len(ROW_COLUMNS))
+        self._groups = DeviceTable(device, torch.float64, len(DeviceCoefficients._fields))
         self._scalars = torch.empty(0, dtype=torch.float32, device=device)
         self.report = torch.zeros(3, dtype=torch.float32, device=device)
 
@@ -206,22 +202,9 @@ class DeviceScalars:
         constants = [_constants(groups[index], self._device) for index in used]
         addresses = [lr_address(groups[index], self._device) for index in used]
         positions = {index: position for position, index in enumerate(used)}
-        columns = len(DeviceCoefficients._fields)
         # Compare `rows` by identity, so that a step with unchanged rows does not loop over all parameters.
-        row_table = self._rows.set(
-            (_ListByIdentity(rows), addresses),
-            lambda _: torch.tensor(
-                [
-                    (row.step.data_ptr(), positions[row.group_index], addresses[positions[row.group_index]])
-                    for row in rows
-                ],
-                dtype=torch.int64,
-                device="cpu",
-            ).view(-1, 3),
-        )
-        group_table = self._groups.set(
-            constants, lambda given: torch.tensor(given, dtype=torch.float64, device="cpu").view(-1, columns)
-        )
+        row_table = self._rows.set((_ListByIdentity(rows), addresses), lambda: _packed_rows(rows, positions, addresses))
+        group_table = self._groups.set(constants, lambda: array("d", chain.from_iterable(constants)).tobytes())
         if self._scalars.shape[0] < len(rows):
             self._scalars = torch.empty(len(rows), len(SCALAR_COLUMNS), dtype=torch.float32, device=self._device)
         scalars = self._scalars[: len(rows)]
@@ -245,6 +228,15 @@ class DeviceScalars:
 
 def _used_groups(rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> list[int]:
     return sorted({row.group_index for row in rows}) if len(groups) > 1 else [0]
+
+
+def _packed_rows(rows: Sequence[DeviceRow], positions: Mapping[int, int], lr_addresses: Sequence[int]) -> bytes:
+    """Return the row table of `prepare_step`, see `kernels.tables.ROW_COLUMNS`."""
+    packed = array("q")
+    for step, group_index in rows:
+        position = positions[group_index]
+        packed.extend((step.data_ptr(), position, lr_addresses[position]))
+    return packed.tobytes()
 
 
 class _ListByIdentity:

@@ -1,7 +1,12 @@
 """Content and uploads of launch tables. Oracle: plain loops."""
 
+from array import array
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from adax_triton.kernels.tables import TENSOR_COLUMNS
 from torch import Tensor
 
 from adax_triton.step.device_tables import AddressTable, DeviceTable, chunk_table, row_ranges
@@ -20,20 +25,25 @@ def test_chunk_table_holds_chunks_past_2_31_elements() -> None:
     assert chunk_table([3, 2**31 + 1], 2048)[-1].item() == (1 << 32) + 2**20
 
 
+def row(*values: int) -> tuple[int, ...]:
+    """Return a row of the address table, padded with zeros."""
+    return (*values, *[0] * (len(TENSOR_COLUMNS) - len(values)))
+
+
 @pytest.mark.parametrize(
     ("rows", "numels", "builds"),
-    [([(1, 2, 9), (3, 4, 5)], [9, 5], 0), ([(1, 8, 9), (3, 4, 5)], [9, 5], 1), ([(1, 2, 9), (3, 4, 8)], [9, 8], 2)],
+    [([row(1, 2), row(3, 4)], [9, 5], 0), ([row(1, 8), row(3, 4)], [9, 5], 1), ([row(1, 2), row(3, 8)], [9, 8], 2)],
     ids=["nothing-changed", "address-changed", "numel-changed"],
 )
 def test_refresh_builds_only_what_changed(
     rows: list[tuple[int, ...]], numels: list[int], builds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = AddressTable(torch.device("cpu"), chunk_size=8)
-    table.refresh([(1, 2, 9), (3, 4, 5)], [9, 5])
+    table.refresh([row(1, 2), row(3, 4)], [9, 5])
     before = table.tensors.data_ptr(), table.chunks
     built = []
-    original = torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda *given, **options: built.append(given) or original(*given, **options))
+    upload = DeviceTable._upload
+    monkeypatch.setattr(DeviceTable, "_upload", lambda *given: built.append(given) or upload(*given))
     monkeypatch.setattr(
         "adax_triton.step.device_tables.chunk_table", lambda *given: built.append(given) or chunk_table(*given)
     )
@@ -45,26 +55,42 @@ def test_refresh_builds_only_what_changed(
 
 def test_refreshed_tables_hold_rows_and_chunks() -> None:
     table = AddressTable(torch.device("cpu"), chunk_size=8)
-    table.refresh([(1, 2, 9)], [9])
-    table.refresh([(3, 4, 17), (2**62, 6, 1)], [17, 1])
-    assert (table.tensors.tolist(), table.chunks.tolist()) == ([[3, 4, 17], [2**62, 6, 1]], [0, 1, 2, 2**32])
+    table.refresh([row(1, 2)], [9])
+    table.refresh([row(3, 4), row(2**62, 6)], [17, 1])
+    rows = [list(row(3, 4)), list(row(2**62, 6))]
+    assert (table.tensors.tolist(), table.chunks.tolist()) == (rows, [0, 1, 2, 2**32])
+    table.refresh_column(1, array("q", [5, 2**61]))
+    assert table.tensors.tolist() == [list(row(3, 5)), list(row(2**62, 2**61))]
+
+
+def packed(*values: int) -> tuple[bytes, Callable[[], bytes]]:
+    """Return content and pack function of a table of one int64 column."""
+    content = array("q", values).tobytes()
+    return content, lambda: content
 
 
 def test_a_table_keeps_its_memory_while_its_shape_is_the_same() -> None:
-    table = DeviceTable(torch.device("cpu"))
-    first = table.set([1, 2], torch.tensor)
+    table = DeviceTable(torch.device("cpu"), torch.int64, 1)
+    first = table.set(*packed(1, 2))
     address = first.data_ptr()
-    assert table.set([3, 4], torch.tensor).data_ptr() == address
-    assert first.tolist() == [3, 4]
-    assert table.set([5], torch.tensor).tolist() == [5]
+    assert table.set(*packed(3, 4)).data_ptr() == address
+    assert first.tolist() == [[3], [4]]
+    assert table.set(*packed(5)).tolist() == [[5]]
+    assert table.set(*packed()).tolist() == []
+
+
+def test_packed_rows_fill_the_columns() -> None:
+    table = DeviceTable(torch.device("cpu"), torch.float32, 3)
+    values = array("f", [1.0, -2.0, 0.5, 3.0, 4.0, 5.0]).tobytes()
+    assert table.set(0, lambda: values).tolist() == [[1.0, -2.0, 0.5], [3.0, 4.0, 5.0]]
 
 
 def test_an_invalidated_table_is_uploaded_again() -> None:
-    table = DeviceTable(torch.device("cpu"))
-    table.set([1, 2], torch.tensor)[0] = 7
-    assert table.set([1, 2], torch.tensor).tolist() == [7, 2]
+    table = DeviceTable(torch.device("cpu"), torch.int64, 1)
+    table.set(*packed(1, 2))[0] = 7
+    assert table.set(*packed(1, 2)).tolist() == [[7], [2]]
     table.invalidate()
-    assert table.set([1, 2], torch.tensor).tolist() == [1, 2]
+    assert table.set(*packed(1, 2)).tolist() == [[1], [2]]
 
 
 def test_pinned_memory_is_reused_only_after_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,16 +102,19 @@ def test_pinned_memory_is_reused_only_after_its_copy(monkeypatch: pytest.MonkeyP
 
     allocations = []
 
-    def unpinned(tensor: Tensor, shape: tuple[int, ...], *, pin_memory: bool) -> Tensor:
-        allocations.append(pin_memory)
-        return torch.empty(shape, dtype=tensor.dtype)
+    empty = torch.empty
 
+    def unpinned(*shape: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        allocations.append(pin_memory)
+        return empty(*shape, **options)
+
+    table = DeviceTable(torch.device("cpu"), torch.int64, 1)
+    table.set(*packed(1, 2, 3))
     monkeypatch.setattr(torch.cuda, "Event", Copied)
-    monkeypatch.setattr(Tensor, "new_empty", unpinned)
-    table = DeviceTable(torch.device("cpu"))
+    monkeypatch.setattr(torch, "empty", unpinned)
     pending = []
     for _ in range(40):
-        block, copied = table._free_block(torch.zeros(3))
+        block, copied = table._free_block()
         copied.done = False
         pending.append((block, copied))
     assert len({block.data_ptr() for block, _ in pending}) == 40
@@ -93,7 +122,7 @@ def test_pinned_memory_is_reused_only_after_its_copy(monkeypatch: pytest.MonkeyP
     for block, copied in pending:
         copied.done = True
         for _ in range(64):  # blocks are reused in least recently used order
-            again, event = table._free_block(torch.zeros(3))
+            again, event = table._free_block()
             if again is block:
                 break
             event.done = True
