@@ -199,12 +199,15 @@ class DeviceScalars:
         from adax_triton.kernels.prepare_step import prepare_step
 
         used = _used_groups(rows, groups)
-        constants = [_constants(groups[index], self._device) for index in used]
         addresses = [lr_address(groups[index], self._device) for index in used]
+        given = [_numbers(groups[index], address) for index, address in zip(used, addresses, strict=True)]
         positions = {index: position for position, index in enumerate(used)}
         # Compare `rows` by identity, so that a step with unchanged rows does not loop over all parameters.
         row_table = self._rows.set((_ListByIdentity(rows), addresses), lambda: _packed_rows(rows, positions, addresses))
-        group_table = self._groups.set(constants, lambda: array("d", chain.from_iterable(constants)).tobytes())
+        group_table = self._groups.set(
+            given,
+            lambda: array("d", chain.from_iterable(device_coefficients(**numbers) for numbers in given)).tobytes(),
+        )
         if self._scalars.shape[0] < len(rows):
             self._scalars = torch.empty(len(rows), len(SCALAR_COLUMNS), dtype=torch.float32, device=self._device)
         scalars = self._scalars[: len(rows)]
@@ -249,12 +252,13 @@ class _ListByIdentity:
         return isinstance(other, _ListByIdentity) and other.rows is self.rows
 
 
-def _constants(group: Mapping[str, Any], device: torch.device) -> DeviceCoefficients:
-    known = {key: group[key] for key in COEFFICIENT_KEYS}
-    known["lr"] = 0.0 if lr_address(group, device) else as_float(group["lr"], "lr")
-    known |= {name: as_float(group[name], name) for name in ("eps", "weight_decay")}
-    known["betas"] = tuple(as_float(beta, f"betas[{index}]") for index, beta in enumerate(group["betas"]))
-    return device_coefficients(**known, seed=group["seed"])
+def _numbers(group: Mapping[str, Any], lr_address: int) -> dict[str, Any]:
+    """Return the arguments of `device_coefficients` for a group; lr is 0 if the device reads it."""
+    numbers = {key: group[key] for key in (*COEFFICIENT_KEYS, "seed")}
+    numbers["lr"] = 0.0 if lr_address else as_float(group["lr"], "lr")
+    numbers |= {name: as_float(group[name], name) for name in ("eps", "weight_decay")}
+    numbers["betas"] = tuple(as_float(beta, f"betas[{index}]") for index, beta in enumerate(group["betas"]))
+    return numbers
 
 
 def lr_address(group: Mapping[str, Any], device: torch.device) -> int:
