@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from .launch import Launch
 
 
-def gradient_squares(launches: Sequence[Launch], ranks: NormRanks | None = None) -> Tensor | None:
+def gradient_squares(
+    launches: Sequence[Launch], ranks: NormRanks | None = None, out: Tensor | None = None
+) -> Tensor | None:
     """Return numbers that add up to the sum of squares of all gradients, or None without gradients.
 
     Sums of sharded parameters are all-reduced over their process groups, so every rank gets the same numbers.
@@ -23,6 +25,7 @@ def gradient_squares(launches: Sequence[Launch], ranks: NormRanks | None = None)
     Args:
         launches: launches with tables of this step.
         ranks: ranks that take part in the all-reduce, even without gradients. Default: None.
+        out: an earlier result for the same launches, to overwrite. Default: None, allocate memory if needed.
 
     Returns:
         (k,) float64 on the device of the first tensor. One of them is inf or NaN if a gradient contains inf or NaN.
@@ -40,9 +43,9 @@ def gradient_squares(launches: Sequence[Launch], ranks: NormRanks | None = None)
             for process_group in process_groups:
                 torch.distributed.all_reduce(total, group=process_group)
             parts[process_groups] = [total]
-    return _joined([part for own in parts.values() for part in own]) if parts else None
+    return _joined([part for own in parts.values() for part in own], out) if parts else None
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     device = parts[0].device
-    return parts[0] if len(parts) == 1 else torch.cat([part.to(device, non_blocking=True) for part in parts])
+    return parts[0] if len(parts) == 1 else torch.cat([part.to(device, non_blocking=True) for part in parts], out=out)

@@ -113,6 +113,7 @@ class StepPlan:
             (launch, indices) for launch, indices in self._launches if not isinstance(launch, TritonLaunch)
         ]
         self._telemetry_rows = _telemetry_rows(params, steps, param_groups) if telemetry else []
+        self._squares: Tensor | None = None
         self._is_new = True
         tables = [launch for launch, _ in self._launches if isinstance(launch, TableLaunch)]
         self.is_reusable = (
@@ -224,7 +225,8 @@ class StepPlan:
             sums.begin(self._telemetry_rows)
         squares = None
         if handling.max_grad_norm is not None:
-            squares = gradient_squares([launch for launch, _ in self._launches], handling.norm_ranks)
+            launches = [launch for launch, _ in self._launches]
+            squares = self._squares = gradient_squares(launches, handling.norm_ranks, self._squares)
             if error_if_nonfinite and not self._is_fake and squares is not None and not bool(squares.isfinite().all()):
                 raise RuntimeError(
                     "The norm of the gradients is not finite, so the step cannot clip them; "

@@ -27,12 +27,13 @@ MODES: dict[str, dict[str, Any]] = {
     "8bit": {"dtype": torch.bfloat16, "states": "8bit", "master_weights": "24bit"},
     "scaled": SCALED,
     "clipping": {"max_grad_norm": 1.0},
+    "8bit, clipping": {"dtype": torch.bfloat16, "states": "8bit", "master_weights": "24bit", "max_grad_norm": 1.0},
     "telemetry": {"telemetry": True},
     "capturable": {"capturable": True},
     "all": {"capturable": True, "telemetry": True, "max_grad_norm": 1.0, **SCALED},
 }
 # In-place operations and views.
-WRITING = {"copy_", "add_", "sum"}
+WRITING = {"copy_", "cat"}
 VIEWS = {"select", "slice", "view", "detach"}
 OF_TORCH = {"_record_function_enter_new", "_record_function_exit"}  # around every optimizer's step
 
