@@ -63,21 +63,23 @@ def dequantize_moments(exp_avg, exp_avg_sq, exponents, STATES: tl.constexpr):
 
 
 @triton.jit
-def _fraction_bits(bits, largest, AXIS: tl.constexpr):
-    # The maximum of differences takes 13 instructions more than the difference from a minimum, but 48 registers instead
-    # of 52 and more, so that more warps run.
-    exponents = (largest >> EXPONENT_SHIFT) - (bits >> EXPONENT_SHIFT)
-    exponent_range = tl.max(exponents, axis=AXIS, keep_dims=True)
+def _fraction_bits(bits, largest, AXIS: tl.constexpr, SHIFT_FIRST: tl.constexpr):
+    if SHIFT_FIRST:
+        smallest = tl.min(bits >> EXPONENT_SHIFT, axis=AXIS, keep_dims=True)
+    else:
+        smallest = tl.min(bits, axis=AXIS, keep_dims=True) >> EXPONENT_SHIFT
+    exponent_range = (largest >> EXPONENT_SHIFT) - smallest
     # 7 - floor(log2(exponent_range + 2)) fraction bits, at least 3.
     log2 = (bits_of((exponent_range + 2).to(tl.float32)) >> EXPONENT_SHIFT).to(tl.int32) - EXPONENT_BIAS
     return tl.maximum(7 - log2, MIN_FRACTION_BITS).to(tl.uint32)
 
 
 @triton.jit
-def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.constexpr):
+def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl.constexpr, SHIFT_FIRST: tl.constexpr):
     """Quantize float32 moments to m codes, v codes and exponent words.
 
-    The upper random bits round v.
+    The upper random bits round v. SHIFT_FIRST does not change the result, only the number of registers and
+    instructions.
     """
     # Add one to the exponent. The bits are then SMALLEST_NORMAL for 0, NEXT_EXPONENT or more for normal numbers, and
     # negative for inf and NaN.
@@ -95,7 +97,7 @@ def quantize_moments(exp_avg, exp_avg_sq, random, STATES: tl.constexpr, AXIS: tl
         largest = (tl.max(wrapped, axis=AXIS, keep_dims=True) - SMALLEST_NORMAL).to(tl.uint32, bitcast=True)
         largest = tl.minimum(largest, INFINITY_BITS)
         bits = tl.minimum(bits_of(exp_avg_sq), largest)
-        fraction = _fraction_bits(bits, largest, AXIS)
+        fraction = _fraction_bits(bits, largest, AXIS, SHIFT_FIRST)
         dropped = EXPONENT_SHIFT - fraction
         rounded = tl.umulhi(bits + (random >> (32 - dropped)), _power_of_two(32 - dropped))
         exponent = tl.max(rounded, axis=AXIS, keep_dims=True) >> fraction

@@ -46,7 +46,7 @@ REGISTERS = {
 INSTRUCTIONS = {
     "bf16-bf16-8bit_v16-alone-stochastic-aligned": 650,
     "bf16-bf16-8bit_v16-int8-aligned": 745,
-    "bf16-bf16-8bit-alone-stochastic-aligned": 800,
+    "bf16-bf16-8bit-alone-stochastic-aligned": 795,
     "bf16-bf16-8bit-int8-aligned": 900,
 }
 

@@ -28,12 +28,15 @@ WIDTH = tl.constexpr(32)
 
 
 @triton.jit
-def kernel(m_ptr, v_ptr, random_ptr, m_code_ptr, v_code_ptr, exponents_ptr, states: tl.constexpr):
+def kernel(
+    m_ptr, v_ptr, random_ptr, m_code_ptr, v_code_ptr, exponents_ptr, states: tl.constexpr, shift_first: tl.constexpr
+):
     """Write the codes of moments, and their dequantized values over the moments."""
     groups = tl.program_id(0) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)[:, None]
     offsets = groups * WIDTH + tl.arange(0, WIDTH)[None, :]
     random = tl.load(random_ptr + offsets).to(tl.uint32, bitcast=True)
-    m, v, exponents = on_device.quantize_moments(tl.load(m_ptr + offsets), tl.load(v_ptr + offsets), random, states, 1)
+    m, v = tl.load(m_ptr + offsets), tl.load(v_ptr + offsets)
+    m, v, exponents = on_device.quantize_moments(m, v, random, states, 1, shift_first)
     tl.store(m_code_ptr + offsets, m)
     tl.store(v_code_ptr + offsets, v)
     tl.store(exponents_ptr + groups, exponents.to(tl.uint16).to(exponents_ptr.dtype.element_ty))
@@ -94,22 +97,26 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
     assert torch.equal(found.cpu().view(kind).view(-1), expected.contiguous().view(kind).view(-1))
 
 
-def by_kernel(m: Tensor, v: Tensor, random: Tensor, v_8bit: bool, device: torch.device) -> list[Tensor]:
+def by_kernel(
+    m: Tensor, v: Tensor, random: Tensor, v_8bit: bool, device: torch.device, shift_first: bool = False
+) -> list[Tensor]:
     """Return the kernel's dequantized moments and codes, on the CPU."""
     dtypes = (torch.int8, torch.uint8, torch.uint16) if v_8bit else (torch.int8, torch.uint16, torch.uint8)
     shapes = (m.shape, v.shape, m.shape[:1])
     codes = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
     dequantized = [values.to(device, copy=True) for values in (m, v)]
-    kernel[(len(m) // BLOCK_GROUPS.value,)](*dequantized, random.to(device), *codes, "8bit" if v_8bit else "8bit_v16")
+    states = "8bit" if v_8bit else "8bit_v16"
+    kernel[(len(m) // BLOCK_GROUPS.value,)](*dequantized, random.to(device), *codes, states, shift_first)
     return [tensor.cpu() for tensor in (*dequantized, *codes)]
 
 
+@pytest.mark.parametrize("shift_first", [False, True])
 @each_format
-def test_kernel_and_pytorch_give_the_same_bits(v_8bit: bool, device: torch.device) -> None:
+def test_kernel_and_pytorch_give_the_same_bits(v_8bit: bool, shift_first: bool, device: torch.device) -> None:
     m, v = awkward_moments()
     random = draws(m.shape)
     m_code, *others = stored_codes(m, v, random, v_8bit)
-    *dequantized, found, found_v, found_exponents = by_kernel(m, v, random, v_8bit, device)
+    *dequantized, found, found_v, found_exponents = by_kernel(m, v, random, v_8bit, device, shift_first)
     # The code of a NaN depends on its payload, and GPUs replace payloads.
     assert torch.equal(found[~m.isnan()], m_code[~m.isnan()])
     for codes, expected in zip((found_v, found_exponents), others, strict=True):
