@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import math
 import os
 import statistics
 import time
@@ -20,7 +21,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, publish
+from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, publish, seconds
 from adax_triton.bench.harness.environment import describe
 from adax_triton.bench.harness.progress import progress
 from adax_triton.bench.harness.timing import quantiles, release, wait
@@ -30,9 +31,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from adax_triton import AdaXW
 
-COUNTS = (1, 150, 1000, 5000)
+COUNTS = (1, 150, 1000)
 _NUMEL = 64  # float32 elements of each tensor
-_WARM_UP = 3
+_WARM_UP, _LEAST_ROUNDS = 3, 5
 # Functions of kernels/ that launch.
 _LAUNCHES = ("adax_step.adax_step", "prepare_step.prepare_step", "grad_norm.grad_norm_partials", "telemetry.sum_rows")
 
@@ -162,14 +163,23 @@ class TimedSteps:
 
 
 def measure(
-    chosen: dict[str, Method], tensors: int, fresh: bool, device: torch.device, mesh: DeviceMesh, rounds: int
+    chosen: dict[str, Method],
+    tensors: int,
+    fresh: bool,
+    device: torch.device,
+    mesh: DeviceMesh,
+    rounds: int,
+    until: float = math.inf,
 ) -> list[dict[str, Any]]:
     """Time methods in turn and return a row for each.
 
-    A row has the host time as median, p20 and p80, and the median time until the device is done, all in us.
+    After a few rounds, none begins when `time.perf_counter()` exceeds `until`. A row has the host time as median, p20
+    and p80, and the median time until the device is done, all in us.
     """
     timed = {name: TimedSteps(method, tensors, fresh, device, mesh) for name, method in chosen.items()}
-    for _ in range(_WARM_UP + rounds):
+    for done in range(_WARM_UP + rounds):
+        if done >= _WARM_UP + _LEAST_ROUNDS and time.perf_counter() > until:
+            break
         for steps in timed.values():
             steps.run()
     return [
@@ -179,14 +189,17 @@ def measure(
     ]
 
 
-def run(counts: Sequence[int], device: torch.device, rounds: int) -> dict[str, Any]:
-    """Return the host times of every method, JSON-friendly."""
+def run(counts: Sequence[int], device: torch.device, rounds: int, budget: float = math.inf) -> dict[str, Any]:
+    """Return the host times of every method within `budget` seconds, JSON-friendly."""
     rows: list[dict[str, Any]] = []
-    found = methods(device)
-    with launching(device), one_rank(device) as mesh, progress(2 * len(counts), "bench host") as advance:
-        for tensors, fresh in itertools.product(counts, (False, True)):
+    found, sections = methods(device), list(itertools.product(counts, (False, True)))
+    deadline = time.perf_counter() + budget
+    with launching(device), one_rank(device) as mesh, progress(len(sections), "bench host") as advance:
+        for done, (tensors, fresh) in enumerate(sections):
             chosen = {name: method for name, method in found.items() if not (fresh and name == REPLAY)}
-            rows += measure(chosen, tensors, fresh, device, mesh, max(5, min(rounds, rounds * 150 // tensors)))
+            now = time.perf_counter()
+            until = now + (deadline - now) / (len(sections) - done)
+            rows += measure(chosen, tensors, fresh, device, mesh, rounds, until)
             release(device)
             advance(1, f"{tensors:,} tensors")
     launches = "real" if device.type == "cuda" else "replaced by nothing"
@@ -213,11 +226,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `adax-triton bench host`."""
     add_device(parser)
     parser.add_argument("--tensors", type=count, nargs="+", default=COUNTS, metavar="N", help="numbers of tensors")
-    parser.add_argument("--rounds", type=count, default=300, help="timed steps; fewer for more than 150 tensors")
+    parser.add_argument("--rounds", type=count, default=200, help="timed steps at most; default: %(default)s")
+    parser.add_argument("--budget", type=seconds, default=60.0, help="seconds in total; default: %(default)s")
     add_json(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure and print; return 0."""
-    publish(run(arguments.tensors, arguments.device, arguments.rounds), table, arguments.json)
+    publish(run(arguments.tensors, arguments.device, arguments.rounds, arguments.budget), table, arguments.json)
     return 0

@@ -14,7 +14,7 @@ COMMANDS = {
 BENCHMARKS = {
     "memory": "bytes per parameter of every mode, compared with other optimizers",
     "step": "time of one step in every precision, compared with other optimizers",
-    "host": "host overhead of one step, for 1 to 5,000 tensors",
+    "host": "host overhead of one step, for 1 to 1,000 tensors",
     "norm": "time of the gradient norm, compared with torch's",
     "cpu": "time of one step on a CPU, compared with torch's and DeepSpeed's AdamW",
     "functions": "number of Python functions and files that the first step and a later step execute",
