@@ -152,9 +152,7 @@ def _update_tile(
     if MASTER_DTYPE is not None:
         tl.store(master_ptr + offsets, master, mask=store_mask)
     if STATES == "8bit_v16" or STATES == "8bit":
-        # With an int8 master, SHIFT_FIRST takes 48 registers instead of 52 with Triton 3.6, so that 40 instead of 32
-        # warps run: 5 % faster on an H200. Without a master it takes 63 instead of 48 with Triton 3.7.
-        SHIFT_FIRST: tl.constexpr = MASTER_DTYPE == tl.int8 and not TELEMETRY
+        SHIFT_FIRST: tl.constexpr = MASTER_DTYPE == tl.int8 and not TELEMETRY  # see `quantize_moments`
         exp_avg, exp_avg_sq, exponents = quantize_moments(exp_avg, exp_avg_sq, random, STATES, AXIS, SHIFT_FIRST)
         _store_exponents(group_exponents_ptr, exponents, groups, store_end, THREADS_PER_GROUP)
     elif STATES == "bfloat16":

@@ -130,7 +130,7 @@ def test_zero_model_needs_gpu_results(capsys: pytest.CaptureFixture[str]) -> Non
     results = ROOT / "bench" / "results"
     assert main(["bench", "scale", "--model", str(results / "nvidia-h200-step.json")]) == 0
     printed = capsys.readouterr().out
-    assert "a step at 4,251 GB/s, a copy at 4,311 GB/s" in printed
+    assert "a step at 4,251 GB/s, a copy at 4,305 GB/s" in printed
     assert "| 1T | 3 | 2,040 / 882 | " in printed
     for name in ("cpu-step", "nvidia-h200-host"):
         assert main(["bench", "scale", "--model", str(results / f"{name}.json")]) == 2
