@@ -78,7 +78,7 @@ results: $(READY)  ## measure the committed CPU results again (about 15 minutes)
 	$(BIN)/adax-triton bench host --json bench/results/cpu-host.json
 	$(BIN)/adax-triton bench cpu --json bench/results/cpu-native.json
 	$(BIN)/adax-triton bench functions --json bench/results/cpu-functions.json
-	$(BIN)/adax-triton bench train --steps 20 --budget 100 --json bench/results/cpu-train.json \
+	$(BIN)/adax-triton bench train --steps 20 --budget 200 --json bench/results/cpu-train.json \
 		--only 'plain / torch AdamW' 'plain / AdaXW' 'ZeRO-2 /' 'ZeRO-3 /'
 	$(BIN)/python -m adax_triton.bench.zero_passes.passes --out bench/results/cpu-passes.json \
 		--table docs/deepspeed-passes.md
