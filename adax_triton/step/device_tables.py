@@ -77,7 +77,8 @@ class DeviceTable:
             _write(packed, self.tensor)
             return
         if capturing:
-            assert self._capture_staging is not None
+            if self._capture_staging is None or self._capture_staging.shape != self.tensor.shape:
+                raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
             self.tensor.copy_(_write(packed, self._capture_staging), non_blocking=True)
             return
         block, copied = self._free_block()
@@ -101,6 +102,7 @@ class DeviceTable:
 
 def _write(packed: bytes, tensor: Tensor) -> Tensor:
     """Write bytes to a contiguous CPU tensor of the same size, and return it."""
+    assert tensor.nbytes == len(packed)
     ctypes.memmove(tensor.data_ptr(), packed, len(packed))  # a tenth of the time of torch.frombuffer and copy_
     return tensor
 

@@ -47,5 +47,8 @@ def gradient_squares(
 
 
 def _joined(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
     device = parts[0].device
-    return parts[0] if len(parts) == 1 else torch.cat([part.to(device, non_blocking=True) for part in parts], out=out)
+    waits = device.type == "cpu"  # the host reads the copy
+    return torch.cat([part.to(device, non_blocking=not waits) for part in parts], out=out)

@@ -227,7 +227,7 @@ class StepPlan:
         if handling.max_grad_norm is not None:
             launches = [launch for launch, _ in self._launches]
             squares = self._squares = gradient_squares(launches, handling.norm_ranks, self._squares)
-            if error_if_nonfinite and not self._is_fake and squares is not None and not bool(squares.isfinite().all()):
+            if error_if_nonfinite and not self._is_fake and squares is not None and not bool(squares.sum().isfinite()):
                 raise RuntimeError(
                     "The norm of the gradients is not finite, so the step cannot clip them; "
                     "set error_if_nonfinite=False to skip such steps"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adax_triton.kernels.tables import ROW_COLUMNS, SCALAR_COLUMNS, scalar_row
-from adax_triton.state.dtensor import local_tensor
+from adax_triton.state.dtensor import is_dtensor
 from adax_triton.state.validation import as_float
 from adax_triton.update.coefficients import (
     COEFFICIENT_KEYS,
@@ -226,7 +226,8 @@ class DeviceScalars:
         if value is None:
             return None
         dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float64
-        return local_tensor(value).to(self._device, dtype, non_blocking=True)
+        plain: Tensor = value.full_tensor() if is_dtensor(value) else value  # type: ignore[attr-defined]
+        return plain.to(self._device, dtype, non_blocking=True)
 
 
 def _used_groups(rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -183,6 +183,22 @@ def test_error_if_nonfinite_raises_before_anything_changes(dtypes: list[torch.dt
     assert contents(optimizer) != before
 
 
+def test_error_if_nonfinite_raises_if_only_the_sum_overflows(
+    backend: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adax_triton.step.launch.native_kernel", lambda _: None)  # plain PyTorch, one square per tensor
+    params = [Parameter(torch.ones(3, dtype=torch.float64, device=backend)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.full_like(param, 7e153)  # a sum of squares of 1.5e308 for each
+    optimizer = AdaX(params, lr=0.01, max_grad_norm=1.0, error_if_nonfinite=True)
+    with pytest.raises(RuntimeError, match="norm of the gradients is not finite"):
+        optimizer.step()
+    params[1].grad = None
+    optimizer.step()
+    assert optimizer.grad_norm == math.inf  # 1.2e154 overflows float32
+    assert not torch.equal(params[0], torch.ones_like(params[0]))
+
+
 def test_limit_may_change_between_steps(backend: torch.device) -> None:
     limits = (1.0, 0.5, None, 100.0, 0.5)
     params, twins = (parameters(backend, KINDS["mixed"]) for _ in range(2))
