@@ -72,7 +72,7 @@ study: $(READY)  ## compare the rules for w_t with tuned learning rates: hours; 
 bench: $(READY)  ## step time next to torch and DeepSpeed, interleaved in one run
 	$(BIN)/adax-triton bench step
 
-results: $(READY)  ## measure the committed CPU results again (about 15 minutes)
+results: $(READY)  ## measure the committed CPU results again (about 17 minutes)
 	$(BIN)/adax-triton bench step --sizes 5e7 --models gpt2 --budget 330 --json bench/results/cpu-step.json
 	$(BIN)/adax-triton bench scale --json bench/results/cpu-scale.json
 	$(BIN)/adax-triton bench host --json bench/results/cpu-host.json

@@ -60,7 +60,7 @@ LIMITS_S: dict[int, dict[str, float]] = {
 CALL_S = {1: 240.0, 2: 360.0}
 DRY_S = 600.0
 # Subtracted from the limit, for startup and the last measurement.
-MARGINS_S = {"variants": 8.0, "host": 15.0, "step": 25.0, "train": 15.0}
+MARGINS_S = {"variants": 8.0, "host": 15.0, "norm": 15.0, "step": 25.0, "train": 15.0}
 PARTS = tuple(dict.fromkeys([*LIMITS_S[1], *LIMITS_S[2]]))
 # If one fails, the other parts are skipped: without a GPU or with a wrong kernel their results mean nothing.
 REQUIRED_PARTS = ("device", "doctor")

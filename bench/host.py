@@ -183,7 +183,8 @@ def measure(
         for steps in timed.values():
             steps.run()
     return [
-        {"name": name, "tensors": tensors, "fresh": fresh, **quantiles(steps.times[_WARM_UP:], "us", 1e6)}
+        {"name": name, "tensors": tensors, "fresh": fresh, "rounds": len(steps.times) - _WARM_UP}
+        | quantiles(steps.times[_WARM_UP:], "us", 1e6)
         | {"done_us": 1e6 * statistics.median(steps.done[_WARM_UP:])}
         for name, steps in timed.items()
     ]
@@ -212,7 +213,7 @@ def table(result: dict[str, Any]) -> str:
     counts = sorted({row["tensors"] for row in result["rows"]})
     found = {(row["name"], row["fresh"], row["tensors"]): row for row in result["rows"]}
     rows = []
-    for name, fresh in sorted(dict.fromkeys((row["name"], row["fresh"]) for row in result["rows"])):
+    for name, fresh in sorted({(row["name"], row["fresh"]) for row in result["rows"]}):
         times = [found[name, fresh, tensors] for tensors in counts]
         cells = [f"{row['median_us']:,.0f}" + (f" ({row['done_us']:,.0f})" if real else "") for row in times]
         rows.append([name, "fresh" if fresh else "same", *cells])

@@ -1,18 +1,21 @@
 """Time the norm of all gradients next to torch's, as for clipping.
 
-AdaXW measures the norm in one read of the gradients. GB/s are the bytes of the gradients per time. Before each call the
-caches are overwritten; all methods of a workload are timed in turn, with a copy.
+AdaXW reads the gradients once and writes at most 1,024 partial sums per launch. The kernel that prepares the step adds
+them, so their addition is not timed; torch's time includes it. GB/s are the bytes of the gradients per time. The caches
+are overwritten before each call, and all methods of a workload are timed in turn, with a copy.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, publish
+from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, publish, seconds
 from adax_triton.bench.harness.environment import describe
 from adax_triton.bench.harness.progress import progress
 from adax_triton.bench.harness.timing import Clock, quantiles, release
@@ -35,9 +38,11 @@ def ours(params: list[Tensor]) -> Callable[[], Tensor]:
     optimizer.step()
     (plan,) = optimizer._plans.values()
     launches = [launch for launch, _ in plan._launches]
+    found: Tensor | None = None
 
     def measure() -> Tensor:
-        found = gradient_squares(launches)
+        nonlocal found
+        found = gradient_squares(launches, out=found)
         assert found is not None
         return found
 
@@ -50,8 +55,12 @@ def theirs(params: list[Tensor]) -> Callable[[], Tensor]:
     return lambda: torch.nn.utils.get_total_norm(gradients)
 
 
-def measure(shapes: Shapes, dtype: torch.dtype, clock: Clock, device: torch.device, rounds: int) -> dict[str, Any]:
+def measure(
+    shapes: Shapes, dtype: torch.dtype, clock: Clock, device: torch.device, rounds: int, until: float = math.inf
+) -> dict[str, Any]:
     """Compare the norms, time them, and return a row for each.
+
+    After a few rounds, none begins when `time.perf_counter()` exceeds `until`.
 
     Raises ValueError if they differ.
     """
@@ -62,27 +71,34 @@ def measure(shapes: Shapes, dtype: torch.dtype, clock: Clock, device: torch.devi
         raise ValueError(f"the norm is {norm}, expected {expected}")
     numel = elements(shapes)
     copied = min(-(-numel * dtype.itemsize // COPY_BYTES_PER_ELEMENT), MAX_COPY_NUMEL)
-    times = clock.time_in_turn({**calls, COPY: copying(copied, device)}, rounds, LEAST_ROUNDS, math.inf)
+    times = clock.time_in_turn({**calls, COPY: copying(copied, device)}, rounds, LEAST_ROUNDS, until)
     moved = dict.fromkeys(calls, numel * dtype.itemsize) | {COPY: copied * COPY_BYTES_PER_ELEMENT}
     rows = {}
-    for name, (seconds, _) in times.items():
-        rows[name] = quantiles(seconds)
+    for name, (taken, _) in times.items():
+        rows[name] = quantiles(taken)
         rows[name]["gb_per_s"] = moved[name] / rows[name]["median_ms"] / 1e6
     return rows
 
 
 def run(
-    workloads: dict[str, Shapes], dtypes: Sequence[torch.dtype], device: torch.device, rounds: int
+    workloads: dict[str, Shapes],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    rounds: int,
+    budget: float = math.inf,
 ) -> dict[str, Any]:
-    """Return the rows of all workloads, JSON-friendly."""
+    """Return the rows of all workloads within `budget` seconds, JSON-friendly."""
+    deadline = time.perf_counter() + budget
     clock, found = Clock(device), []
-    with progress(len(workloads) * len(dtypes), "bench norm") as advance:
-        for name, shapes in workloads.items():
-            for dtype in dtypes:
-                rows = measure(shapes, dtype, clock, device, rounds)
-                found.append({"name": name, "dtype": str(dtype).removeprefix("torch."), "rows": rows})
-                release(device)
-                advance(1, name)
+    sections = list(itertools.product(workloads.items(), dtypes))
+    with progress(len(sections), "bench norm") as advance:
+        for done, ((name, shapes), dtype) in enumerate(sections):
+            now = time.perf_counter()
+            until = now + (deadline - now) / (len(sections) - done)
+            rows = measure(shapes, dtype, clock, device, rounds, until)
+            found.append({"name": name, "dtype": str(dtype).removeprefix("torch."), "rows": rows})
+            release(device)
+            advance(1, name)
     return {"benchmark": "norm", "environment": describe(device), "workloads": found}
 
 
@@ -104,7 +120,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", type=count, nargs="*", default=[10**8, 10**9], metavar="N", help="elements")
     parser.add_argument("--models", nargs="*", choices=LISTS, default=["gpt2", "many-small"], help=f"of {list(LISTS)}")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the gradients")
-    parser.add_argument("--rounds", type=count, default=20, help="timed calls; default: %(default)s")
+    parser.add_argument("--rounds", type=count, default=20, help="timed calls at most; default: %(default)s")
+    parser.add_argument("--budget", type=seconds, default=60.0, help="seconds in total; default: %(default)s")
     add_json(parser)
 
 
@@ -113,5 +130,6 @@ def main(arguments: argparse.Namespace) -> int:
     workloads = {f"flat {numel:,}": flat(numel) for numel in arguments.sizes}
     workloads |= {LISTS[name][0]: LISTS[name][1]() for name in arguments.models}
     dtypes = [DTYPES[name] for name in arguments.dtypes]
-    publish(run(workloads, dtypes, arguments.device, arguments.rounds), table, arguments.json)
+    result = run(workloads, dtypes, arguments.device, arguments.rounds, arguments.budget)
+    publish(result, table, arguments.json)
     return 0
