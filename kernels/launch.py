@@ -22,9 +22,9 @@ class LaunchShape(NamedTuple):
 
 
 # 8 elements per thread, with 32 threads per warp (NVIDIA) or 64 (AMD). On an H200 the best other shape or register
-# limit gains at most 3 % (bench/results/nvidia-h200-variants.json). There "8bit" states with 24-bit masters gain 5 % by
-# a limit of 48 registers; the kernel of that mode now needs no more. The AMD shape is not timed. The generated code has
-# no spills, no shared memory, and every data load before the first store (tests/gpu_code/test_code_audit.py).
+# limit gains at most 3 % (bench/results/nvidia-h200-variants.json; its 5 % for "8bit" states were measured when that
+# kernel needed more than 48 registers). The AMD shape is not timed. The generated code has no spills, no shared memory,
+# and every data load before the first store (tests/gpu_code/test_code_audit.py).
 _SHAPES = {"cuda": LaunchShape(2048, 8, 8), "hip": LaunchShape(2048, 4, 8)}
 
 

@@ -118,7 +118,7 @@ def test_prepare_step_compiles_once_per_variant_for_all_sizes_and_values(prepare
     assert types == [("i64", "fp64")] * 4
 
 
-def test_prepare_step_spills_nothing_and_shares_memory_only_to_add(prepare_step: list[Facts]) -> None:
+def test_prepare_step_spills_nothing_and_uses_shared_memory_only_to_add(prepare_step: list[Facts]) -> None:
     assert [facts["spills"] for facts in prepare_step] == [0] * 4
     assert [facts["shared"] > 0 for facts in prepare_step] == [facts["clipped"] for facts in prepare_step]
 
