@@ -24,7 +24,7 @@ import torch.distributed as dist
 from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, publish, seconds
 from adax_triton.bench.harness.environment import describe
 from adax_triton.bench.harness.progress import progress
-from adax_triton.bench.harness.timing import quantiles, release, wait
+from adax_triton.bench.harness.timing import quantiles, release, rounds_until, shares_of_time, wait
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -177,9 +177,7 @@ def measure(
     and p80, and the median time until the device is done, all in us.
     """
     timed = {name: TimedSteps(method, tensors, fresh, device, mesh) for name, method in chosen.items()}
-    for done in range(_WARM_UP + rounds):
-        if done >= _WARM_UP + _LEAST_ROUNDS and time.perf_counter() > until:
-            break
+    for _ in rounds_until(_WARM_UP + rounds, _WARM_UP + _LEAST_ROUNDS, until):
         for steps in timed.values():
             steps.run()
     return [
@@ -196,10 +194,8 @@ def run(counts: Sequence[int], device: torch.device, rounds: int, budget: float 
     found, sections = methods(device), list(itertools.product(counts, (False, True)))
     deadline = time.perf_counter() + budget
     with launching(device), one_rank(device) as mesh, progress(len(sections), "bench host") as advance:
-        for done, (tensors, fresh) in enumerate(sections):
+        for (tensors, fresh), until in shares_of_time(sections, deadline):
             chosen = {name: method for name, method in found.items() if not (fresh and name == REPLAY)}
-            now = time.perf_counter()
-            until = now + (deadline - now) / (len(sections) - done)
             rows += measure(chosen, tensors, fresh, device, mesh, rounds, until)
             release(device)
             advance(1, f"{tensors:,} tensors")

@@ -18,9 +18,9 @@ import torch
 from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, publish, seconds
 from adax_triton.bench.harness.environment import describe
 from adax_triton.bench.harness.progress import progress
-from adax_triton.bench.harness.timing import Clock, quantiles, release
+from adax_triton.bench.harness.timing import Clock, quantiles, release, shares_of_time
 from adax_triton.bench.harness.workloads import LISTS, Shapes, elements, flat
-from adax_triton.bench.step.measure import COPY, COPY_BYTES_PER_ELEMENT, MAX_COPY_NUMEL, copying, make_params
+from adax_triton.bench.step.measure import COPY, copying_bytes, make_params
 from torch import Tensor
 
 from adax_triton import AdaXW
@@ -68,18 +68,15 @@ def measure(
     """Check our norm, time all, and return a row for each.
 
     After a few rounds, none begins when `time.perf_counter()` exceeds `until`. Raises ValueError if our norm is wrong.
-
-    Raises ValueError if they differ.
     """
     params = make_params(shapes, device, seed=2, dtype=dtype)
     calls = {"adax_triton": ours(params), "torch get_total_norm": theirs(params)}
     norm, expected = calls["adax_triton"]().sum().sqrt().item(), norm_in_float64(params)
     if not abs(norm - expected) <= TOLERANCE * expected:
         raise ValueError(f"the norm is {norm}, expected {expected}")
-    numel = elements(shapes)
-    copied = min(-(-numel * dtype.itemsize // COPY_BYTES_PER_ELEMENT), MAX_COPY_NUMEL)
-    times = clock.time_in_turn({**calls, COPY: copying(copied, device)}, rounds, LEAST_ROUNDS, until)
-    moved = dict.fromkeys(calls, numel * dtype.itemsize) | {COPY: copied * COPY_BYTES_PER_ELEMENT}
+    moved: dict[str, int] = dict.fromkeys(calls, elements(shapes) * dtype.itemsize)
+    calls[COPY], moved[COPY] = copying_bytes(moved["adax_triton"], device)
+    times = clock.time_in_turn(calls, rounds, LEAST_ROUNDS, until)
     rows = {}
     for name, (taken, _) in times.items():
         rows[name] = quantiles(taken)
@@ -99,9 +96,7 @@ def run(
     clock, found = Clock(device), []
     sections = list(itertools.product(workloads.items(), dtypes))
     with progress(len(sections), "bench norm") as advance:
-        for done, ((name, shapes), dtype) in enumerate(sections):
-            now = time.perf_counter()
-            until = now + (deadline - now) / (len(sections) - done)
+        for ((name, shapes), dtype), until in shares_of_time(sections, deadline):
             rows = measure(shapes, dtype, clock, device, rounds, until)
             found.append({"name": name, "dtype": str(dtype).removeprefix("torch."), "rows": rows})
             release(device)

@@ -6,12 +6,13 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 Call = Callable[[], Any]
 
 CACHE_MULTIPLE = 2  # times the last-level cache size; this many bytes are overwritten before each timed call
@@ -68,14 +69,33 @@ class Clock:
         Returns the seconds of every call, and on a GPU its host seconds.
         """
         times: dict[Any, tuple[list[float], list[float]]] = {key: ([], []) for key in calls}
-        for done in range(rounds):
-            if done >= least and time.perf_counter() > until:
-                break
+        for _ in rounds_until(rounds, least, until):
             for key, call in calls.items():
                 host_s = self.host_time(call)
                 times[key][0].append(self.time(call, host_s))
                 times[key][1].extend([] if host_s is None else [host_s])
         return times
+
+
+def rounds_until(most: int, least: int, until: float) -> Iterator[int]:
+    """Yield round numbers from 0, at most `most`.
+
+    After `least` rounds, none begins when `time.perf_counter()` exceeds `until`.
+    """
+    for done in range(most):
+        if done >= least and time.perf_counter() > until:
+            return
+        yield done
+
+
+def shares_of_time(items: Sequence[T], deadline: float) -> Iterator[tuple[T, float]]:
+    """Yield each item with the time until which it may run, by `time.perf_counter()`.
+
+    Each item gets an equal share of the time that is left until `deadline`.
+    """
+    for done, item in enumerate(items):
+        now = time.perf_counter()
+        yield item, now + (deadline - now) / (len(items) - done)
 
 
 def quantiles(times: Sequence[float], unit: str = "ms", per_second: float = 1e3) -> dict[str, float]:

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from adax_triton.bench.harness.command import add_device, add_json, count, markdown_table, seconds, write
 from adax_triton.bench.harness.environment import describe, origin
-from adax_triton.bench.harness.timing import Clock, release
+from adax_triton.bench.harness.timing import Clock, release, shares_of_time
 from adax_triton.bench.step.command import NOT_REACHED
-from adax_triton.bench.step.measure import COPY, COPY_BYTES_PER_ELEMENT, MAX_COPY_NUMEL, copying, reason
+from adax_triton.bench.step.measure import COPY, copying_bytes, reason
 
 from .compile import compile_all, compile_variant
 from .variants import DIFFERS, SECTIONS, Case, Section, Variant
@@ -58,8 +58,7 @@ def measure(variants: dict[str, Variant], case: Case, clock: Clock, rounds: int,
             calls[label] = launch, case.bytes_moved(variant)
         except Exception as error:  # the table shows it
             rows[label] = {"absent": reason(error)}
-    copied = min(int(case.bytes_moved(next(iter(variants.values())))) // COPY_BYTES_PER_ELEMENT, MAX_COPY_NUMEL)
-    calls[COPY] = copying(copied, case.device), copied * COPY_BYTES_PER_ELEMENT
+    calls[COPY] = copying_bytes(case.bytes_moved(next(iter(variants.values()))), case.device)
     times = clock.time_in_turn({label: launch for label, (launch, _) in calls.items()}, rounds, LEAST_ROUNDS, until)
     medians = {label: statistics.median(seconds) for label, (seconds, _) in times.items()}
     bandwidths = {label: moved / medians[label] for label, (_, moved) in calls.items()}
@@ -89,9 +88,7 @@ def run(
         compile_all(compile_variant, jobs, COMPILE_SHARE * budget)
     clock = Clock(device)
     result: dict[str, Any] = {"benchmark": "variants", "environment": describe(device), "numel": numel, "sections": []}
-    for done, (section, variants) in enumerate(zip(sections, chosen, strict=True)):
-        now = time.perf_counter()
-        until = now + (deadline - now) / (len(sections) - done)
+    for (section, variants), until in shares_of_time(list(zip(sections, chosen, strict=True)), deadline):
         try:
             found = measure(variants, Case(section, numel, device), clock, rounds, until)
         except Exception as error:  # another section may fit in memory

@@ -9,6 +9,7 @@ minutes run once. If the states do not fit in memory together, optimizers run in
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from typing import Any
@@ -84,6 +85,15 @@ def copying(numel: int, device: torch.device) -> Step:
     source = torch.randn(min(numel, MAX_COPY_NUMEL), device=device)
     target = source.clone()
     return lambda: target.copy_(source)
+
+
+def copying_bytes(moved: float, device: torch.device) -> tuple[Step, int]:
+    """Return a function that copies elements, and the bytes that it reads and writes.
+
+    They are `moved`, rounded up to whole elements, or those of `MAX_COPY_NUMEL` elements if that is less.
+    """
+    numel = min(math.ceil(moved / COPY_BYTES_PER_ELEMENT), MAX_COPY_NUMEL)
+    return copying(numel, device), numel * COPY_BYTES_PER_ELEMENT
 
 
 def measure(
