@@ -75,8 +75,9 @@ def plain_engine(case: Case, job: Job, model: nn.Module, device: torch.device) -
     clips_itself = case.optimizer == "AdaXW"
     optimizer: torch.optim.Optimizer
     if clips_itself:
-        rule |= {"states": case.states, "master_weights": case.master_weights}
-        optimizer = AdaXW(params, max_grad_norm=CLIPPING, **rule)
+        optimizer = AdaXW(
+            params, states=case.states, master_weights=case.master_weights, max_grad_norm=CLIPPING, **rule
+        )
     else:
         optimizer = torch.optim.AdamW(params, fused=True, **rule)
 
