@@ -73,11 +73,12 @@ class DeviceTable:
             shape = (len(packed) // (columns * self.tensor.itemsize), columns)
             self.tensor = self.tensor.new_empty(shape)
             self._blocks.clear()
+            self._capture_staging = None
         if self._device.type == "cpu":
             _write(packed, self.tensor)
             return
         if capturing:
-            if self._capture_staging is None or self._capture_staging.shape != self.tensor.shape:
+            if self._capture_staging is None:
                 raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
             self.tensor.copy_(_write(packed, self._capture_staging), non_blocking=True)
             return
@@ -86,7 +87,7 @@ class DeviceTable:
         if self._stream is None:  # a table is used on one stream only, see `PerStreamCache`
             self._stream = torch.cuda.current_stream(self._device)
         copied.record(self._stream)
-        if self._capture_staging is None or self._capture_staging.shape != self.tensor.shape:
+        if self._capture_staging is None:
             self._capture_staging = torch.empty_like(self.tensor, device="cpu", pin_memory=True)
 
     def _free_block(self) -> tuple[Tensor, torch.cuda.Event]:
@@ -190,7 +191,6 @@ class AddressTable:
 
     Attributes:
         numels: element count of each tensor.
-        tensors: (n, columns) int64 on the device, one row per tensor; see `kernels.tables.TENSOR_COLUMNS`.
         chunks: (chunks,) int64 on the device, see `chunk_table`.
     """
 
@@ -200,8 +200,12 @@ class AddressTable:
         self._tensors = DeviceTable(device, torch.int64, len(TENSOR_COLUMNS))
         self._rows = array("q")
         self.numels: Sequence[int] = ()
-        self.tensors = self._tensors.tensor
         self.chunks = torch.empty(0, dtype=torch.int64, device=device)
+
+    @property
+    def tensors(self) -> Tensor:
+        """(n, columns) int64 on the device, one row per tensor; see `kernels.tables.TENSOR_COLUMNS`."""
+        return self._tensors.tensor
 
     def refresh(self, rows: Sequence[tuple[int, ...]], numels: Sequence[int]) -> None:
         """Upload the tables if they changed.
@@ -224,7 +228,7 @@ class AddressTable:
 
     def _upload(self) -> None:
         packed = self._rows.tobytes()
-        self.tensors = self._tensors.set(packed, lambda: packed)
+        self._tensors.set(packed, lambda: packed)
 
     def chunk_counts(self) -> list[int]:
         """Return the number of chunks of each tensor."""

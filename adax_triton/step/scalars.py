@@ -211,7 +211,7 @@ class DeviceScalars:
         if self._scalars.shape[0] < len(rows):
             self._scalars = torch.empty(len(rows), len(SCALAR_COLUMNS), dtype=torch.float32, device=self._device)
         scalars = self._scalars[: len(rows)]
-        grad_scale, found_inf = self._flag(handling.grad_scale), self._flag(handling.found_inf)
+        grad_scale, found_inf = self._scaler_value(handling.grad_scale), self._scaler_value(handling.found_inf)
         limit = math.inf if handling.max_grad_norm is None else handling.max_grad_norm
         prepare_step(row_table, group_table, scalars, self.report, grad_scale, found_inf, squares, limit)
         return scalars
@@ -221,7 +221,7 @@ class DeviceScalars:
         counts = len(self._rows.tensor), len(self._groups.tensor)
         return counts == (len(rows), len(_used_groups(rows, groups)))
 
-    def _flag(self, value: Tensor | None) -> Tensor | None:
+    def _scaler_value(self, value: Tensor | None) -> Tensor | None:
         """Return a 1-element tensor of a GradScaler as the kernel reads it, itself if possible."""
         if value is None:
             return None
