@@ -26,6 +26,7 @@ from .adax_step import (
     SKIP,
     STEP_SIZE,
 )
+from .grad_norm import MAX_PARTIALS
 from .launch import launch
 from .rounding import from_bits, random_bits
 
@@ -37,7 +38,7 @@ NORM_EPS = tl.constexpr(1e-6)
 # Tensors per program, one per thread.
 BLOCK_SIZE = 128
 # Values that a program adds at once: all partial sums of one launch of `grad_norm_kernel`.
-SUM_BLOCK_SIZE = 1024
+SUM_BLOCK_SIZE = tl.constexpr(MAX_PARTIALS)
 
 
 @triton.jit
@@ -61,17 +62,17 @@ def random_key(seed, step):
 
 
 @triton.jit
-def _sum(values_ptr, count, BLOCK_SIZE: tl.constexpr):
+def _sum(values_ptr, count):
     """Return the sum of `count` float64 values; every program gets the same bits."""
-    offsets = tl.arange(0, BLOCK_SIZE)
-    total = tl.zeros([BLOCK_SIZE], dtype=tl.float64)
-    for start in range(0, count, BLOCK_SIZE):
+    offsets = tl.arange(0, SUM_BLOCK_SIZE)
+    total = tl.zeros([SUM_BLOCK_SIZE], dtype=tl.float64)
+    for start in range(0, count, SUM_BLOCK_SIZE):
         total += tl.load(values_ptr + start + offsets, mask=start + offsets < count, other=0.0)
     return tl.sum(total, axis=0)
 
 
 @triton.jit
-def _clip_and_skip(grad_scale_ptr, found_inf_ptr, squares_ptr, square_count, max_grad_norm, BLOCK_SIZE: tl.constexpr):
+def _clip_and_skip(grad_scale_ptr, found_inf_ptr, squares_ptr, square_count, max_grad_norm):
     """Return gradient norm, clip factor, AMP scale and whether to step."""
     grad_scale = tl.full([], 1.0, tl.float64)
     if grad_scale_ptr is not None:
@@ -79,7 +80,7 @@ def _clip_and_skip(grad_scale_ptr, found_inf_ptr, squares_ptr, square_count, max
     norm, clip = tl.full([], float("nan"), tl.float64), tl.full([], 1.0, tl.float64)
     taken = tl.full([], 1, tl.int1)
     if squares_ptr is not None:
-        norm = tl.sqrt(_sum(squares_ptr, square_count, BLOCK_SIZE)) / grad_scale
+        norm = tl.sqrt(_sum(squares_ptr, square_count)) / grad_scale
         ratio = max_grad_norm / (norm + NORM_EPS)
         clip = tl.where(ratio > 1.0, 1.0, ratio)
         taken = norm < float("inf")
@@ -101,11 +102,10 @@ def prepare_step_kernel(
     max_grad_norm: tl.float64,
     n: tl.int64,
     BLOCK_SIZE: tl.constexpr,
-    SUM_BLOCK_SIZE: tl.constexpr,
 ):
     """Prepare the step of one block of tensors; see `prepare_step`."""
     norm, clip, grad_scale, taken = _clip_and_skip(
-        grad_scale_ptr, found_inf_ptr, squares_ptr, square_count, max_grad_norm, SUM_BLOCK_SIZE
+        grad_scale_ptr, found_inf_ptr, squares_ptr, square_count, max_grad_norm
     )
     skip = tl.where(taken, 0.0, 1.0)
     if tl.program_id(0) == 0:
@@ -201,6 +201,6 @@ def prepare_step(
         programs,
         (rows, groups, grad_scale, found_inf, squares, scalars, report, square_count, max_grad_norm, n),
         tuple([None if tensor is None else tensor.dtype for tensor in (grad_scale, found_inf, squares)]),
-        lambda: {"BLOCK_SIZE": BLOCK_SIZE, "SUM_BLOCK_SIZE": SUM_BLOCK_SIZE},
+        lambda: {"BLOCK_SIZE": BLOCK_SIZE},
         {},
     )
