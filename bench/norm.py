@@ -49,15 +49,8 @@ def ours(params: list[Tensor]) -> Callable[[], Tensor]:
     return measure
 
 
-def theirs(params: list[Tensor]) -> Callable[[], Tensor]:
-    """Return torch's function for `clip_grad_norm_`."""
-    gradients = [param.grad for param in params if param.grad is not None]
-    return lambda: torch.nn.utils.get_total_norm(gradients)
-
-
-def norm_in_float64(params: list[Tensor]) -> float:
+def norm_in_float64(gradients: list[Tensor]) -> float:
     """Return the norm of all gradients, computed in float64."""
-    gradients = [param.grad for param in params if param.grad is not None]
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     return torch.stack(norms).norm().item()
 
@@ -70,8 +63,9 @@ def measure(
     After a few rounds, none begins when `time.perf_counter()` exceeds `until`. Raises ValueError if our norm is wrong.
     """
     params = make_params(shapes, device, seed=2, dtype=dtype)
-    calls = {"adax_triton": ours(params), "torch get_total_norm": theirs(params)}
-    norm, expected = calls["adax_triton"]().sum().sqrt().item(), norm_in_float64(params)
+    gradients = [param.grad for param in params if param.grad is not None]
+    calls = {"adax_triton": ours(params), "torch get_total_norm": lambda: torch.nn.utils.get_total_norm(gradients)}
+    norm, expected = calls["adax_triton"]().sum().sqrt().item(), norm_in_float64(gradients)
     if not abs(norm - expected) <= TOLERANCE * expected:
         raise ValueError(f"the norm is {norm}, expected {expected}")
     moved: dict[str, int] = dict.fromkeys(calls, elements(shapes) * dtype.itemsize)
