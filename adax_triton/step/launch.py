@@ -103,7 +103,7 @@ class TritonLaunch(TableLaunch):
         self._sums: DeviceSums | None = None
 
     def squares(self) -> Tensor:
-        """Return numbers that add up to the sum of squared gradients, (k,) float64, until the next call."""
+        """Return numbers that add up to the sum of squared gradients, (k,) float64. The next call overwrites them."""
         from adax_triton.kernels.grad_norm import grad_norm_partials, partial_count
 
         count = partial_count(self._table.chunks.numel())

@@ -84,7 +84,7 @@ class HostScalars:
             self._keys.append(random_key(group["seed"], step) if self.needs_keys else (0, 0))
 
     def cpu_table(self, float64: bool, decision: StepDecision = DEFAULT_DECISION) -> Tensor:
-        """Return the CPU scalar table, (rows, 10), until the next call.
+        """Return the CPU scalar table, (rows, 10). The next call overwrites it.
 
         Args:
             float64: return a float64 table, for float64 parameters; False: float32.
