@@ -2,8 +2,9 @@
 
 `adax-triton bench train` trains in plain PyTorch and under DeepSpeed's ZeRO 0 to 3, with and without CPU offload. Each
 framework runs with AdaXW and with the AdamW that is usual in it. Every case runs in new processes, one per rank, with
-the same weights, batches and clipping. The table also has the loss on held-out batches: the same optimizer should reach
-the same loss under every framework.
+the same weights, batches and clipping. All cases run in turn, round after round, because processes that do the same
+differ in speed where the host is the limit. The table also has the loss on held-out batches: the same optimizer should
+reach the same loss under every framework.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from .cases import CLIPPING, Case, cases, choose
 from .worker import Job
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cuda": {"ranks": 1, "layers": 12, "width": 768, "heads": 12, "context": 1024, "batch": 8, "dtype": "bfloat16"},
+    "cuda": {"ranks": 1, "layers": 12, "width": 768, "heads": 12, "context": 1024, "batch": 16, "dtype": "bfloat16"},
     "cpu": {"ranks": 2, "layers": 4, "width": 256, "heads": 4, "context": 128, "batch": 4, "dtype": "float32"},
 }
 HELP = {"ranks": "processes, one per GPU, or with gloo on a CPU", "batch": "sequences per rank"}
@@ -42,6 +44,10 @@ TIMEOUT_S = 1200.0  # of a case
 POLL_S = 0.1
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+    "of each round": lambda row: ", ".join(
+        f"{speed:,.0f}"
+        for speed in row.get("rounds_tokens_per_s", [row["tokens_per_s"]])  # older files: one round
+    ),
     "ms/step": lambda row: f"{row['median_ms']:.1f}",
     "p20 to p80": lambda row: f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}",
     "optimizer": lambda row: f"{row['optimizer_share']:.0%}",
@@ -62,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=count, help=f"{HELP.get(name, 'of the GPT')}; default: {defaults}")
     parser.add_argument("--steps", type=count, default=40, help="timed steps; default: %(default)s")
     parser.add_argument("--warmup", type=count, default=5, help="untimed steps before them; default: %(default)s")
+    parser.add_argument("--rounds", type=count, default=3, help="processes of each case, in turn; default: %(default)s")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of both optimizers; default: %(default)s")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="cases by name, or by a part of their names")
     parser.add_argument("--budget", type=seconds, default=math.inf, help="seconds for all cases; default: no limit")
@@ -79,7 +86,7 @@ def main(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"adax-triton bench train: {error}", file=sys.stderr)
         return 2
-    for result in run(chosen, job, arguments.budget):
+    for result in run(chosen, job, arguments.rounds, arguments.budget):
         write(result, arguments.json)  # after each case, in case a later one is killed
     publish(result, table, arguments.json)
     return 1 if ours_failed(chosen, result["cases"]) else 0
@@ -102,8 +109,8 @@ def job_of(arguments: argparse.Namespace) -> Job:
     return Job(**settings, threads=max(1, cores // settings["ranks"]))
 
 
-def run(chosen: list[Case], job: Job, budget_s: float) -> Iterator[dict[str, Any]]:
-    """Train every case within the budget; yield the result after each, JSON-friendly."""
+def run(chosen: list[Case], job: Job, rounds: int, budget_s: float) -> Iterator[dict[str, Any]]:
+    """Train every case in each round, within the budget; yield the result after each case, JSON-friendly."""
     deadline = time.monotonic() + budget_s
     settings = {name: value for name, value in job._asdict().items() if name != "threads"}
     result: dict[str, Any] = {
@@ -112,16 +119,18 @@ def run(chosen: list[Case], job: Job, budget_s: float) -> Iterator[dict[str, Any
         **{**settings, "clipping": CLIPPING, "cases": {}},
     }
     rows = result["cases"]
-    with progress(len(chosen), "bench train") as advance:
-        for case in chosen:
+    measured: dict[str, list[list[dict[str, Any]]]] = {case.name: [] for case in chosen}  # ranks of each round
+    with progress(len(chosen) * rounds, "bench train") as advance:
+        for case in chosen * rounds:
             advance(0, case.name)
-            left_s = deadline - time.monotonic()
-            if case.stage is not None and importlib.util.find_spec("deepspeed") is None:
-                row: dict[str, Any] = {"absent": "deepspeed is not installed"}
-            else:
-                row = run_case(case, job, min(TIMEOUT_S, left_s)) if left_s > 0 else {}
-                row = row or {"absent": NOT_REACHED if left_s < TIMEOUT_S else f"no result after {TIMEOUT_S:g} s"}
-            rows[case.name] = row
+            if "absent" not in rows.get(case.name, {}):
+                ranks = run_case(case, job, deadline)
+                if not isinstance(ranks, str):
+                    measured[case.name].append(ranks)
+                    rows[case.name] = summarize(measured[case.name], job.batch * job.context * job.ranks)
+                elif ranks != NOT_REACHED or not measured[case.name]:
+                    rows[case.name] = {"absent": ranks}
+            row = rows[case.name]
             plain = rows.get("plain / AdaXW" if case.optimizer == "AdaXW" else "plain / torch AdamW", {})
             if case.name.endswith(("/ AdaXW", "AdamW")) and "loss" in row and "loss" in plain:
                 row["loss_over_plain"] = row["loss"] - plain["loss"]
@@ -129,11 +138,17 @@ def run(chosen: list[Case], job: Job, budget_s: float) -> Iterator[dict[str, Any
             yield result
 
 
-def run_case(case: Case, job: Job, timeout_s: float) -> dict[str, Any]:
-    """Train one case; return its row, or {} after the timeout.
+def run_case(case: Case, job: Job, deadline: float) -> list[dict[str, Any]] | str:
+    """Train one case; return the results of `worker.train` of its ranks, or why they are absent.
 
-    No process outlives the call.
+    No process outlives the call. `deadline` is by `time.monotonic()`.
     """
+    timeout_s = min(TIMEOUT_S, deadline - time.monotonic())
+    late = NOT_REACHED if timeout_s < TIMEOUT_S else f"no result after {TIMEOUT_S:g} s"
+    if timeout_s <= 0:
+        return late
+    if case.stage is not None and importlib.util.find_spec("deepspeed") is None:
+        return "deepspeed is not installed"
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -143,7 +158,7 @@ def run_case(case: Case, job: Job, timeout_s: float) -> dict[str, Any]:
     shared["OMP_NUM_THREADS"] = str(job.threads)
     if job.device == "cpu":
         shared |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    deadline = time.monotonic() + timeout_s
+    end = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as name, (Path(name) / "ranks.log").open("w+") as log:
         folder, processes = Path(name), []
         (folder / "job.json").write_text(json.dumps([case.name, job._asdict()]))
@@ -155,7 +170,7 @@ def run_case(case: Case, job: Job, timeout_s: float) -> dict[str, Any]:
                 processes.append(subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log))
             codes: list[int | None] = [None]
             # After a failure the other ranks would wait for their own timeout.
-            while None in codes and not any(codes) and time.monotonic() < deadline:
+            while None in codes and not any(codes) and time.monotonic() < end:
                 time.sleep(POLL_S)
                 codes = [process.poll() for process in processes]
         finally:
@@ -163,30 +178,34 @@ def run_case(case: Case, job: Job, timeout_s: float) -> dict[str, Any]:
                 process.kill()
                 process.wait()
         found = [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
-        absent = [row for row in found if "absent" in row]
+        absent = [str(row["absent"]) for row in found if "absent" in row]
         if absent:
             return absent[0]
         if any(codes):
             log.seek(0)
             last = (log.read().strip().splitlines() or ["no output"])[-1]
-            return {"absent": f"a rank ended with {next(filter(None, codes))}: {last}"}
-        return {} if len(found) < job.ranks else summarize(found, job.batch * job.context * job.ranks)
+            return f"a rank ended with {next(filter(None, codes))}: {last}"
+        return late if len(found) < job.ranks else found
 
 
-def summarize(found: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """Return the row of a case from its ranks' results.
+def summarize(rounds: list[list[dict[str, Any]]], tokens: int) -> dict[str, Any]:
+    """Return the row of a case.
 
-    `found` are results of `worker.train`, `tokens` the tokens per step of all ranks. Times and memory are the maximum
-    over the ranks, the loss is their mean.
+    `rounds` holds the results of `worker.train` of all ranks, for each round. `tokens` are the tokens per step of all
+    ranks. Times are the maximum over the ranks, and their median is over the steps of all rounds. Memory is the maximum
+    over ranks and rounds, the loss is the mean.
     """
     steps_s, optimizer_s = (
-        [max(times) for times in zip(*(rank[name] for rank in found), strict=True)]
+        [[max(times) for times in zip(*(rank[name] for rank in ranks), strict=True)] for ranks in rounds]
         for name in ("steps_s", "optimizer_s")
     )
-    median_s, optimizer = statistics.median(steps_s), statistics.median(optimizer_s)
+    all_steps_s = list(chain.from_iterable(steps_s))
+    median_s, optimizer = statistics.median(all_steps_s), statistics.median(chain.from_iterable(optimizer_s))
     largest = ("peak_bytes", "host_peak_bytes", "host_before_bytes", "state_bytes")
+    found = list(chain.from_iterable(rounds))
     return {
-        **{"tokens_per_s": tokens / median_s, **quantiles(steps_s)},
+        **{"tokens_per_s": tokens / median_s, **quantiles(all_steps_s)},
+        "rounds_tokens_per_s": [tokens / statistics.median(times) for times in steps_s],
         **{"optimizer_ms": optimizer * 1e3, "optimizer_share": optimizer / median_s},
         **{name: max(rank[name] for rank in found) for name in largest},
         "loss": statistics.fmean(rank["loss"] for rank in found),
@@ -211,8 +230,9 @@ def table(result: dict[str, Any]) -> str:
     title = (
         f"{shape}, {result['ranks']} ranks of "
         f"{result['batch']} x {result['context']} tokens, {result['dtype']}, {result['steps']} steps after "
-        f"{result['warmup']}, clipping at {result['clipping']:g}; loss: held out, after the last step; optimizer: its "
-        f"share of the step, clipping to cleared gradients; peak: of one rank, {memory}; states: of one rank"
+        f"{result['warmup']} in each round, clipping at {result['clipping']:g}; tokens/s: from the median step of all "
+        "rounds; loss: held out, after the last step; optimizer: its share of the step, clipping to cleared gradients; "
+        f"peak: of one rank, {memory}; states: of one rank"
     )
     rows = []
     for name, row in result["cases"].items():

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,7 +43,7 @@ def run_command(folder: Path, *flags: str) -> dict[str, Any]:
     program = "import sys; from adax_triton.cli.main import main; sys.exit(main())"
     file = folder / "train.json"
     command = [sys.executable, "-P", "-c", program, "bench", "train", "--device=cpu"]
-    command += [*FLAGS, *flags, "--budget=280", f"--json={file}"]
+    command += [*FLAGS, *flags, "--rounds=1", "--budget=280", f"--json={file}"]
     # Do not use the interpreter, which is slow.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -82,11 +83,39 @@ def test_configurations_of_a_framework_differ_only_in_the_optimizer() -> None:
 
 def test_times_and_memory_are_the_maximum_over_ranks() -> None:
     slow = rank_figures(steps_s=[0.4, 0.2, 0.2], peak_bytes=9, loss=3.0)
-    row = train.summarize([rank_figures(), slow], tokens=90)
+    row = train.summarize([[rank_figures(), slow]], tokens=90)
     assert row["median_ms"] == pytest.approx(300)  # of 0.4, 0.2, 0.3
     assert row["tokens_per_s"] == pytest.approx(300)
     assert row["optimizer_share"] == pytest.approx(0.04 / 0.3)
     assert (row["peak_bytes"], row["state_bytes"], row["loss"]) == (9, 3, 2.5)
+
+
+def test_median_is_over_the_steps_of_all_rounds() -> None:
+    rounds = [[rank_figures()], [rank_figures(steps_s=[0.3, 0.5, 0.6], peak_bytes=9, loss=3.0)]]
+    row = train.summarize(rounds, tokens=90)
+    assert row["median_ms"] == pytest.approx(300)  # of 0.1, 0.2, 0.3, 0.3, 0.5, 0.6
+    assert row["tokens_per_s"] == pytest.approx(300)
+    assert row["rounds_tokens_per_s"] == pytest.approx([450, 180])
+    assert (row["peak_bytes"], row["loss"]) == (9, 2.5)
+
+
+def test_cases_run_in_turn_and_a_failure_in_any_round_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["plain / torch AdamW", "plain / AdaXW", "ZeRO-2 / AdaXW"]
+    done = [rank_figures()]
+    outcomes: list[Any] = [done, done, done, done, "it broke", train.NOT_REACHED, done, done]
+    order = []
+
+    def run_case(one: train_cases.Case, *_: Any) -> Any:
+        order.append(one.name)
+        return outcomes[len(order) - 1]
+
+    monkeypatch.setattr(train, "run_case", run_case)
+    *_, result = train.run([case(name) for name in names], job(), 3, math.inf)
+    assert order == [*names, *names, names[0], names[2]]  # not again after a failure
+    rounds = [len(row.get("rounds_tokens_per_s", ())) for row in result["cases"].values()]
+    assert rounds == [3, 0, 2]  # the second round of the last case was not reached
+    assert result["cases"][names[1]] == {"absent": "it broke"}
+    assert result["cases"][names[2]]["loss"] == 2.0
 
 
 def test_failure_of_adaxw_fails_the_command() -> None:
@@ -156,19 +185,19 @@ def test_cases_are_chosen_by_name_or_part(capsys: pytest.CaptureFixture[str]) ->
 
 def test_skipped_case_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = job(width=33)  # not a multiple of the number of heads
-    assert "RuntimeError: shape" in train.run_case(case("plain / AdaXW"), broken, timeout_s=60)["absent"]
+    assert "RuntimeError: shape" in train.run_case(case("plain / AdaXW"), broken, time.monotonic() + 60)
     monkeypatch.setattr(train, "TIMEOUT_S", 0.01)
-    (result,) = train.run([case("plain / AdaXW")], job(), budget_s=math.inf)
+    (result,) = train.run([case("plain / AdaXW")], job(), rounds=1, budget_s=math.inf)
     assert result["cases"]["plain / AdaXW"] == {"absent": "no result after 0.01 s"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    (result,) = train.run([case("ZeRO-1 / AdaXW")], job(ranks=2), budget_s=60)
+    (result,) = train.run([case("ZeRO-1 / AdaXW")], job(ranks=2), rounds=1, budget_s=60)
     assert "deepspeed" in result["cases"]["ZeRO-1 / AdaXW"]["absent"]
     assert f"| ZeRO-1 / AdaXW | absent: {result['cases']['ZeRO-1 / AdaXW']['absent']} |" in table(result)
 
 
 def test_budget_is_respected_and_every_case_is_listed() -> None:
     names = ["plain / torch AdamW", "plain / AdaXW"]
-    *_, result = train.run([case(name) for name in names], job(steps=10**6), budget_s=0.5)
+    *_, result = train.run([case(name) for name in names], job(steps=10**6), rounds=2, budget_s=0.5)
     assert result["cases"] == {name: {"absent": train.NOT_REACHED} for name in names}
 
 
@@ -218,9 +247,9 @@ def test_bfloat16_weights_of_torch_have_bfloat16_states_and_no_masters() -> None
 
 def test_only_losses_of_float32_weights_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter((3.0, 2.0, 2.5, 1.5))
-    monkeypatch.setattr(train, "run_case", lambda *_: {"loss": next(losses)})
+    monkeypatch.setattr(train, "run_case", lambda *_: [rank_figures(loss=next(losses))])
     chosen = [case for case in train_cases.cases("bfloat16").values() if case.stage is None][:4]
-    *_, result = train.run(chosen, job(dtype="bfloat16"), math.inf)
+    *_, result = train.run(chosen, job(dtype="bfloat16"), 1, math.inf)
     assert [(name, row.get("loss_over_plain")) for name, row in result["cases"].items()] == [
         ("plain / torch AdamW", 0.0),
         ("plain / AdaXW", 0.0),
