@@ -273,7 +273,7 @@ def test_benchmarks_end_before_their_limit(tmp_path: Path) -> None:
 
 
 def test_each_call_has_time_for_its_parts() -> None:
-    assert gpu_check.CALL_S == {1: 240.0, 2: 360.0}
+    assert gpu_check.CALL_S == {1: 240.0, 2: 420.0}
     # A limit is the worst-case time of a part. Even in the worst case the first call has time for tests and variants.
     assert sum(gpu_check.LIMITS_S[1].values()) - 60 <= gpu_check.CALL_S[1]
     measured = ("device", "compile", "counters", "host", "norm", "step")  # even in the worst case these have time
@@ -316,6 +316,6 @@ def test_kernel_tests_run_first_and_deepspeed_tests_are_excluded() -> None:
 
 
 def test_sanitized_tests_exist() -> None:
-    name, words = gpu_check.SANITIZED
-    text = (ROOT / "tests" / name).read_text()
-    assert all(word in text for word in words.split(" or "))
+    for name, words in gpu_check.SANITIZED.items():
+        text = (ROOT / "tests" / name).read_text()
+        assert all(word in text for word in words.split(" or "))
