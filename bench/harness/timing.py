@@ -1,4 +1,4 @@
-"""Measure calls: time, memory, cache size and kernel launches."""
+"""Measure calls: time, memory, cache size, kernel launches and the busy time of a GPU."""
 
 from __future__ import annotations
 
@@ -169,16 +169,36 @@ def count_launches(call: Call) -> int | None:
 
     Returns None if the profiler sees none.
     """
-    with torch.profiler.profile() as profile:
-        call()
-        torch.cuda.synchronize()
-    return kernels_among(profile.events()) or None
+    return kernels_among(_profiled(call)) or None
+
+
+def busy_seconds(call: Call) -> float:
+    """Return the seconds in which the GPU computes or copies during a call."""
+    return busy_among(_profiled(call))
 
 
 def kernels_among(events: Iterable[Any]) -> int:
     """Count the kernels in a profile, without copies, fills and annotations."""
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in _on_gpu(events))
+
+
+def busy_among(events: Iterable[Any]) -> float:
+    """Return the seconds in which at least one kernel, copy or fill of a profile runs."""
+    busy_us, busy_until = 0.0, -math.inf
+    for start, end in sorted((event.time_range.start, event.time_range.end) for event in _on_gpu(events)):
+        busy_us += max(0.0, end - max(start, busy_until))
+        busy_until = max(busy_until, end)
+    return busy_us * 1e-6
+
+
+def _profiled(call: Call) -> Iterable[Any]:
+    with torch.profiler.profile() as profile:
+        call()
+        torch.cuda.synchronize()
+    found: Iterable[Any] = profile.events()
+    return found
+
+
+def _on_gpu(events: Iterable[Any]) -> Iterator[Any]:
     device = torch.autograd.DeviceType.CUDA
-    return sum(
-        event.device_type == device and not event.is_user_annotation and not event.name.startswith(("Memcpy", "Memset"))
-        for event in events
-    )
+    return (event for event in events if event.device_type == device and not event.is_user_annotation)

@@ -50,6 +50,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     ),
     "ms/step": lambda row: f"{row['median_ms']:.1f}",
     "p20 to p80": lambda row: f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}",
+    "GPU busy ms": lambda row: f"{row['gpu_busy_ms']:.1f}" if row.get("gpu_busy_ms") else "",
     "optimizer": lambda row: f"{row['optimizer_share']:.0%}",
     "peak MB": lambda row: f"{row['peak_bytes'] / 1e6:,.0f}",
     "host MB": lambda row: f"{row['host_peak_bytes'] / 1e6:,.0f}, {row['host_before_bytes'] / 1e6:,.0f} at the start",
@@ -193,7 +194,7 @@ def summarize(rounds: list[list[dict[str, Any]]], tokens: int) -> dict[str, Any]
 
     `rounds` holds the results of `worker.train` of all ranks, for each round. `tokens` are the tokens per step of all
     ranks. Times are the maximum over the ranks, and their median is over the steps of all rounds. Memory is the maximum
-    over ranks and rounds, the loss is the mean.
+    over ranks and rounds, the loss is the mean, and the GPU's busy time the median.
     """
     steps_s, optimizer_s = (
         [[max(times) for times in zip(*(rank[name] for rank in ranks), strict=True)] for ranks in rounds]
@@ -203,9 +204,11 @@ def summarize(rounds: list[list[dict[str, Any]]], tokens: int) -> dict[str, Any]
     median_s, optimizer = statistics.median(all_steps_s), statistics.median(chain.from_iterable(optimizer_s))
     largest = ("peak_bytes", "host_peak_bytes", "host_before_bytes", "state_bytes")
     found = list(chain.from_iterable(rounds))
+    busy_s = [rank["gpu_busy_s"] for rank in found if rank["gpu_busy_s"] is not None]
     return {
         **{"tokens_per_s": tokens / median_s, **quantiles(all_steps_s)},
         "rounds_tokens_per_s": [tokens / statistics.median(times) for times in steps_s],
+        **({"gpu_busy_ms": 1e3 * statistics.median(busy_s)} if busy_s else {}),
         **{"optimizer_ms": optimizer * 1e3, "optimizer_share": optimizer / median_s},
         **{name: max(rank[name] for rank in found) for name in largest},
         "loss": statistics.fmean(rank["loss"] for rank in found),
@@ -231,8 +234,8 @@ def table(result: dict[str, Any]) -> str:
         f"{shape}, {result['ranks']} ranks of "
         f"{result['batch']} x {result['context']} tokens, {result['dtype']}, {result['steps']} steps after "
         f"{result['warmup']} in each round, clipping at {result['clipping']:g}; tokens/s: from the median step of all "
-        "rounds; loss: held out, after the last step; optimizer: its share of the step, clipping to cleared gradients; "
-        f"peak: of one rank, {memory}; states: of one rank"
+        "rounds; GPU busy: computing or copying, of a step; optimizer: its share of the step, clipping to cleared "
+        f"gradients; peak: of one rank, {memory}; states: of one rank; loss: held out, after the last step"
     )
     rows = []
     for name, row in result["cases"].items():

@@ -223,6 +223,18 @@ def test_kernels_are_counted_without_copies_and_annotations() -> None:
     assert timing.kernels_among(events) == 2
 
 
+def test_gpu_is_busy_while_at_least_one_kernel_or_copy_runs() -> None:
+    def event(start: float, end: float, on_gpu: bool = True, annotation: bool = False) -> SimpleNamespace:
+        device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(device_type=device, time_range=span, is_user_annotation=annotation, name="")
+
+    kernels = [event(20.0, 30.0), event(0.0, 8.0), event(5.0, 10.0), event(6.0, 7.0)]
+    others = [event(0.0, 90.0, on_gpu=False), event(0.0, 99.0, annotation=True)]
+    assert timing.busy_among([*kernels, *others]) == pytest.approx(20e-6)
+    assert timing.busy_among(others) == 0.0
+
+
 def test_report_renders_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "step.json"
     words = ["bench", "step", "--device", "cpu", "--sizes", "1000", "--models", "--modes", "fp32", "--rounds", "2"]

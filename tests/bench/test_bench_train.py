@@ -35,6 +35,7 @@ def case(name: str) -> train_cases.Case:
 
 def rank_figures(**changes: Any) -> dict[str, Any]:
     figures = {"steps_s": [0.1, 0.2, 0.3], "optimizer_s": [0.05, 0.02, 0.04], "loss": 2.0, "weights": 10}
+    figures["gpu_busy_s"] = None
     memory = {"peak_bytes": 7, "host_peak_bytes": 7, "host_before_bytes": 5, "state_bytes": 3}
     return {**figures, **memory, "optimizer_class": "torch.optim.AdamW", **changes}
 
@@ -91,11 +92,13 @@ def test_times_and_memory_are_the_maximum_over_ranks() -> None:
 
 
 def test_median_is_over_the_steps_of_all_rounds() -> None:
-    rounds = [[rank_figures()], [rank_figures(steps_s=[0.3, 0.5, 0.6], peak_bytes=9, loss=3.0)]]
+    second = rank_figures(steps_s=[0.3, 0.5, 0.6], peak_bytes=9, loss=3.0)
+    rounds = [[rank_figures() | {"gpu_busy_s": 0.01}], [second | {"gpu_busy_s": 0.03}]]
     row = train.summarize(rounds, tokens=90)
     assert row["median_ms"] == pytest.approx(300)  # of 0.1, 0.2, 0.3, 0.3, 0.5, 0.6
     assert row["tokens_per_s"] == pytest.approx(300)
     assert row["rounds_tokens_per_s"] == pytest.approx([450, 180])
+    assert row["gpu_busy_ms"] == pytest.approx(20)
     assert (row["peak_bytes"], row["loss"]) == (9, 2.5)
 
 
@@ -270,6 +273,13 @@ def test_plain_step_clips_once(name: str, native_cpu: torch.device, monkeypatch:
     moments = [engine.optimizer.state[param]["exp_avg"] for param in engine.module.parameters()]
     assert torch.nn.utils.get_total_norm(moments).item() == pytest.approx(0.1 * train_cases.CLIPPING)
     assert passes.call_count == (0 if case(name).optimizer == "AdaXW" else 1)  # AdaXW clips within its step
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_busy_for_a_part_of_each_step() -> None:
+    figures = worker.train(case("plain / AdaXW"), job(device="cuda"), 0)
+    assert 0 < figures["gpu_busy_s"] < max(figures["steps_s"])
 
 
 @pytest.mark.deepspeed
