@@ -6,7 +6,6 @@ import itertools
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,31 +207,6 @@ def test_too_large_workload_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(step, "free_bytes", lambda device: 1e9)
     rows = step.measure(named("adax_triton.AdaXW"), workloads.flat(10**9), None, CPU, 1, 1.0)
     assert "16 GB" in rows["adax_triton.AdaXW"]["absent"]
-
-
-def test_kernels_are_counted_without_copies_and_annotations() -> None:
-    gpu, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
-    events = [
-        SimpleNamespace(device_type=gpu, name="adax_step_kernel", is_user_annotation=False),
-        SimpleNamespace(device_type=gpu, name="void at::native::fill", is_user_annotation=False),
-        SimpleNamespace(device_type=gpu, name="Memcpy HtoD (Pinned -> Device)", is_user_annotation=False),
-        SimpleNamespace(device_type=gpu, name="Memset (Device)", is_user_annotation=False),
-        SimpleNamespace(device_type=gpu, name="Optimizer.step#AdaXW.step", is_user_annotation=True),
-        SimpleNamespace(device_type=host, name="cudaLaunchKernel", is_user_annotation=False),
-    ]
-    assert timing.kernels_among(events) == 2
-
-
-def test_gpu_is_busy_while_at_least_one_kernel_or_copy_runs() -> None:
-    def event(start: float, end: float, on_gpu: bool = True, annotation: bool = False) -> SimpleNamespace:
-        device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-        span = SimpleNamespace(start=start, end=end)
-        return SimpleNamespace(device_type=device, time_range=span, is_user_annotation=annotation, name="")
-
-    kernels = [event(20.0, 30.0), event(0.0, 8.0), event(5.0, 10.0), event(6.0, 7.0)]
-    others = [event(0.0, 90.0, on_gpu=False), event(0.0, 99.0, annotation=True)]
-    assert timing.busy_among([*kernels, *others]) == pytest.approx(20e-6)
-    assert timing.busy_among(others) == 0.0
 
 
 def test_report_renders_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -275,13 +275,6 @@ def test_plain_step_clips_once(name: str, native_cpu: torch.device, monkeypatch:
     assert passes.call_count == (0 if case(name).optimizer == "AdaXW" else 1)  # AdaXW clips within its step
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_is_busy_for_a_part_of_each_step() -> None:
-    figures = worker.train(case("plain / AdaXW"), job(device="cuda"), 0)
-    assert 0 < figures["gpu_busy_s"] < max(figures["steps_s"])
-
-
 @pytest.mark.deepspeed
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs deepspeed")
 def test_zero_2_on_two_ranks_equals_plain_training(native_cpu: torch.device, tmp_path: Path) -> None:
