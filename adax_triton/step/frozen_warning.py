@@ -52,12 +52,13 @@ class FrozenWarning:
         few steps late.
         """
         self._steps += 1
-        if self._warned or any(map(is_capturing, rows)):
+        is_due = self._steps <= _INITIAL_COUNT_READS or self._steps % _COUNT_READ_INTERVAL == 0
+        if self._warned or not (is_due or self._copies) or any(map(is_capturing, rows)):
             return None
         known = [(index, int(count)) for index, count, event in self._copies if event.query()]
         if known:
             self._copies.clear()
-        if self._steps <= _INITIAL_COUNT_READS or self._steps % _COUNT_READ_INTERVAL == 0:
+        if is_due:
             first = {row.group_index: row.step for device_rows in rows.values() for row in reversed(device_rows)}
             known += [(index, int(step)) for index, step in first.items() if step.device.type == "cpu"]
             self._copies = [_copy(index, step) for index, step in first.items() if step.device.type != "cpu"]

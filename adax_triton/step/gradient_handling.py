@@ -189,8 +189,8 @@ def gradient_handling_of(optimizer: Any) -> GradientHandling:
         devices = (param.device for group in optimizer.param_groups for param in group["params"])
         ranks = NormRanks(process_group, next(devices, torch.device("cpu")))
     return GradientHandling(
-        check_one_element(getattr(optimizer, "grad_scale", None), "grad_scale"),
-        check_one_element(getattr(optimizer, "found_inf", None), "found_inf"),
+        check_one_element(given.get("grad_scale"), "grad_scale"),
+        check_one_element(given.get("found_inf"), "found_inf"),
         limit,
         ranks,
     )

@@ -97,7 +97,7 @@ class StepPlan:
         move_counts_to_device(list(compress(param_states, counted_on_device)))
         self._host_states = list(compress(param_states, [not on_device for on_device in counted_on_device]))
         self.device_rows, rows = _assign_rows(params, param_states, counted_on_device, host_scalars)
-        self._check_capture_warm_up(param_groups)
+        self._check_capture_warm_up()
         steps = [
             step
             for item, state, row in zip(params, param_states, rows, strict=True)
@@ -237,7 +237,7 @@ class StepPlan:
         decision = handling.decide(squares) if host_decides else DEFAULT_DECISION
         # Do everything that can fail before the first write.
         non_triton_launches = self._prepare_non_triton_launches(decision, sums) if self._non_triton_launches else []
-        launch_triton: Callable[[], Tensor | None] | None = None
+        launch_triton: Callable[[], tuple[Tensor, ...] | None] | None = None
         if self._triton:
             launch_triton = partial(self._launch_triton, param_groups, handling, squares, sums)
             if self._is_new and needs_compilation(self._triton):
@@ -282,7 +282,7 @@ class StepPlan:
         handling: GradientHandling,
         squares: Tensor | None,
         sums: StepSums | None,
-    ) -> Tensor | None:
+    ) -> tuple[Tensor, ...] | None:
         norm_clip_skip = None
         scalars: dict[torch.device, Tensor] = {}
         for device in dict.fromkeys(launch.device for launch in self._triton):
@@ -290,9 +290,11 @@ class StepPlan:
                 rows = self.device_rows[device]
                 cache = self._launch_cache.device_scalars
                 device_scalars = cache.get(_scalars_key(device, rows), device, partial(DeviceScalars, device))
-                squares_here = None if squares is None else squares.to(device, non_blocking=True)
+                squares_here = squares
+                if squares is not None and squares.device != device:
+                    squares_here = squares.to(device, non_blocking=True)
                 scalars[device] = device_scalars.prepare(rows, param_groups, handling, squares_here)
-                norm_clip_skip = device_scalars.report if norm_clip_skip is None else norm_clip_skip
+                norm_clip_skip = norm_clip_skip or device_scalars.norm_clip_skip
             else:
                 make_table = partial(DeviceTable, device, torch.float32, len(SCALAR_COLUMNS))
                 table = self._launch_cache.host_computed_scalars.get(device, device, make_table)
@@ -302,11 +304,11 @@ class StepPlan:
                 launch.run(scalars[launch.device], None if sums is None else sums.rows(launch.device, indices))
         return norm_clip_skip
 
-    def _check_capture_warm_up(self, param_groups: Sequence[Mapping[str, Any]]) -> None:
+    def _check_capture_warm_up(self) -> None:
         for device, rows in self.device_rows.items():
             if is_capturing(device):
                 latest = self._launch_cache.device_scalars.latest(_scalars_key(device, rows))
-                if latest is None or not latest.is_prepared_for(rows, param_groups):
+                if latest is None or not latest.is_prepared_for(rows):
                     raise RuntimeError(CAPTURE_NEEDS_WARM_UP)
 
 
@@ -377,14 +379,14 @@ def needs_compilation(launches: Sequence[TritonLaunch]) -> bool:
     return any(launch.device.type == "cuda" for launch in launches)
 
 
-def _compile_first(launch: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
+def _compile_first(launch: Callable[[], tuple[Tensor, ...] | None]) -> Callable[[], tuple[Tensor, ...] | None]:
     """Compile kernels and fill tables now; return a function that launches."""
     from adax_triton.kernels.launch import deferred_launches
 
     with deferred_launches() as deferred:
         norm_clip_skip = launch()
 
-    def run() -> Tensor | None:
+    def run() -> tuple[Tensor, ...] | None:
         for item in deferred:
             item()
         return norm_clip_skip

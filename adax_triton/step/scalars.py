@@ -165,15 +165,19 @@ class DeviceScalars:
         device: device of the parameters.
 
     Attributes:
-        report: (3,) float32: norm of the unscaled gradients, NaN without clipping; clip factor; 1 if skipped, else 0.
+        norm_clip_skip: three 0-d float32: norm of the unscaled gradients, NaN without clipping; clip factor; 1 if
+            skipped, else 0. `prepare` overwrites them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._given_rows: Sequence[DeviceRow] = ()
+        self._used_groups: list[int] = []
         self._rows = DeviceTable(device, torch.int64, len(ROW_COLUMNS))
         self._groups = DeviceTable(device, torch.float64, len(DeviceCoefficients._fields))
         self._scalars = torch.empty(0, dtype=torch.float32, device=device)
-        self.report = torch.zeros(3, dtype=torch.float32, device=device)
+        self._report = torch.zeros(3, dtype=torch.float32, device=device)
+        self.norm_clip_skip = self._report.unbind()
 
     def prepare(
         self,
@@ -198,7 +202,9 @@ class DeviceScalars:
         """
         from adax_triton.kernels.prepare_step import prepare_step
 
-        used = _used_groups(rows, groups)
+        if rows is not self._given_rows:
+            self._given_rows, self._used_groups = rows, _used_groups(rows)
+        used = self._used_groups
         addresses = [lr_address(groups[index], self._device) for index in used]
         given = [_numbers(groups[index], address) for index, address in zip(used, addresses, strict=True)]
         positions = {index: position for position, index in enumerate(used)}
@@ -208,18 +214,16 @@ class DeviceScalars:
             given,
             lambda: array("d", chain.from_iterable(device_coefficients(**numbers) for numbers in given)).tobytes(),
         )
-        if self._scalars.shape[0] < len(rows):
+        if self._scalars.shape[0] != len(rows):
             self._scalars = torch.empty(len(rows), len(SCALAR_COLUMNS), dtype=torch.float32, device=self._device)
-        scalars = self._scalars[: len(rows)]
         grad_scale, found_inf = self._scaler_value(handling.grad_scale), self._scaler_value(handling.found_inf)
         limit = math.inf if handling.max_grad_norm is None else handling.max_grad_norm
-        prepare_step(row_table, group_table, scalars, self.report, grad_scale, found_inf, squares, limit)
-        return scalars
+        prepare_step(row_table, group_table, self._scalars, self._report, grad_scale, found_inf, squares, limit)
+        return self._scalars
 
-    def is_prepared_for(self, rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> bool:
+    def is_prepared_for(self, rows: Sequence[DeviceRow]) -> bool:
         """Return whether a capture of these rows can use the tables."""
-        counts = len(self._rows.tensor), len(self._groups.tensor)
-        return counts == (len(rows), len(_used_groups(rows, groups)))
+        return (len(self._rows.tensor), len(self._groups.tensor)) == (len(rows), len(_used_groups(rows)))
 
     def _scaler_value(self, value: Tensor | None) -> Tensor | None:
         """Return a 1-element tensor of a GradScaler as the kernel reads it, itself if possible."""
@@ -230,8 +234,8 @@ class DeviceScalars:
         return plain.to(self._device, dtype, non_blocking=True)
 
 
-def _used_groups(rows: Sequence[DeviceRow], groups: Sequence[Mapping[str, Any]]) -> list[int]:
-    return sorted({row.group_index for row in rows}) if len(groups) > 1 else [0]
+def _used_groups(rows: Sequence[DeviceRow]) -> list[int]:
+    return sorted({row.group_index for row in rows})
 
 
 def _packed_rows(rows: Sequence[DeviceRow], positions: Mapping[int, int], lr_addresses: Sequence[int]) -> bytes:
