@@ -474,9 +474,5 @@ class MomentOptimizer(Optimizer):
         for param, values in loaded.items():
             copy_loaded_state(values, self.state[param], param)
 
-    def __getattr__(self, name: str) -> Any:
-        renamed = "; lay_beside was renamed to set_external_grads" if name == "lay_beside" else ""
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{renamed}")
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "options": self.options, "max_grad_norm": self.max_grad_norm}

@@ -177,8 +177,8 @@ def gradient_handling_of(optimizer: Any) -> GradientHandling:
     Raises:
         TypeError, ValueError: one of these attributes has an invalid value.
     """
-    given = optimizer.__dict__
-    if given["max_grad_norm"] is None and given.get("grad_scale") is None and given.get("found_inf") is None:
+    grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if optimizer.max_grad_norm is None and grad_scale is None and found_inf is None:
         return DEFAULT_HANDLING
     limit, process_group = check_max_grad_norm(optimizer.max_grad_norm), optimizer.options.norm_process_group
     if optimizer.options.max_grad_norm is None:  # `add_param_group` has checked a limit of the constructor
@@ -189,8 +189,8 @@ def gradient_handling_of(optimizer: Any) -> GradientHandling:
         devices = (param.device for group in optimizer.param_groups for param in group["params"])
         ranks = NormRanks(process_group, next(devices, torch.device("cpu")))
     return GradientHandling(
-        check_one_element(given.get("grad_scale"), "grad_scale"),
-        check_one_element(given.get("found_inf"), "found_inf"),
+        check_one_element(grad_scale, "grad_scale"),
+        check_one_element(found_inf, "found_inf"),
         limit,
         ranks,
     )

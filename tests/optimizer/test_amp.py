@@ -283,3 +283,19 @@ def test_load_state_dict_writes_device_counts_in_place(backend: torch.device) ->
     assert [optimizer.state[param]["step"] for param in params] == [2] * len(params)
     if backend_of(backend, torch.float32) == TRITON:
         assert all(optimizer.state[param]["step"] is count for param, count in zip(params, counts, strict=True))
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1e9])
+def test_a_subclass_may_define_the_scale_as_a_property(max_grad_norm: float | None, device: torch.device) -> None:
+    class Scaled(AdaXW):
+        @property
+        def grad_scale(self) -> Tensor:  # type: ignore[override]
+            return torch.full((1,), 1024.0, device=device)
+
+    steps = []
+    for optimizer_class, scale in ((Scaled, 1024.0), (AdaXW, 1.0)):
+        (param,) = params = parameters(device)[:1]
+        param.grad = gradient(param, 0) * scale
+        optimizer_class(params, fused=True, max_grad_norm=max_grad_norm).step()
+        steps.append(param)
+    assert torch.equal(*steps)
