@@ -72,13 +72,13 @@ study: $(READY)  ## compare the rules for w_t with tuned learning rates: hours; 
 bench: $(READY)  ## step time next to torch and DeepSpeed, interleaved in one run
 	$(BIN)/adax-triton bench step
 
-results: $(READY)  ## measure the committed CPU results again (about 17 minutes)
+results: $(READY)  ## measure the committed CPU results again (about 20 minutes)
 	$(BIN)/adax-triton bench step --sizes 5e7 --models gpt2 --budget 330 --json bench/results/cpu-step.json
 	$(BIN)/adax-triton bench scale --json bench/results/cpu-scale.json
 	$(BIN)/adax-triton bench host --json bench/results/cpu-host.json
 	$(BIN)/adax-triton bench cpu --json bench/results/cpu-native.json
 	$(BIN)/adax-triton bench functions --json bench/results/cpu-functions.json
-	$(BIN)/adax-triton bench train --steps 20 --budget 200 --json bench/results/cpu-train.json \
+	$(BIN)/adax-triton bench train --steps 20 --budget 400 --json bench/results/cpu-train.json \
 		--only 'plain / torch AdamW' 'plain / AdaXW' 'ZeRO-2 /' 'ZeRO-3 /'
 	$(BIN)/python -m adax_triton.bench.zero_passes.passes --out bench/results/cpu-passes.json \
 		--table docs/deepspeed-passes.md

@@ -15,7 +15,7 @@ It runs from a bare checkout, without network or installation, and needs torch, 
     host, norm  2     host time of a step; gradient norm, next to torch's
     step        2     step time, next to all other optimizers that are installed
     train       2     three cases, in turn
-    memcheck, racecheck  2  a few tests of each kernel under compute-sanitizer, if time is left
+    memcheck, racecheck  2  a few tests of the step, norm and prepare kernels, if time is left
 
 The files are written to --out, $OUT or runs/gpu-check:
 
@@ -54,7 +54,7 @@ LIMITS_S: dict[int, dict[str, float]] = {
     1: {"device": 30, "doctor": 40, "compile": 30, "tests": 110, "variants": 90},
     2: {
         **{"device": 30, "compile": 30, "tests": 40, "counters": 50, "host": 30, "norm": 30, "step": 190},
-        **{"train": 120, "memcheck": 45, "racecheck": 45},
+        **{"train": 150, "memcheck": 70, "racecheck": 70},
     },
 }
 CALL_S = {1: 240.0, 2: 420.0}

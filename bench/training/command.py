@@ -117,7 +117,7 @@ def run(chosen: list[Case], job: Job, rounds: int, budget_s: float) -> Iterator[
     result: dict[str, Any] = {
         "benchmark": "train",
         "environment": {**describe(torch.device(job.device)), "threads": job.threads},
-        **{**settings, "clipping": CLIPPING, "cases": {}},
+        **{**settings, "rounds": rounds, "clipping": CLIPPING, "cases": {}},
     }
     rows = result["cases"]
     measured: dict[str, list[list[dict[str, Any]]]] = {case.name: [] for case in chosen}  # ranks of each round
@@ -131,12 +131,19 @@ def run(chosen: list[Case], job: Job, rounds: int, budget_s: float) -> Iterator[
                     rows[case.name] = summarize(measured[case.name], job.batch * job.context * job.ranks)
                 elif ranks != NOT_REACHED or not measured[case.name]:
                     rows[case.name] = {"absent": ranks}
-            row = rows[case.name]
-            plain = rows.get("plain / AdaXW" if case.optimizer == "AdaXW" else "plain / torch AdamW", {})
-            if case.name.endswith(("/ AdaXW", "AdamW")) and "loss" in row and "loss" in plain:
-                row["loss_over_plain"] = row["loss"] - plain["loss"]
+            compare_losses(chosen, rows)
             advance(1, case.name)
             yield result
+
+
+def compare_losses(chosen: list[Case], rows: dict[str, dict[str, Any]]) -> None:
+    """Set each row's difference to the loss of plain PyTorch, for cases with float32 weights and states."""
+    for case in chosen:
+        row = rows.get(case.name, {})
+        plain = rows.get("plain / AdaXW" if case.optimizer == "AdaXW" else "plain / torch AdamW", {})
+        row.pop("loss_over_plain", None)
+        if case.name.endswith(("/ AdaXW", "AdamW")) and "loss" in row and "loss" in plain:
+            row["loss_over_plain"] = row["loss"] - plain["loss"]
 
 
 def run_case(case: Case, job: Job, deadline: float) -> list[dict[str, Any]] | str:
@@ -231,11 +238,11 @@ def table(result: dict[str, Any]) -> str:
     shape = f"{result['layers']} layers of width {result['width']}"
     memory = "allocated on the GPU" if result["device"] == "cuda" else "the process's resident set, PyTorch included"
     title = (
-        f"{shape}, {result['ranks']} ranks of "
-        f"{result['batch']} x {result['context']} tokens, {result['dtype']}, {result['steps']} steps after "
-        f"{result['warmup']} in each round, clipping at {result['clipping']:g}; tokens/s: from the median step of all "
-        "rounds; GPU busy: computing or copying, of a step; optimizer: its share of the step, clipping to cleared "
-        f"gradients; peak: of one rank, {memory}; states: of one rank; loss: held out, after the last step"
+        f"{shape}, {result['ranks']} ranks of {result['batch']} x {result['context']} tokens, {result['dtype']}, "
+        f"{result['steps']} steps after {result['warmup']} in each of {result.get('rounds', 1)} rounds, clipping at "
+        f"{result['clipping']:g}; tokens/s: from the median step of all rounds; GPU busy: computing or copying, of a "
+        "step; optimizer: its share of the step, clipping to cleared gradients; peak: of one rank, "
+        f"{memory}; states: of one rank; loss: held out, after the last step"
     )
     rows = []
     for name, row in result["cases"].items():

@@ -45,6 +45,4 @@ def test_gpu_is_busy_for_a_part_of_a_call() -> None:
 
     call()
     assert timing.count_launches(call) == 1
-    begin = time.perf_counter()
-    busy_s = timing.busy_seconds(call)
-    assert 0 < busy_s < time.perf_counter() - begin - 0.01
+    assert 0 < timing.busy_seconds(call) < 0.005

@@ -119,6 +119,8 @@ def test_cases_run_in_turn_and_a_failure_in_any_round_is_reported(monkeypatch: p
     assert rounds == [3, 0, 2]  # the second round of the last case was not reached
     assert result["cases"][names[1]] == {"absent": "it broke"}
     assert result["cases"][names[2]]["loss"] == 2.0
+    assert "loss_over_plain" not in result["cases"][names[2]]  # there is no plain loss any more
+    assert "in each of 3 rounds" in table(result)
 
 
 def test_failure_of_adaxw_fails_the_command() -> None:
