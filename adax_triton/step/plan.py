@@ -290,9 +290,7 @@ class StepPlan:
                 rows = self.device_rows[device]
                 cache = self._launch_cache.device_scalars
                 device_scalars = cache.get(_scalars_key(device, rows), device, partial(DeviceScalars, device))
-                squares_here = squares
-                if squares is not None and squares.device != device:
-                    squares_here = squares.to(device, non_blocking=True)
+                squares_here = None if squares is None else squares.to(device, non_blocking=True)
                 scalars[device] = device_scalars.prepare(rows, param_groups, handling, squares_here)
                 norm_clip_skip = norm_clip_skip or device_scalars.norm_clip_skip
             else:
