@@ -151,9 +151,9 @@ def run_case(case: Case, job: Job, deadline: float) -> list[dict[str, Any]] | st
 
     No process outlives the call. `deadline` is by `time.monotonic()`.
     """
-    timeout_s = min(TIMEOUT_S, deadline - time.monotonic())
-    late = NOT_REACHED if timeout_s < TIMEOUT_S else f"no result after {TIMEOUT_S:g} s"
-    if timeout_s <= 0:
+    end = min(deadline, time.monotonic() + TIMEOUT_S)
+    late = NOT_REACHED if end == deadline else f"no result after {TIMEOUT_S:g} s"
+    if time.monotonic() >= end:
         return late
     if case.stage is not None and importlib.util.find_spec("deepspeed") is None:
         return "deepspeed is not installed"
@@ -166,7 +166,6 @@ def run_case(case: Case, job: Job, deadline: float) -> list[dict[str, Any]] | st
     shared["OMP_NUM_THREADS"] = str(job.threads)
     if job.device == "cpu":
         shared |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    end = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as name, (Path(name) / "ranks.log").open("w+") as log:
         folder, processes = Path(name), []
         (folder / "job.json").write_text(json.dumps([case.name, job._asdict()]))

@@ -172,13 +172,12 @@ def train(case: Case, job: Job, rank: int) -> dict[str, Any]:
         for index in range(HELD_OUT_BATCHES):
             inputs, targets = batches.batch(index, rank, job.ranks, job.batch, held_out=True)
             losses.append(engine.loss(inputs.to(device), targets.to(device)).item())
-    engine.module.train()
     return {
         **{"steps_s": steps_s, "optimizer_s": optimizer_s, "loss": statistics.fmean(losses), "weights": weights},
         **{"peak_bytes": peak, "host_peak_bytes": host_peak, "host_before_bytes": before},
         "state_bytes": sum(value.nbytes for value in states if isinstance(value, Tensor)),
         "optimizer_class": f"{type(engine.optimizer).__module__}.{type(engine.optimizer).__qualname__}",
-        "gpu_busy_s": _gpu_busy_s(engine, *batches.batch(0, rank, job.ranks, job.batch), device),
+        "gpu_busy_s": _gpu_busy_s(engine, inputs, targets, device),
     }
 
 
@@ -186,6 +185,7 @@ def _gpu_busy_s(engine: Engine, inputs: Tensor, targets: Tensor, device: torch.d
     """Train some more steps; return the seconds of a step in which the GPU works, None on a CPU."""
     if device.type != "cuda":
         return None
+    engine.module.train()
     batch = inputs.to(device), targets.to(device)
     return busy_seconds(lambda: [timed_step(engine, *batch, device) for _ in range(BUSY_STEPS)]) / BUSY_STEPS
 
