@@ -15,7 +15,7 @@ It runs from a bare checkout, without network or installation, and needs torch, 
     host, norm  2     host time of a step; gradient norm, next to torch's
     step        2     step time, next to all other optimizers that are installed
     train       2     three cases, in turn
-    memcheck, racecheck  2  a few tests of the step, norm and prepare kernels, if time is left
+    memcheck, racecheck  2  compute-sanitizer on tests of the step, norm and prepare kernels, if time is left
 
 The files are written to --out, $OUT or runs/gpu-check:
 

@@ -1,4 +1,4 @@
-"""What a profile says of a GPU: kernels and busy time."""
+"""Kernels and busy time of a GPU, read from a profile."""
 
 import time
 from types import SimpleNamespace
