@@ -54,7 +54,7 @@ LIMITS_S: dict[int, dict[str, float]] = {
     1: {"device": 30, "doctor": 40, "compile": 30, "tests": 110, "variants": 90},
     2: {
         **{"device": 30, "compile": 30, "tests": 40, "counters": 50, "host": 30, "norm": 30, "step": 190},
-        **{"train": 150, "memcheck": 70, "racecheck": 70},
+        **{"train": 130, "memcheck": 70, "racecheck": 70},
     },
 }
 CALL_S = {1: 240.0, 2: 420.0}
@@ -85,7 +85,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "norm": (),
     "variants": (),
     "train": (
-        *("--steps", "20", "--only", "plain / torch AdamW", "plain / torch AdamW, bfloat16 weights"),
+        *("--steps", "20", "--rounds", "2", "--only", "plain / torch AdamW", "plain / torch AdamW, bfloat16 weights"),
         "plain / AdaXW 8bit_v16, bfloat16 weights, 24-bit masters",
     ),
     "step": (
