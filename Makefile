@@ -86,7 +86,7 @@ results: $(READY)  ## measure the committed CPU results again (about 20 minutes)
 
 REPORTED = $(wildcard $(foreach kind,step native scale host norm functions train counters passes variants,bench/results/*-$(kind).json))
 
-README_RESULT := bench/results/nvidia-h200-step.json
+README_RESULT := bench/results/nvidia-h100-step.json
 
 report: $(READY)  ## regenerate the tables of docs/benchmarks, docs/options.md and the README
 	rm -f docs/benchmarks/*.png

@@ -128,10 +128,10 @@ def test_stage_3_flattens_gradients_of_one_sub_group() -> None:
 
 def test_zero_model_needs_gpu_results(capsys: pytest.CaptureFixture[str]) -> None:
     results = ROOT / "bench" / "results"
-    assert main(["bench", "scale", "--model", str(results / "nvidia-h200-step.json")]) == 0
+    assert main(["bench", "scale", "--model", str(results / "nvidia-h100-step.json")]) == 0
     printed = capsys.readouterr().out
-    assert "a step at 4,251 GB/s, a copy at 4,305 GB/s" in printed
-    assert "| 1T | 3 | 2,040 / 882 | " in printed
-    for name in ("cpu-step", "nvidia-h200-host"):
+    assert "a step at 2,995 GB/s, a copy at 3,025 GB/s" in printed
+    assert "| 1T | 3 | 2,900 / 1,250 | " in printed
+    for name in ("cpu-step", "nvidia-h100-host"):
         assert main(["bench", "scale", "--model", str(results / f"{name}.json")]) == 2
         assert "on a GPU" in capsys.readouterr().err
