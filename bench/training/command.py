@@ -238,9 +238,9 @@ def table(result: dict[str, Any]) -> str:
     memory = "allocated on the GPU" if result["device"] == "cuda" else "the process's resident set, PyTorch included"
     title = (
         f"{shape}, {result['ranks']} ranks of {result['batch']} x {result['context']} tokens, {result['dtype']}, "
-        f"{result['steps']} steps after {result['warmup']} in each of {result.get('rounds', 1)} rounds, clipping at "
-        f"{result['clipping']:g}; tokens/s: from the median step of all rounds; GPU busy: computing or copying, of a "
-        "step; optimizer: its share of the step, clipping to cleared gradients; peak: of one rank, "
+        f"{result['steps']} steps after {result['warmup']} in each of at most {result.get('rounds', 1)} rounds, "
+        f"clipping at {result['clipping']:g}; tokens/s: from the median step of all rounds; GPU busy: computing or "
+        "copying, of a step; optimizer: its share of the step, clipping to cleared gradients; peak: of one rank, "
         f"{memory}; states: of one rank; loss: held out, after the last step"
     )
     rows = []
